@@ -1,0 +1,404 @@
+"""The parameters of every stage: one frozen dataclass per section of `params.yaml`.
+
+Each field is documented under it, with its unit; checks across fields stand in `__post_init__`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from distilldsm.errors import ConfigError
+from distilldsm.models.registry import MODEL_NAMES
+from distilldsm.params import from_mapping, load_yaml
+
+Modality = Literal["MRI", "CT", "PET", "US", "other"]
+
+
+def _require(condition: bool, key: str, seen: object, rule: str) -> None:
+    if not condition:
+        raise ConfigError(f"'{key}' has an impossible value", seen=repr(seen), rule=rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """The embedded sample cohort, drawn from the MNI152 template of nilearn's wheel."""
+
+    subjects: int = 24
+    """Number of synthetic subjects."""
+    seed: int = 0
+    """Seed of every random draw."""
+
+    def __post_init__(self) -> None:
+        _require(self.subjects >= 5, "subjects", self.subjects, "at least 5, one per fold")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatternConfig:
+    """A folder layout of one's own, told by file name patterns relative to the data set's root."""
+
+    images: tuple[str, ...]
+    """One pattern per channel; `{case}` stands for the case id, `*` for anything,
+    e.g. `*/{case}/flair.nii.gz`."""
+    label: str
+    """Pattern of the label file, with the same `{case}`."""
+    channels: Mapping[str, Modality]
+    """Channel name to modality, in the order of `images`."""
+    labels: Mapping[str, int]
+    """Label name to value in the files; must hold `background: 0`."""
+
+    def __post_init__(self) -> None:
+        for pattern in (*self.images, self.label):
+            _require("{case}" in pattern, "images/label", pattern, "each pattern holds {case}")
+        _require(
+            len(self.images) == len(self.channels) > 0,
+            "channels",
+            dict(self.channels),
+            f"as many as image patterns ({len(self.images)}), at least one",
+        )
+        _require(self.labels.get("background") == 0, "labels", dict(self.labels), "must hold 'background: 0'")
+        _require(
+            len(set(self.labels.values())) == len(self.labels) >= 2
+            and all(0 <= v <= 255 for v in self.labels.values()),
+            "labels",
+            dict(self.labels),
+            "distinct values from 0 to 255, one at least besides background",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DownloadConfig:
+    """Where labelled volumes come from."""
+
+    source: str = "sample"
+    """`sample` (embedded), `msd:Task04_Hippocampus` (downloaded), an http(s):// or file:// address of an archive,
+    or the path of an archive or a folder."""
+    layout: Literal["auto", "msd", "nnunet", "brats2020", "pattern"] = "auto"
+    """How the files are laid out; `auto` recognises the first three."""
+    name: str | None = None
+    """Name of the data set in reports; by default what its dataset.json says, else the file's name."""
+    sha256: str | None = None
+    """Expected SHA-256 of the archive (hex); a mismatch stops the stage. MSD tasks carry MD5 sums of their own."""
+    mirrors: tuple[str, ...] = ()
+    """Further addresses of the same archive, tried in order when the first fails."""
+    archive_dir: str = "data/archives"
+    """Where downloaded archives are kept, so that another run need not fetch them again."""
+    patient_pattern: str | None = None
+    """Regular expression on the case id whose first group is the patient, e.g. `(patient\\d+)_frame\\d+`;
+    by default every case is a patient of its own."""
+    pattern: PatternConfig | None = None
+    """For `layout: pattern` only."""
+    licence: str | None = None
+    """Licence of the data; by default what its dataset.json says."""
+    reference: str | None = None
+    """Who made the data; by default what its dataset.json says."""
+    modalities: Mapping[str, Modality] = field(default_factory=dict)
+    """Channel name to modality, where the data set does not say or is wrong."""
+    sample: SampleConfig = SampleConfig()
+
+    def __post_init__(self) -> None:
+        import re
+
+        _require(bool(self.source.strip()), "source", self.source, "must not be empty")
+        _require(
+            (self.layout == "pattern") == (self.pattern is not None),
+            "pattern",
+            self.pattern,
+            "is given with, and only with, 'layout: pattern'",
+        )
+        if self.sha256 is not None:
+            _require(
+                re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256) is not None,
+                "sha256",
+                self.sha256,
+                "64 hexadecimal digits",
+            )
+        if self.patient_pattern is not None:
+            try:
+                groups = re.compile(self.patient_pattern).groups
+            except re.error as error:
+                raise ConfigError(
+                    "'patient_pattern' is no regular expression",
+                    seen=f"{self.patient_pattern!r}: {error}",
+                ) from None
+            _require(groups >= 1, "patient_pattern", self.patient_pattern, "holds one (group): the patient")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidateConfig:
+    """What a case must fulfil before it is used."""
+
+    on_invalid: Literal["fail", "exclude"] = "fail"
+    """`fail`: any finding of severity error stops the pipeline; `exclude`: such cases are left out and listed."""
+    suite: str = "conf/expectations.yaml"
+    """The expectation suite: rules with severities and bounds that a person can read and extend."""
+    bounds: Mapping[str, tuple[float | None, float | None]] = field(default_factory=dict)
+    """Per-data-set bounds of a column of the case table, [low, high], null for open,
+    e.g. `spacing_max_mm: [0.5, 3.0]`."""
+    workers: int = 0
+    """Processes; 0 takes one per core."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """From raw volumes to arrays for training: geometry, normalisation, splits."""
+
+    depth_axis: Literal["auto", "x", "y", "z"] = "auto"
+    """Scanner axis (RAS) along which slices exchange features; `auto`: the coarsest spacing,
+    among equals the smallest extent."""
+    target_spacing_mm: tuple[float, float, float] | None = None
+    """Spacing (x, y, z) to resample to, mm; by default the median of the data set."""
+    crop_to_nonzero: bool = True
+    """Cut away the margin that is zero in every channel."""
+    normalisation: Literal["auto", "zscore", "zscore_foreground", "ct", "none"] = "auto"
+    """`auto`: CT is clipped to the foreground's 0.5 and 99.5 percentiles (HU) and standardised by the data set's
+    mean and sd; everything else is z-scored per case."""
+    max_patch_voxels: int = 655_360
+    """Upper bound of a training patch, in voxels (memory)."""
+    patch_size: tuple[int, int, int] | None = None
+    """(depth, height, width) of a training patch; by default decided by the plan."""
+    plan: str | None = None
+    """Path of a plan.json to use as it is, instead of deciding a new one."""
+    folds: int = 5
+    """Number of cross-validation folds, split by patient."""
+    split_seed: int = 0
+    """Seed of the split."""
+    workers: int = 0
+    """Processes; 0 takes one per core, within the memory budget."""
+    memory_gb: float = 2.5
+    """Memory that all workers together may take, GB."""
+
+    def __post_init__(self) -> None:
+        _require(self.folds >= 2, "folds", self.folds, "at least 2")
+        if self.target_spacing_mm is not None:
+            _require(min(self.target_spacing_mm) > 0, "target_spacing_mm", self.target_spacing_mm, "above 0")
+        if self.patch_size is not None:
+            _require(
+                min(self.patch_size) >= 1 and self.patch_size[1] % 16 == 0 and self.patch_size[2] % 16 == 0,
+                "patch_size",
+                self.patch_size,
+                "positive; height and width multiples of 16",
+            )
+        _require(self.max_patch_voxels >= 4096, "max_patch_voxels", self.max_patch_voxels, "at least 4096")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Which network."""
+
+    name: str = "distill_dsm"
+    """A name from the registry (`distilldsm info --models`)."""
+    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    """Options of that network, e.g. `alpha: 0.5`."""
+
+    def __post_init__(self) -> None:
+        import difflib
+
+        if self.name not in MODEL_NAMES:
+            close = difflib.get_close_matches(self.name, MODEL_NAMES, n=1)
+            raise ConfigError(
+                "'name' is no known model",
+                seen=repr(self.name),
+                rule="one of " + ", ".join(MODEL_NAMES),
+                mend=f"did you mean '{close[0]}'?" if close else None,
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentConfig:
+    """Random changes of a training patch; each is drawn anew per sample."""
+
+    spatial_probability: float = 0.8
+    """Share of samples that are rotated and scaled."""
+    rotation_deg: float = 15.0
+    """Largest rotation about the depth axis, degrees."""
+    tilt_deg: float = 10.0
+    """Largest rotation about the two in-plane axes, degrees; keep small for coarse slices."""
+    scale: float = 0.2
+    """Largest relative change of size: 0.2 draws factors from 0.8 to 1.2."""
+    intensity_probability: float = 0.5
+    """Share of samples whose contrast, brightness, gamma, noise and blur change (each on its own)."""
+    mirror_axes: tuple[Literal["depth", "height", "width"], ...] = ()
+    """Axes to flip at random; only where anatomy allows."""
+
+    def __post_init__(self) -> None:
+        for key in ("spatial_probability", "intensity_probability"):
+            _require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "from 0 to 1")
+        _require(0 <= self.scale < 0.9, "scale", self.scale, "from 0 to below 0.9")
+        for key in ("rotation_deg", "tilt_deg"):
+            _require(0 <= getattr(self, key) <= 180, key, getattr(self, key), "from 0 to 180 degrees")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The training loop."""
+
+    model: ModelConfig = ModelConfig()
+    augment: AugmentConfig = AugmentConfig()
+    epochs: int = 30
+    """Passes over the training cases."""
+    samples_per_case: int = 1
+    """Patches drawn from each case in one epoch."""
+    batch_size: int | None = None
+    """Patches per optimizer step over all processes; by default the plan's."""
+    accumulate: int = 1
+    """Splits each step's batch into so many smaller ones, for little memory."""
+    foreground_oversampling: float = 0.33
+    """Share of patches centred on a voxel of a foreground label."""
+    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    learning_rate: float = 4e-3
+    """Peak learning rate."""
+    weight_decay: float = 1e-2
+    momentum: float = 0.99
+    """For sgd (Nesterov)."""
+    schedule: Literal["one_cycle", "cosine", "poly", "plateau", "constant"] = "one_cycle"
+    warmup_fraction: float = 0.2
+    """Share of all steps with a rising rate (one_cycle, cosine)."""
+    dice_weight: float = 1.0
+    cross_entropy_weight: float = 1.0
+    gradient_clip_norm: float = 12.0
+    """Largest norm of the gradient; 0 switches clipping off."""
+    ema_decay: float = 0.98
+    """Decay per step of the averaged weights, which are what is validated and exported; 0 switches it off."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """`auto`: bf16 autocast where the hardware has it (GPU, AVX-512 BF16, AMX)."""
+    channels_last: bool = True
+    compile: bool = False
+    """torch.compile; worth it on GPUs for long runs."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    workers: int = 0
+    """Loader processes per training process; 0 loads in the training process."""
+    validate_every: int = 5
+    """Epochs between validations on the fold's held-out volumes (the last epoch is always validated)."""
+    early_stopping: int = 0
+    """Stop after so many validations without a better mean Dice; 0 never stops. Chooses on the held-out fold."""
+    checkpoint_minutes: float = 2.0
+    """A resumable checkpoint is written at the end of an epoch, at most this often, minutes."""
+    deterministic: bool = True
+    """Same seed, same machine, same weights."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for key in ("epochs", "samples_per_case", "accumulate", "validate_every"):
+            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+        for key in ("early_stopping", "workers", "gradient_clip_norm", "weight_decay", "checkpoint_minutes"):
+            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+        if self.batch_size is not None:
+            _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+            _require(
+                self.batch_size % self.accumulate == 0,
+                "accumulate",
+                self.accumulate,
+                f"divides batch_size ({self.batch_size})",
+            )
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
+        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "from 0 to below 1")
+        _require(
+            0 <= self.foreground_oversampling <= 1,
+            "foreground_oversampling",
+            self.foreground_oversampling,
+            "from 0 to 1",
+        )
+        _require(
+            self.dice_weight >= 0
+            and self.cross_entropy_weight >= 0
+            and self.dice_weight + self.cross_entropy_weight > 0,
+            "dice_weight, cross_entropy_weight",
+            (self.dice_weight, self.cross_entropy_weight),
+            "0 or more, not both 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """Scores on whole volumes in the scan's own geometry."""
+
+    checkpoint: Literal["last", "best"] = "last"
+    """`last` chooses nothing on the held-out cases; `best` was chosen on them, so its score is optimistic."""
+    nsd_tolerance_mm: float = 1.0
+    """Tolerance of the normalised surface Dice, mm."""
+    save_masks: bool = True
+    """Keep the predicted masks (NIfTI)."""
+    workers: int = 0
+    """Processes for the metrics; 0 takes one per core."""
+
+    def __post_init__(self) -> None:
+        _require(self.nsd_tolerance_mm > 0, "nsd_tolerance_mm", self.nsd_tolerance_mm, "above 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """ONNX and OpenVINO IR, and how closely they must agree with the network."""
+
+    checkpoint: Literal["last", "best"] = "last"
+    parity_cases: int = 3
+    """Held-out cases on which the exported models are compared with the network."""
+    max_voxel_difference: float = 1e-4
+    """Largest fraction of voxels whose label may differ; above it the stage fails."""
+    register_model: bool = True
+    """Register the exported model in the MLflow model registry."""
+
+    def __post_init__(self) -> None:
+        _require(self.parity_cases >= 1, "parity_cases", self.parity_cases, "at least 1")
+        _require(
+            0 <= self.max_voxel_difference <= 1, "max_voxel_difference", self.max_voxel_difference, "0 to 1"
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackingConfig:
+    """MLflow. The address comes from MLFLOW_TRACKING_URI, else a SQLite file beside params.yaml."""
+
+    enabled: bool = True
+    experiment: str = "distilldsm"
+    run_name: str | None = None
+    """By default the model and the fold."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CrossValidationConfig:
+    """Which folds to run; how many there are is `preprocess.folds`."""
+
+    folds: tuple[int, ...] = (0,)
+
+    def __post_init__(self) -> None:
+        _require(
+            len(set(self.folds)) == len(self.folds) >= 1 and min(self.folds, default=0) >= 0,
+            "folds",
+            self.folds,
+            "distinct fold numbers from 0",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Params:
+    """All of `params.yaml`."""
+
+    cv: CrossValidationConfig = CrossValidationConfig()
+    download: DownloadConfig = DownloadConfig()
+    validate: ValidateConfig = ValidateConfig()
+    preprocess: PreprocessConfig = PreprocessConfig()
+    train: TrainConfig = TrainConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def __post_init__(self) -> None:
+        _require(
+            max(self.cv.folds) < self.preprocess.folds,
+            "cv.folds",
+            self.cv.folds,
+            f"below preprocess.folds ({self.preprocess.folds})",
+        )
+
+
+def load_params(path: str | os.PathLike[str] = "params.yaml") -> Params:
+    """Read and check `params.yaml`.
+
+    Raises:
+        ConfigError: names the file, the section and key, the value and what is allowed.
+    """
+    return from_mapping(Params, load_yaml(path), where=os.fspath(path))

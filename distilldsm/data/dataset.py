@@ -1,0 +1,86 @@
+"""A data set as every stage sees it: cases, channels, labels, whatever layout the files came in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from distilldsm.config import Modality
+from distilldsm.errors import DataError
+from distilldsm.params import from_mapping, to_mapping
+from distilldsm.stage import read_json, write_json
+
+INDEX = "dataset_index.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One labelled volume. Paths are relative to the data set's root, POSIX style."""
+
+    id: str
+    patient: str
+    """Cases of one patient are never split between training and held-out."""
+    images: tuple[str, ...]
+    """One file per channel, or one 4-D file that holds all channels along its last axis."""
+    label: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Channel:
+    name: str
+    modality: Modality
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatasetIndex:
+    """The contents of `dataset_index.json` in the root of a downloaded data set."""
+
+    schema_version: int = 1
+    name: str
+    channels: tuple[Channel, ...]
+    labels: Mapping[str, int]
+    """Label name to value in the files; background is 0."""
+    cases: tuple[Case, ...]
+    licence: str = "unknown"
+    reference: str = "unknown"
+    source: str = "unknown"
+    """Where it was taken from: sample, an address, a path's last part."""
+    note: str = ""
+    """What a reader of any result must know, e.g. that all subjects derive from one template."""
+    layout: str = "msd"
+    extra: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not self.cases:
+            raise DataError("the data set has no labelled case")
+        ids = [case.id for case in self.cases]
+        if len(set(ids)) != len(ids):
+            twice = next(i for i in ids if ids.count(i) > 1)
+            raise DataError("a case id appears twice", seen=twice)
+
+    @property
+    def class_values(self) -> tuple[int, ...]:
+        """Label values in ascending order; a network's class k stands for the k-th of them."""
+        return tuple(sorted(self.labels.values()))
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Label names in the order of `class_values`."""
+        return tuple(sorted(self.labels, key=lambda name: self.labels[name]))
+
+    def save(self, root: str | os.PathLike[str]) -> None:
+        write_json(Path(root) / INDEX, self)
+
+    @classmethod
+    def load(cls, root: str | os.PathLike[str]) -> DatasetIndex:
+        path = Path(root) / INDEX
+        return from_mapping(cls, read_json(path), where=str(path))
+
+    def subset(self, ids: frozenset[str] | set[str]) -> DatasetIndex:
+        """The same data set with only the named cases."""
+        return replace(self, cases=tuple(case for case in self.cases if case.id in ids))
+
+    def to_mapping(self) -> dict[str, object]:
+        return to_mapping(self)

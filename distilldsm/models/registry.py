@@ -1,0 +1,88 @@
+"""The networks by name. Importing this module loads no torch; building a network does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from distilldsm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from distilldsm.models.base import SegmentationNetwork
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelEntry:
+    """A network of the registry: what it is called, what it is, its options with their defaults."""
+
+    summary: str
+    family: str
+    """`unet2d` (slices, with or without depth shift) or `unet3d`."""
+    fixed: Mapping[str, Any]
+    """Arguments that make the variant what it is."""
+    options: Mapping[str, Any]
+    """Options a user may set, with their defaults."""
+
+
+_WIDTHS_2D = (16, 32, 64, 128, 128)
+
+MODELS: Mapping[str, ModelEntry] = {
+    "unet2d": ModelEntry(
+        summary="2-D U-Net: every slice on its own",
+        family="unet2d",
+        fixed={"shift": "none"},
+        options={"width": 1.0},
+    ),
+    "residual_dsm": ModelEntry(
+        summary="2-D U-Net with a parameter-free depth shift; 'add' adds the unshifted features back",
+        family="unet2d",
+        fixed={"shift": "residual"},
+        options={"width": 1.0, "fraction": 0.5, "add": True},
+    ),
+    "distill_dsm": ModelEntry(
+        summary="Distill DSM: 2-D U-Net whose slices exchange distilled features",
+        family="unet2d",
+        fixed={"shift": "distill"},
+        options={"width": 1.0, "alpha": 0.5},
+    ),
+    "unet3d": ModelEntry(
+        summary="the paper's 3-D baseline: residual, pre-activation, GroupNorm",
+        family="unet3d",
+        fixed={},
+        options={"base_width": 8},
+    ),
+}
+
+MODEL_NAMES = tuple(MODELS)
+
+
+def build_model(name: str, *, in_channels: int, out_channels: int, **options: Any) -> SegmentationNetwork:
+    """Build the network `name`; input and output are (B, C, D, H, W).
+
+    Raises:
+        ConfigError: unknown name or option, or an impossible value.
+    """
+    if name not in MODELS:
+        raise ConfigError("unknown model", seen=repr(name), rule="one of " + ", ".join(MODELS))
+    entry = MODELS[name]
+    for key in options:
+        if key not in entry.options:
+            raise ConfigError(
+                f"model '{name}' has no option '{key}'",
+                where="train.model.options",
+                rule="allowed: " + ", ".join(entry.options),
+            )
+    for key, value in (("in_channels", in_channels), ("out_channels", out_channels)):
+        if not isinstance(value, int) or value < 1:
+            raise ConfigError(f"'{key}' must be a whole number from 1", seen=repr(value))
+    arguments = {**entry.fixed, **entry.options, **options}
+    if entry.family == "unet3d":
+        from distilldsm.models.unet3d import UNet3D
+
+        return UNet3D(in_channels, out_channels, **arguments)
+    from distilldsm.models.unet import UNet2D
+
+    width = float(arguments.pop("width"))
+    widths = tuple(max(4, round(w * width)) for w in _WIDTHS_2D)
+    return UNet2D(in_channels, out_channels, widths=widths, **arguments)

@@ -1,0 +1,180 @@
+"""Turns a mapping from YAML into frozen dataclasses, strictly, with errors a person can act on."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distilldsm.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML or holds something other than a mapping.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("cannot read the parameters", where=path, seen=str(error)) from None
+    try:
+        loaded = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError("is not valid YAML", where=path, seen=str(error).replace("\n", " ")) from None
+    if not isinstance(loaded, dict):
+        raise ConfigError("must hold a mapping", where=path, seen=type(loaded).__name__)
+    return loaded
+
+
+def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
+    """Build the dataclass `cls` from nested mappings and lists.
+
+    Unknown keys, wrong types and values refused by `__post_init__` raise `ConfigError` whose message starts with
+    `where` (file and section) and names the key. A missing key takes the field's default.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError("must be a mapping of parameters", where=where, seen=_show(values))
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            raise ConfigError(
+                f"unknown parameter '{key}'",
+                where=where,
+                rule="allowed: " + ", ".join(fields),
+                mend=f"did you mean '{close[0]}'?" if close else "remove it or correct its name",
+            )
+    built = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in built
+        and field.default is dataclasses.MISSING
+        and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"parameter '{missing[0]}' is missing", where=where, mend=f"add '{missing[0]}: ...'")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        if error.where:
+            raise
+        raise ConfigError(
+            error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend
+        ) from None
+
+
+def to_mapping(value: Any) -> Any:
+    """The inverse of `from_mapping`: plain dicts, lists and scalars, ready for JSON or YAML."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_mapping(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_mapping(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _show(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _wrong(value: object, where: str, rule: str) -> ConfigError:
+    return ConfigError("has the wrong type or value", where=where, seen=_show(value), rule=rule)
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is typing.Literal:
+        if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args):
+            close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            raise ConfigError(
+                "is not an allowed value",
+                where=where,
+                seen=_show(value),
+                rule="one of " + ", ".join(str(a) for a in args),
+                mend=f"did you mean '{close[0]}'?" if close else None,
+            )
+        return value
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if not isinstance(value, Mapping):
+            raise _wrong(value, where, "a mapping")
+        return {
+            _convert(args[0], k, f"{where} key"): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()
+        }
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
+    return _convert_scalar(hint, value, where)
+
+
+def _convert_union(args: tuple[Any, ...], value: object, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    choices = [a for a in args if a is not type(None)]
+    if len(choices) == 1:
+        return _convert(choices[0], value, where)
+    for choice in choices:
+        try:
+            return _convert(choice, value, where)
+        except ConfigError:
+            continue
+    raise _wrong(value, where, "one of " + ", ".join(getattr(c, "__name__", str(c)) for c in choices))
+
+
+def _convert_tuple(args: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, where, "a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise _wrong(value, where, f"a list of {len(args)} values")
+    return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+
+
+def _convert_scalar(hint: Any, value: object, where: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong(value, where, "true or false")
+    if hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)  # KFP passes whole numbers inside lists as floats
+        raise _wrong(value, where, "a whole number")
+    if hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 (no dot) as a string
+            try:
+                value = float(value)
+            except ValueError:
+                raise _wrong(value, where, "a number") from None
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        raise _wrong(value, where, "a finite number")
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise _wrong(value, where, "text (put it in quotes)")
+    raise TypeError(f"{where}: no conversion for {hint}")

@@ -1,0 +1,186 @@
+"""What every stage shares: outputs that are whole or absent, manifests, hashes, locks."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from distilldsm.errors import UserError
+from distilldsm.params import to_mapping
+
+MANIFEST = "manifest.json"
+SCHEMA_VERSION = 1
+_STAMP = ".stamp.json"
+_PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces), hex."""
+    text = json.dumps(to_mapping(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON so that the file is either the old or the whole new one."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(to_mapping(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("is missing", where=path, mend="run the stage that writes it (dvc repro)") from None
+    except (OSError, ValueError) as error:
+        raise UserError("cannot be read as JSON", where=path, seen=str(error)) from None
+
+
+def content_hash(path: str | os.PathLike[str]) -> str:
+    """Hash that names a stage's input: a file's SHA-256, or for a directory that of its manifest's file hashes."""
+    path = Path(path)
+    if path.is_file():
+        return sha256_file(path)
+    if not path.is_dir():
+        raise UserError("is missing", where=path, mend="run the stage that writes it (dvc repro)")
+    manifest = path / MANIFEST
+    if manifest.is_file():
+        return sha256_json(read_json(manifest)["files"])
+    return sha256_json(file_hashes(path))
+
+
+def file_hashes(root: Path) -> dict[str, str]:
+    """SHA-256 of every file below `root`, by relative POSIX path, without manifest and stamp."""
+    return {
+        file.relative_to(root).as_posix(): sha256_file(file)
+        for file in sorted(root.rglob("*"))
+        if file.is_file() and file.name not in (_STAMP,) and file != root / MANIFEST
+    }
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that shape a result, those that are installed."""
+    found = {}
+    for name in ("distilldsm", *_PACKAGES):
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+@contextmanager
+def output_directory(
+    path: str | os.PathLike[str],
+    *,
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, str | os.PathLike[str]],
+    extra: Mapping[str, Any] | None = None,
+    resumable: bool = False,
+) -> Iterator[Path]:
+    """Yield a sibling work directory that becomes `path` when the block ends without an error.
+
+    The manifest (schema version, stage, config, input hashes, file hashes, package versions, and what `extra`
+    adds) is written at the end. With `resumable`, an interrupted block leaves its work directory, and the next
+    call with the same stage, config and inputs yields it again with what is in it; otherwise it starts empty. A
+    lock keeps a second process from the same output.
+
+    Raises:
+        UserError: another process writes the same output, or the disk is full.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.partial")
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            "another process is writing this output", where=path, mend="wait for it, or stop it, then run again"
+        ) from None
+    try:
+        input_hashes = {name: content_hash(p) for name, p in inputs.items()}
+        key = {"stage": stage, "config": to_mapping(config), "inputs": input_hashes, "extra": dict(extra or {})}
+        _prepare(work, sha256_json(key), resumable)
+        try:
+            yield work
+            (work / _STAMP).unlink()
+            manifest = {
+                "schema_version": SCHEMA_VERSION,
+                "stage": stage,
+                "config": to_mapping(config),
+                **(extra or {}),
+                "inputs": input_hashes,
+                "packages": package_versions(),
+                "files": file_hashes(work),
+            }
+            write_json(work / MANIFEST, manifest)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UserError(
+                    "no space left on the device",
+                    where=path,
+                    mend="free space, then run the same command again",
+                ) from error
+            raise
+        replace_directory(work, path)
+    except BaseException:
+        if not resumable:
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+    finally:
+        lock.release()
+
+
+def _prepare(work: Path, key: str, resumable: bool) -> None:
+    stamp = work / _STAMP
+    if work.exists():
+        same = resumable and stamp.is_file() and json.loads(stamp.read_text() or "{}").get("key") == key
+        if not same:
+            shutil.rmtree(work)
+    work.mkdir(exist_ok=True)
+    if not stamp.exists():
+        write_json(stamp, {"key": key})
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Move `source` to `target`, replacing what is there; `target` is at no time a mixture of both."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        os.rename(target, old)
+    os.rename(source, target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def worker_count(requested: int, tasks: int) -> int:
+    """Processes to use: `requested`, or one per available core for 0, and never more than there are tasks."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(requested or cores, tasks))

@@ -1,0 +1,40 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    return REPOSITORY
+
+
+def _shared(name: str) -> Path:
+    path = SHARED_DATA / name
+    if not path.exists():
+        pytest.skip(f"real data set {name} is not on this machine (looked in ../shared/data)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def hippocampus_archive() -> Path:
+    return _shared("Task04_Hippocampus.tar")
+
+
+@pytest.fixture(scope="session")
+def acdc_archive() -> Path:
+    return _shared("Dataset127_ACDC.tar")
+
+
+@pytest.fixture(scope="session")
+def brats2015_archive() -> Path:
+    return _shared("BraTS2015_subset.tar")
