@@ -343,9 +343,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         _require(self.parity_cases >= 1, "parity_cases", self.parity_cases, "at least 1")
-        _require(
-            0 <= self.max_voxel_difference <= 1, "max_voxel_difference", self.max_voxel_difference, "0 to 1"
-        )
+        _require(0 <= self.max_voxel_difference <= 1, "max_voxel_difference", self.max_voxel_difference, "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,8 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         loaded = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError("is not valid YAML", where=path, seen=str(error).replace("\n", " ")) from None
+    if loaded is None:
+        return {}
     if not isinstance(loaded, dict):
         raise ConfigError("must hold a mapping", where=path, seen=type(loaded).__name__)
     return loaded
@@ -62,9 +64,7 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     missing = [
         name
         for name, field in fields.items()
-        if name not in built
-        and field.default is dataclasses.MISSING
-        and field.default_factory is dataclasses.MISSING
+        if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
         raise ConfigError(f"parameter '{missing[0]}' is missing", where=where, mend=f"add '{missing[0]}: ...'")
@@ -73,9 +73,7 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     except ConfigError as error:
         if error.where:
             raise
-        raise ConfigError(
-            error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend
-        ) from None
+        raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend) from None
 
 
 def to_mapping(value: Any) -> Any:
@@ -119,9 +117,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, Mapping):
             raise _wrong(value, where, "a mapping")
-        return {
-            _convert(args[0], k, f"{where} key"): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()
-        }
+        return {_convert(args[0], k, f"{where} key"): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
     return _convert_scalar(hint, value, where)

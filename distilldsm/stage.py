@@ -175,8 +175,8 @@ def replace_directory(source: Path, target: Path) -> None:
     if old.exists():
         shutil.rmtree(old)
     if target.exists():
-        os.rename(target, old)
-    os.rename(source, target)
+        target.rename(old)
+    source.rename(target)
     shutil.rmtree(old, ignore_errors=True)
 
 

@@ -109,19 +109,17 @@ def read_image(paths: Sequence[str | os.PathLike[str]], channels: int) -> Volume
         stacked = np.moveaxis(data, 3, 0)
     else:
         if len(opened) != channels:
-            raise DataError(
-                "wrong number of image files", where=first, seen=len(opened), rule=f"{channels} channels"
-            )
+            raise DataError("wrong number of image files", where=first, seen=len(opened), rule=f"{channels} channels")
         arrays = []
         for path, image in opened:
             check_same_geometry(base, image, first, path)
             arrays.append(_three_dimensional(read_voxels(image, path), path))
         stacked = np.stack(arrays)
-    stacked = np.ascontiguousarray(stacked, dtype=np.float32)
-    if not np.isfinite(stacked).all():
-        bad = int((~np.isfinite(stacked)).sum())
+    voxels = np.ascontiguousarray(stacked, dtype=np.float32)
+    if not np.isfinite(voxels).all():
+        bad = int((~np.isfinite(voxels)).sum())
         raise DataError("holds voxels that are not finite", where=first, seen=f"{bad} voxels NaN or infinite")
-    return Volume(stacked, np.asarray(base.affine, dtype=np.float64), first)
+    return Volume(voxels, np.asarray(base.affine, dtype=np.float64), first)
 
 
 def read_label(path: str | os.PathLike[str]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
@@ -176,9 +174,7 @@ def corner_distance_mm(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], s
     return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())
 
 
-def write_label(
-    path: str | os.PathLike[str], mask: npt.NDArray[np.integer], affine: npt.NDArray[np.float64]
-) -> None:
+def write_label(path: str | os.PathLike[str], mask: npt.NDArray[np.integer], affine: npt.NDArray[np.float64]) -> None:
     """Write a mask (X, Y, Z) as uint8 NIfTI, whole or not at all."""
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"

@@ -1,0 +1,56 @@
+"""Stage preprocess: raw volumes to arrays, plan and splits."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from components._main import stage_main
+from distilldsm.config import PreprocessConfig, load_params
+from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.stage import output_directory, read_json
+
+
+def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Preprocess the accepted cases.
+
+    Args:
+        inputs: `dataset` (from download), `validation` (its accepted.json says which cases to use).
+        outputs: `preprocessed`.
+    """
+    root = inputs["dataset"]
+    accepted = read_json(inputs["validation"] / "accepted.json")["accepted"]
+    index = DatasetIndex.load(root).subset(set(accepted))
+    hashed = {"dataset": root, "accepted": inputs["validation"] / "accepted.json"}
+    if config.plan:
+        hashed["plan"] = Path(config.plan)
+    with output_directory(
+        outputs["preprocessed"], stage="preprocess", config=config, inputs=hashed, resumable=True
+    ) as work:
+        plan = preprocess_dataset(root, index, config, work)
+    print(
+        f"{len(index.cases)} cases; depth axis {plan.depth_axis}, spacing {plan.target_spacing_mm} mm, "
+        f"patch {plan.patch_size}, batch {plan.batch_size}"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="preprocess", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
+    parser.add_argument("--validation", type=Path, default=Path("data/validation"))
+    parser.add_argument("--output", type=Path, default=Path("data/preprocessed"))
+    args = parser.parse_args(argv)
+    return stage_main(
+        lambda: run(
+            load_params(args.params).preprocess,
+            {"dataset": args.dataset, "validation": args.validation},
+            {"preprocessed": args.output},
+        )
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

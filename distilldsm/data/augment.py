@@ -1,0 +1,153 @@
+"""Random changes of training patches, on whatever device they are; every draw comes from the generator given."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from distilldsm.config import AugmentConfig
+
+ONE_HOT_LIMIT = 8
+"""Up to so many classes, labels are warped as class maps (smooth borders); above, by nearest neighbour (memory)."""
+_AXES = {"depth": 2, "height": 3, "width": 4}
+
+
+def augment(
+    images: Tensor,
+    labels: Tensor,
+    size: Sequence[int],
+    config: AugmentConfig,
+    *,
+    classes: int,
+    spacing_mm: Sequence[float],
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:
+    """Rotate, scale, mirror and change the intensities of a batch.
+
+    Args:
+        images: (B, C, D', H', W') float; labels: (B, D', H', W') integer; larger than `size` by a margin.
+        size: (D, H, W) of what is cut out of the middle.
+        spacing_mm: (D, H, W) voxel size: rotations happen in mm, not in voxels.
+        generator: of the CPU; the same state gives the same result.
+
+    Returns:
+        images (B, C, D, H, W) float32 and labels (B, D, H, W) int64.
+    """
+    matrices = _draw_matrices(len(images), config, spacing_mm, generator).to(images.device)
+    grid = _sampling_grid(matrices, images.shape[2:], size)
+    images = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    if classes <= ONE_HOT_LIMIT:
+        maps = F.one_hot(labels.long(), classes).movedim(-1, 1)[:, 1:].float()
+        warped = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+        # Background is what the others leave over; it also fills what lies beyond the volume.
+        labels = torch.cat((1 - warped.sum(dim=1, keepdim=True), warped), dim=1).argmax(dim=1)
+    else:
+        nearest = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
+        labels = nearest[:, 0].long()
+    for axis in config.mirror_axes:
+        flip = torch.rand(len(images), generator=generator) < 0.5
+        for k in torch.nonzero(flip).flatten().tolist():
+            images[k] = images[k].flip(_AXES[axis] - 1)
+            labels[k] = labels[k].flip(_AXES[axis] - 2)
+    return change_intensities(images, config.intensity_probability, generator), labels
+
+
+def centre_crop(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The middle (D, H, W) of a batch, without any change; what `augment` gives with all probabilities 0."""
+    d, h, w = (slice(_offset(n, s), _offset(n, s) + s) for n, s in zip(images.shape[2:], size, strict=True))
+    return images[..., d, h, w].float(), labels[..., d, h, w].long()
+
+
+def _offset(grown: int, size: int) -> int:
+    # The same voxel is the centre before and after, whatever the parity: n // 2 of both.
+    return grown // 2 - size // 2
+
+
+def _draw_matrices(
+    batch: int, config: AugmentConfig, spacing_mm: Sequence[float], generator: torch.Generator
+) -> Tensor:
+    """(B, 3, 3) matrices from output to input voxel offsets, in the order (D, H, W)."""
+
+    def uniform(limit: float) -> Tensor:
+        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+
+    about_depth = uniform(math.radians(config.rotation_deg))
+    about_height = uniform(math.radians(config.tilt_deg))
+    about_width = uniform(math.radians(config.tilt_deg))
+    scale = 1 + uniform(config.scale)
+    keep = torch.rand(batch, generator=generator) >= config.spatial_probability
+    rotation = _rotation(about_depth, 1, 2) @ _rotation(about_height, 0, 2) @ _rotation(about_width, 0, 1)
+    spacing = torch.tensor(list(spacing_mm), dtype=torch.float32)
+    matrices = torch.diag(1 / spacing) @ rotation @ torch.diag(spacing) / scale[:, None, None]
+    matrices[keep] = torch.eye(3)
+    return matrices
+
+
+def _rotation(angle: Tensor, a: int, b: int) -> Tensor:
+    """(B, 3, 3) rotations in the plane of axes a and b."""
+    matrix = torch.eye(3).repeat(len(angle), 1, 1)
+    matrix[:, a, a] = matrix[:, b, b] = angle.cos()
+    matrix[:, a, b], matrix[:, b, a] = -angle.sin(), angle.sin()
+    return matrix
+
+
+def _sampling_grid(matrices: Tensor, grown: Sequence[int], size: Sequence[int]) -> Tensor:
+    """(B, D, H, W, 3) grid for grid_sample (align_corners), last axis (W, H, D) from -1 to 1 over the input."""
+    device = matrices.device
+    offsets = torch.stack(
+        torch.meshgrid(*[torch.arange(s, device=device, dtype=torch.float32) - s // 2 for s in size], indexing="ij"),
+        dim=-1,
+    )
+    moved = torch.einsum("bij,dhwj->bdhwi", matrices, offsets)
+    centre = torch.tensor([n // 2 for n in grown], device=device, dtype=torch.float32)
+    extent = torch.tensor([max(n - 1, 1) for n in grown], device=device, dtype=torch.float32)
+    return ((moved + centre) / extent * 2 - 1).flip(-1)
+
+
+def change_intensities(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    """Contrast, brightness, gamma, in-plane blur and noise, each on its own share of the samples, per channel.
+
+    images: (B, C, D, H, W), normalised intensities; zero-mean assumptions are not made. Returns a new tensor.
+    """
+    if probability == 0:
+        return images
+    batch, channels = images.shape[:2]
+
+    def factor(low: float, high: float, neutral: float) -> Tensor:
+        drawn = low + (high - low) * torch.rand(batch, channels, generator=generator)
+        apply = torch.rand(batch, 1, generator=generator) < probability
+        return torch.where(apply, drawn, torch.tensor(neutral)).to(images.device)[:, :, None, None, None]
+
+    mean = images.mean(dim=(2, 3, 4), keepdim=True)
+    images = (images - mean) * factor(0.75, 1.3, 1.0) + mean + factor(-0.2, 0.2, 0.0)
+    low = images.amin(dim=(2, 3, 4), keepdim=True)
+    extent = (images.amax(dim=(2, 3, 4), keepdim=True) - low).clamp_min(1e-6)
+    images = ((images - low) / extent).clamp(0, 1) ** factor(0.7, 1.5, 1.0) * extent + low
+    images = _blur_some(images, probability / 2, generator)
+    deviation = factor(0.0, 0.15, 0.0)
+    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    return images + noise * deviation
+
+
+def _blur_some(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+    chosen = torch.rand(len(images), generator=generator) < probability
+    sigmas = 0.5 + 0.7 * torch.rand(len(images), generator=generator)
+    out = images
+    for k in torch.nonzero(chosen).flatten().tolist():
+        if out is images:
+            out = images.clone()
+        taps = torch.arange(-3, 4, dtype=torch.float32)
+        kernel = torch.exp(-0.5 * (taps / sigmas[k]) ** 2)
+        kernel = (kernel / kernel.sum()).to(images.device)
+        channels = images.shape[1]
+        x = images[k].transpose(0, 1)  # (D, C, H, W): slices as a batch
+        x = F.conv2d(F.pad(x, (3, 3, 0, 0), mode="replicate"), kernel.expand(channels, 1, 1, 7), groups=channels)
+        x = F.conv2d(
+            F.pad(x, (0, 0, 3, 3), mode="replicate"), kernel[:, None].expand(channels, 1, 7, 1), groups=channels
+        )
+        out[k] = x.transpose(0, 1)
+    return out

@@ -1,0 +1,150 @@
+"""What a data set is: shapes, spacings, intensities and label volumes of its cases, measured once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.volume import Volume, check_same_geometry, load_nifti, read_image, read_label
+from distilldsm.errors import DataError
+
+PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
+SAMPLES_PER_CASE = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseFingerprint:
+    """One case, its axes in RAS order (x, y, z)."""
+
+    case: str
+    shape: tuple[int, int, int]
+    spacing_mm: tuple[float, float, float]
+    nonzero_fraction: float
+    """Share of voxels that are not zero in every channel."""
+    foreground_mean: tuple[float, ...]
+    """Per channel, over the voxels of any foreground label (of all non-zero voxels where there are none)."""
+    foreground_sd: tuple[float, ...]
+    foreground_percentiles: tuple[tuple[float, ...], ...]
+    """Per channel, at PERCENTILES."""
+    label_volumes_ml: Mapping[str, float]
+
+
+def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Volume, npt.NDArray[np.uint8]]:
+    """Read image and label of one case, the label as class indices.
+
+    Returns:
+        The volume (C, X, Y, Z) and classes (X, Y, Z) in its grid.
+
+    Raises:
+        DataError: unreadable files, label off the image's grid, or values outside the declared labels.
+    """
+    volume = read_image([root / p for p in case.images], len(index.channels))
+    label_path = root / case.label
+    check_same_geometry(load_nifti(volume.path), load_nifti(label_path), volume.path, label_path)
+    values, _ = read_label(label_path)
+    return volume, classes_from_values(values, index.class_values, label_path)
+
+
+def classes_from_values(
+    values: npt.NDArray[np.uint8], class_values: Sequence[int], path: Path
+) -> npt.NDArray[np.uint8]:
+    """Map label values to class indices 0..K-1.
+
+    Raises:
+        DataError: a value that is not declared.
+    """
+    table = np.full(256, 255, dtype=np.uint8)
+    table[list(class_values)] = np.arange(len(class_values), dtype=np.uint8)
+    classes = table[values]
+    if classes.max(initial=0) >= len(class_values):
+        strange = sorted(set(np.unique(values).tolist()) - set(class_values))
+        raise DataError(
+            "holds labels that the data set does not declare",
+            where=path,
+            seen=strange,
+            rule=f"declared: {list(class_values)}",
+            mend="declare them, or leave the case out (validate.on_invalid: exclude)",
+        )
+    return classes
+
+
+def ras_orientation(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """nibabel's orientation (axis, flip) of each array axis; sheared axes go to their closest scanner axis."""
+    orientation = nib.orientations.io_orientation(affine)
+    if np.isnan(orientation).any():
+        raise DataError("has an axis of no direction", seen=np.round(affine, 3).tolist())
+    return orientation
+
+
+def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerprint:
+    """Measure one case; raises DataError as `load_case` does."""
+    volume, classes = load_case(root, case, index)
+    order = np.argsort(ras_orientation(volume.affine)[:, 0])
+    nonzero = (volume.data != 0).any(axis=0)
+    mask = classes > 0
+    if not mask.any():
+        mask = nonzero
+    # A fixed, evenly spaced sample keeps percentiles of large volumes cheap and repeatable.
+    step = max(1, int(mask.sum()) // SAMPLES_PER_CASE)
+    samples = volume.data[:, mask][:, ::step].astype(np.float64)
+    if samples.size == 0:
+        samples = np.zeros((len(index.channels), 1))
+    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    counts = np.bincount(classes.ravel(), minlength=len(index.class_names))
+    return CaseFingerprint(
+        case=case.id,
+        shape=_ordered(volume.shape, order),
+        spacing_mm=_ordered(volume.spacing_mm, order),
+        nonzero_fraction=float(nonzero.mean()),
+        foreground_mean=tuple(samples.mean(axis=1).tolist()),
+        foreground_sd=tuple(samples.std(axis=1).tolist()),
+        foreground_percentiles=tuple(
+            tuple(float(v) for v in np.percentile(channel, PERCENTILES)) for channel in samples
+        ),
+        label_volumes_ml={name: float(counts[k]) * voxel_ml for k, name in enumerate(index.class_names) if k > 0},
+    )
+
+
+def _ordered(values: Sequence[float], order: npt.NDArray[np.integer]) -> tuple:
+    return tuple(values[int(k)] for k in order)
+
+
+def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str, object]:
+    """The data set's fingerprint as plain JSON types: medians and ranges, and every case."""
+
+    def spread(rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
+        table = np.asarray(rows, dtype=np.float64)
+        return {
+            "min": table.min(axis=0).tolist(),
+            "median": np.median(table, axis=0).tolist(),
+            "max": table.max(axis=0).tolist(),
+        }
+
+    return {
+        "schema_version": 1,
+        "name": index.name,
+        "cases": len(cases),
+        "axes": ["x", "y", "z"],
+        "shape": spread([c.shape for c in cases]),
+        "spacing_mm": spread([c.spacing_mm for c in cases]),
+        "nonzero_fraction": spread([[c.nonzero_fraction] for c in cases]),
+        "percentiles": list(PERCENTILES),
+        "foreground_intensity": {
+            channel.name: {
+                "mean": float(np.mean([c.foreground_mean[k] for c in cases])),
+                "sd": float(np.sqrt(np.mean([c.foreground_sd[k] ** 2 for c in cases]))),
+                "percentiles": np.median([c.foreground_percentiles[k] for c in cases], axis=0).tolist(),
+            }
+            for k, channel in enumerate(index.channels)
+        },
+        "label_volumes_ml": {
+            name: spread([[c.label_volumes_ml[name]] for c in cases]) for name in index.class_names[1:]
+        },
+        "per_case": list(cases),
+    }

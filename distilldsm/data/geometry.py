@@ -1,0 +1,185 @@
+"""From a scan's grid to the network's and back: orientation, crop, resampling, each recorded and undone exactly.
+
+Network space is (C, D, H, W): the axes are RAS directions ordered (depth, height, width), at the plan's spacing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import nibabel as nib
+import numpy as np
+import numpy.typing as npt
+from scipy import ndimage
+
+from distilldsm.data.fingerprint import ras_orientation
+from distilldsm.data.plan import Normalisation, Plan, resampled_shape
+from distilldsm.data.volume import Volume, spacing_of
+
+Float32 = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GeometryRecord:
+    """What was done to a scan, so that it can be undone."""
+
+    affine: tuple[tuple[float, ...], ...]
+    """(4, 4) of the file."""
+    shape: tuple[int, int, int]
+    """(X, Y, Z) of the file."""
+    axis_order: tuple[int, int, int]
+    """RAS axes in the order (depth, height, width)."""
+    crop_start: tuple[int, int, int]
+    """First voxel kept, (D, H, W) after reorientation."""
+    crop_stop: tuple[int, int, int]
+    """One past the last voxel kept."""
+    resampled: tuple[int, int, int]
+    """(D, H, W) after resampling: the network array's shape."""
+    coarse_slices: bool
+
+
+def reorient(array: npt.NDArray, affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> npt.NDArray:
+    """(C, X, Y, Z) of a file to (C, D, H, W) with axes in RAS directions."""
+    orientation = ras_orientation(affine)
+    ras = np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), orientation), -1, 0)
+    return ras.transpose(0, *(k + 1 for k in axis_order))
+
+
+def undo_reorient(array: npt.NDArray, affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> npt.NDArray:
+    """The exact inverse of `reorient`."""
+    ras = array.transpose(0, *(int(k) + 1 for k in np.argsort(axis_order)))
+    to_ras = ras_orientation(affine)
+    back = nib.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), to_ras)
+    return np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(ras, 0, -1), back), -1, 0)
+
+
+def nonzero_box(array: npt.NDArray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Bounding box (start, stop) of the voxels that are not zero in every channel; all of it if there are none."""
+    nonzero = (array != 0).any(axis=0)
+    start, stop = [], []
+    for axis in range(3):
+        others = tuple(k for k in range(3) if k != axis)
+        hit = np.flatnonzero(nonzero.any(axis=others))
+        start.append(int(hit[0]) if hit.size else 0)
+        stop.append(int(hit[-1]) + 1 if hit.size else nonzero.shape[axis])
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
+
+
+def normalise(image: Float32, normalisation: Sequence[Normalisation]) -> Float32:
+    """Normalise each channel of (C, ...) as the plan says; returns a new float32 array."""
+    out = np.empty_like(image, dtype=np.float32)
+    for k, rule in enumerate(normalisation):
+        channel = image[k].astype(np.float64)
+        if rule.scheme == "none":
+            out[k] = channel
+        elif rule.scheme == "ct":
+            out[k] = (np.clip(channel, rule.low, rule.high) - rule.mean) / rule.sd
+        else:
+            foreground = channel != 0
+            values = channel[foreground]
+            mean, sd = (values.mean(), values.std()) if values.size else (0.0, 1.0)
+            scaled = (channel - mean) / max(sd, 1e-8)
+            out[k] = np.where(foreground, scaled, 0.0) if rule.scheme == "zscore_foreground" else scaled
+    return out
+
+
+def resample(array: Float32, shape: Sequence[int], *, order: int, coarse_slices: bool) -> Float32:
+    """Resample (C, D, H, W) to `shape`, the field of view kept (voxel edges aligned).
+
+    Args:
+        array: (C, D, H, W).
+        shape: new (D, H, W).
+        order: spline order (1 linear, 3 cubic).
+        coarse_slices: along the depth linear at most, as splines overshoot between distant slices.
+    """
+    out = array
+    steps = (((1, 2), order), ((0,), min(order, 1))) if coarse_slices else (((0, 1, 2), order),)
+    for axes, degree in steps:
+        target = list(out.shape[1:])
+        for axis in axes:
+            target[axis] = int(shape[axis])
+        if tuple(target) == out.shape[1:]:
+            continue
+        factors = [new / old for new, old in zip(target, out.shape[1:], strict=True)]
+        out = np.stack(
+            [
+                ndimage.zoom(channel, factors, order=degree, mode="nearest", grid_mode=True, output=np.float32)
+                for channel in out
+            ]
+        )
+    return np.ascontiguousarray(out, dtype=np.float32)
+
+
+def to_network_space(volume: Volume, plan: Plan) -> tuple[Float32, GeometryRecord]:
+    """Reorient, crop, normalise and resample a scan.
+
+    Returns:
+        The network's input (C, D, H, W) float32, not padded, and the record that undoes it.
+    """
+    array = reorient(volume.data, volume.affine, plan.axis_order)
+    start, stop = nonzero_box(array) if plan.crop_to_nonzero else ((0, 0, 0), array.shape[1:])
+    array = array[:, start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]]
+    shape = resampled_shape(array.shape[1:], _spacing_dhw(volume.affine, plan.axis_order), plan.target_spacing_mm)
+    record = GeometryRecord(
+        affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
+        shape=volume.shape,
+        axis_order=plan.axis_order,
+        crop_start=start,
+        crop_stop=(int(stop[0]), int(stop[1]), int(stop[2])),
+        resampled=shape,
+        coarse_slices=plan.coarse_slices,
+    )
+    array = normalise(array, plan.normalisation)
+    return resample(array, shape, order=3, coarse_slices=plan.coarse_slices), record
+
+
+def label_to_network_space(
+    classes: npt.NDArray[np.uint8], record: GeometryRecord, class_count: int
+) -> npt.NDArray[np.uint8]:
+    """Classes (X, Y, Z) in the scan's grid to (D, H, W) in the network's.
+
+    Each class is resampled linearly as a map of its own and the largest wins: no label value is made up between two
+    others, and boundaries stay smooth.
+    """
+    array = reorient(classes[None], np.array(record.affine), record.axis_order)
+    (d0, h0, w0), (d1, h1, w1) = record.crop_start, record.crop_stop
+    array = array[:, d0:d1, h0:h1, w0:w1]
+    if array.shape[1:] == record.resampled:
+        return np.ascontiguousarray(array[0])
+    maps = [
+        resample((array == k).astype(np.float32), record.resampled, order=1, coarse_slices=record.coarse_slices)[0]
+        for k in range(class_count)
+    ]
+    return np.argmax(maps, axis=0).astype(np.uint8)
+
+
+def scores_to_scan(scores: Float32, record: GeometryRecord) -> npt.NDArray[np.uint8]:
+    """Class scores (K, D, H, W) in network space to classes (X, Y, Z) in the scan's grid.
+
+    Scores are resampled linearly, the largest wins; what was cropped away is background.
+    """
+    cropped = tuple(b - a for a, b in zip(record.crop_start, record.crop_stop, strict=True))
+    if scores.shape[1:] != record.resampled:
+        raise ValueError(f"scores {scores.shape[1:]} do not fit the record {record.resampled}")
+    classes = np.zeros((1, *_reoriented_shape(record)), dtype=np.uint8)
+    (d0, h0, w0), (d1, h1, w1) = record.crop_start, record.crop_stop
+    restored = resample(scores, cropped, order=1, coarse_slices=record.coarse_slices)
+    classes[0, d0:d1, h0:h1, w0:w1] = restored.argmax(axis=0)
+    return np.ascontiguousarray(undo_reorient(classes, np.array(record.affine), record.axis_order)[0])
+
+
+def _reoriented_shape(record: GeometryRecord) -> tuple[int, ...]:
+    orientation = ras_orientation(np.array(record.affine))
+    ras = [0, 0, 0]
+    for axis, (target, _) in enumerate(orientation):
+        ras[int(target)] = record.shape[axis]
+    return tuple(ras[k] for k in record.axis_order)
+
+
+def _spacing_dhw(affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> tuple[float, ...]:
+    spacing = spacing_of(affine)
+    ras = [0.0, 0.0, 0.0]
+    for axis, (target, _) in enumerate(ras_orientation(affine)):
+        ras[int(target)] = spacing[axis]
+    return tuple(ras[k] for k in axis_order)

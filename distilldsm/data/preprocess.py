@@ -1,0 +1,166 @@
+"""Preprocess a data set: fingerprint, plan, arrays for training, splits. Parallel and resumable per case."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.config import PreprocessConfig
+from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_case, summarise
+from distilldsm.data.geometry import label_to_network_space, to_network_space
+from distilldsm.data.plan import Plan, make_plan
+from distilldsm.data.splits import make_splits
+from distilldsm.data.volume import load_nifti
+from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.params import from_mapping
+from distilldsm.progress import progress
+from distilldsm.stage import read_json, worker_count, write_json
+
+LOCATIONS_PER_CLASS = 2_000
+"""Foreground voxels remembered per case and class, for oversampling."""
+_BYTES_PER_VOXEL = 40
+"""Peak of reading, normalising and resampling one channel (float64 temporaries), bytes."""
+
+
+def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig, output: Path) -> Plan:
+    """Write everything training needs into `output`.
+
+    Layout: `plan.json`, `fingerprint.json`, `splits.json`, `dataset_index.json`, and per case
+    `images/<id>.npy` (C, D, H, W) float16, `labels/<id>.npy` (D, H, W) uint8 class indices,
+    `locations/<id>.npy` (n, 4) int32 rows (class, d, h, w), `cases/<id>.json` (the geometry record). A case whose
+    `cases/<id>.json` exists is done.
+
+    Raises:
+        DataError: cases that cannot be read (all of them are named), or too few patients for the folds.
+    """
+    folds = make_splits(index, count=config.folds, seed=config.split_seed)
+    for name in ("images", "labels", "locations", "cases", ".fingerprint"):
+        (output / name).mkdir(parents=True, exist_ok=True)
+    workers = _workers(root, index, config)
+
+    todo = [c for c in index.cases if not (output / ".fingerprint" / f"{c.id}.json").exists()]
+    run_cases("fingerprint", _fingerprint, [(root, c, index, output) for c in todo], workers)
+    fingerprints = [
+        from_mapping(CaseFingerprint, read_json(output / ".fingerprint" / f"{c.id}.json"), where=c.id)
+        for c in index.cases
+    ]
+    plan = Plan.load(config.plan) if config.plan else make_plan(index, fingerprints, config)
+    _check_plan(plan, index, config)
+
+    # The arrays in a resumed directory belong to the same plan: the directory's key holds data and config.
+    todo = [c for c in index.cases if not (output / "cases" / f"{c.id}.json").exists()]
+    run_cases("preprocess", _preprocess, [(root, c, index, plan, output) for c in todo], workers)
+
+    plan.save(output / "plan.json")
+    write_json(output / "fingerprint.json", summarise(fingerprints, index))
+    write_json(output / "splits.json", {"schema_version": 1, "seed": config.split_seed, "folds": folds})
+    index.save(output)
+    shutil.rmtree(output / ".fingerprint")
+    return plan
+
+
+def run_cases(title: str, function: Callable[..., None], tasks: Sequence[tuple], workers: int) -> None:
+    """Call `function` once per task in worker processes; collect what goes wrong, then raise it as one DataError.
+
+    The second item of each task is its `Case`.
+    """
+    problems: list[tuple[str, UserError]] = []
+    for case, error in progress(_run(function, tasks, workers), total=len(tasks), title=title, unit="case"):
+        if error is not None:
+            problems.append((case.id, error))
+    if problems:
+        problems.sort(key=lambda item: item[0])
+        shown = "\n".join(f"- case {case}: {error}" for case, error in problems[:10])
+        more = f"\n(and {len(problems) - 10} more)" if len(problems) > 10 else ""
+        raise DataError(f"{len(problems)} case(s) failed in {title}:\n{shown}{more}")
+
+
+def _run(
+    function: Callable[..., None], tasks: Sequence[tuple], workers: int
+) -> Iterator[tuple[Case, UserError | None]]:
+    if workers == 1 or len(tasks) <= 2:
+        for task in tasks:
+            yield task[1], _guard(function, task)
+        return
+    # spawn: forking a process that holds threads (BLAS, torch) may hang.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+        futures = {pool.submit(_guard, function, task): task[1] for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
+
+
+def _one_thread() -> None:
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def _guard(function: Callable[..., None], task: tuple) -> UserError | None:
+    try:
+        function(*task)
+    except UserError as error:
+        return DataError(str(error))  # a plain message survives the way back from the worker
+    return None
+
+
+def _fingerprint(root: Path, case: Case, index: DatasetIndex, output: Path) -> None:
+    write_json(output / ".fingerprint" / f"{case.id}.json", fingerprint_case(root, case, index))
+
+
+def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output: Path) -> None:
+    volume, classes = load_case(root, case, index)
+    image, record = to_network_space(volume, plan)
+    label = label_to_network_space(classes, record, len(plan.class_names))
+    stored = np.clip(image, -65_000, 65_000).astype(np.float16)
+    save_array(output / "images" / f"{case.id}.npy", stored)
+    save_array(output / "labels" / f"{case.id}.npy", label)
+    save_array(output / "locations" / f"{case.id}.npy", foreground_locations(label, len(plan.class_names)))
+    write_json(output / "cases" / f"{case.id}.json", {"patient": case.patient, "geometry": record})
+
+
+def foreground_locations(label: npt.NDArray[np.uint8], class_count: int) -> npt.NDArray[np.int32]:
+    """Up to LOCATIONS_PER_CLASS evenly spread voxels of every foreground class: (n, 4) rows (class, d, h, w)."""
+    rows = []
+    for k in range(1, class_count):
+        found = np.argwhere(label == k)
+        if len(found) > LOCATIONS_PER_CLASS:
+            found = found[np.linspace(0, len(found) - 1, LOCATIONS_PER_CLASS).astype(np.int64)]
+        rows.append(np.column_stack([np.full(len(found), k), found]))
+    return np.concatenate(rows).astype(np.int32) if rows else np.zeros((0, 4), dtype=np.int32)
+
+
+def save_array(path: Path, array: npt.NDArray) -> None:
+    """Write .npy, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as stream:
+            np.save(stream, array, allow_pickle=False)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _workers(root: Path, index: DatasetIndex, config: PreprocessConfig) -> int:
+    """As many workers as there are cores, as long as the largest case fits that often into the memory budget."""
+    largest = max(
+        int(np.prod(load_nifti(root / c.images[0]).shape[:3])) for c in index.cases[:: max(1, len(index.cases) // 50)]
+    )
+    per_worker = largest * _BYTES_PER_VOXEL * (len(index.channels) + 1) + 150_000_000
+    return max(1, min(worker_count(config.workers, len(index.cases)), int(config.memory_gb * 1e9 // per_worker)))
+
+
+def _check_plan(plan: Plan, index: DatasetIndex, config: PreprocessConfig) -> None:
+    if (plan.class_values, len(plan.channels)) != (index.class_values, len(index.channels)):
+        raise ConfigError(
+            "the plan is for another data set",
+            where=config.plan,
+            seen=f"{len(plan.channels)} channels, labels {list(plan.class_values)}",
+            rule=f"{len(index.channels)} channels, labels {list(index.class_values)}",
+        )

@@ -1,0 +1,86 @@
+"""Engines: a network as a function from (1, C, D, H, W) float32 to logits (1, K, D, H, W) float32."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.errors import DataError
+
+if TYPE_CHECKING:
+    from distilldsm.models.base import SegmentationNetwork
+
+Float32 = npt.NDArray[np.float32]
+
+
+class Engine(Protocol):
+    """What a runtime offers: logits for one volume whose sizes suit the network's stride."""
+
+    def __call__(self, image: Float32) -> Float32: ...
+
+
+class TorchEngine:
+    """Runs the network itself, on the CPU or a GPU."""
+
+    def __init__(self, network: SegmentationNetwork, *, device: str = "cpu", bf16: bool = False) -> None:
+        self.network = network.to(device).eval()
+        self.device = device
+        self.bf16 = bf16
+
+    def __call__(self, image: Float32) -> Float32:
+        import torch
+
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            logits = self.network(torch.from_numpy(np.ascontiguousarray(image)).to(self.device))
+            return logits.float().cpu().numpy()
+
+
+class OnnxEngine:
+    """Runs model.onnx with ONNX Runtime on the CPU."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        import onnxruntime
+
+        path = _existing(path)
+        options = onnxruntime.SessionOptions()
+        try:
+            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:
+            raise DataError("cannot be loaded by ONNX Runtime", where=path, seen=str(error)[:300]) from None
+        self.name = self.session.get_inputs()[0].name
+
+    def __call__(self, image: Float32) -> Float32:
+        return self.session.run(None, {self.name: np.ascontiguousarray(image, dtype=np.float32)})[0]
+
+
+class OpenVINOEngine:
+    """Runs OpenVINO IR (or ONNX) on the CPU.
+
+    precision: `f32` computes in float32 (what parity is measured with); `auto` lets OpenVINO choose, bf16 on CPUs that
+    have it: faster, and a few voxels may differ.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, precision: Literal["f32", "auto"] = "f32") -> None:
+        import openvino
+
+        path = _existing(path)
+        properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
+        try:
+            self.compiled = openvino.Core().compile_model(str(path), "CPU", properties)
+        except Exception as error:
+            raise DataError("cannot be loaded by OpenVINO", where=path, seen=str(error)[:300]) from None
+
+    def __call__(self, image: Float32) -> Float32:
+        # Results are copied: OpenVINO's own buffers are overwritten by the next call.
+        result = self.compiled([np.ascontiguousarray(image, dtype=np.float32)], share_inputs=False, share_outputs=False)
+        return np.array(result[0], dtype=np.float32)
+
+
+def _existing(path: str | os.PathLike[str]) -> Path:
+    if not Path(path).is_file():
+        raise DataError("model file not found", where=path, mend="export the model first (dvc repro export)")
+    return Path(path)

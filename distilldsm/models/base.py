@@ -1,0 +1,72 @@
+"""What every network offers besides its forward pass."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """Size and arithmetic of a network."""
+
+    parameters: int
+    macs_per_voxel: float
+    """Multiply-accumulates of all convolutions, per voxel of the input."""
+
+    def __str__(self) -> str:
+        return f"{self.parameters:,} parameters, {self.macs_per_voxel:,.0f} convolution MACs per voxel"
+
+
+class SegmentationNetwork(nn.Module):
+    """A network from (B, C, D, H, W) images to (B, K, D, H, W) logits, for any B and D.
+
+    stride: what D, H and W must be multiples of; depth_halo: how many slices beyond a slice its logits depend on
+    (None where the whole depth takes part).
+    """
+
+    stride: tuple[int, int, int] = (1, 1, 1)
+    depth_halo: int | None = 0
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.in_channels = in_channels
+        self.out_channels = out_channels
+
+    def check_input(self, x: Tensor) -> None:
+        """Raise ValueError unless x is (B, in_channels, D, H, W) with sizes the stride divides."""
+        if x.ndim != 5 or x.shape[1] != self.in_channels:
+            raise ValueError(f"expected (B, {self.in_channels}, D, H, W), got {tuple(x.shape)}")
+        if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
+            raise ValueError(f"sizes {tuple(x.shape[2:])} must be multiples of {self.stride}")
+
+    def cost(self) -> Cost:
+        """Count parameters, and the convolutions' MACs by one forward pass on a small volume."""
+        size = tuple(max(s * 2, 2) for s in self.stride)
+        macs = 0
+
+        def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+            nonlocal macs
+            weight = module.weight
+            assert isinstance(weight, Tensor)
+            macs += output.numel() // output.shape[1] * weight.numel()
+
+        hooks = [
+            module.register_forward_hook(count)
+            for module in self.modules()
+            if isinstance(module, nn.Conv2d | nn.Conv3d)
+        ]
+        training = self.training
+        try:
+            parameter = next(self.parameters())
+            with torch.no_grad():
+                x = torch.zeros(1, self.in_channels, *size, device=parameter.device, dtype=parameter.dtype)
+                self.eval()(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self.train(training)
+        voxels = size[0] * size[1] * size[2]
+        return Cost(parameters=sum(p.numel() for p in self.parameters()), macs_per_voxel=macs / voxels)

@@ -1,0 +1,414 @@
+"""The training loop, top to bottom: load, step, average, validate, save."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from distilldsm.config import TrainConfig
+from distilldsm.data.augment import augment, centre_crop
+from distilldsm.data.patches import PatchSampler
+from distilldsm.data.plan import Plan
+from distilldsm.data.splits import load_fold
+from distilldsm.errors import ConfigError, UserError
+from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.registry import build_model
+from distilldsm.stage import write_json
+from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
+from distilldsm.training.distributed import Processes
+from distilldsm.training.ema import WeightAverage
+from distilldsm.training.losses import segmentation_loss
+from distilldsm.training.schedule import Plateau, learning_rate_at
+from distilldsm.training.validation import validate
+
+RESUME = "resume.safetensors"
+BEST = "best.safetensors"
+LAST = "last.safetensors"
+
+EpochCallback = Callable[[Mapping[str, Any]], None]
+
+
+@dataclass
+class TrainingState:
+    """What changes while training, besides the tensors; plain JSON types only."""
+
+    epoch: int = 0
+    """Epochs finished."""
+    step: int = 0
+    """Optimizer steps done."""
+    best_dice: float = -1.0
+    validations_without_gain: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    plateau: dict[str, float] = field(default_factory=dict)
+
+
+class Trainer:
+    """One training run of one fold.
+
+    Args:
+        config: the `train` section.
+        preprocessed: directory the preprocess stage wrote.
+        work: directory for checkpoints; a `resume.safetensors` in it is taken up.
+        fold: which fold is held out.
+        processes: this process among its peers.
+        on_epoch: called on the main process with each epoch's record.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        preprocessed: Path,
+        work: Path,
+        fold: int,
+        processes: Processes | None = None,
+        on_epoch: EpochCallback | None = None,
+    ) -> None:
+        self.config = config
+        self.work = work
+        self.preprocessed = preprocessed
+        self.processes = processes or Processes()
+        self.on_epoch = on_epoch
+        self.plan = Plan.load(preprocessed / "plan.json")
+        self.device = choose_device(config.device, self.processes.local_rank)
+        self.bf16 = choose_bf16(config.precision, self.device)
+        seed_everything(config.seed, deterministic=config.deterministic)
+
+        self.network = self._build_network()
+        self.cost = self.network.cost()
+        self.average = WeightAverage(self.network, config.ema_decay)
+        self.optimizer = make_optimizer(config, self.network)
+        self.plateau = Plateau()
+        self.state = TrainingState()
+        train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
+        self.sampler = self._make_sampler(train_ids)
+        self.total_steps = config.epochs * self.sampler.steps_per_epoch
+        if (work / RESUME).exists():
+            self._resume()
+        self.parallel = self._wrap()
+
+    def _build_network(self) -> SegmentationNetwork:
+        model = self.config.model
+        network = build_model(
+            model.name,
+            in_channels=len(self.plan.channels),
+            out_channels=len(self.plan.class_names),
+            **dict(model.options),
+        ).to(self.device)
+        if self.config.channels_last and network.depth_halo is not None:
+            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        return network
+
+    def _make_sampler(self, train_ids: list[str]) -> PatchSampler:
+        batch = self.config.batch_size or self.plan.batch_size
+        unit = self.processes.world * self.config.accumulate
+        if self.config.batch_size is None:
+            batch = max(batch // unit, 1) * unit
+        elif batch % unit:
+            raise ConfigError(
+                "'batch_size' cannot be shared evenly",
+                where="train.batch_size",
+                seen=batch,
+                rule=f"a multiple of processes x accumulate ({unit})",
+            )
+        spatial = self.config.augment.spatial_probability > 0
+        return PatchSampler(
+            self.preprocessed,
+            train_ids,
+            patch_size=self.plan.patch_size,
+            stride=self.network.stride,
+            foreground_oversampling=self.config.foreground_oversampling,
+            samples_per_case=self.config.samples_per_case,
+            batch_size=batch,
+            seed=self.config.seed,
+            **({} if spatial else {"margin": 1.0}),
+        )
+
+    def _wrap(self) -> nn.Module:
+        network: nn.Module = self.network
+        if self.processes.world > 1:
+            if self.device.type == "cuda":
+                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+                network = DistributedDataParallel(network, device_ids=[self.processes.local_rank])
+            else:
+                network = DistributedDataParallel(network)
+        if self.config.compile:
+            network = torch.compile(network, dynamic=True)  # type: ignore[assignment]
+        return network
+
+    def run(self) -> TrainingState:
+        """Train to the end and write `last` and `best` weights and `history.json`; returns the final state."""
+        last_saved = time.monotonic()
+        for epoch in range(self.state.epoch, self.config.epochs):
+            record = self._train_epoch(epoch)
+            final = epoch + 1 == self.config.epochs
+            stop = False
+            if final or (epoch + 1) % self.config.validate_every == 0:
+                stop = self._validate(record)
+            self.state.epoch = epoch + 1
+            self.state.history.append(record)
+            if self.processes.is_main:
+                self._print(record)
+                if self.on_epoch is not None:
+                    self.on_epoch(record)
+                if time.monotonic() - last_saved >= self.config.checkpoint_minutes * 60:
+                    self._save_resume()
+                    last_saved = time.monotonic()
+            if stop:
+                break
+        if self.processes.is_main:
+            self._save_weights(LAST)
+            if not (self.work / BEST).exists():
+                self._save_weights(BEST)
+            write_json(self.work / "history.json", self.state.history)
+            (self.work / RESUME).unlink(missing_ok=True)
+        self.processes.barrier()
+        return self.state
+
+    def _train_epoch(self, epoch: int) -> dict[str, Any]:
+        self.network.train()
+        started = time.perf_counter()
+        total = torch.zeros(2, dtype=torch.float64)
+        rate = self.config.learning_rate
+        for images, labels, size, step in self._batches(epoch):
+            rate = self._set_learning_rate()
+            loss = self._step(images, labels, size, epoch, step)
+            total += torch.tensor([loss, 1.0], dtype=torch.float64)
+            self.state.step += 1
+            self.average.update(self.network, self.state.step)
+        loss = float(total[0] / total[1])
+        self.plateau.update(loss)
+        return {
+            "epoch": epoch + 1,
+            "train_loss": round(loss, 6),
+            "learning_rate": float(f"{rate:.4g}"),
+            "seconds": round(time.perf_counter() - started, 3),
+        }
+
+    def _batches(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]]:
+        """This process's share of each batch, read ahead by worker processes if there are any."""
+        steps = range(self.sampler.steps_per_epoch)
+        share = {"rank": self.processes.rank, "world": self.processes.world}
+        if not self.config.workers:
+            for step in steps:
+                yield (*self.sampler.batch(epoch, step, **share), step)
+            return
+        from torch.utils.data import DataLoader
+
+        dataset = _Steps(self.sampler, epoch, share)
+        loader = DataLoader(
+            dataset, batch_size=None, num_workers=self.config.workers, prefetch_factor=4, collate_fn=_keep
+        )
+        yield from loader
+
+    def _step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
+        """One optimizer step; returns the mean loss over all processes."""
+        generator = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, step, self.processes.rank))
+        x, y = self._augment(images, labels, size, generator)
+        parts = self.config.accumulate
+        loss_sum = torch.zeros(1, device=self.device)
+        for k, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
+            last = k == parts - 1
+            # Gradients are exchanged once a step, with the last part.
+            sync = nullcontext() if last or self.processes.world == 1 else self.parallel.no_sync()  # type: ignore[operator]
+            with sync:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                    logits = self.parallel(part_x)
+                loss = segmentation_loss(
+                    logits,
+                    part_y,
+                    dice_weight=self.config.dice_weight,
+                    cross_entropy_weight=self.config.cross_entropy_weight,
+                )
+                loss_sum += loss.detach() / parts
+                (loss / parts).backward()
+        mean = float(self.processes.sum(loss_sum)) / self.processes.world
+        if not math.isfinite(mean):
+            # Every rank sees the same sum, so that all of them stop here and none waits for another.
+            raise UserError(
+                "the loss is not finite; the weights were left as they were before this step",
+                where=f"epoch {epoch + 1}, step {step + 1}",
+                seen=mean,
+                mend="lower train.learning_rate, or set train.precision: fp32; look at the data's intensities",
+            )
+        if self.config.gradient_clip_norm:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        return mean
+
+    def _augment(
+        self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        x = torch.from_numpy(images).to(self.device, torch.float32, non_blocking=True)
+        y = torch.from_numpy(labels).to(self.device, non_blocking=True)
+        settings = self.config.augment
+        if settings.spatial_probability == settings.intensity_probability == 0 and not settings.mirror_axes:
+            return centre_crop(x, y, size)
+        return augment(
+            x,
+            y,
+            size,
+            settings,
+            classes=len(self.plan.class_names),
+            spacing_mm=self.plan.target_spacing_mm,
+            generator=generator,
+        )
+
+    def _set_learning_rate(self) -> float:
+        rate = self.plateau.factor * learning_rate_at(
+            self.state.step,
+            total_steps=self.total_steps,
+            peak=self.config.learning_rate,
+            schedule=self.config.schedule,
+            warmup_fraction=self.config.warmup_fraction,
+        )
+        if self.config.schedule != "plateau":
+            rate /= self.plateau.factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def _validate(self, record: dict[str, Any]) -> bool:
+        """Score the held-out volumes; returns True when early stopping says so."""
+        scores = validate(
+            self.average.network,
+            self.preprocessed,
+            self.held_out,
+            self.plan.class_names,
+            device=self.device,
+            bf16=self.bf16,
+            processes=self.processes,
+        )
+        record["val_dice"] = {name: round(value, 5) for name, value in scores.items()}
+        record["val_dice_mean"] = mean = round(float(np.mean(list(scores.values()))), 5)
+        if mean > self.state.best_dice:
+            self.state.best_dice, self.state.validations_without_gain = mean, 0
+            if self.processes.is_main:
+                self._save_weights(BEST, epoch=record["epoch"])
+            return False
+        self.state.validations_without_gain += 1
+        return 0 < self.config.early_stopping <= self.state.validations_without_gain
+
+    def _save_weights(self, name: str, epoch: int | None = None) -> None:
+        meta = {
+            "epoch": epoch or self.state.epoch,
+            "model": {"name": self.config.model.name, "options": dict(self.config.model.options)},
+        }
+        save_tensors(self.work / name, self.average.network.state_dict(), meta)
+
+    def _save_resume(self) -> None:
+        tensors, optimizer = pack_optimizer(self.optimizer)
+        tensors |= {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"average.{k}": v for k, v in self.average.network.state_dict().items()}
+        tensors["rng.torch"] = torch.get_rng_state()
+        self.state.plateau = self.plateau.state()
+        save_tensors(self.work / RESUME, tensors, {"state": vars(self.state), "optimizer": optimizer, "version": 1})
+
+    def _resume(self) -> None:
+        path = self.work / RESUME
+        tensors, meta = load_tensors(path)
+
+        def part(prefix: str) -> dict[str, Tensor]:
+            return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+
+        load_weights(self.network, part("network."), path)
+        load_weights(self.average.network, part("average."), path)
+        optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
+        unpack_optimizer(self.optimizer, optimizer, meta["optimizer"])
+        torch.set_rng_state(tensors["rng.torch"])
+        self.state = TrainingState(**meta["state"])
+        if self.state.plateau:
+            self.plateau.load(self.state.plateau)
+        if self.processes.is_main:
+            print(f"resuming after epoch {self.state.epoch}", file=sys.stderr)
+
+    def _print(self, record: Mapping[str, Any]) -> None:
+        dice = "  ".join(f"{name} {value:.4f}" for name, value in record.get("val_dice", {}).items())
+        print(
+            f"epoch {record['epoch']}/{self.config.epochs}  loss {record['train_loss']:.4f}  "
+            f"lr {record['learning_rate']:.2e}  {record['seconds']:.1f} s" + (f"  Dice {dice}" if dice else ""),
+            file=sys.stderr,
+            flush=True,
+        )
+
+
+class _Steps(torch.utils.data.Dataset):
+    """The steps of one epoch, for worker processes."""
+
+    def __init__(self, sampler: PatchSampler, epoch: int, share: dict[str, int]) -> None:
+        self.sampler, self.epoch, self.share = sampler, epoch, share
+
+    def __len__(self) -> int:
+        return self.sampler.steps_per_epoch
+
+    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]:
+        return (*self.sampler.batch(self.epoch, step, **self.share), step)
+
+
+def _keep(item: Any) -> Any:
+    return item
+
+
+def hash_seed(*parts: int) -> int:
+    """One seed from several whole numbers, well mixed and the same on every machine."""
+    return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
+
+
+def seed_everything(seed: int, *, deterministic: bool) -> None:
+    """Seed torch; with `deterministic`, ask for algorithms that repeat (where a GPU lacks one, torch warns)."""
+    torch.manual_seed(seed)
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    # Filling every new tensor costs a tenth of a step on a CPU and only matters to code that reads what it never wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    if torch.cuda.is_available():
+        torch.backends.cudnn.benchmark = not deterministic
+
+
+def choose_device(name: str, local_rank: int) -> torch.device:
+    """`auto` takes the GPU if there is one.
+
+    Raises:
+        ConfigError: `cuda` without a GPU.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("no GPU can be used", where="train.device", seen="cuda", mend="use auto or cpu")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+def choose_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to compute in bf16; `auto`: where the hardware multiplies bf16 itself."""
+    if precision != "auto":
+        return precision == "bf16"
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported()
+    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
+    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
+
+
+def make_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+    """The configured optimizer; weight decay acts on convolution weights only, not on biases and norms."""
+    decayed = [p for p in network.parameters() if p.ndim > 1]
+    others = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate)
