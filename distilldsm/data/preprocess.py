@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import shutil
@@ -149,9 +150,10 @@ def save_array(path: Path, array: npt.NDArray) -> None:
 
 def _workers(root: Path, index: DatasetIndex, config: PreprocessConfig) -> int:
     """As many workers as there are cores, as long as the largest case fits that often into the memory budget."""
-    largest = max(
-        int(np.prod(load_nifti(root / c.images[0]).shape[:3])) for c in index.cases[:: max(1, len(index.cases) // 50)]
-    )
+    largest = 0
+    for case in index.cases[:: max(1, len(index.cases) // 50)]:
+        with contextlib.suppress(DataError):  # a damaged case is reported with all others, later
+            largest = max(largest, int(np.prod(load_nifti(root / case.images[0]).shape[:3])))
     per_worker = largest * _BYTES_PER_VOXEL * (len(index.channels) + 1) + 150_000_000
     return max(1, min(worker_count(config.workers, len(index.cases)), int(config.memory_gb * 1e9 // per_worker)))
 

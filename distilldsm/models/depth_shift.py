@@ -88,7 +88,7 @@ class ResidualDepthShift(DepthModule):
     def __init__(self, channels: int, *, fraction: float = 0.5, add: bool = True) -> None:
         super().__init__()
         _check_share("fraction", fraction)
-        self.each_way = round(channels * fraction / 2)
+        self.each_way = int(channels * fraction) // 2
         self.add = bool(add)
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
@@ -103,7 +103,7 @@ class DistillDepthShift(DepthModule):
     """The distilled depth shift: the last alpha*C channels are distilled by 3x3 convolutions into R, B and F.
 
     R (half of them) stays in its slice, F (a quarter) goes to the next, B (a quarter) to the previous slice. The first
-    (1-alpha)*C channels pass unchanged. Odd numbers are rounded so that R + B + F = round(alpha*C) and B = F.
+    (1-alpha)*C channels pass unchanged. Where the numbers do not divide, B = F = a quarter rounded down, R the rest.
     """
 
     def __init__(self, channels: int, *, alpha: float = 0.5) -> None:
@@ -111,7 +111,7 @@ class DistillDepthShift(DepthModule):
         _check_share("alpha", alpha)
         self.distilled = round(channels * alpha)
         self.unchanged = channels - self.distilled
-        self.each_way = round(self.distilled / 4)
+        self.each_way = self.distilled // 4
         self.convolution = (
             nn.Conv2d(self.distilled, self.distilled, kernel_size=3, padding=1) if self.distilled else None
         )

@@ -83,7 +83,9 @@ def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor
         if key.startswith("optimizer."):
             _, index, name = key.split(".", 2)
             state.setdefault(int(index), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": meta["groups"]})
+    # JSON has no tuples, torch's optimizers expect them.
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in meta["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
 
 
 def load_network(model_dir: Path, checkpoint: str = "last") -> SegmentationNetwork:

@@ -1,0 +1,44 @@
+# make demo   install, run the pipeline on the embedded sample, print Dice per label
+# make test   install, lint, types, all tests with coverage
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export MLFLOW_DISABLE_TELEMETRY := true
+export DO_NOT_TRACK := 1
+
+.PHONY: demo test lint unit install clean
+
+demo: install
+	dvc repro
+	@distilldsm summary
+	@echo
+	@echo "Report:       evaluation/fold0/report.html"
+	@echo "Validation:   data/validation/report.html"
+	@echo "Model:        export/fold0  (distilldsm predict export/fold0 SCAN.nii.gz -o MASK.nii.gz)"
+	@echo "MLflow:       $(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db"
+
+test: install lint unit
+
+lint: install
+	ruff check .
+	ruff format --check .
+	mypy
+
+unit: install
+	OMP_NUM_THREADS=1 python -m pytest -n 2 --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
+
+install: $(VENV)/.installed
+
+# PyTorch first and alone: so that pip takes the build this machine is set up for, and nothing pulls in another.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: $$($(PYTHON) --version) found, Python 3.11 or newer is needed; run make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==$$(sed -n 's/^torch==//p' constraints.txt)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
+		-e '.[data,train,export,pipeline,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

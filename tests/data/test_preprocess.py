@@ -1,0 +1,248 @@
+"""Fingerprint, plan, splits, arrays: from volumes on disk to what training reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from components.preprocess import main, run
+from distilldsm.config import PreprocessConfig
+from distilldsm.data.dataset import Case, Channel, DatasetIndex
+from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case
+from distilldsm.data.plan import Plan, choose_patch, make_plan
+from distilldsm.data.preprocess import foreground_locations, preprocess_dataset
+from distilldsm.data.splits import load_fold, make_splits
+from distilldsm.errors import ConfigError, DataError
+from distilldsm.stage import file_hashes, read_json, write_json
+from tests.data.volumes import affine, write_case, write_dataset
+
+
+def case_fingerprint(**changes) -> CaseFingerprint:
+    values = {
+        "case": "a",
+        "shape": (35, 50, 36),
+        "spacing_mm": (1.0, 1.0, 1.0),
+        "nonzero_fraction": 0.99,
+        "foreground_mean": (100.0,),
+        "foreground_sd": (10.0,),
+        "foreground_percentiles": ((50.0, 60.0, 100.0, 140.0, 150.0),),
+        "label_volumes_ml": {"one": 1.0},
+    }
+    return CaseFingerprint(**{**values, **changes})
+
+
+def index_of(patients: list[str], modality: str = "MRI") -> DatasetIndex:
+    return DatasetIndex(
+        name="x",
+        channels=(Channel(name="c", modality=modality),),
+        labels={"background": 0, "one": 1},
+        cases=tuple(Case(id=f"{p}_{k}", patient=p, images=("i",), label="l") for k, p in enumerate(patients)),
+    )
+
+
+INDEX = index_of(["a"])
+
+
+def test_plan_isotropic_takes_the_smallest_extent_as_depth():
+    plan = make_plan(INDEX, [case_fingerprint()], PreprocessConfig())
+    assert plan.depth_axis == "x"
+    assert plan.patch_size == (35, 64, 48)
+    assert plan.normalisation[0].scheme == "zscore"
+    assert plan.median_shape == (35, 50, 36)
+
+
+def test_plan_anisotropic_takes_the_coarsest_axis():
+    case = case_fingerprint(shape=(216, 256, 10), spacing_mm=(1.5, 1.5, 10.0))
+    plan = make_plan(INDEX, [case], PreprocessConfig())
+    assert plan.depth_axis == "z"
+    assert plan.axis_order == (2, 0, 1)
+    assert plan.coarse_slices
+    assert plan.target_spacing_mm == (10.0, 1.5, 1.5)
+    assert plan.patch_size == (10, 224, 256)
+
+
+def test_plan_normalises_by_modality():
+    masked = make_plan(INDEX, [case_fingerprint(nonzero_fraction=0.2)], PreprocessConfig())
+    assert masked.normalisation[0].scheme == "zscore_foreground"
+    ct = make_plan(index_of(["a"], "CT"), [case_fingerprint()], PreprocessConfig()).normalisation[0]
+    assert (ct.scheme, ct.low, ct.high, ct.mean, ct.sd) == ("ct", 50.0, 150.0, 100.0, 10.0)
+    forced = make_plan(INDEX, [case_fingerprint()], PreprocessConfig(normalisation="none"))
+    assert forced.normalisation[0].scheme == "none"
+
+
+def test_plan_obeys_the_config():
+    config = PreprocessConfig(depth_axis="y", target_spacing_mm=(1.0, 2.0, 3.0), patch_size=(4, 32, 16))
+    plan = make_plan(INDEX, [case_fingerprint()], config)
+    assert plan.depth_axis == "y"
+    assert plan.target_spacing_mm == (2.0, 1.0, 3.0)
+    assert plan.patch_size == (4, 32, 16)
+    assert "set in" in plan.reasons["patch_size"]
+
+
+@pytest.mark.parametrize(
+    ("median", "limit"),
+    [((300, 512, 512), 655_360), ((1, 16, 16), 4096), ((155, 240, 240), 655_360), ((3, 900, 900), 9000)],
+)
+def test_patches_fit_the_limit(median, limit):
+    depth, height, width = choose_patch(median, limit)
+    assert depth * height * width <= limit
+    assert height % 16 == width % 16 == 0
+    assert min(depth, height, width) >= 1
+
+
+def test_splits_are_by_patient_and_hold_out_every_case_once():
+    index = index_of(["a", "a", "b", "c", "d", "d", "e", "f", "g"])
+    folds = make_splits(index, count=3, seed=1)
+    held_out = [case for fold in folds for case in fold["held_out"]]
+    assert sorted(held_out) == sorted(c.id for c in index.cases)
+    for fold in folds:
+        patients = {name.split("_")[0] for name in fold["train"]} & {n.split("_")[0] for n in fold["held_out"]}
+        assert not patients
+    assert make_splits(index, count=3, seed=1) == folds != make_splits(index, count=3, seed=2)
+
+
+def test_more_folds_than_patients_is_refused():
+    with pytest.raises(ConfigError, match="fewer patients than folds"):
+        make_splits(index_of(["a", "a", "b"]), count=3, seed=0)
+
+
+def test_unknown_or_empty_folds_are_refused(tmp_path: Path):
+    write_json(tmp_path / "splits.json", {"folds": [{"train": ["a"], "held_out": []}]})
+    with pytest.raises(DataError, match="no such fold"):
+        load_fold(tmp_path / "splits.json", 1)
+    with pytest.raises(DataError, match="lacks"):
+        load_fold(tmp_path / "splits.json", 0)
+
+
+def test_fingerprint_in_ras_order(tmp_path: Path):
+    case = write_case(tmp_path, "a", shape=(6, 8, 10), matrix=affine("SLA", (3.0, 1.0, 2.0)))
+    index = DatasetIndex(
+        name="x",
+        channels=(Channel(name="c", modality="MRI"),),
+        labels={"background": 0, "shell": 1, "core": 2},
+        cases=(case,),
+    )
+    found = fingerprint_case(tmp_path, case, index)
+    assert found.shape == (8, 10, 6)
+    assert found.spacing_mm == pytest.approx((1.0, 2.0, 3.0))
+    label = np.asarray(nib.load(tmp_path / case.label).dataobj)
+    assert found.label_volumes_ml["core"] == pytest.approx((label == 2).sum() * 6 / 1000)
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    root = tmp_path_factory.mktemp("raw")
+    output = tmp_path_factory.mktemp("preprocessed")
+    index = write_dataset(root, cases=6, channels=2)
+    plan = preprocess_dataset(root, index, PreprocessConfig(folds=3, workers=1), output)
+    return root, index, output, plan
+
+
+def test_arrays_for_training(prepared):
+    _, index, output, plan = prepared
+    assert Plan.load(output / "plan.json") == plan
+    assert plan.depth_axis == "x"
+    assert not (output / ".fingerprint").exists()
+    for case in index.cases:
+        image = np.load(output / "images" / f"{case.id}.npy", mmap_mode="r")
+        label = np.load(output / "labels" / f"{case.id}.npy", mmap_mode="r")
+        assert image.dtype == np.float16
+        assert image.shape == (2, *label.shape)
+        assert set(np.unique(label)) == {0, 1, 2}
+        # Bright structures stay on their labels through every orientation.
+        assert image[0][label == 2].mean() > image[0][label == 1].mean() > image[0][label == 0].mean()
+        locations = np.load(output / "locations" / f"{case.id}.npy")
+        assert all(label[tuple(row[1:])] == row[0] for row in locations)
+    assert len(read_json(output / "splits.json")["folds"]) == 3
+    assert read_json(output / "fingerprint.json")["cases"] == 6
+
+
+def test_workers_and_resuming_do_not_change_a_byte(prepared, tmp_path: Path, monkeypatch):
+    root, index, output, _ = prepared
+    config = PreprocessConfig(folds=3, workers=2)
+    target = tmp_path / "again"
+    import distilldsm.data.preprocess as module
+
+    original = module._preprocess
+    calls = []
+
+    def dies_after_three(*task):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        calls.append(task)
+        original(*task)
+
+    monkeypatch.setattr(module, "_preprocess", dies_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess_dataset(root, index, PreprocessConfig(folds=3, workers=1), target)
+    monkeypatch.setattr(module, "_preprocess", original)
+    assert len(list((target / "cases").glob("*.json"))) == 3
+    preprocess_dataset(root, index, config, target)
+    assert file_hashes(target) == file_hashes(output)
+
+
+def test_all_damaged_cases_are_named(tmp_path: Path):
+    index = write_dataset(tmp_path, cases=5)
+    (tmp_path / index.cases[1].images[0]).write_bytes(b"no nifti")
+    label = nib.load(tmp_path / index.cases[3].label)
+    nib.save(nib.Nifti1Image(np.asarray(label.dataobj) * 4, label.affine), tmp_path / index.cases[3].label)
+    with pytest.raises(DataError) as caught:
+        preprocess_dataset(tmp_path, index, PreprocessConfig(workers=1), tmp_path / "out")
+    message = str(caught.value)
+    assert "2 case(s) failed" in message
+    assert "case_01" in message
+    assert "case_03" in message
+    assert "does not declare" in message
+
+
+def test_a_plan_of_ones_own_is_used_and_checked(prepared, tmp_path: Path):
+    root, index, _, _ = prepared
+    mine = read_json(prepared[2] / "plan.json")
+    mine["patch_size"] = [4, 32, 32]
+    write_json(tmp_path / "mine.json", mine)
+    config = PreprocessConfig(folds=3, workers=1, plan=str(tmp_path / "mine.json"))
+    assert preprocess_dataset(root, index, config, tmp_path / "out").patch_size == (4, 32, 32)
+    mine["class_values"] = [0, 1, 7]
+    write_json(tmp_path / "mine.json", mine)
+    with pytest.raises(ConfigError, match="another data set"):
+        preprocess_dataset(root, index, config, tmp_path / "out2")
+    mine["patch"] = 1
+    write_json(tmp_path / "mine.json", mine)
+    with pytest.raises(ConfigError, match="unknown parameter 'patch'"):
+        preprocess_dataset(root, index, config, tmp_path / "out3")
+
+
+def test_stage_uses_only_accepted_cases_and_leaves_the_input(tmp_path: Path):
+    index = write_dataset(tmp_path / "raw", cases=6)
+    accepted = [c.id for c in index.cases[:5]]
+    write_json(tmp_path / "accepted.json", {"accepted": accepted})
+    before = file_hashes(tmp_path / "raw")
+    run(
+        PreprocessConfig(workers=1),
+        {"dataset": tmp_path / "raw", "validation": tmp_path},
+        {"preprocessed": tmp_path / "out"},
+    )
+    assert sorted(p.stem for p in (tmp_path / "out" / "images").iterdir()) == accepted
+    assert file_hashes(tmp_path / "raw") == before
+    assert read_json(tmp_path / "out" / "manifest.json")["stage"] == "preprocess"
+
+
+def test_command_line_reports_what_is_missing(tmp_path: Path, capsys):
+    (tmp_path / "params.yaml").write_text("preprocess: {folds: 2}")
+    code = main(["--params", str(tmp_path / "params.yaml"), "--dataset", str(tmp_path), "--validation", str(tmp_path)])
+    assert code == 1
+    assert "accepted.json: is missing" in capsys.readouterr().err
+
+
+def test_foreground_locations_are_bounded_and_right():
+    label = np.zeros((20, 30, 40), dtype=np.uint8)
+    label[2:18] = 1
+    label[0, 0, 0] = 2
+    rows = foreground_locations(label, 3)
+    assert (rows[:, 0] == 1).sum() == 2000
+    assert rows[rows[:, 0] == 2].tolist() == [[2, 0, 0, 0]]
+    assert all(label[tuple(r[1:])] == r[0] for r in rows)
+    assert foreground_locations(np.zeros((2, 2, 2), dtype=np.uint8), 3).shape == (0, 4)

@@ -1,0 +1,61 @@
+"""Every shipped YAML loads, and `params.yaml` is what the defaults compose to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from distilldsm.config import Params, load_params
+from distilldsm.models.registry import MODELS
+from distilldsm.params import from_mapping, to_mapping
+
+ROOT = Path(__file__).resolve().parent.parent
+DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))
+MODEL_PRESETS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
+
+
+def composed(*overrides: str) -> dict:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+
+
+def test_params_yaml_is_the_default_composition():
+    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == composed()
+
+
+def test_params_yaml_lists_every_parameter():
+    def keys(value, prefix=""):
+        if isinstance(value, dict):
+            for key, inner in value.items():
+                yield f"{prefix}{key}"
+                yield from keys(inner, f"{prefix}{key}.")
+
+    listed = set(keys(yaml.safe_load((ROOT / "params.yaml").read_text())))
+    assert {k for k in keys(to_mapping(Params())) if not k.startswith("train.model.options.")} <= listed
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("model", MODEL_PRESETS)
+def test_every_preset_composes_to_valid_parameters(dataset, model):
+    params = from_mapping(Params, composed(f"dataset={dataset}", f"model={model}"), where="composed")
+    assert params.train.model.name == model
+
+
+def test_every_model_has_a_preset_with_known_options():
+    assert set(MODEL_PRESETS) == set(MODELS)
+    for name in MODEL_PRESETS:
+        options = load_params(ROOT / "conf" / "model" / f"{name}.yaml").train.model.options
+        assert set(options) <= set(MODELS[name].options)
+
+
+def test_dvc_yaml_names_existing_code():
+    stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    assert list(stages) == ["download", "validate", "preprocess", "train", "evaluate", "export"]
+    for stage in stages.values():
+        for dep in stage.get("do", stage)["deps"]:
+            if dep.startswith(("components", "distilldsm", "conf")):
+                assert (ROOT / dep).exists(), dep

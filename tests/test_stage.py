@@ -1,0 +1,142 @@
+"""Outputs are whole or absent, and say what they were made from."""
+
+from __future__ import annotations
+
+import errno
+import json
+import multiprocessing
+from pathlib import Path
+
+import pytest
+
+from distilldsm.config import EvaluateConfig
+from distilldsm.errors import UserError
+from distilldsm.stage import content_hash, output_directory, read_json, sha256_file, worker_count, write_json
+
+
+def make(path: Path, text: str = "x", **options) -> None:
+    with output_directory(
+        path, stage="s", config=options.pop("config", EvaluateConfig()), inputs={}, **options
+    ) as work:
+        (work / "a.txt").write_text(text)
+
+
+def test_manifest_tells_config_and_hashes(tmp_path: Path):
+    source = tmp_path / "in.txt"
+    source.write_text("input")
+    with output_directory(
+        tmp_path / "out", stage="s", config=EvaluateConfig(), inputs={"in": source}, extra={"fold": 2}
+    ) as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "b.txt").write_text("b")
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert manifest["stage"] == "s"
+    assert manifest["fold"] == 2
+    assert manifest["config"]["nsd_tolerance_mm"] == 1.0
+    assert manifest["inputs"] == {"in": sha256_file(source)}
+    assert manifest["files"] == {"sub/b.txt": sha256_file(tmp_path / "out" / "sub" / "b.txt")}
+    assert "numpy" in manifest["packages"]
+    assert {p.name for p in tmp_path.iterdir()} - {".out.lock"} == {"in.txt", "out"}
+
+
+def test_an_error_leaves_the_old_output(tmp_path: Path):
+    make(tmp_path / "out", "old")
+    with pytest.raises(FileNotFoundError):
+        with output_directory(tmp_path / "out", stage="s", config={}, inputs={}) as work:
+            (work / "a.txt").write_text("half")
+            (work / "missing").read_text()
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_new_output_replaces_the_old_wholly(tmp_path: Path):
+    make(tmp_path / "out", "old")
+    (tmp_path / "out" / "stale.txt").write_text("stale")
+    make(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a.txt").read_text() == "new"
+    assert not (tmp_path / "out" / "stale.txt").exists()
+
+
+def test_resume_only_with_the_same_key(tmp_path: Path):
+    def interrupted(config):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            output_directory(tmp_path / "out", stage="s", config=config, inputs={}, resumable=True) as work,
+        ):
+            seen = sorted(p.name for p in work.iterdir() if not p.name.startswith("."))
+            (work / "done.txt").write_text("done")
+            raise KeyboardInterrupt
+        return seen
+
+    assert interrupted({"a": 1}) == []
+    assert interrupted({"a": 1}) == ["done.txt"]
+    assert interrupted({"a": 2}) == []
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_input_is_named(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match=r"nothing.*\n.*mend"),
+        output_directory(tmp_path / "out", stage="s", config={}, inputs={"x": tmp_path / "nothing"}),
+    ):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+def test_full_disk_is_said_plainly(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match="no space left"),
+        output_directory(tmp_path / "out", stage="s", config={}, inputs={}),
+    ):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not (tmp_path / "out").exists()
+
+
+def _second(path: Path, queue) -> None:
+    try:
+        make(path)
+        queue.put("wrote")
+    except UserError as error:
+        queue.put(str(error))
+
+
+def test_a_second_process_is_turned_away(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with output_directory(tmp_path / "out", stage="s", config={}, inputs={}) as work:
+        process = context.Process(target=_second, args=(tmp_path / "out", queue))
+        process.start()
+        message = queue.get(timeout=60)
+        process.join()
+        (work / "a.txt").write_text("first")
+    assert "another process" in message
+    assert (tmp_path / "out" / "a.txt").read_text() == "first"
+
+
+def test_content_hash_follows_content_not_names_of_places(tmp_path: Path):
+    make(tmp_path / "one")
+    make(tmp_path / "two")
+    make(tmp_path / "three", "other")
+    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two") != content_hash(tmp_path / "three")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "a.txt").write_text("x")
+    assert content_hash(plain) == content_hash(tmp_path / "one")
+
+
+def test_json_is_whole_or_old(tmp_path: Path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    path.write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        read_json(path)
+
+
+def test_worker_count():
+    assert worker_count(4, 2) == 2
+    assert worker_count(1, 10) == 1
+    assert worker_count(0, 100) >= 1

@@ -1,0 +1,232 @@
+"""Training runs, resumes to the same weights, stops on nonsense, and shares its work among processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import distilldsm.training.loop as loop
+from components.train import main, run
+from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.errors import ConfigError, UserError
+from distilldsm.params import to_mapping
+from distilldsm.training.checkpoint import load_network
+from distilldsm.training.loop import Trainer, choose_device
+from tests.data.volumes import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ModelConfig(name="distill_dsm", options={"width": 0.25})
+NO_TRACKING = TrackingConfig(enabled=False)
+
+
+def config(**changes) -> TrainConfig:
+    values = {"model": SMALL, "epochs": 3, "validate_every": 2, "batch_size": 2, "checkpoint_minutes": 0.0}
+    return TrainConfig(**{**values, "learning_rate": 0.01, **changes})
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("raw")
+    output = tmp_path_factory.mktemp("data") / "preprocessed"
+    index = write_dataset(root, cases=6)
+    preprocess_dataset(root, index, PreprocessConfig(folds=3, workers=1), output)
+    return output
+
+
+def train(preprocessed: Path, model: Path, settings: TrainConfig) -> dict[str, torch.Tensor]:
+    run(settings, {"preprocessed": preprocessed}, {"model": model}, fold=0, tracking=NO_TRACKING)
+    return load_file(model / "last.safetensors")
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_it_learns(preprocessed, tmp_path):
+    train(preprocessed, tmp_path / "m", config(epochs=12, validate_every=4, samples_per_case=3))
+    history = json.loads((tmp_path / "m" / "history.json").read_text())
+    assert [h["epoch"] for h in history] == list(range(1, 13))
+    assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
+    assert history[-1]["val_dice_mean"] > 0.6
+    assert [h["epoch"] for h in history if "val_dice" in h] == [4, 8, 12]
+    files = {p.name for p in (tmp_path / "m").iterdir()}
+    assert {"last.safetensors", "best.safetensors", "model.json", "plan.json", "manifest.json"} <= files
+    assert not files & {loop.RESUME, ".stamp.json"}
+    network = load_network(tmp_path / "m")
+    assert (
+        sum(p.numel() for p in network.parameters())
+        == json.loads((tmp_path / "m" / "model.json").read_text())["parameters"]
+    )
+
+
+def test_same_seed_same_weights_other_seed_other_weights(preprocessed, tmp_path):
+    first = train(preprocessed, tmp_path / "a", config(epochs=1))
+    assert same(first, train(preprocessed, tmp_path / "b", config(epochs=1)))
+    assert not same(first, train(preprocessed, tmp_path / "c", config(epochs=1, seed=1)))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path, monkeypatch, optimizer):
+    settings = config(epochs=4, optimizer=optimizer, schedule="plateau" if optimizer == "sgd" else "one_cycle")
+    whole = train(preprocessed, tmp_path / "whole", settings)
+    original = Trainer._train_epoch
+
+    def interrupt(self, epoch):
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return original(self, epoch)
+
+    monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        train(preprocessed, tmp_path / "m", settings)
+    assert not (tmp_path / "m").exists()
+    assert (tmp_path / ".m.partial" / loop.RESUME).exists()
+    seen = []
+    monkeypatch.setattr(Trainer, "_train_epoch", lambda self, epoch: seen.append(epoch) or original(self, epoch))
+    resumed = train(preprocessed, tmp_path / "m", settings)
+    assert seen == [2, 3]
+    assert same(whole, resumed)
+    history = [
+        [
+            {k: v for k, v in h.items() if k != "seconds"}
+            for h in json.loads((tmp_path / d / "history.json").read_text())
+        ]
+        for d in ("whole", "m")
+    ]
+    assert history[0] == history[1]
+
+
+@pytest.mark.slow
+def test_a_killed_process_resumes_to_the_same_weights(preprocessed, tmp_path):
+    """SIGKILL in mid-training, then the same command again."""
+    import yaml
+
+    settings = config(epochs=6)
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump({"train": to_mapping(settings), "tracking": {"enabled": False}}))
+    command = [sys.executable, "-m", "components.train", "--params", str(params)]
+    command += ["--preprocessed", str(preprocessed), "--output"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, cwd=tmp_path)
+    process = subprocess.Popen([*command, str(tmp_path / "m")], env=environment, cwd=tmp_path)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / ".m.partial" / loop.RESUME).exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "m").exists()
+    subprocess.run([*command, str(tmp_path / "m")], check=True, env=environment, cwd=tmp_path)
+    whole = load_file(tmp_path / "whole" / "last.safetensors")
+    assert same(whole, load_file(tmp_path / "m" / "last.safetensors"))
+
+
+@pytest.mark.slow
+def test_two_gloo_processes_train_one_model(preprocessed, tmp_path):
+    """torchrun with 2 processes: one output, all cases validated, the loss close to a single process's.
+
+    BatchNorm sees half the batch in each process, so the curves are close, not equal.
+    """
+    import yaml
+
+    settings = config(epochs=2, batch_size=4, augment=AugmentConfig(spatial_probability=0, intensity_probability=0))
+    params = tmp_path / "params.yaml"
+    params.write_text(yaml.safe_dump({"train": to_mapping(settings), "tracking": {"enabled": False}}))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += ["-m", "components.train", "--params", str(params), "--preprocessed", str(preprocessed)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [*command, "--output", str(tmp_path / "two")], check=True, env=environment, cwd=tmp_path, timeout=240
+    )
+    train(preprocessed, tmp_path / "one", settings)
+    histories = [json.loads((tmp_path / d / "history.json").read_text()) for d in ("one", "two")]
+    for one, two in zip(*histories, strict=True):
+        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.15)
+    assert set(histories[1][-1]["val_dice"]) == {"shell", "core"}
+    assert len(load_file(tmp_path / "two" / "last.safetensors")) == len(
+        load_file(tmp_path / "one" / "last.safetensors")
+    )
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_step(preprocessed, tmp_path, monkeypatch):
+    trainer = Trainer(config(), preprocessed=preprocessed, work=tmp_path, fold=0)
+    before = {k: v.clone() for k, v in trainer.network.named_parameters()}
+    monkeypatch.setattr(loop, "segmentation_loss", lambda logits, y, **_: logits.sum() * float("nan"))
+    with pytest.raises(UserError, match=r"not finite(.|\n)*learning_rate"):
+        trainer.run()
+    assert all(torch.equal(before[k], v) for k, v in trainer.network.named_parameters())
+
+
+def test_accumulation_gives_the_same_gradient_without_batch_statistics(preprocessed, tmp_path):
+    """Two halves of a batch add up to the whole (3-D U-Net: GroupNorm; cross-entropy: a plain mean)."""
+    gradients = []
+    for accumulate in (1, 2):
+        settings = config(
+            model=ModelConfig(name="unet3d", options={"base_width": 2}),
+            accumulate=accumulate,
+            dice_weight=0.0,
+            gradient_clip_norm=0.0,
+            optimizer="sgd",
+            momentum=0.9,
+            precision="fp32",
+        )
+        trainer = Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0)
+        trainer.optimizer.step = lambda: None
+        captured = {}
+        trainer.optimizer.zero_grad = lambda set_to_none=True, t=trainer, c=captured: c.update(
+            {k: p.grad.clone() for k, p in t.network.named_parameters()}
+        )
+        trainer._step(*trainer.sampler.batch(0, 0), 0, 0)
+        gradients.append(captured)
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
+
+
+def test_loader_processes_do_not_change_the_batches(preprocessed, tmp_path):
+    batches = []
+    for workers in (0, 2):
+        trainer = Trainer(config(workers=workers), preprocessed=preprocessed, work=tmp_path, fold=0)
+        batches.append(list(trainer._batches(0)))
+    for a, b in zip(*batches, strict=True):
+        assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_early_stopping(preprocessed, tmp_path, monkeypatch):
+    scores = iter([0.5, 0.7, 0.6, 0.6, 0.9])
+    monkeypatch.setattr(loop, "validate", lambda *_, **__: {"shell": next(scores)})
+    trainer = Trainer(
+        config(epochs=9, validate_every=1, early_stopping=2), preprocessed=preprocessed, work=tmp_path, fold=0
+    )
+    state = trainer.run()
+    assert state.epoch == 4
+    assert state.best_dice == 0.7
+
+
+@pytest.mark.parametrize("name", ["unet2d", "residual_dsm", "unet3d"])
+def test_every_network_trains(preprocessed, tmp_path, name):
+    option = {"base_width": 2} if name == "unet3d" else {"width": 0.25}
+    settings = config(model=ModelConfig(name=name, options=option), epochs=1, compile=False)
+    assert train(preprocessed, tmp_path / "m", settings)
+
+
+def test_impossible_requests(preprocessed, tmp_path, capsys):
+    with pytest.raises(ConfigError, match="GPU"):
+        if torch.cuda.is_available():
+            raise ConfigError("no GPU test on a machine with a GPU")
+        choose_device("cuda", 0)
+    (tmp_path / "params.yaml").write_text("tracking: {enabled: false}")
+    arguments = ["--params", str(tmp_path / "params.yaml"), "--output", str(tmp_path / "m")]
+    assert main([*arguments, "--preprocessed", str(tmp_path / "none")]) == 1
+    assert main([*arguments, "--preprocessed", str(preprocessed), "--fold", "9"]) == 1
+    assert "no such fold" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
