@@ -94,7 +94,9 @@ class JournalWriter:
         while True:
             self.segment = f"{time.time_ns():020d}-{os.getpid()}.jsonl"
             try:
-                self._file = os.open(directory / self.segment, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL)
+                self._file = os.open(
+                    directory / self.segment, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666
+                )
                 break
             except FileExistsError:  # two writers of one process within the clock's resolution
                 continue
@@ -170,6 +172,8 @@ def read_entries(segment: Path, offset: int = 0) -> Iterator[Entry]:
             offset += len(line)
             if not line.endswith(b"\n"):
                 return
+            if line.isspace():  # what a writer puts after a line that failed
+                continue
             try:
                 record = json.loads(line)
             except ValueError:  # of JSON and of UTF-8
@@ -205,8 +209,8 @@ def reject(directory: Path, record: Mapping[str, Any] | None, reason: str) -> No
         stream.write(json.dumps({"reason": reason, "record": record}) + "\n")
 
 
-def remove_if_delivered(segment: Path, state: State) -> None:
-    """Delete a segment that is wholly delivered and whose writer is done or dead."""
+def remove_if_delivered(segment: Path, state: State, *, watched: int | None = None) -> None:
+    """Delete a segment that is wholly delivered and whose writer is done, or dead and not the process `watched`."""
     done = False
     first: Record | None = None
     for entry in read_entries(segment):
@@ -214,7 +218,7 @@ def remove_if_delivered(segment: Path, state: State) -> None:
         done = entry.record is not None and entry.record["op"] == "close"
         if entry.end > state.acknowledged.get(segment.name, 0):
             return
-    if done or (first is not None and _is_dead(first)):
+    if done or (first is not None and first.get("pid") != watched and _is_dead(first)):
         segment.unlink(missing_ok=True)
         state.acknowledged.pop(segment.name, None)
         with contextlib.suppress(OSError):

@@ -1,0 +1,107 @@
+"""Stage download: labelled volumes from wherever they are to `data/raw`, with an index of cases."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from components._main import stage_main
+from distilldsm.config import DownloadConfig, load_params
+from distilldsm.data.archive import extract
+from distilldsm.data.catalog import lookup
+from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.download import fetch, is_url, local_path
+from distilldsm.data.layouts import index_dataset, needed_files
+from distilldsm.errors import DataError
+from distilldsm.stage import output_directory, sha256_file, sha256_json
+
+
+def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Fetch, unpack and index a data set.
+
+    Args:
+        inputs: none.
+        outputs: `dataset`: the files the cases need, and `dataset_index.json`.
+
+    What the user gave is copied, never linked or changed.
+    """
+    with output_directory(outputs["dataset"], stage="download", config=config, inputs=inputs) as work:
+        source, name = _obtain(config)
+        # Unpacked beside the output, so that moving the needed files costs nothing.
+        with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}.unpacked-") as scratch:
+            unpacked = source if source.is_dir() else extract(source, scratch)
+            index = _index(unpacked, config, name)
+            for path in needed_files(index):
+                target = work / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copyfile if unpacked is source else shutil.move)(unpacked / path, target)
+        index.save(work)
+    patients = len({case.patient for case in index.cases})
+    print(f"{index.name}: {len(index.cases)} cases of {patients} patients, labels {', '.join(index.class_names[1:])}")
+    if index.note:
+        print(index.note)
+
+
+def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
+    from dataclasses import replace
+
+    if config.source.startswith("msd:"):
+        entry = lookup(config.source)
+        config = replace(config, licence=config.licence or entry.licence, reference=config.reference or entry.reference)
+    return index_dataset(unpacked, config, source=name)
+
+
+def _obtain(config: DownloadConfig) -> tuple[Path, str]:
+    """The archive or folder on this machine, and what to call its source."""
+    store = Path(config.archive_dir)
+    if config.source == "sample":
+        from distilldsm.data.sample import make_sample_archive
+
+        # The name holds what the archive is made from: other parameters make another archive.
+        archive = store / f"sample-{sha256_json(config.sample)[:12]}.tar"
+        if not archive.is_file():
+            make_sample_archive(archive, config.sample)
+        return archive, "embedded sample (MNI152 template)"
+    if config.source.startswith("msd:"):
+        entry = lookup(config.source)
+        target = store / entry.urls[0].rsplit("/", 1)[-1]
+        md5 = None if config.sha256 else entry.md5
+        return fetch([*entry.urls, *config.mirrors], target, sha256=config.sha256, md5=md5), entry.urls[0]
+    path = local_path(config.source)
+    if path is not None and not is_url(config.source) and not path.exists() and not config.mirrors:
+        raise DataError(
+            "file or folder not found",
+            where="download.source",
+            seen=config.source,
+            rule="sample, msd:TASK, an http(s):// or file:// address, or a path",
+        )
+    if path is not None and path.is_dir():
+        return path, path.name
+    if path is not None and path.is_file():
+        if config.sha256 and (seen := sha256_file(path)) != config.sha256.lower():
+            raise DataError(
+                "wrong checksum",
+                where=path,
+                seen=seen,
+                rule=f"download.sha256 is {config.sha256}",
+                mend="get the file again, or correct download.sha256",
+            )
+        return path, path.name
+    name = unquote(urlsplit(config.source).path).rsplit("/", 1)[-1] or "archive"
+    return fetch([config.source, *config.mirrors], store / name, sha256=config.sha256), config.source.split("?")[0]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="download", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--output", type=Path, default=Path("data/raw"))
+    args = parser.parse_args(argv)
+    return stage_main(lambda: run(load_params(args.params).download, {}, {"dataset": args.output}))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

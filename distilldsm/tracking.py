@@ -1,0 +1,307 @@
+"""MLflow tracking that never stops or slows the work: records go to a local journal, another process sends them.
+
+    with start_run(config, directory=work, name="distill_dsm-fold0") as run:
+        run.log_metrics({"train_loss": 0.7}, step=1)
+
+Nothing here imports MLflow (it takes seconds); `tracking_sink` does, in the process of `tracking_worker`. Journals
+lie in `./tracking`, or in the directory that DISTILLDSM_TRACKING_DIR names.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import hashlib
+import json
+import logging
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from distilldsm import __version__
+from distilldsm.config import TrackingConfig
+from distilldsm.journal import JournalWriter, State, encode_number, pending, writer_identity
+from distilldsm.params import to_mapping
+from distilldsm.stage import sha256_file, write_json
+from distilldsm.tracking_sink import sqlite_path
+from distilldsm.tracking_worker import Delivery, live_uri, redact, replay_all
+
+RUN_FILE = "mlflow_run.json"
+CLOSE_TIMEOUT_S = 20.0
+SYSTEM_METRICS_S = 10.0
+_KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 250, 6000, 5000, 36
+
+logger = logging.getLogger("distilldsm.tracking")
+
+
+def default_uri() -> str:
+    """MLFLOW_TRACKING_URI (a relative SQLite path made absolute), else `mlflow.db` in the current directory."""
+    uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
+    database = sqlite_path(uri)
+    if database is None:
+        return uri
+    query = uri.partition("?")[2]
+    return f"sqlite:///{database.absolute()}" + (f"?{query}" if query else "")
+
+
+def tracking_directory() -> Path:
+    """Where the journals lie."""
+    return Path(os.environ.get("DISTILLDSM_TRACKING_DIR") or "tracking").absolute()
+
+
+def start_run(
+    config: TrackingConfig,
+    *,
+    directory: Path,
+    name: str,
+    tags: Mapping[str, str] | None = None,
+    run_id: str | None = None,
+) -> Run:
+    """Start a run, or go on with the one that `directory` (or `run_id`) names.
+
+    Returns at once whatever the state of the server. Tracks nothing where `config.enabled` is false, in every
+    process of a distributed training but the first, and where the journal cannot be written (with a warning).
+
+    Args:
+        directory: the training's work directory; `mlflow_run.json` is written into it.
+        tags: added to those of the code's and the data's version.
+        run_id: an MLflow run to go on with.
+    """
+    if not config.enabled or os.environ.get("RANK", "0") != "0":
+        return Run()
+    uri = default_uri()
+    identity = _read_run_file(directory)
+    if identity is None or (identity["tracking_uri"], identity["experiment"]) != (redact(uri), config.experiment):
+        identity = {
+            "tracking_uri": redact(uri),
+            "experiment": config.experiment,
+            "run_id": None,
+            "run_key": uuid.uuid4().hex,
+            "started_ms": time.time_ns() // 1_000_000,
+        }
+    identity["run_id"] = run_id or identity["run_id"]
+    run = Run._open(identity, uri, role="train", name=name, tags={**_version_tags(), **_texts(tags or {}, _TAG_LENGTH)})
+    if run.run_key is not None:
+        with _forgiving("writing " + RUN_FILE):
+            write_json(directory / RUN_FILE, identity)
+        run._directory = directory
+    return run
+
+
+@contextlib.contextmanager
+def attach(model_dir: Path, config: TrackingConfig) -> Iterator[Run]:
+    """Yield the training run that `model_dir` belongs to, to add to it; its status and `model_dir` stay as they are.
+
+    Where the model was trained without tracking, or tracking is off, the run yielded records nothing.
+    """
+    identity = _read_run_file(model_dir)
+    if not config.enabled or os.environ.get("RANK", "0") != "0" or identity is None:
+        yield Run()
+        return
+    uri = _uri_to_attach(identity["tracking_uri"])
+    run = Run._open(identity, uri, role="attach", name=model_dir.name, tags={})
+    with run:
+        yield run
+
+
+def replay_journals(directory: Path | None = None, *, tracking_uri: str | None = None) -> Delivery:
+    """Send what earlier runs could not; each record once, in order. Imports MLflow only if there is something to send.
+
+    Args:
+        directory: where the journals lie, by default `tracking_directory()`.
+        tracking_uri: another store than the one the records were meant for.
+    """
+    return replay_all(directory or tracking_directory(), tracking_uri=tracking_uri)
+
+
+class Run:
+    """One tracked run. Its methods only write to the journal, and warn where that fails: they never raise.
+
+    As a context manager it closes itself, with status FINISHED, FAILED or (on an interrupt) KILLED.
+    """
+
+    def __init__(self) -> None:
+        self._journal: JournalWriter | None = None
+        self._worker: subprocess.Popen[bytes] | None = None
+        self._directory: Path | None = None
+        self._role = "none"
+        self.run_key: str | None = None
+        """Names the run from its start, before the server has given it an id; None where nothing is tracked."""
+
+    @classmethod
+    def _open(cls, identity: dict[str, Any], uri: str, *, role: str, name: str, tags: Mapping[str, str]) -> Run:
+        run = cls()
+        with _forgiving("opening the journal"):
+            journal = JournalWriter(tracking_directory() / identity["run_key"])
+            opening = {**identity, "tracking_uri": redact(uri), "role": role, "name": name, "tags": dict(tags)}
+            journal.append("open", **opening, **writer_identity())
+            run._journal, run._role, run.run_key = journal, role, identity["run_key"]
+            run._worker = _start_worker(journal.directory, uri, with_system=role == "train")
+        return run
+
+    @property
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None until the server has been reached, and where nothing is tracked."""
+        return None if self._journal is None else State.load(self._journal.directory).run_id
+
+    def log_params(self, values: Mapping[str, Any]) -> None:
+        """Record parameters; nested mappings become dotted keys, lists and null JSON, over-long values are cut."""
+        with _forgiving("parameters"):
+            self._record("params", values=_texts(_flatten(to_mapping(values)), _PARAM_LENGTH))
+
+    def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
+        """Record numbers (NaN and infinities too) at a step, e.g. the epoch."""
+        with _forgiving("metrics"):
+            numbers = {_key(name): encode_number(value) for name, value in values.items()}
+            self._record("metrics", values=numbers, step=step or 0)
+
+    def set_tags(self, values: Mapping[str, Any]) -> None:
+        with _forgiving("tags"):
+            self._record("tags", values=_texts(values, _TAG_LENGTH))
+
+    def log_dataset(
+        self,
+        name: str,
+        digest: str,
+        source: str,
+        *,
+        profile: Mapping[str, Any] | None = None,
+        context: str = "training",
+    ) -> None:
+        """Record an input data set; MLflow keeps 36 characters of the digest, the profile keeps all of it."""
+        with _forgiving("a data set"):
+            facts = {**to_mapping(dict(profile or {})), "digest": digest}
+            self._record(
+                "dataset",
+                name=name[:500],
+                digest=digest[:_DIGEST_LENGTH],
+                source=redact(source),
+                profile=_plain(facts),
+                context=context,
+            )
+
+    def log_artifact(self, path: Path, artifact_path: str | None = None) -> None:
+        """Record a file, as it is now, under the folder `artifact_path`."""
+        with _forgiving(f"artifact {path}"):
+            self._spool("artifact", Path(path), to=artifact_path)
+
+    def log_artifacts(self, directory: Path, artifact_path: str | None = None) -> None:
+        """Record all files of a directory, as they are now, under the folder `artifact_path`."""
+        with _forgiving(f"artifacts {directory}"):
+            self._spool("artifact", Path(directory), to=artifact_path)
+
+    def log_table(self, rows: Sequence[Mapping[str, Any]], artifact_file: str) -> None:
+        """Record rows as a table that MLflow's pages can show; NaN becomes an empty cell.
+
+        Args:
+            artifact_file: name with the suffix `.json`, possibly within a folder.
+        """
+        with _forgiving(f"table {artifact_file}"):
+            columns = list(dict.fromkeys(key for row in rows for key in row))
+            table = {"columns": columns, "data": [[row.get(key) for key in columns] for row in rows]}
+            folder, _, file = artifact_file.rpartition("/")
+            if self._journal is not None:
+                target, relative = self._journal.spool(name=file)
+                target.write_text(json.dumps(_plain(to_mapping(table)), allow_nan=False), encoding="utf-8")
+                self._record("table", path=relative, to=folder or None, table=artifact_file)
+
+    def log_figure(self, figure: Any, artifact_file: str) -> None:
+        """Record a matplotlib figure as the image `artifact_file` (its suffix gives the format)."""
+        with _forgiving(f"figure {artifact_file}"):
+            folder, _, file = artifact_file.rpartition("/")
+            if self._journal is not None:
+                target, relative = self._journal.spool(name=file)
+                figure.savefig(target, bbox_inches="tight")
+                self._record("artifact", path=relative, to=folder or None)
+
+    def log_exported_model(
+        self,
+        model_dir: Path,
+        *,
+        name: str = "model",
+        registered_name: str | None = None,
+        alias: str = "candidate",
+        metadata: Mapping[str, Any] | None = None,
+        pip_requirements: Sequence[str] | None = None,
+    ) -> None:
+        """Record an exported model directory as an MLflow model and register it.
+
+        The model's flavour is ONNX and its signature comes from the graph of `model.onnx`, dynamic dimensions as -1;
+        the other files (OpenVINO IR, metadata) travel beside it, so that the model downloaded from MLflow is a model
+        directory again.
+
+        Args:
+            registered_name: name in the model registry; None does not register.
+            alias: given to the new version in the registry.
+            metadata: written into the MLflow model's description.
+            pip_requirements: what serving it needs, by default ONNX Runtime.
+        """
+        with _forgiving(f"model {model_dir}"):
+            if not (Path(model_dir) / "model.onnx").is_file():
+                raise FileNotFoundError(f"{model_dir} holds no model.onnx")
+            requirements = list(pip_requirements or ("numpy", "onnx", "onnxruntime"))
+            self._spool(
+                "model",
+                Path(model_dir),
+                name=name,
+                registered_name=registered_name,
+                alias=alias,
+                metadata=_plain(to_mapping(dict(metadata or {}))),
+                pip_requirements=requirements,
+            )
+
+    def close(self, timeout: float = CLOSE_TIMEOUT_S, *, status: str = "FINISHED") -> None:
+        """End the run and wait at most `timeout` seconds for its records to be sent; what is left stays journalled."""
+        if self._journal is None:
+            return
+        journal = self._journal
+        with _forgiving("closing the run"):
+            if self._role == "train":
+                self._record("end", status=status)
+        with _forgiving("closing the journal"):
+            journal.close()
+        with _forgiving("finishing"):
+            _stop_worker(self._worker, timeout)
+            state = State.load(journal.directory)
+            if self._directory is not None and state.run_id and (self._directory / RUN_FILE).is_file():
+                identity = _read_run_file(self._directory)
+                if identity is not None and identity["run_id"] != state.run_id:
+                    write_json(self._directory / RUN_FILE, {**identity, "run_id": state.run_id})
+            left = pending(journal.directory)
+            if left:
+                logger.warning(
+                    "MLflow: %d records are kept in %s and sent by the next run (%s)",
+                    left,
+                    journal.directory,
+                    state.last_error or "the store did not take them in time",
+                )
+        self._journal = _Closed(journal.directory)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+        else:
+            # SystemExit is how a SIGTERM handler ends a stage.
+            self.close(status="FAILED" if issubclass(kind, Exception) else "KILLED")
+
+    def _record(self, op: str, **values: Any) -> None:
+        if self._journal is not None:
+            self._journal.append(op, **values)
+
+    def _spool(self, op: str, source: Path, **values: Any) -> None:
+        if self._journal is not None:
+            _, relative = self._journal.spool(source)
+            self._record(op, path=relative, **values)

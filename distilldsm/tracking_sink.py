@@ -1,0 +1,377 @@
+"""What becomes of journal records in MLflow: the only code that calls MLflow, with clients only, no global state.
+
+Every operation may be repeated without harm, because a record whose acknowledgement was lost is sent again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from distilldsm.journal import Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_KEY_TAG = "distilldsm.run_key"
+RECORD_TAG = "distilldsm.record"
+METRICS_PER_BATCH = 900  # the REST API takes 1,000 items and 1 MB
+ITEMS_PER_BATCH = 90  # params or tags; it takes 100
+_TABLES_TAG = "mlflow.loggedArtifacts"
+_HTTP_TIMEOUT_S, _HTTP_RETRIES = "10", "1"
+_REFUSALS = frozenset(
+    {
+        "INVALID_PARAMETER_VALUE",
+        "BAD_REQUEST",
+        "RESOURCE_DOES_NOT_EXIST",
+        "RESOURCE_ALREADY_EXISTS",
+        "ENDPOINT_NOT_FOUND",
+        "NOT_IMPLEMENTED",
+        "INVALID_STATE",
+        "ABORTED",
+    }
+)
+
+logger = logging.getLogger("distilldsm.tracking")
+
+
+class Refused(Exception):
+    """The store is there and will never take this record."""
+
+
+def prepare_environment() -> None:
+    """Short HTTP timeouts, no telemetry; must run before MLflow is imported. What the user has set stays."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _HTTP_RETRIES)
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+def sqlite_path(uri: str) -> Path | None:
+    """The file of a `sqlite:///` address; None for any other."""
+    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+
+
+class Sink:
+    """One MLflow store, and one run in it once `open_run` has been called.
+
+    Errors: `Refused` for what cannot ever succeed; anything else may succeed later.
+    """
+
+    def __init__(self, uri: str) -> None:
+        prepare_environment()
+        from mlflow import MlflowClient
+
+        database = sqlite_path(uri)
+        self._artifact_root: Path | None = None
+        if database is None:
+            self._client: MlflowClient = MlflowClient(tracking_uri=uri)
+        else:
+            database.parent.mkdir(parents=True, exist_ok=True)
+            self._artifact_root = database.parent.absolute() / "mlartifacts"
+            # MLflow fails where several processes create the tables of a new file at once.
+            with FileLock(f"{database}.lock"):
+                self._client = MlflowClient(tracking_uri=uri)
+                self._client.search_experiments(max_results=1)
+        self._run_id = ""
+        self._experiment_id = ""
+
+    def reachable(self) -> bool:
+        """Whether the store answers at all."""
+        try:
+            self._client.search_experiments(max_results=1)
+        except Exception:
+            return False
+        return True
+
+    def open_run(self, record: Record, known_run_id: str | None) -> str:
+        """Find the run of an `open` record, or create it, and return its id.
+
+        The run is looked for by the id known from before, then by the id in the record, then by the run key's tag.
+        """
+        self._experiment_id = self._experiment(record["experiment"])
+        run = self._find_run(record, known_run_id)
+        if run is None:
+            tags = {**record["tags"], RUN_KEY_TAG: record["run_key"]}
+            run = self._client.create_run(
+                self._experiment_id, start_time=record["time_ms"], tags=tags, run_name=record["name"]
+            )
+        elif record["role"] == "train":
+            self._client.update_run(run.info.run_id, status="RUNNING")
+            self._tags(run.info.run_id, record["tags"])
+        self._run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
+        return self._run_id
+
+    def _experiment(self, name: str) -> str:
+        from mlflow.exceptions import MlflowException
+
+        for _ in range(2):
+            found = self._client.get_experiment_by_name(name)
+            if found is not None:
+                if found.lifecycle_stage == "deleted":
+                    logger.warning("experiment '%s' had been deleted and is restored", name)
+                    self._client.restore_experiment(found.experiment_id)
+                return found.experiment_id
+            location = None
+            if self._artifact_root is not None:
+                folder = re.sub(r"[^\w.-]+", "_", name)
+                location = (self._artifact_root / folder).as_uri()
+            try:
+                return self._client.create_experiment(name, artifact_location=location)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
+                    raise
+        raise RuntimeError(f"experiment '{name}' can be neither found nor created")
+
+    def _find_run(self, record: Record, known_run_id: str | None) -> Any:
+        from mlflow.exceptions import MlflowException
+
+        for run_id in dict.fromkeys((known_run_id, record["run_id"])):
+            if not run_id:
+                continue
+            try:
+                run = self._client.get_run(run_id)
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+                continue
+            if run.info.lifecycle_stage == "active":
+                return run
+        key = record["run_key"]
+        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
+        return found[0] if found else None
+
+    def apply(self, records: Sequence[Record], directory: Path, identity: str) -> None:
+        """Send records of one kind (several only of `metrics`) to the open run.
+
+        Args:
+            directory: the journal's, to which paths in the spool are relative.
+            identity: names the record for ever; keeps a model from being logged twice.
+
+        Raises:
+            Refused: the store will never take it.
+        """
+        from mlflow.exceptions import MlflowException
+
+        first = records[0]
+        try:
+            match first["op"]:
+                case "metrics":
+                    self._metrics(records)
+                case "params":
+                    self._params(first["values"])
+                case "tags":
+                    self._tags(self._run_id, first["values"])
+                case "dataset":
+                    self._dataset(first)
+                case "artifact":
+                    self._artifact(_spooled(first, directory), first["to"])
+                case "table":
+                    self._artifact(_spooled(first, directory), first["to"])
+                    self._announce_table(first["table"])
+                case "model":
+                    self._model(first, _spooled(first, directory), identity)
+                case "end":
+                    self._client.set_terminated(self._run_id, first["status"], first["time_ms"])
+                case other:
+                    raise Refused(f"unknown kind of record '{other}'")
+        except MlflowException as error:
+            if error.error_code in _REFUSALS:
+                raise Refused(str(error)) from error
+            raise
+        except (KeyError, TypeError, ValueError) as error:
+            raise Refused(f"the record is not as expected: {error!r}") from error
+
+    def _metrics(self, records: Sequence[Record]) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, float(value), record["time_ms"], record["step"])
+            for record in records
+            for key, value in record["values"].items()
+        ]
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            batch = metrics[start : start + METRICS_PER_BATCH]
+            self._client.log_batch(self._run_id, metrics=batch, synchronous=True)
+
+    def _params(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+        from mlflow.exceptions import MlflowException
+
+        known = self._client.get_run(self._run_id).data.params
+        changed = {key for key, value in values.items() if known.get(key, value) != value}
+        new = [Param(key, value) for key, value in values.items() if key not in known]
+        for start in range(0, len(new), ITEMS_PER_BATCH):
+            batch = new[start : start + ITEMS_PER_BATCH]
+            try:
+                self._client.log_batch(self._run_id, params=batch, synchronous=True)
+            except MlflowException as error:
+                # Older servers take shorter values; one that is refused must not take the others along.
+                if error.error_code not in _REFUSALS or len(values) == 1:
+                    raise
+                for param in batch:
+                    try:
+                        self._params({param.key: param.value})
+                    except MlflowException as single:
+                        if single.error_code not in _REFUSALS:
+                            raise
+                        logger.warning("parameter '%s' was refused: %s", param.key, single)
+        if changed:
+            raise Refused("MLflow does not let a run change its parameters: " + ", ".join(sorted(changed)))
+
+    def _tags(self, run_id: str, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, value) for key, value in values.items()]
+        for start in range(0, len(tags), ITEMS_PER_BATCH):
+            self._client.log_batch(run_id, tags=tags[start : start + ITEMS_PER_BATCH], synchronous=True)
+
+    def _dataset(self, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(
+            name=record["name"],
+            digest=record["digest"],
+            source_type="external",
+            source=json.dumps({"uri": record["source"]}),
+            profile=json.dumps(record["profile"]),
+        )
+        tags = [InputTag("mlflow.data.context", record["context"])]
+        self._client.log_inputs(self._run_id, [DatasetInput(dataset, tags)])
+
+    def _artifact(self, source: Path, artifact_path: str | None) -> None:
+        if source.is_dir():
+            self._client.log_artifacts(self._run_id, str(source), artifact_path)
+        else:
+            self._client.log_artifact(self._run_id, str(source), artifact_path)
+
+    def _announce_table(self, path: str) -> None:
+        """List the table among those that MLflow's pages can show and compare across runs."""
+        tags = self._client.get_run(self._run_id).data.tags
+        tables = json.loads(tags.get(_TABLES_TAG, "[]"))
+        entry = {"path": path, "type": "table"}
+        if entry not in tables:
+            self._client.set_tag(self._run_id, _TABLES_TAG, json.dumps([*tables, entry]))
+
+    def _model(self, record: Record, source: Path, identity: str) -> None:
+        try:
+            import onnx
+        except ImportError:
+            logger.warning("onnx is not installed here: the exported model is kept as plain artifacts")
+            self._client.log_artifacts(self._run_id, str(source), "exported_model")
+            return
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+        from mlflow.onnx import save_model
+
+        logged = self._logged_model(record, identity)
+        if str(logged.status) != "READY":
+            with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
+                path = Path(folder) / "model"
+                network = onnx.load(str(source / "model.onnx"))
+                save_model(
+                    network,
+                    str(path),
+                    mlflow_model=Model(
+                        artifact_path=logged.artifact_location,
+                        run_id=self._run_id,
+                        model_uuid=logged.model_id,
+                        model_id=logged.model_id,
+                    ),
+                    signature=_signature(network),
+                    pip_requirements=record["pip_requirements"],
+                    metadata=record["metadata"],
+                    save_as_external_data=False,
+                )
+                for file in sorted(source.iterdir()):  # the IR and its metadata travel with the ONNX file
+                    target = path / file.name
+                    if not file.name.startswith("model.onnx") and not target.exists():
+                        (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target)
+                self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step=0)])
+                self._client.log_model_artifacts(logged.model_id, str(path))
+                self._client.finalize_logged_model(logged.model_id, "READY")
+        if record["registered_name"]:
+            self._register(record, logged.model_id, identity)
+
+    def _logged_model(self, record: Record, identity: str) -> Any:
+        """The model entry of this very record, from an attempt before or new."""
+        page = None
+        while True:
+            found = self._client.search_logged_models(
+                [self._experiment_id], f"source_run_id = '{self._run_id}'", page_token=page
+            )
+            for model in found:
+                if (model.tags or {}).get(RECORD_TAG) == identity:
+                    return model
+            page = found.token
+            if not page:
+                break
+        return self._client.create_logged_model(
+            self._experiment_id,
+            name=record["name"],
+            source_run_id=self._run_id,
+            tags={RECORD_TAG: identity},
+            model_type="segmentation",
+        )
+
+    def _register(self, record: Record, model_id: str, identity: str) -> None:
+        from mlflow.exceptions import MlflowException
+
+        name = record["registered_name"]
+        try:
+            self._client.create_registered_model(name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise
+        for version in self._client.search_model_versions(f"run_id = '{self._run_id}'"):
+            if version.name == name and (version.tags or {}).get(RECORD_TAG) == identity:
+                break
+        else:
+            version = self._client.create_model_version(
+                name,
+                source=f"models:/{model_id}",
+                run_id=self._run_id,
+                tags={RECORD_TAG: identity},
+                model_id=model_id,
+                await_creation_for=30,
+            )
+        self._client.set_registered_model_alias(name, record["alias"], version.version)
+
+
+def _spooled(record: Record, directory: Path) -> Path:
+    path = directory / record["path"]
+    if not path.exists():
+        raise Refused(f"the spooled copy is gone: {record['path']}")
+    return path
+
+
+def _signature(network: Any) -> Any:
+    """The signature of an ONNX network, from its graph: dynamic dimensions become -1."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import Schema, TensorSpec
+    from onnx.helper import tensor_dtype_to_np_dtype
+
+    def specs(values: Any) -> Any:
+        return Schema(
+            [
+                TensorSpec(
+                    tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
+                    [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
+                    name=value.name,
+                )
+                for value in values
+            ]
+        )
+
+    weights = {tensor.name for tensor in network.graph.initializer}
+    inputs = [value for value in network.graph.input if value.name not in weights]
+    return ModelSignature(inputs=specs(inputs), outputs=specs(network.graph.output))

@@ -1,0 +1,167 @@
+"""The whole DVC pipeline on a tiny data set, in a clone of its own, as a user runs it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+BIN = Path(sys.executable).parent
+TINY = [
+    "download.sample.subjects=6",
+    "train.model.options.width=0.25",
+    "train.epochs=2",
+    "train.validate_every=1",
+    "preprocess.folds=3",
+    "export.parity_cases=1",
+]
+
+pytestmark = pytest.mark.slow
+
+
+def run(*command: str, cwd: Path, check: bool = True) -> subprocess.CompletedProcess[str]:
+    environment = {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": str(cwd),
+        "OMP_NUM_THREADS": "1",
+        "DO_NOT_TRACK": "1",
+    }
+    environment.pop("MLFLOW_TRACKING_URI", None)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
+    return done
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """A repository with the files of this working tree, after `dvc repro` on a tiny sample."""
+    target = tmp_path_factory.mktemp("clone") / "distilldsm"
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+    ).stdout.decode()
+    for name in filter(None, listed.split("\0")):
+        if name == "dvc.lock" or not (ROOT / name).is_file():
+            continue
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target / name)
+    run("git", "init", "-q", cwd=target)
+    run("git", "config", "user.email", "test@example.org", cwd=target)
+    run("git", "config", "user.name", "Test", cwd=target)
+    run("git", "add", "-A", cwd=target)
+    run("git", "commit", "-qm", "clone", cwd=target)
+    run("distilldsm", "compose", *TINY, cwd=target)
+    run("dvc", "repro", cwd=target)
+    return target
+
+
+def stages_that_ran(done: subprocess.CompletedProcess[str]) -> list[str]:
+    return [line.split("'")[1] for line in done.stdout.splitlines() if line.startswith("Running stage")]
+
+
+def test_every_output_is_there(clone: Path):
+    for name in (
+        "data/validation/report.html",
+        "data/preprocessed/plan.json",
+        "models/fold0/last.safetensors",
+        "evaluation/fold0/metrics.json",
+        "evaluation/fold0/report.html",
+        "evaluation/fold0/plots/history.csv",
+        "export/fold0/model.onnx",
+        "export/fold0/model.xml",
+        "export/fold0/metadata.json",
+        "dvc.lock",
+        "mlflow.db",
+    ):
+        assert (clone / name).is_file(), name
+    with open(clone / "evaluation/fold0/cases.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    held_out = json.loads((clone / "data/preprocessed/splits.json").read_text())["folds"][0]["held_out"]
+    assert {row["case"] for row in rows} == set(held_out)
+    assert not list(clone.rglob("*.partial"))
+
+
+def test_nothing_to_do_runs_nothing(clone: Path):
+    done = run("dvc", "repro", cwd=clone)
+    assert stages_that_ran(done) == []
+
+
+def test_metrics_plots_and_experiments_are_useful(clone: Path):
+    shown = json.loads(run("dvc", "metrics", "show", "--json", cwd=clone).stdout)
+    files = shown[""]["data"]
+    assert 0 <= files["evaluation/fold0/metrics.json"]["data"]["dice"]["mean"] <= 1
+    assert "export/fold0/metrics.json" in files
+    run("dvc", "plots", "show", "-o", "plots_html", cwd=clone)
+    assert "dice_by_case" in (clone / "plots_html" / "index.html").read_text()
+    assert "evaluation/fold0/metrics.json" in run("dvc", "exp", "show", "--json", cwd=clone).stdout
+
+
+def test_mlflow_holds_the_run(clone: Path):
+    code = """
+import mlflow
+mlflow.set_tracking_uri("sqlite:///mlflow.db")
+client = mlflow.MlflowClient()
+runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
+assert len(runs) == 1, runs
+run = runs[0]
+history = client.get_metric_history(run.info.run_id, "train_loss")
+assert [m.step for m in history] == [1, 2], history
+assert run.data.params["train.epochs"] == "2"
+assert run.data.tags["fold"] == "0"
+assert len(run.data.tags["git_commit"]) == 40
+assert "test_dice_mean" in run.data.metrics, run.data.metrics
+assert run.inputs.dataset_inputs[0].dataset.digest
+assert client.search_registered_models()
+print("ok")
+"""
+    assert run(sys.executable, "-c", code, cwd=clone).stdout.strip().endswith("ok")
+
+
+def test_exported_model_predicts_on_a_scan(clone: Path):
+    import nibabel as nib
+
+    index = json.loads((clone / "data/raw/dataset_index.json").read_text())
+    scan = clone / "data/raw" / index["cases"][0]["images"][0]
+    run("distilldsm", "predict", "export/fold0", str(scan), "-o", "mask.nii.gz", cwd=clone)
+    mask, image = nib.load(clone / "mask.nii.gz"), nib.load(scan)
+    assert mask.shape == image.shape
+    assert abs(mask.affine - image.affine).max() < 1e-5
+    assert "grey" in run("distilldsm", "summary", cwd=clone).stdout.lower()
+
+
+def test_a_training_parameter_reruns_from_train(clone: Path):
+    params = yaml.safe_load((clone / "params.yaml").read_text())
+    params["train"]["learning_rate"] = 0.002
+    (clone / "params.yaml").write_text(yaml.safe_dump(params))
+    done = run("dvc", "repro", cwd=clone)
+    assert stages_that_ran(done) == ["train@0", "evaluate@0", "export@0"]
+
+
+def test_presets_compose_an_experiment(clone: Path):
+    """`dvc exp run -S model=unet2d`: Hydra composes the parameters, only training changes."""
+    run("git", "add", "-A", cwd=clone)
+    run("git", "commit", "-qm", "trained", cwd=clone)
+    overrides = [argument for item in [*TINY, "model=unet2d"] for argument in ("-S", item)]
+    run("dvc", "exp", "run", *overrides, cwd=clone)
+    assert json.loads((clone / "models/fold0/model.json").read_text())["name"] == "unet2d"
+
+
+def test_a_mistake_in_params_stops_with_exit_code_2(clone: Path):
+    text = (clone / "params.yaml").read_text()
+    (clone / "params.yaml").write_text(text.replace("epochs:", "epoch:"))
+    done = run(sys.executable, "-m", "components.train", cwd=clone, check=False)
+    (clone / "params.yaml").write_text(text)
+    assert done.returncode == 2
+    assert "did you mean 'epochs'" in done.stderr
