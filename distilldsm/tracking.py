@@ -10,15 +10,10 @@ lie in `./tracking`, or in the directory that DISTILLDSM_TRACKING_DIR names.
 from __future__ import annotations
 
 import contextlib
-import getpass
-import hashlib
 import json
 import logging
-import math
 import os
-import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,13 +21,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from distilldsm import __version__
 from distilldsm.config import TrackingConfig
 from distilldsm.journal import JournalWriter, State, encode_number, pending, writer_identity
 from distilldsm.params import to_mapping
-from distilldsm.stage import sha256_file, write_json
+from distilldsm.stage import write_json
 from distilldsm.tracking_sink import sqlite_path
-from distilldsm.tracking_worker import Delivery, live_uri, redact, replay_all
+from distilldsm.tracking_worker import Delivery, redact, replay_all
 
 RUN_FILE = "mlflow_run.json"
 CLOSE_TIMEOUT_S = 20.0

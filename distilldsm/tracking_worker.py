@@ -26,7 +26,6 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from distilldsm.journal import (
-    SPOOL,
     Entry,
     JournalWriter,
     Record,

@@ -120,7 +120,7 @@ def to_network_space(volume: Volume, plan: Plan) -> tuple[Float32, GeometryRecor
     array = reorient(volume.data, volume.affine, plan.axis_order)
     start, stop = nonzero_box(array) if plan.crop_to_nonzero else ((0, 0, 0), array.shape[1:])
     array = array[:, start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]]
-    shape = resampled_shape(array.shape[1:], _spacing_dhw(volume.affine, plan.axis_order), plan.target_spacing_mm)
+    shape = resampled_shape(array.shape[1:], spacing_along(volume.affine, plan.axis_order), plan.target_spacing_mm)
     record = GeometryRecord(
         affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
         shape=volume.shape,
@@ -177,7 +177,8 @@ def _reoriented_shape(record: GeometryRecord) -> tuple[int, ...]:
     return tuple(ras[k] for k in record.axis_order)
 
 
-def _spacing_dhw(affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> tuple[float, ...]:
+def spacing_along(affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> tuple[float, ...]:
+    """Voxel size, mm, along the RAS axes in the given order."""
     spacing = spacing_of(affine)
     ras = [0.0, 0.0, 0.0]
     for axis, (target, _) in enumerate(ras_orientation(affine)):

@@ -1,0 +1,268 @@
+"""Stage evaluate: a trained fold on its held-out cases, in the scans' own geometry."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from components._main import stage_main
+from distilldsm.config import EvaluateConfig, TrackingConfig, load_params
+from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.geometry import reorient, spacing_along
+from distilldsm.data.splits import load_fold
+from distilldsm.data.volume import read_image, read_label, spacing_of, write_label
+from distilldsm.evaluation import figures, tables
+from distilldsm.evaluation.metrics import confusion, score_case
+from distilldsm.evaluation.report import render_report
+from distilldsm.progress import progress
+from distilldsm.stage import content_hash, output_directory, package_versions, read_json, worker_count, write_json
+
+
+def run(
+    config: EvaluateConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    fold: int,
+    tracking: TrackingConfig | None = None,
+) -> None:
+    """Predict and score every held-out case; resumable per case.
+
+    Args:
+        inputs: `dataset` (scans and truth), `preprocessed` (splits), `model` (of this fold).
+        outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `report.html`, `figures/`, `plots/`,
+            `predictions/`.
+    """
+    index = DatasetIndex.load(inputs["dataset"])
+    _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
+    wanted = set(held_out)
+    cases = [case for case in index.cases if case.id in wanted]
+    hashed = {
+        "dataset": inputs["dataset"],
+        "splits": inputs["preprocessed"] / "splits.json",
+        "model": inputs["model"],
+    }
+    with output_directory(
+        outputs["evaluation"], stage="evaluate", config=config, inputs=hashed, extra={"fold": fold}, resumable=True
+    ) as work:
+        for name in ("scores", "predictions", "plots", "figures"):
+            (work / name).mkdir(exist_ok=True)
+        score_all(config, inputs, work, cases, index)
+        scores = {case.id: read_json(work / "scores" / f"{case.id}.json") for case in cases}
+        rows = [{"case": case, **row} for case, one in scores.items() for row in one["rows"]]
+        summary = tables.summarise(rows, [n for n in index.labels if index.labels[n]])
+        tables.write_csv(work / "cases.csv", rows)
+        write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary})
+        write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
+        history = read_json(inputs["model"] / "history.json")
+        _write_plots(work / "plots", rows, history, scores, index)
+        pictures = _draw(work, inputs["dataset"], cases, rows, history, index)
+        facts = _facts(config, inputs, index, fold)
+        notes = [index.note]
+        if config.checkpoint == "best":
+            notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
+        page = render_report(
+            title=f"{index.name}, {facts['network']}, fold {fold}",
+            summary=summary,
+            rows=rows,
+            figures=pictures,
+            notes=notes,
+            facts=facts,
+        )
+        (work / "report.html").write_text(page, encoding="utf-8")
+        shutil.rmtree(work / "scores")
+        if not config.save_masks:
+            shutil.rmtree(work / "predictions")
+            (work / "predictions").mkdir()
+    print(tables.format_table(summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
+    _track(tracking, inputs, outputs["evaluation"], summary, rows)
+
+
+def _predictor(model: Path, checkpoint: str) -> Any:
+    from distilldsm.inference.predict import Predictor
+
+    return Predictor.from_training(model, checkpoint)
+
+
+def score_all(
+    config: EvaluateConfig, inputs: Mapping[str, Path], work: Path, cases: Sequence[Case], index: DatasetIndex
+) -> None:
+    """Predict here, score in worker processes; a case whose scores are there is done."""
+    todo = [case for case in cases if not (work / "scores" / f"{case.id}.json").exists()]
+    if not todo:
+        return
+    predictor = _predictor(inputs["model"], config.checkpoint)
+    workers = worker_count(config.workers, len(todo))
+    # spawn: forking a process that holds torch's threads may hang.
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        running: set[Future[None]] = set()
+        for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
+            volume = read_image([inputs["dataset"] / p for p in case.images], len(index.channels))
+            mask = predictor.predict(volume)
+            path = work / "predictions" / f"{case.id}.nii.gz"
+            write_label(path, mask, volume.affine)
+            task = (
+                inputs["dataset"] / case.label,
+                path,
+                index,
+                config.nsd_tolerance_mm,
+                work / "scores" / f"{case.id}.json",
+            )
+            running.add(pool.submit(score_file, *task))
+            if len(running) > 2 * workers:
+                finished, running = wait(running, return_when=FIRST_COMPLETED)
+                for future in finished:
+                    future.result()
+        for future in running:
+            future.result()
+
+
+def score_file(truth_path: Path, mask_path: Path, index: DatasetIndex, tolerance_mm: float, output: Path) -> None:
+    """Score one predicted mask file and write the result as JSON."""
+    truth, affine = read_label(truth_path)
+    mask, _ = read_label(mask_path)
+    scores = score_case(truth, mask, spacing_mm=spacing_of(affine), labels=index.labels, tolerance_mm=tolerance_mm)
+    table = confusion(truth, mask, index.class_values)
+    write_json(output, {"rows": [asdict(score) for score in scores], "confusion": table.tolist()})
+
+
+def _write_plots(
+    folder: Path, rows: Sequence[Mapping], history: Sequence[Mapping], scores: Mapping, index: DatasetIndex
+) -> None:
+    tables.write_csv(
+        folder / "history.csv",
+        [{k: h.get(k, "") for k in ("epoch", "train_loss", "val_dice_mean", "learning_rate")} for h in history],
+    )
+    tables.write_csv(
+        folder / "dice_by_case.csv",
+        [{k: row[k] for k in ("case", "label", "dice", "hd95_mm", "volume_truth_ml")} for row in rows],
+    )
+    total = np.sum([one["confusion"] for one in scores.values()], axis=0)
+    # DVC's confusion plot counts rows: each true label is given about a thousand of them.
+    shares = np.rint(1000 * total / np.maximum(total.sum(axis=1, keepdims=True), 1)).astype(int)
+    pairs = [
+        {"actual": a, "predicted": b}
+        for i, a in enumerate(index.class_names)
+        for j, b in enumerate(index.class_names)
+        for _ in range(shares[i, j])
+    ]
+    tables.write_csv(folder / "confusion.csv", pairs)
+
+
+def _draw(
+    work: Path,
+    dataset: Path,
+    cases: Sequence[Case],
+    rows: Sequence[Mapping],
+    history: Sequence[Mapping],
+    index: DatasetIndex,
+) -> list[tuple[str, Path]]:
+    """All figures: caption and file."""
+    labels = [name for name in index.labels if index.labels[name]]
+    folder = work / "figures"
+    figures.save_figure(figures.dice_boxes(rows, labels), folder / "dice.png")
+    figures.save_figure(figures.training_curves(history), folder / "training.png")
+    figures.save_figure(figures.volume_agreement(rows, labels), folder / "volumes.png")
+    made = [("Dice per label", folder / "dice.png"), ("Volumes, true and predicted", folder / "volumes.png")]
+    mean = {c.id: float(np.mean([r["dice"] for r in rows if r["case"] == c.id])) for c in cases}
+    ranked = sorted(cases, key=lambda c: mean[c.id])
+    chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
+    for kind, case in chosen.items():
+        title = f"{kind} case: {case.id}, mean Dice {mean[case.id]:.4f}"
+        figures.save_figure(_overlay(work, dataset, case, index, title), folder / f"{kind}.png")
+        made.append((title, folder / f"{kind}.png"))
+    return [*made, ("Training", folder / "training.png")]
+
+
+def _overlay(work: Path, dataset: Path, case: Case, index: DatasetIndex, title: str) -> Any:
+    volume = read_image([dataset / p for p in case.images], len(index.channels))
+    truth, _ = read_label(dataset / case.label)
+    mask, _ = read_label(work / "predictions" / f"{case.id}.nii.gz")
+    ras = [reorient(a[None], volume.affine, (0, 1, 2))[0] for a in (volume.data[0], truth, mask)]
+    spacing_mm = spacing_along(volume.affine, (0, 1, 2))
+    return figures.overlay(*ras, spacing_mm=spacing_mm, labels=index.labels, title=title)
+
+
+def _facts(config: EvaluateConfig, inputs: Mapping[str, Path], index: DatasetIndex, fold: int) -> dict[str, Any]:
+    model = read_json(inputs["model"] / "model.json")
+    options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
+    return {
+        "network": f"{model['name']} ({options})" if options else model["name"],
+        "parameters": f"{model['parameters']:,}",
+        "convolution MACs per voxel": f"{model['macs_per_voxel']:,.0f}",
+        "epochs": model["epochs"],
+        "checkpoint": config.checkpoint,
+        "fold": fold,
+        "NSD tolerance": f"{config.nsd_tolerance_mm:g} mm",
+        "data set": index.name,
+        "source": index.source,
+        "licence of the data": index.licence,
+        "reference": index.reference,
+        "data hash": content_hash(inputs["dataset"])[:16],
+        "model hash": content_hash(inputs["model"])[:16],
+        "versions": ", ".join(f"{k} {v}" for k, v in package_versions().items()),
+    }
+
+
+def _track(
+    tracking: TrackingConfig | None,
+    inputs: Mapping[str, Path],
+    evaluation: Path,
+    summary: Mapping,
+    rows: Sequence[Mapping],
+) -> None:
+    """Attach the scores to the training run."""
+    if tracking is None:
+        return
+    from distilldsm.tracking import attach
+
+    metrics = {f"test_{metric}_mean": value for metric, value in summary["mean"].items() if value is not None}
+    for label, s in summary["labels"].items():
+        metrics |= {f"test_{m}_{label}": s[m]["mean"] for m in ("dice", "hd95_mm", "nsd") if s[m]["mean"] is not None}
+    with attach(inputs["model"], tracking) as mlflow_run:
+        mlflow_run.log_metrics(metrics)
+        mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
+        mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
+        mlflow_run.log_table([dict(row) for row in rows], "evaluation/cases.json")
+        validation = inputs["dataset"].parent / "validation" / "report.html"
+        if validation.exists():
+            mlflow_run.log_artifact(validation, "validation")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
+    parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
+    parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")
+    parser.add_argument("--output", type=Path, default=None, help="default: evaluation/fold<FOLD>")
+    args = parser.parse_args(argv)
+
+    def stage() -> None:
+        params = load_params(args.params)
+        run(
+            params.evaluate,
+            {
+                "dataset": args.dataset,
+                "preprocessed": args.preprocessed,
+                "model": args.model or Path(f"models/fold{args.fold}"),
+            },
+            {"evaluation": args.output or Path(f"evaluation/fold{args.fold}")},
+            fold=args.fold,
+            tracking=params.tracking,
+        )
+
+    return stage_main(stage)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

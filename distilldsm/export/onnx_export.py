@@ -1,0 +1,122 @@
+"""A network to one self-contained ONNX file whose depth, height and width are free."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from distilldsm.errors import UserError
+
+if TYPE_CHECKING:
+    from distilldsm.models.base import SegmentationNetwork
+
+OPSET = 20
+INPUT, OUTPUT = "image", "logits"
+SPATIAL_AXES = ("depth", "height", "width")
+
+
+def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> None:
+    """Write a network as ONNX: `image` (1, C, D, H, W) float32 to `logits` (1, K, D, H, W) float32.
+
+    Depth, height and width are free (multiples of the network's stride); the batch is 1, as prediction goes volume
+    by volume. The network is traced on the CPU, in evaluation mode.
+
+    Raises:
+        UserError: the exporter fixed a size or left weights outside the file (both would be faults of a network
+            that depends on its input's size).
+    """
+    import onnx
+    import torch
+
+    sizes = _example_sizes(network.stride)
+    image = torch.zeros(1, network.in_channels, *sizes)
+    dynamic = {
+        axis: torch.export.Dim.DYNAMIC if step == 1 else step * torch.export.Dim(name, min=1, max=4096)
+        for axis, (name, step) in enumerate(zip(SPATIAL_AXES, network.stride, strict=True), start=2)
+    }
+    with _quiet():
+        # Exported in two steps: asked for both at once, torch.onnx.export would try looser ways of tracing when a size
+        # gets fixed, instead of saying so.
+        program = torch.export.export(network.cpu().eval(), (image,), dynamic_shapes=(dynamic,), strict=False)
+        exported = torch.onnx.export(
+            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+        )
+    assert exported is not None
+    model = exported.model_proto
+    _tidy(model)
+    check_onnx(model, path=path)
+    onnx.save_model(model, os.fspath(path), save_as_external_data=False)
+
+
+def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
+    """Check an ONNX model: valid, free spatial sizes at both ends, all weights inside.
+
+    Raises:
+        UserError: says what is wrong with the file meant for `path`.
+    """
+    import onnx
+
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise UserError("is no valid ONNX model", where=path, seen=str(error)[:300]) from None
+    for value in (*model.graph.input, *model.graph.output):
+        sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
+        if sizes[0] != 1 or not isinstance(sizes[1], int) or tuple(sizes[2:]) != SPATIAL_AXES:
+            raise UserError(
+                f"the exporter fixed a size of '{value.name}'",
+                where=path,
+                seen=sizes,
+                rule="(1, channels, depth, height, width) with the last three free",
+            )
+    outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
+    if outside:
+        raise UserError("keeps weights in another file", where=path, seen=outside[0], rule="one file")
+
+
+def _example_sizes(stride: tuple[int, int, int]) -> list[int]:
+    """Sizes to trace with: all different, none of them 1, which tracing would take for a constant."""
+    return [max(step * factor, factor + 2) for step, factor in zip(stride, (3, 4, 5), strict=True)]
+
+
+def _tidy(model: Any) -> None:
+    """Name the free sizes, and drop what the exporter noted of the source code (paths of the machine, stack traces)."""
+    import onnx
+
+    for value in (*model.graph.input, *model.graph.output):
+        for axis, name in enumerate(SPATIAL_AXES, start=2):
+            size = value.type.tensor_type.shape.dim[axis]
+            # The exporter calls them s53, 16*height or worse. A fixed size stays as it is, for the check to find.
+            if size.HasField("dim_param"):
+                size.dim_param = name
+    # Shapes of what lies between hold the names replaced above; runtimes infer them anyhow.
+    del model.graph.value_info[:]
+    for item in (model, model.graph, *model.graph.node, *model.graph.initializer):
+        item.doc_string = ""
+        del item.metadata_props[:]
+    for value in (*model.graph.input, *model.graph.output):
+        value.doc_string = ""
+        del value.metadata_props[:]
+    onnx.helper.set_model_props(model, {"intended_use": "research; not a medical device"})
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks on packages that are not needed; errors still show."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+

@@ -1,0 +1,192 @@
+"""Do the exported models say what the network says? Compared on real, whole volumes."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distilldsm.data.patches import open_array
+from distilldsm.errors import UserError
+from distilldsm.inference.engines import Engine
+from distilldsm.inference.windows import predict_logits
+from distilldsm.stage import read_json
+
+NETWORK = "torch"
+"""Name of the network itself among the runtimes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseParity:
+    """One runtime against the network on one case, in network space."""
+
+    case: str
+    runtime: str
+    shape: tuple[int, int, int]
+    """(D, H, W)."""
+    max_logit_difference: float
+    differing_voxels: int
+    """Voxels whose label (largest logit) differs."""
+    voxel_difference: float
+    """The same as a fraction of all voxels."""
+    dice_network: Mapping[str, float]
+    """Per label, against the truth."""
+    dice_runtime: Mapping[str, float]
+    seconds: float
+    """One pass over the volume."""
+    seconds_network: float
+
+    @property
+    def dice_difference(self) -> dict[str, float]:
+        """Runtime minus network, per label."""
+        return {label: self.dice_runtime[label] - value for label, value in self.dice_network.items()}
+
+
+def choose_cases(preprocessed: Path, case_ids: Sequence[str], count: int) -> list[str]:
+    """`count` cases spread evenly over the sizes, from the smallest to the largest volume.
+
+    The sizes come from the cases' geometry records; equal sizes are ordered by id, so the choice is repeatable.
+    """
+
+    def voxels(case: str) -> int:
+        return int(np.prod(read_json(preprocessed / "cases" / f"{case}.json")["geometry"]["resampled"]))
+
+    ordered = sorted(case_ids, key=lambda case: (voxels(case), case))
+    if count == 1:
+        return [ordered[len(ordered) // 2]]
+    positions = np.linspace(0, len(ordered) - 1, min(count, len(ordered)))
+    return [ordered[int(k)] for k in np.rint(positions)]
+
+
+def compare(
+    network: Engine,
+    runtimes: Mapping[str, Engine],
+    preprocessed: Path,
+    case_ids: Sequence[str],
+    *,
+    stride: Sequence[int],
+    depth_halo: int | None,
+    labels: Sequence[str],
+) -> list[CaseParity]:
+    """Run network and runtimes over whole cases; memory holds one case at a time.
+
+    Args:
+        network: the reference.
+        runtimes: name to engine.
+        preprocessed: holds `images/<case>.npy` and `labels/<case>.npy`.
+        labels: names of the classes, background first.
+
+    Raises:
+        UserError: the network or a runtime gives values that are not finite.
+    """
+    from distilldsm.training.validation import class_dice
+
+    found = []
+    for case in case_ids:
+        image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
+        truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
+
+        def run(name: str, engine: Engine, case: str = case, image: np.ndarray = image) -> tuple[np.ndarray, float]:
+            start = time.perf_counter()
+            logits = predict_logits(engine, image, stride=stride, depth_halo=depth_halo)
+            seconds = time.perf_counter() - start
+            if not np.isfinite(logits).all():
+                raise UserError(
+                    f"{name} gives logits that are not finite", where=case, mend="train with a lower learning rate"
+                )
+            return logits, seconds
+
+        def dice(classes: np.ndarray, truth: np.ndarray = truth) -> dict[str, float]:
+            return dict(zip(labels[1:], class_dice(classes, truth, len(labels)), strict=True))
+
+        reference, seconds_network = run(NETWORK, network)
+        expected = reference.argmax(axis=0)
+        for name, engine in runtimes.items():
+            logits, seconds = run(name, engine)
+            classes = logits.argmax(axis=0)
+            differing = int((classes != expected).sum())
+            d, h, w = (int(n) for n in expected.shape)
+            found.append(
+                CaseParity(
+                    case=case,
+                    runtime=name,
+                    shape=(d, h, w),
+                    max_logit_difference=float(np.abs(logits - reference).max()),
+                    differing_voxels=differing,
+                    voxel_difference=differing / expected.size,
+                    dice_network=dice(expected),
+                    dice_runtime=dice(classes),
+                    seconds=seconds,
+                    seconds_network=seconds_network,
+                )
+            )
+    return found
+
+
+def beyond_limit(rows: Sequence[CaseParity], limit: float) -> list[CaseParity]:
+    """The comparisons in which a larger fraction of voxels differs than `limit`, worst first."""
+    return sorted((r for r in rows if r.voxel_difference > limit), key=lambda r: -r.voxel_difference)
+
+
+def require_parity(rows: Sequence[CaseParity], limit: float) -> None:
+    """Raise UserError, naming runtime and case, where a larger fraction of voxels differs than `limit`."""
+    beyond = beyond_limit(rows, limit)
+    if beyond:
+        worst = beyond[0]
+        raise UserError(
+            f"the exported model ({worst.runtime}) disagrees with the network",
+            where=f"case {worst.case}",
+            seen=f"{worst.differing_voxels} voxels differ, a fraction of {worst.voxel_difference:.3g}; "
+            f"logits differ by up to {worst.max_logit_difference:.3g}",
+            rule=f"a fraction of at most {limit:g} (export.max_voxel_difference)",
+            mend="look at the logit differences: large ones are a fault of the export; small ones mean a network that "
+            "is undecided in many voxels (train longer, or raise the limit)",
+        )
+
+
+def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str) -> dict[str, object]:
+    """The contents of `parity.json`."""
+    return {
+        "schema_version": 1,
+        "reference": "the PyTorch network in float32 on the CPU",
+        "space": "network space (spacing of the plan), whole volumes of the held-out fold",
+        "openvino_weights": openvino_weights,
+        "max_voxel_difference_allowed": limit,
+        "summary": summary(rows),
+        "cases": [
+            {
+                "case": row.case,
+                "runtime": row.runtime,
+                "shape": row.shape,
+                "max_logit_difference": row.max_logit_difference,
+                "differing_voxels": row.differing_voxels,
+                "voxel_difference": row.voxel_difference,
+                "dice_network": row.dice_network,
+                "dice_runtime": row.dice_runtime,
+                "dice_difference": row.dice_difference,
+                "seconds": row.seconds,
+                "seconds_network": row.seconds_network,
+            }
+            for row in rows
+        ],
+    }
+
+
+def summary(rows: Sequence[CaseParity]) -> dict[str, dict[str, float]]:
+    """Per runtime the worst difference of any case, and the speed on the largest volume."""
+    out: dict[str, dict[str, float]] = {}
+    for name in dict.fromkeys(row.runtime for row in rows):
+        own = [row for row in rows if row.runtime == name]
+        largest = max(own, key=lambda row: np.prod(row.shape))
+        mvoxels = float(np.prod(largest.shape)) / 1e6
+        out[name] = {
+            "max_logit_difference": max(row.max_logit_difference for row in own),
+            "voxel_difference": max(row.voxel_difference for row in own),
+            "dice_difference": max(abs(v) for row in own for v in row.dice_difference.values()),
+            "seconds_per_mvoxel": largest.seconds / mvoxels,
+            "seconds_per_mvoxel_network": largest.seconds_network / mvoxels,
+        }
+    return out
