@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -14,9 +16,9 @@ from distilldsm.config import DownloadConfig, load_params
 from distilldsm.data.archive import extract
 from distilldsm.data.catalog import lookup
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.download import fetch, is_url, local_path
+from distilldsm.data.download import fetch, is_url, local_path, public_address
 from distilldsm.data.layouts import index_dataset, needed_files
-from distilldsm.errors import DataError
+from distilldsm.errors import ConfigError, DataError
 from distilldsm.stage import output_directory, sha256_file, sha256_json
 
 
@@ -29,10 +31,12 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     What the user gave is copied, never linked or changed.
     """
+    _keep_apart(config, outputs["dataset"])
     with output_directory(outputs["dataset"], stage="download", config=config, inputs=inputs) as work:
         source, name = _obtain(config)
-        # Unpacked beside the output, so that moving the needed files costs nothing.
-        with tempfile.TemporaryDirectory(dir=work.parent, prefix=f".{work.name}.unpacked-") as scratch:
+        # Unpacked inside the output's work directory: moving the needed files costs nothing, and what a killed run
+        # leaves is cleared by the next.
+        with tempfile.TemporaryDirectory(dir=work, prefix=".unpacked-") as scratch:
             unpacked = source if source.is_dir() else extract(source, scratch)
             index = _index(unpacked, config, name)
             for path in needed_files(index):
@@ -46,9 +50,22 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
         print(index.note)
 
 
-def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
-    from dataclasses import replace
+def _keep_apart(config: DownloadConfig, output: Path) -> None:
+    """The output is replaced as a whole: neither what the user gave nor the kept archives may lie in it."""
+    output = output.resolve()
+    source = None if config.source.startswith("msd:") else local_path(config.source)
+    for key, path in (("source", source), ("archive_dir", Path(config.archive_dir))):
+        if path is not None and (path.resolve() == output or output in path.resolve().parents):
+            raise ConfigError(
+                "lies in the stage's output, which is replaced at each run",
+                where=f"download.{key}",
+                seen=str(path),
+                rule=f"a place outside {output}",
+                mend="move it elsewhere",
+            )
 
+
+def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
     if config.source.startswith("msd:"):
         entry = lookup(config.source)
         config = replace(config, licence=config.licence or entry.licence, reference=config.reference or entry.reference)
@@ -59,10 +76,10 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
     """The archive or folder on this machine, and what to call its source."""
     store = Path(config.archive_dir)
     if config.source == "sample":
-        from distilldsm.data.sample import make_sample_archive
+        from distilldsm.data.sample import VERSION, make_sample_archive
 
         # The name holds what the archive is made from: other parameters make another archive.
-        archive = store / f"sample-{sha256_json(config.sample)[:12]}.tar"
+        archive = store / f"sample-v{VERSION}-{sha256_json(config.sample)[:12]}.tar"
         if not archive.is_file():
             make_sample_archive(archive, config.sample)
         return archive, "embedded sample (MNI152 template)"
@@ -92,7 +109,10 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
             )
         return path, path.name
     name = unquote(urlsplit(config.source).path).rsplit("/", 1)[-1] or "archive"
-    return fetch([config.source, *config.mirrors], store / name, sha256=config.sha256), config.source.split("?")[0]
+    # Two addresses may end in the same name: each has a file of its own.
+    target = store / f"{hashlib.sha256(config.source.encode()).hexdigest()[:8]}-{name}"
+    public = public_address(config.source) if is_url(config.source) else name
+    return fetch([config.source, *config.mirrors], target, sha256=config.sha256), public
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -3,94 +3,94 @@
 from __future__ import annotations
 
 import argparse
-import csv
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from components._main import stage_main
 from distilldsm.config import ValidateConfig, load_params
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.expectations import Finding, bound_rules, check, load_suite
-from distilldsm.data.validation import build_case_table
-from distilldsm.data.validation_report import render_validation
+from distilldsm.data.expectations import check_table, load_suite
+from distilldsm.data.validation import CaseTable, build_case_table, table_columns
+from distilldsm.data.validation_report import make_report, render_html
 from distilldsm.errors import DataError
-from distilldsm.params import to_mapping
-from distilldsm.stage import output_directory, write_json
+from distilldsm.stage import MANIFEST, output_directory, read_json, write_json
+
+SHOWN = 10
+"""Findings that the error message lists; the report has all."""
 
 
 def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
-    """Check every case.
+    """Check a data set.
 
     Args:
-        inputs: `dataset`.
-        outputs: `validation`: `report.html`, `report.json`, `cases.csv`, `accepted.json`, `metrics.json`.
+        inputs: `dataset` (from download).
+        outputs: `validation`: report.json, report.html, cases.csv, accepted.json and metrics.json. When the data
+            cannot be used, the same files go to `<validation>-failed`, and `validation` stays as it was.
 
     Raises:
-        DataError: findings of severity error with `on_invalid: fail`; the report then lies in `<validation>-failed`.
-            Or too few cases are left with `exclude`.
+        ConfigError: the suite or the bounds are wrong.
+        DataError: there are errors (`on_invalid: fail`), or fewer than two patients are left without them.
     """
-    index = DatasetIndex.load(inputs["dataset"])
-    suite = load_suite(config.suite)
-    rows = build_case_table(inputs["dataset"], index, workers=config.workers)
-    findings = check(rows, suite, config.bounds, index, config.suite)
-    excluded: dict[str, list[str]] = {}
-    for finding in findings:
-        if finding.severity == "error":
-            excluded.setdefault(finding.case, []).append(finding.rule)
-    failed = bool(excluded) and config.on_invalid == "fail"
-    target = outputs["validation"]
-    if failed:
-        target = target.with_name(f"{target.name}-failed")
-    hashed = {"dataset": inputs["dataset"], "suite": Path(config.suite)}
-    with output_directory(target, stage="validate", config=config, inputs=hashed) as work:
-        accepted = [case.id for case in index.cases if case.id not in excluded]
-        errors = sum(f.severity == "error" for f in findings)
-        metrics = {
-            "cases": len(rows),
-            "accepted": len(accepted),
-            "errors": errors,
-            "warnings": len(findings) - errors,
-        }
-        write_json(work / "metrics.json", metrics)
-        write_json(work / "accepted.json", {"accepted": accepted, "excluded": excluded})
-        write_json(
-            work / "report.json",
-            {"schema_version": 1, "counts": metrics, "findings": findings, "suite": to_mapping(suite)},
-        )
-        with open(work / "cases.csv", "w", newline="", encoding="utf-8") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        rules = [*suite.rules, *bound_rules(config.bounds)]
-        page = render_validation(index, rows, findings, rules, excluded)
-        (work / "report.html").write_text(page, encoding="utf-8")
-    _conclude(config, findings, metrics, index.subset(set(accepted)) if accepted else None, target, failed)
-
-
-def _conclude(
-    config: ValidateConfig,
-    findings: Sequence[Finding],
-    metrics: Mapping[str, int],
-    left: DatasetIndex | None,
-    target: Path,
-    failed: bool,
-) -> None:
-    serious = [f for f in findings if f.severity == "error"]
-    shown = "\n".join(f"- {f}" for f in serious[:10])
-    if failed:
-        more = f"\n(and {len(serious) - 10} more)" if len(serious) > 10 else ""
-        raise DataError(
-            f"{len(serious)} error(s) in {len({f.case for f in serious})} of {metrics['cases']} cases\n{shown}{more}",
-            mend=f"see {target / 'report.html'}; mend the cases, or set validate.on_invalid: exclude",
-        )
-    if left is None or len({case.patient for case in left.cases}) < 2:
-        raise DataError("fewer than two valid patients are left", where=target / "report.html", seen=shown)
+    root, target = Path(inputs["dataset"]), Path(outputs["validation"])
+    index = DatasetIndex.load(root)
+    suite = load_suite(config.suite, table_columns(index), config.bounds)
+    table = build_case_table(root, index, workers=config.workers)
+    report = make_report(index, table, suite, check_table(table, suite))
+    failed = target.with_name(f"{target.name}-failed")
+    problem = _problem(config, index, report)
+    hashed = {"dataset": root, "suite": Path(config.suite)}
+    with output_directory(failed if problem else target, stage="validate", config=config, inputs=hashed) as work:
+        _write(work, report, table)
+    if problem:
+        raise _refusal(problem, report, root, failed)
+    if (failed / MANIFEST).is_file() and read_json(failed / MANIFEST).get("stage") == "validate":
+        shutil.rmtree(failed)  # what it told has been mended
+    counts = report["counts"]
     print(
-        f"{metrics['cases']} cases: {metrics['accepted']} accepted, {metrics['errors']} errors, "
-        f"{metrics['warnings']} warnings"
+        f"{index.name}: {counts['accepted']} of {counts['cases']} cases accepted, {counts['errors']} errors, "
+        f"{counts['warnings']} warnings; report: {target / 'report.html'}"
     )
-    for finding in serious[:10]:
-        print(f"left out: {finding}")
+
+
+def _problem(config: ValidateConfig, index: DatasetIndex, report: Mapping[str, Any]) -> str | None:
+    """Why the data set cannot be used, or None."""
+    counts = report["counts"]
+    if config.on_invalid == "fail" and counts["errors"]:
+        return f"{counts['errors']} errors in {counts['excluded']} of {counts['cases']} cases"
+    if any(f["severity"] == "error" and f["case"] is None for f in report["findings"]):
+        return "a rule for the whole data set is broken"
+    left = {case.patient for case in index.subset(set(report["accepted"])).cases} if report["accepted"] else set()
+    if len(left) < 2:
+        return f"{len(left)} patients are left after {counts['errors']} errors, but a split needs at least 2"
+    return None
+
+
+def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) -> DataError:
+    findings = [f for f in report["findings"] if f["severity"] == "error"]
+    lines = [
+        f"\n    {root / f['file']}: {f['message']} ({f['rule']})\n      seen: {f['seen']}\n      mend: {f['mend']}"
+        for f in findings[:SHOWN]
+    ]
+    if len(findings) > SHOWN:
+        lines.append(f"\n    ... and {len(findings) - SHOWN} more")
+    counts = report["counts"]
+    return DataError(
+        f"the data set cannot be used: {problem}",
+        where=root,
+        seen=f"{counts['errors']} errors, {counts['warnings']} warnings" + "".join(lines),
+        rule="every case fulfils the expectation suite",
+        mend=f"read {failed / 'report.html'}; mend the files, or leave such cases out (validate.on_invalid: exclude)",
+    )
+
+
+def _write(work: Path, report: Mapping[str, Any], table: CaseTable) -> None:
+    write_json(work / "report.json", report)
+    (work / "report.html").write_text(render_html(report, table), encoding="utf-8")
+    table.write_csv(work / "cases.csv")
+    write_json(work / "accepted.json", {"accepted": report["accepted"], "excluded": report["excluded"]})
+    write_json(work / "metrics.json", report["counts"])
 
 
 def main(argv: Sequence[str] | None = None) -> int:

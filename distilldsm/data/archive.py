@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import lzma
 import os
 import shutil
 import stat
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 from distilldsm.errors import DataError
 
@@ -20,8 +21,22 @@ MAX_RATIO = 200
 """Unpacked to packed size: medical volumes reach 20 at most; more is taken for a decompression bomb."""
 RATIO_FREE_BYTES = 100_000_000
 """Below this unpacked size the ratio is not looked at (small label maps compress very well)."""
+MAX_MEMBERS = 1_000_000
+"""Files in one archive: a disk runs out of file names as it does of space."""
 _JUNK = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
+_BROKEN = (
+    tarfile.TarError,
+    zipfile.BadZipFile,
+    EOFError,
+    zlib.error,
+    lzma.LZMAError,
+    NotImplementedError,
+    RuntimeError,
+    ValueError,
+)
+"""What the readers raise on bytes that are no archive."""
 _CHUNK = 1 << 20
+_MAX_WRAPPING = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,7 @@ class Member:
 
     path: PurePosixPath
     size: int
-    handle: object
+    handle: Any
 
 
 def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
@@ -45,10 +60,8 @@ def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
     """
     archive, target = Path(archive), Path(target)
     with _opened(archive) as (members, read):
-        files = list(members)
-        if not files:
-            raise DataError("holds no files", where=archive)
-        _check_size(archive, target, sum(m.size for m in files))
+        files = _checked(members, archive)
+        _check_space(target, sum(m.size for m in files))
         for member in files:
             destination = target.joinpath(*member.path.parts)
             destination.parent.mkdir(parents=True, exist_ok=True)
@@ -57,29 +70,48 @@ def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
     return target
 
 
+def wrapped(folder: Path) -> Iterator[Path]:
+    """The folder, then the only folder inside it, and so on inwards as long as there is nothing else (archives wrap
+    data sets so); litter and hidden files count for nothing."""
+    for _ in range(_MAX_WRAPPING):  # a link may lead back to where it lies
+        yield folder
+        inside = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name not in _JUNK]
+        if len(inside) != 1 or not inside[0].is_dir():
+            return
+        folder = inside[0]
+
+
 def find_root(folder: Path, marker: str = "dataset.json") -> Path:
-    """The folder that holds `marker`: this one, or the only one inside it (archives wrap data sets so)."""
-    if (folder / marker).exists():
-        return folder
-    inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and not p.name.startswith((".", "__"))]
-    files = [p for p in folder.iterdir() if p.is_file() and not p.name.startswith(".")]
-    return find_root(inside[0], marker) if len(inside) == 1 and not files else folder
+    """The folder that holds `marker`: this one, or one that alone wraps it; without a marker the innermost such."""
+    folders = list(wrapped(folder))
+    return next((inner for inner in folders if (inner / marker).exists()), folders[-1])
+
+
+def is_litter(path: PurePosixPath) -> bool:
+    """Whether a file was left by macOS or Windows and belongs to no data set."""
+    return any(part in _JUNK or part.startswith("._") for part in path.parts)
 
 
 @contextmanager
-def _opened(archive: Path) -> Iterator:
+def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member], IO[bytes]]]]:
+    """The archive's members, in the order they are stored, and how to open one."""
     try:
-        if zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as packed:
-                yield _zip_members(packed, archive), lambda member: packed.open(member.handle)
+        with open(archive, "rb") as stream:
+            # Not zipfile.is_zipfile: it takes a tar whose last member is a zip for a zip.
+            is_zip = stream.read(2) == b"PK"
+        if is_zip:
+            with zipfile.ZipFile(archive) as packed_zip:
+                yield _zip_members(packed_zip, archive), lambda member: packed_zip.open(member.handle)
         else:
             with tarfile.open(archive) as packed:
-                yield _tar_members(packed, archive), lambda member: packed.extractfile(member.handle)
+                yield _tar_members(packed, archive), lambda member: _tar_file(packed, member)
     except FileNotFoundError as error:
         if error.filename and Path(error.filename) == archive:
             raise DataError("file not found", where=archive) from None
         raise
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, zlib.error, NotImplementedError, RuntimeError) as error:
+    except (*_BROKEN, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # the disk's trouble; what gzip and bz2 say of bad bytes carries no number
         raise DataError(
             "is no readable archive, or is truncated",
             where=archive,
@@ -87,6 +119,30 @@ def _opened(archive: Path) -> Iterator:
             rule="tar (also gz, bz2, xz) or zip",
             mend="download or copy it again",
         ) from None
+
+
+def _checked(members: Iterator[Member], archive: Path) -> list[Member]:
+    """All members, looked at one by one, so that a bomb is noticed before the rest of it is decompressed."""
+    packed = archive.stat().st_size
+    files: dict[PurePosixPath, Member] = {}
+    unpacked = 0
+    for member in members:
+        files[member.path] = member  # a name stored twice: the later one counts, as tar does
+        unpacked += member.size
+        if unpacked > max(RATIO_FREE_BYTES, packed * MAX_RATIO) or len(files) > MAX_MEMBERS:
+            raise DataError(
+                "would grow suspiciously (decompression bomb?)",
+                where=archive,
+                seen=f"{packed:,} to {unpacked:,} bytes and more, in {len(files):,} files",
+                rule=f"at most {MAX_RATIO} times and {MAX_MEMBERS:,} files",
+                mend="unpack it yourself and name the folder",
+            )
+    if not files:
+        raise DataError("holds no files", where=archive)
+    for path in files:
+        if both := next((parent for parent in path.parents if parent in files), None):
+            raise DataError("holds a file and a folder of the same name", where=archive, seen=both)
+    return list(files.values())
 
 
 def _tar_members(packed: tarfile.TarFile, archive: Path) -> Iterator[Member]:
@@ -98,6 +154,16 @@ def _tar_members(packed: tarfile.TarFile, archive: Path) -> Iterator[Member]:
             kind = "link" if info.issym() or info.islnk() else "device or special file"
             raise DataError(f"holds a {kind}", where=archive, seen=info.name, rule="plain files and folders only")
         yield Member(path, info.size, info)
+    # A tar cut between two members looks whole but for the zeros that end every tar.
+    assert packed.fileobj is not None
+    if packed.fileobj.tell() <= packed.offset:
+        raise tarfile.ReadError("the end mark is missing")
+
+
+def _tar_file(packed: tarfile.TarFile, member: Member) -> IO[bytes]:
+    stream = packed.extractfile(member.handle)
+    assert stream is not None  # only regular files are members
+    return stream
 
 
 def _zip_members(packed: zipfile.ZipFile, archive: Path) -> Iterator[Member]:
@@ -126,26 +192,19 @@ def _safe_path(name: str, archive: Path) -> PurePosixPath | None:
             rule="relative names without '..'",
             mend="get the archive from a source you trust",
         )
-    if any(part in _JUNK or part.startswith("._") for part in path.parts):
-        return None
-    return path
+    return None if is_litter(path) or not path.parts else path
 
 
-def _check_size(archive: Path, target: Path, unpacked: int) -> None:
-    packed = archive.stat().st_size
-    if unpacked > RATIO_FREE_BYTES and unpacked > packed * MAX_RATIO:
-        raise DataError(
-            "would grow suspiciously (decompression bomb?)",
-            where=archive,
-            seen=f"{packed:,} to {unpacked:,} bytes",
-            rule=f"at most {MAX_RATIO} times",
-            mend="unpack it yourself and name the folder",
-        )
+def _check_space(target: Path, unpacked: int) -> None:
     target.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(target).free
     if unpacked > free:
         raise DataError(
-            "not enough space to unpack", where=target, seen=f"{free:,} bytes free", rule=f"{unpacked:,} needed"
+            "not enough space to unpack",
+            where=target,
+            seen=f"{free:,} bytes free",
+            rule=f"{unpacked:,} needed",
+            mend="free space, then run the same command again",
         )
 
 

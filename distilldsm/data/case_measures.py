@@ -17,12 +17,13 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+from nibabel.openers import ImageOpener
 
-from distilldsm.data.dataset import Case
+from distilldsm.data.dataset import Case, Channel
 from distilldsm.data.volume import corner_distance_mm, spacing_of
 
 Value = str | int | float | None
-Array = npt.NDArray[np.generic]
+Float32 = npt.NDArray[np.float32]
 
 PERCENTILES = {"p0_5": 0.5, "p50": 50.0, "p99_5": 99.5}
 _FLAT = 1e-9
@@ -42,22 +43,22 @@ class CaseRow:
     """One row of the case table: values by column (None where it could not be measured), details by column."""
 
     values: dict[str, Value] = field(default_factory=dict)
-    details: dict[str, list[Detail]] = field(default_factory=lambda: defaultdict(list))
+    details: dict[str, list[Detail]] = field(default_factory=dict)
 
     def note(self, column: str, file: str, seen: str) -> None:
-        self.details[column].append(Detail(file=file, seen=seen))
+        self.details.setdefault(column, []).append(Detail(file=file, seen=seen))
 
 
-def measure_case(root: Path, case: Case, channels: Sequence[str], labels: Mapping[str, int]) -> CaseRow:
+def measure_case(root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int]) -> CaseRow:
     """Measure one case; never raises.
 
     Args:
         root: the data set's root.
-        channels: names of the declared channels.
+        channels: the declared channels.
         labels: label name to value in the files.
     """
     row = CaseRow()
-    row.values |= {"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label}
+    row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
         with _quiet_nibabel():
             image = _measure_images(row, root, case.images, channels)
@@ -99,10 +100,11 @@ def _open(row: CaseRow, root: Path, file: str) -> nib.Nifti1Image | None:
     return image
 
 
-def _voxels(row: CaseRow, image: nib.Nifti1Image, file: str) -> Array | None:
-    """The voxels, scaled, as float32 where that loses nothing; trailing axes of length 1 are dropped."""
+def _voxels(row: CaseRow, image: nib.Nifti1Image, file: str) -> Float32 | None:
+    """The voxels, scaled, as float32; trailing axes of length 1 are dropped."""
     try:
-        data = image.dataobj.get_scaled(np.float32)
+        with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is found as such
+            data = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
         row.note("read_error", file, f"is truncated or damaged ({_first_line(error)})")
         return None
@@ -111,7 +113,9 @@ def _voxels(row: CaseRow, image: nib.Nifti1Image, file: str) -> Array | None:
     return data
 
 
-def _measure_images(row: CaseRow, root: Path, files: Sequence[str], channels: Sequence[str]) -> nib.Nifti1Image | None:
+def _measure_images(
+    row: CaseRow, root: Path, files: Sequence[str], channels: Sequence[Channel]
+) -> nib.Nifti1Image | None:
     """Measure header and voxels of all channels; returns the first file, whose grid the others must share."""
     opened = [(file, image) for file in files if (image := _open(row, root, file)) is not None]
     if not opened:
@@ -145,7 +149,7 @@ def _measure_header(row: CaseRow, root: Path, file: str, image: nib.Nifti1Image)
     if unit not in ("mm", "unknown"):
         row.note("spatial_unit", file, unit)
     # nibabel mends zero and negative voxel sizes while loading, so they are read from the bytes.
-    with nib.openers.ImageOpener(root / file) as stream:
+    with ImageOpener(root / file) as stream:
         raw = type(image.header).from_fileobj(stream, check=False)
     pixdim = np.asarray(raw["pixdim"][1 : 1 + min(3, image.ndim)], dtype=np.float64)
     smallest = float(np.nanmin(pixdim)) if np.isfinite(pixdim).any() else 0.0
@@ -191,7 +195,7 @@ def _measure_geometry(row: CaseRow, image: nib.Nifti1Image) -> None:
         spacing = [round(v, 6) for v in spacing_of(affine)]
         for name, axis in zip("xyz", order, strict=False):
             row.values[f"spacing_{name}_mm"] = spacing[axis]
-        row.values |= {"spacing_min_mm": min(spacing), "spacing_max_mm": max(spacing)}
+        row.values.update({"spacing_min_mm": min(spacing), "spacing_max_mm": max(spacing)})
         if min(spacing) > 0:
             row.values["anisotropy"] = round(max(spacing) / min(spacing), 4)
     for name, axis in zip("xyz", order, strict=False):
@@ -200,7 +204,7 @@ def _measure_geometry(row: CaseRow, image: nib.Nifti1Image) -> None:
 
 def _compare_channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]]) -> None:
     base_file, base = opened[0]
-    row.values |= {"channel_shapes_agree": 1, "channel_offset_mm": 0.0}
+    row.values.update({"channel_shapes_agree": 1, "channel_offset_mm": 0.0})
     for file, image in opened[1:]:
         _compare_grids(row, (base_file, base), (file, image), "channel_shapes_agree", "channel_offset_mm")
 
@@ -227,9 +231,7 @@ def _compare_grids(
         )
 
 
-def _channels(
-    row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int
-) -> Iterator[tuple[str, npt.NDArray[np.float32]]]:
+def _channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int) -> Iterator[tuple[str, Float32]]:
     """One 3-D array a channel, one file in memory at a time; notes files that do not hold volumes."""
     for file, image in opened:
         data = _voxels(row, image, file)
@@ -242,55 +244,68 @@ def _channels(
             row.note("dimensions", file, f"shape {_list(data.shape)}")
         row.values.setdefault("dimensions", 3)
         for k in range(volumes):
-            with np.errstate(all="ignore"):
-                yield file, (data[..., k] if volumes > 1 else data).astype(np.float32, copy=False)
+            yield file, data[..., k] if volumes > 1 else data
 
 
 def _measure_intensities(
-    row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int, channels: Sequence[str]
+    row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int, channels: Sequence[Channel]
 ) -> None:
     digest = hashlib.sha256()
     voxels = finite_voxels = constant = count = 0
     bad: dict[str, int] = defaultdict(int)
     for file, array in _channels(row, opened, files):
         digest.update(str(array.shape).encode())
-        digest.update(memoryview(np.asfortranarray(array).T))
+        digest.update(np.asfortranarray(array).T.data)
         finite = np.isfinite(array)
         good = int(finite.sum())
         voxels, finite_voxels = voxels + array.size, finite_voxels + good
         bad[file] += array.size - good
         values = array if good == array.size else array[finite]
+        channel = channels[count] if count < len(channels) else None
         if values.size and values.min() == values.max():
             constant += 1
             row.note("constant_channels", file, f"every voxel is {float(values.flat[0]):g}")
+        elif array.size and (channel is None or channel.modality != "CT"):  # air in CT is not 0, and is known not to be
+            _measure_padding(row, file, array)
         nonzero = values[values != 0]
         if nonzero.size:
-            name = channels[count] if count < len(channels) else None
             for key, value in zip(PERCENTILES, np.percentile(nonzero, list(PERCENTILES.values())), strict=True):
                 _worst(row, f"intensity_{key}_min", float(value), largest=False)
                 _worst(row, f"intensity_{key}_max", float(value))
-                if name is not None:
-                    row.values[f"intensity_{key}[{name}]"] = float(value)
+                if channel is not None:
+                    row.values[f"intensity_{key}[{channel.name}]"] = float(value)
         count += 1
     if not voxels:
         return
-    row.values |= {"finite_fraction": finite_voxels / voxels, "constant_channels": constant}
+    row.values.update({"finite_fraction": finite_voxels / voxels, "constant_channels": constant})
     for file, number in bad.items():
         if number:
             row.note("finite_fraction", file, f"{number} voxels are NaN or infinite")
     if len(opened) == files and "read_error" not in row.details:
-        row.values |= {
-            "channel_count": count,
-            "channel_difference": count - len(channels),
-            "image_sha256": digest.hexdigest(),
-        }
+        row.values.update(
+            {
+                "channel_count": count,
+                "channel_difference": count - len(channels),
+                "image_sha256": digest.hexdigest(),
+            }
+        )
         if count != len(channels):
+            names = ", ".join(c.name for c in channels)
             shapes = ", ".join(_list(image.shape) for _, image in opened)
             row.note(
                 "channel_difference",
                 opened[0][0],
-                f"{count} channels (shape {shapes}), but the data set declares {len(channels)}: {', '.join(channels)}",
+                f"{count} channels (shape {shapes}), but the data set declares {len(channels)}: {names}",
             )
+
+
+def _measure_padding(row: CaseRow, file: str, array: Float32) -> None:
+    """Share of voxels with the value of the first corner, where that is not 0: padding that looks like tissue."""
+    corner = array.flat[0]
+    fraction = float((array == corner).mean()) if corner != 0 and np.isfinite(corner) else 0.0
+    _worst(row, "padding_fraction", fraction)
+    if fraction > 0:
+        row.note("padding_fraction", file, f"{fraction:.0%} of the voxels are {float(corner):g}")
 
 
 def _measure_label(
@@ -340,11 +355,11 @@ def _measure_label(
             border = inside - int(np.count_nonzero(foreground[1:-1, 1:-1, 1:-1]))
             row.values["border_fraction"] = border / inside
     digest = hashlib.sha256(str(rounded.shape).encode())
-    digest.update(memoryview(np.asfortranarray(rounded.astype(np.float32, copy=False)).T))
+    digest.update(np.asfortranarray(rounded).T.data)
     row.values["label_sha256"] = digest.hexdigest()
 
 
-def _count(rounded: Array) -> dict[int, int]:
+def _count(rounded: Float32) -> dict[int, int]:
     """Voxels per whole number, ascending."""
     if rounded.size and rounded.min() >= 0 and rounded.max() <= 255:
         counts = np.bincount(rounded.astype(np.uint8).ravel(order="K"), minlength=256)
@@ -353,7 +368,7 @@ def _count(rounded: Array) -> dict[int, int]:
     return {int(v): int(n) for v, n in zip(values, numbers, strict=True)}
 
 
-def _list(values: Sequence[float] | Array) -> str:
+def _list(values: Sequence[float] | npt.NDArray[np.floating]) -> str:
     return " x ".join(f"{float(v):g}" for v in values)
 
 

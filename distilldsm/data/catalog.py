@@ -6,6 +6,7 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from distilldsm.config import Modality
 from distilldsm.errors import ConfigError
 
 _HOSTS = (
@@ -27,32 +28,42 @@ class CatalogEntry:
     urls: tuple[str, ...]
     """The official address first, then mirrors."""
     md5: str
+    channels: Mapping[str, Modality]
+    """What is imaged, and by what."""
+    cases: int
+    """Labelled cases."""
     licence: str
     reference: str
 
 
-_MSD_MD5 = {
-    "Task01_BrainTumour": "240a19d752f0d9e9101544901065d872",
-    "Task02_Heart": "06ee59366e1e5124267b774dbd654057",
-    "Task03_Liver": "a90ec6c4aa7f6a3d087205e23d4e6397",
-    "Task04_Hippocampus": "9d24dba78a72977dbd1d2e110310f31b",
-    "Task05_Prostate": "35138f08b1efaef89d7424d2bcc928db",
-    "Task06_Lung": "8afd997733c7fc0432f71255ba4e52dc",
-    "Task07_Pancreas": "4f7080cfca169fa8066d17ce6eb061e4",
-    "Task08_HepaticVessel": "641d79e80ec66453921d997fbf12a29c",
-    "Task09_Spleen": "410d4a301da4e5b2f6f86ec3ddba524e",
-    "Task10_Colon": "bad7a188931dc2f6acf72b08eb6202d0",
+_MSD: Mapping[str, tuple[str, int, Mapping[str, Modality]]] = {
+    "Task01_BrainTumour": (
+        "240a19d752f0d9e9101544901065d872",
+        484,
+        {"FLAIR": "MRI", "T1w": "MRI", "t1gd": "MRI", "T2w": "MRI"},
+    ),
+    "Task02_Heart": ("06ee59366e1e5124267b774dbd654057", 20, {"MRI": "MRI"}),
+    "Task03_Liver": ("a90ec6c4aa7f6a3d087205e23d4e6397", 131, {"CT": "CT"}),
+    "Task04_Hippocampus": ("9d24dba78a72977dbd1d2e110310f31b", 260, {"MRI": "MRI"}),
+    "Task05_Prostate": ("35138f08b1efaef89d7424d2bcc928db", 32, {"T2": "MRI", "ADC": "MRI"}),
+    "Task06_Lung": ("8afd997733c7fc0432f71255ba4e52dc", 63, {"CT": "CT"}),
+    "Task07_Pancreas": ("4f7080cfca169fa8066d17ce6eb061e4", 281, {"CT": "CT"}),
+    "Task08_HepaticVessel": ("641d79e80ec66453921d997fbf12a29c", 303, {"CT": "CT"}),
+    "Task09_Spleen": ("410d4a301da4e5b2f6f86ec3ddba524e", 41, {"CT": "CT"}),
+    "Task10_Colon": ("bad7a188931dc2f6acf72b08eb6202d0", 126, {"CT": "CT"}),
 }
-"""The checksums MONAI publishes with its DecathlonDataset."""
+"""Checksum (as MONAI publishes it with its DecathlonDataset), labelled cases, channels."""
 
 CATALOG: Mapping[str, CatalogEntry] = {
     f"msd:{task}": CatalogEntry(
         urls=tuple(f"{host}/{task}.tar" for host in _HOSTS),
         md5=md5,
+        channels=channels,
+        cases=cases,
         licence="CC-BY-SA 4.0",
         reference=MSD_REFERENCE,
     )
-    for task, md5 in _MSD_MD5.items()
+    for task, (md5, cases, channels) in _MSD.items()
 }
 
 
@@ -64,11 +75,12 @@ def lookup(source: str) -> CatalogEntry:
     """
     if source in CATALOG:
         return CATALOG[source]
-    close = difflib.get_close_matches(source, CATALOG, n=1, cutoff=0.3)
+    by_lower = {name.lower(): name for name in CATALOG}
+    close = difflib.get_close_matches(source.lower(), by_lower, n=1, cutoff=0.3)
     raise ConfigError(
         "no such data set",
         where="download.source",
         seen=repr(source),
         rule="one of " + ", ".join(CATALOG),
-        mend=f"did you mean '{close[0]}'?" if close else None,
+        mend=f"did you mean '{by_lower[close[0]]}'?" if close else None,
     )

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import random
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit, urlunsplit
 from urllib.request import url2pathname
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from distilldsm.errors import DataError
-from distilldsm.stage import read_json, write_json
+from distilldsm.errors import DataError, UserError
+from distilldsm.stage import write_json
 
 ATTEMPTS = 5
-"""Tries per address before the next mirror."""
+"""Tries per address before the next mirror; one that got further than all before starts the count anew."""
 TIMEOUT_SECONDS = (10.0, 60.0)
 """To connect, and between two packets."""
 _CHUNK = 1 << 20
+_REPORT_SECONDS = 15.0
+"""How often a line tells the progress where there is no terminal."""
 _GONE = {400, 401, 403, 404, 410, 451}
 """Answers that another try will not change."""
 
@@ -31,17 +37,40 @@ class _GiveUpError(Exception):
     """This address will not serve the file."""
 
 
+@dataclass(frozen=True)
+class _Checksums:
+    sha256: str | None
+    md5: str | None
+
+    def problem(self, path: Path) -> str | None:
+        """What is wrong with the file, None if nothing is (or there is nothing to check)."""
+        for name, expected in (("sha256", self.sha256), ("md5", self.md5)):
+            if expected is None:
+                continue
+            with open(path, "rb") as stream:
+                seen = hashlib.file_digest(stream, name).hexdigest()
+            if seen != expected.lower():
+                return f"wrong {name}: {seen}, expected {expected.lower()}"
+        return None
+
+
 def is_url(source: str) -> bool:
     """Whether a source is an address rather than a path."""
     return urlsplit(source).scheme in ("http", "https", "file")
 
 
 def local_path(source: str) -> Path | None:
-    """The path a `file://` address or plain path names; None for http."""
+    """The path a `file://` address or plain path (with `~` for the home folder) names; None for http."""
     parts = urlsplit(source)
     if parts.scheme == "file":
-        return Path(url2pathname(unquote(parts.path)))
-    return None if parts.scheme in ("http", "https") else Path(source)
+        return Path(url2pathname(parts.path))
+    return None if parts.scheme in ("http", "https") else Path(source).expanduser()
+
+
+def public_address(url: str) -> str:
+    """The address without user, password, query and fragment, which may be secrets (signed addresses)."""
+    parts = urlsplit(url)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def fetch(
@@ -56,90 +85,151 @@ def fetch(
 
     A file that is already there and has the right checksum (or none to check) is used as it is. An interrupted download
     lies beside the target as `.part` and is continued with an HTTP range request, as long as the server still has the
-    same file (ETag or Last-Modified).
+    same file (ETag or Last-Modified). The target appears whole, by a rename.
+
+    Args:
+        urls: http(s):// or file:// addresses or paths, in the order to try them.
+        sha256, md5: expected checksums, hex.
+        sleep: waits between two tries, seconds.
 
     Raises:
-        DataError: no address served the file; tells what each of them answered.
+        DataError: no address served the file (tells what each of them answered), or there is not enough space.
+        UserError: another process is fetching the same file.
     """
     target = Path(target)
-    if target.is_file() and _checksum_problem(target, sha256, md5) is None:
-        return target
+    checksums = _Checksums(sha256, md5)
     target.parent.mkdir(parents=True, exist_ok=True)
-    answers = []
-    for url in urls:
-        try:
-            _fetch_one(url, target, sleep)
-        except _GiveUpError as error:
-            answers.append(f"{url}: {error}")
-            continue
-        part = _part(target)
-        problem = _checksum_problem(part, sha256, md5)
-        if problem is None:
-            os.replace(part, target)
-            _validator(target).unlink(missing_ok=True)
+    with _locked(target):
+        if target.is_file() and checksums.problem(target) is None:
             return target
-        answers.append(f"{url}: {problem}")
-        part.unlink()
+        answers = []
+        for url in urls:
+            problem = _fetch_checked(url, target, checksums, sleep)
+            if problem is None:
+                os.replace(_part(target), target)
+                _sidecar(target).unlink(missing_ok=True)
+                return target
+            answers.append(f"{public_address(url) if is_url(url) else url}: {problem}")
     raise DataError(
         "could not be fetched",
         where=target,
-        seen="\n    ".join(answers),
+        seen="\n    ".join(answers) or "no address",
         mend="check the address, the network and download.sha256; or download it yourself and name the file",
     )
+
+
+@contextmanager
+def _locked(target: Path) -> Iterator[None]:
+    name = target.with_name(f".{target.name}.lock")
+    lock = FileLock(name)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UserError(
+            "another process is fetching this file", where=target, mend="wait for it, or stop it, then run again"
+        ) from None
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows does not remove a file that is open
+            name.unlink()
+        lock.release()
 
 
 def _part(target: Path) -> Path:
     return target.with_name(target.name + ".part")
 
 
-def _validator(target: Path) -> Path:
+def _sidecar(target: Path) -> Path:
+    """Where the version of the file that the part belongs to is remembered."""
     return target.with_name(target.name + ".part.json")
 
 
-def _checksum_problem(path: Path, sha256: str | None, md5: str | None) -> str | None:
-    for name, expected in (("sha256", sha256), ("md5", md5)):
-        if expected is None:
-            continue
-        with open(path, "rb") as stream:
-            seen = hashlib.file_digest(stream, name).hexdigest()
-        if seen != expected.lower():
-            return f"wrong {name}: {seen}, expected {expected.lower()}"
-    return None
+def _validator(target: Path) -> str | None:
+    """The ETag or date of the file whose beginning the part is; None where that is not known."""
+    try:
+        found = json.loads(_sidecar(target).read_text(encoding="utf-8"))["validator"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None  # a damaged note costs a new start, no more
+    return found if isinstance(found, str) else None
 
 
-def _fetch_one(url: str, target: Path, sleep: Callable[[float], None]) -> None:
-    """Download `url` completely into the part file."""
+def _fetch_checked(url: str, target: Path, checksums: _Checksums, sleep: Callable[[float], None]) -> str | None:
+    """Download `url` into the part file and check it; returns what went wrong."""
+    problem = None
+    for _ in range(2):
+        try:
+            from_start = _fetch_one(url, target, sleep)
+        except _GiveUpError as error:
+            return str(error)
+        problem = checksums.problem(_part(target))
+        if problem is None:
+            return None
+        _part(target).unlink()
+        if from_start:
+            break
+        # The beginning may come from another mirror or day: the address deserves one try of its own.
+    return problem
+
+
+def _fetch_one(url: str, target: Path, sleep: Callable[[float], None]) -> bool:
+    """Download `url` completely into the part file; returns whether all of it came in this call."""
     path = local_path(url)
     if path is not None:
         if not path.is_file():
             raise _GiveUpError("no such file")
         _check_space(target, path.stat().st_size)
+        _sidecar(target).unlink(missing_ok=True)  # what is copied now is not what a server's version speaks of
         shutil.copyfile(path, _part(target))
-        return
+        return True
     import requests
 
-    problem = ""
-    for attempt in range(ATTEMPTS):
-        if attempt:
-            sleep(min(2.0**attempt, 60.0) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, no secret
+    hopeless = (
+        requests.exceptions.InvalidURL,
+        requests.exceptions.InvalidSchema,
+        requests.exceptions.TooManyRedirects,
+    )
+    part = _part(target)
+    best, problem = _size(part), ""
+    from_start, failures, fruitless = best == 0, 0, 0
+    while fruitless < ATTEMPTS:
+        if failures:
+            sleep(min(2.0**failures, 60.0) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, no secret
         try:
-            if _download(url, target):
-                return
+            whole, resumed = _download(url, target)
+            from_start = from_start or not resumed
+            if whole:
+                return from_start
             problem = "the connection ended early"
-        except (requests.RequestException, OSError) as error:
-            if isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-                raise
-            problem = str(error)
-    raise _GiveUpError(f"{problem} (after {ATTEMPTS} tries)")
+        except hopeless as error:
+            raise _GiveUpError(_hide_query(error, url)) from None
+        except requests.RequestException as error:
+            problem = _hide_query(error, url)
+        failures += 1
+        # Compared with the best so far, not with the last try: a server that always starts again may get a little
+        # further by chance now and then, and must not keep us here for ever.
+        fruitless = 0 if _size(part) > best > 0 else fruitless + 1
+        best = max(best, _size(part))
+    raise _GiveUpError(f"{problem} (after {failures} tries)")
 
 
-def _download(url: str, target: Path) -> bool:
-    """One try; returns whether the part file is whole now."""
+def _hide_query(error: Exception, url: str) -> str:
+    message = str(error).replace(url, public_address(url))
+    query = urlsplit(url).query
+    return message.replace(f"?{query}", "") if query else message
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
+
+
+def _download(url: str, target: Path) -> tuple[bool, bool]:
+    """One try; returns whether the part file is whole now, and whether it continued what was there."""
     import requests
 
     part = _part(target)
-    have = part.stat().st_size if part.exists() else 0
-    validator = read_json(_validator(target)).get("validator") if have and _validator(target).exists() else None
+    have = _size(part)
+    validator = _validator(target) if have else None
     headers = {"Accept-Encoding": "identity"}
     if have and validator:
         # If-Range: the server sends the rest only if its file is still the one we began with.
@@ -147,32 +237,68 @@ def _download(url: str, target: Path) -> bool:
     with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as answer:
         if answer.status_code in _GONE:
             raise _GiveUpError(f"HTTP {answer.status_code}")
+        span = answer.headers.get("Content-Range", "")
         if answer.status_code == 416:
+            if have and span == f"bytes */{have}":  # stopped between the last byte and the rename
+                return True, True
             part.unlink(missing_ok=True)
-            return False
+            return False, False
         answer.raise_for_status()
-        resumed = answer.status_code == 206 and answer.headers.get("Content-Range", "").startswith(f"bytes {have}-")
+        resumed = answer.status_code == 206
+        if resumed and not (have and span.startswith(f"bytes {have}-")):
+            part.unlink(missing_ok=True)  # another range than the one asked for
+            return False, False
         if not resumed:
             have = 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
         _check_space(target, (total or 0) - have)
-        found = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-        # A weak ETag does not promise the same bytes.
-        write_json(_validator(target), {"validator": None if (found or "W/").startswith("W/") else found})
-        with (
-            open(part, "ab" if resumed else "wb") as sink,
-            tqdm(
-                total=total, initial=have, unit="B", unit_scale=True, desc=target.name, disable=not sys.stderr.isatty()
-            ) as bar,
-        ):
+        if not resumed:
+            # The old bytes go before the new note comes: at no time does a note vouch for bytes of another version.
+            part.unlink(missing_ok=True)
+            found = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
+            # A weak ETag does not promise the same bytes.
+            strong = None if (found or "W/").startswith("W/") else found
+            write_json(_sidecar(target), {"validator": strong, "address": public_address(url)})
+        with open(part, "ab") as sink, _progress(target.name, have, total) as advance:
             for chunk in answer.iter_content(_CHUNK):
                 sink.write(chunk)
-                bar.update(len(chunk))
-    return total is None or part.stat().st_size == total
+                advance(len(chunk))
+    return total is None or _size(part) == total, resumed
+
+
+@contextmanager
+def _progress(name: str, have: int, total: int | None) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, a line now and then elsewhere; yields what is told of each new chunk's size, bytes."""
+    if sys.stderr.isatty():
+        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name) as bar:
+
+            def move(count: int) -> None:
+                bar.update(count)
+
+            yield move
+        return
+    done, told = have, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, told
+        done += count
+        if time.monotonic() - told >= _REPORT_SECONDS:
+            told = time.monotonic()
+            of = f" of {total / 1e6:,.0f} MB ({done / total:.0%})" if total else " MB"
+            print(f"{name}: {done / 1e6:,.0f}{of}", file=sys.stderr, flush=True)
+
+    yield advance
+    print(f"{name}: {done / 1e6:,.1f} MB fetched", file=sys.stderr, flush=True)
 
 
 def _check_space(target: Path, needed: int) -> None:
     free = shutil.disk_usage(target.parent).free
     if needed > free:
-        raise DataError("not enough space", where=target, seen=f"{free:,} bytes free", rule=f"{needed:,} needed")
+        raise DataError(
+            "not enough space",
+            where=target,
+            seen=f"{free:,} bytes free",
+            rule=f"{needed:,} needed",
+            mend="free space, or set download.archive_dir to another disk",
+        )

@@ -1,212 +1,331 @@
-"""Runs the expectation suite over the case table with Great Expectations, and turns what fails into findings."""
+"""The expectation suite: rules a person can read, checked by Great Expectations, told as findings a person can mend."""
 
 from __future__ import annotations
 
 import logging
-import math
 import os
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
-from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.dataset import INDEX
+from distilldsm.data.validation import CaseTable, Column, show
 from distilldsm.errors import ConfigError
 from distilldsm.params import from_mapping, load_yaml
 
 Severity = Literal["error", "warning"]
-_LABEL_COLUMNS = ("label_", "undeclared", "missing", "foreground")
-"""Prefixes of the columns that speak of the label file."""
+BETWEEN = "expect_column_values_to_be_between"
+SCHEMA_VERSION = 1
+_RESERVED = frozenset(
+    {
+        "id", "meta", "notes", "result_format", "description", "catch_exceptions", "rendered_content", "severity",
+        "windows", "batch_id", "column",
+    }
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rule:
-    """One expectation on one column."""
+    """One rule of the suite."""
 
     rule: str
-    """Its name in findings."""
-    column: str
+    """Name, unique in the suite."""
     expectation: str
-    """A column expectation of Great Expectations, e.g. expect_column_values_to_be_between."""
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    """Its arguments; `$CHANNELS` stands for the data set's number of channels."""
-    severity: Severity = "error"
+    """A core expectation of Great Expectations 1.x, e.g. `expect_column_values_to_be_between`."""
+    column: str | None = None
+    """Column of the case table; left out for expectations on the whole table or on several columns."""
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of the expectation, e.g. `min_value: 0`."""
+    severity: Severity
+    """`error`: the case cannot be used; `warning`: it can, but somebody should look."""
     message: str
+    """What a violation means."""
     mend: str
+    """How to mend it."""
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns the rule reads."""
+        named = [self.column, self.kwargs.get("column_A"), self.kwargs.get("column_B")]
+        return tuple(str(c) for c in (*named, *self.kwargs.get("column_list", ())) if c is not None)
+
+    @property
+    def allowed(self) -> str:
+        """What the rule allows, in words."""
+        k = self.kwargs
+        if self.expectation.endswith("_to_be_between"):
+            what = self.expectation.removeprefix("expect_").removesuffix("_to_be_between")
+            subject = "" if self.expectation == BETWEEN else what.replace("_", " ") + " "
+            low = f"{'above' if k.get('strict_min') else 'at least'} {k.get('min_value')}"
+            high = f"{'below' if k.get('strict_max') else 'at most'} {k.get('max_value')}"
+            parts = [text for key, text in (("min_value", low), ("max_value", high)) if k.get(key) is not None]
+            if len(parts) == 2 and k["min_value"] == k["max_value"]:
+                return f"{subject}exactly {k['min_value']}"
+            return subject + ", ".join(parts)
+        if self.expectation == "expect_column_values_to_be_null":
+            return "none"
+        if self.expectation == "expect_column_values_to_be_in_set":
+            return "one of " + ", ".join(str(v) for v in k.get("value_set", ()))
+        words = self.expectation.removeprefix("expect_").replace("_", " ")
+        return words + (f" ({', '.join(f'{key}: {value}' for key, value in k.items())})" if k else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SuiteFile:
+    schema_version: int
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    schema_version: int = 1
-    rules: tuple[Rule, ...]
+    """Rules that are known to fit the case table's columns and Great Expectations."""
 
-    def __post_init__(self) -> None:
-        names = [rule.rule for rule in self.rules]
-        for name in names:
-            if names.count(name) > 1:
-                raise ConfigError("a rule appears twice", seen=name)
+    path: str
+    rules: tuple[Rule, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """What is wrong with one case."""
+    """One broken rule in one file."""
 
-    case: str
+    case: str | None
+    """None where the rule speaks of the whole data set."""
     file: str
+    """Relative to the data set's root, POSIX style."""
     rule: str
     severity: Severity
-    message: str
     seen: str
     allowed: str
+    message: str
     mend: str
 
-    def __str__(self) -> str:
-        return (
-            f"{self.file}: {self.message}\n    seen: {self.seen}; rule {self.rule}: {self.allowed}; mend: {self.mend}"
-        )
 
+def load_suite(
+    path: str | os.PathLike[str],
+    columns: Sequence[Column],
+    bounds: Mapping[str, tuple[float | None, float | None]],
+) -> Suite:
+    """Read a suite, add the data set's own bounds and check that every rule can be run.
 
-def load_suite(path: str | os.PathLike[str]) -> Suite:
-    """Read a suite.
+    Args:
+        path: the suite's YAML.
+        columns: the case table's columns.
+        bounds: column to [low, high], None for open. They replace the suite's between-expectations on that column;
+            [None, None] only takes those away.
 
     Raises:
-        ConfigError: unknown keys or missing parts, by file and key.
+        ConfigError: unknown key, column or expectation, arguments that the expectation does not take, a rule's name
+            used twice, or impossible bounds.
     """
-    return from_mapping(Suite, load_yaml(path), where=os.fspath(path))
-
-
-def bound_rules(bounds: Mapping[str, tuple[float | None, float | None]]) -> list[Rule]:
-    """Rules of a data set's own bounds: column to [low, high]."""
-    return [
-        Rule(
-            rule=f"bounds.{column}",
-            column=column,
-            expectation="expect_column_values_to_be_between",
-            arguments={"min_value": low, "max_value": high},
-            message=f"{column} is outside the data set's bounds",
-            mend="correct the case, leave it out, or widen validate.bounds",
+    where = os.fspath(path)
+    parsed = from_mapping(_SuiteFile, load_yaml(Path(path)), where=where)
+    if parsed.schema_version != SCHEMA_VERSION:
+        raise ConfigError(
+            "unknown schema version", where=where, seen=parsed.schema_version, rule=f"schema_version: {SCHEMA_VERSION}"
         )
-        for column, (low, high) in bounds.items()
+    kinds = {c.name: c.kind for c in columns}
+    rules = [r for r in parsed.rules if not (r.expectation == BETWEEN and r.column in bounds)]
+    rules += [
+        _bounds_rule(column, low, high, kinds) for column, (low, high) in bounds.items() if (low, high) != (None, None)
     ]
+    names: set[str] = set()
+    demands: dict[str, str] = {}
+    for rule in rules:
+        _check_rule(rule, kinds, f"{where}: rule '{rule.rule}'")
+        if rule.rule in names:
+            raise ConfigError("two rules have the same name", where=where, seen=rule.rule, mend="rename one")
+        demand = repr((rule.expectation, rule.column, sorted(rule.kwargs.items(), key=lambda item: item[0])))
+        if demand in demands:
+            raise ConfigError(
+                "two rules demand the same", where=where, seen=f"{demands[demand]}, {rule.rule}", mend="remove one"
+            )
+        names.add(rule.rule)
+        demands[demand] = rule.rule
+    suite = Suite(path=where, rules=tuple(rules))
+    _expectations(suite)
+    return suite
 
 
-def check(
-    rows: Sequence[Mapping[str, Any]], suite: Suite, bounds: Mapping, index: DatasetIndex, where: str
-) -> list[Finding]:
-    """Findings of all cases against all rules, by case.
+def _bounds_rule(column: str, low: float | None, high: float | None, kinds: Mapping[str, str]) -> Rule:
+    where = f"validate.bounds.{column}"
+    if column not in kinds:
+        raise _unknown_column(column, kinds, where)
+    if kinds[column] != "number":
+        raise ConfigError("bounds are for numbers only", where=where, seen=f"{column} holds text")
+    if low is not None and high is not None and low > high:
+        raise ConfigError("has an impossible value", where=where, seen=[low, high], rule="[low, high]")
+    limits = {key: value for key, value in (("min_value", low), ("max_value", high)) if value is not None}
+    return Rule(
+        rule=f"bounds_{column}",
+        expectation=BETWEEN,
+        column=column,
+        kwargs=limits,
+        severity="error",
+        message=f"{column} lies outside the bounds set for this data set",
+        mend=f"check the case, or correct {where}",
+    )
 
-    A value that is missing because the file could not be read is no finding of other rules than the one on reading.
+
+def _unknown_column(column: str, kinds: Mapping[str, str], where: str) -> ConfigError:
+    import difflib
+
+    close = difflib.get_close_matches(column, kinds, n=1)
+    return ConfigError(
+        "unknown column of the case table",
+        where=where,
+        seen=column,
+        rule="one of " + ", ".join(kinds),
+        mend=f"did you mean '{close[0]}'?" if close else None,
+    )
+
+
+def _check_rule(rule: Rule, kinds: Mapping[str, str], where: str) -> None:
+    for column in rule.columns:
+        if column not in kinds:
+            raise _unknown_column(column, kinds, where)
+    reserved = sorted(_RESERVED & set(rule.kwargs))
+    if reserved:
+        raise ConfigError(
+            f"'{reserved[0]}' is no argument of an expectation",
+            where=where,
+            mend="'column' and 'severity' stand beside 'kwargs'; leave the others out",
+        )
+
+
+@contextmanager
+def _great_expectations() -> Iterator[Any]:
+    """The library, imported here only (it takes seconds), without telemetry and without its log lines."""
+    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    logger = logging.getLogger("great_expectations")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import great_expectations
+
+            yield great_expectations
+    finally:
+        logger.setLevel(level)
+
+
+def _expectations(suite: Suite) -> list[Any]:
+    """One expectation object per rule, in order."""
+    with _great_expectations():
+        from great_expectations.exceptions import ExpectationNotFoundError
+        from great_expectations.expectations.registry import (
+            get_expectation_impl,
+            list_registered_expectation_implementations,
+        )
+
+        built = []
+        for rule in suite.rules:
+            where = f"{suite.path}: rule '{rule.rule}'"
+            try:
+                kind = get_expectation_impl(rule.expectation)
+            except ExpectationNotFoundError:
+                raise _unknown_expectation(
+                    rule.expectation, list_registered_expectation_implementations(), where
+                ) from None
+            column = {} if rule.column is None else {"column": rule.column}
+            try:
+                built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}))
+            except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
+                raise ConfigError(
+                    f"{rule.expectation} does not take these arguments",
+                    where=where,
+                    seen=f"column {rule.column}, kwargs {dict(rule.kwargs)}",
+                    rule=" ".join(str(error).split())[:300],
+                ) from None
+        return built
+
+
+def _unknown_expectation(name: str, known: Sequence[str], where: str) -> ConfigError:
+    import difflib
+
+    close = difflib.get_close_matches(name, known, n=1)
+    return ConfigError(
+        "unknown expectation",
+        where=where,
+        seen=name,
+        rule="a core expectation of Great Expectations 1.x, e.g. " + BETWEEN,
+        mend=f"did you mean '{close[0]}'?" if close else None,
+    )
+
+
+def check_table(table: CaseTable, suite: Suite) -> tuple[Finding, ...]:
+    """Run the suite over the case table.
+
+    Returns:
+        One finding for each rule, case and file; errors first, then in the order of the suite and the cases.
 
     Raises:
-        ConfigError: a rule names an unknown column or expectation, or its arguments are refused.
+        ConfigError: a rule cannot be evaluated on its column, e.g. numeric limits on text.
     """
-    rules = [*suite.rules, *bound_rules(bounds)]
-    for rule in rules:
-        if rule.column not in rows[0]:
-            raise ConfigError(
-                f"rule '{rule.rule}' names an unknown column",
-                where=where,
-                seen=rule.column,
-                rule="one of " + ", ".join(rows[0]),
-            )
-    results = _run_great_expectations(rows, rules, index, where)
-    findings = []
-    for rule, failed in zip(rules, results, strict=True):
-        for position in failed:
-            row = rows[position]
-            file = row["label"] if rule.column.startswith(_LABEL_COLUMNS) else row["image"]
-            findings.append(
-                Finding(
-                    case=row["case"],
-                    file=str(file),
-                    rule=rule.rule,
-                    severity=rule.severity,
-                    message=rule.message,
-                    seen=_show(row[rule.column]),
-                    allowed=_allowed(rule, index),
-                    mend=rule.mend,
-                )
-            )
-    return sorted(findings, key=lambda f: (f.case, f.severity, f.rule))
+    expectations = _expectations(suite)
+    with _great_expectations() as gx:
+        from great_expectations.data_context.types.base import ProgressBarsConfig
 
-
-def _run_great_expectations(
-    rows: Sequence[Mapping[str, Any]], rules: Sequence[Rule], index: DatasetIndex, where: str
-) -> list[list[int]]:
-    """For each rule the positions of the rows that break it."""
-    os.environ.setdefault("GX_ANALYTICS_ENABLED", "false")
-    import great_expectations as gx
-    import pandas as pd
-
-    logging.getLogger("great_expectations").setLevel(logging.ERROR)
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = {"globally": False}
-    frame = pd.DataFrame(list(rows)).assign(_position=range(len(rows)))
-    asset = context.data_sources.add_pandas("cases").add_dataframe_asset("cases")
-    batch = asset.add_batch_definition_whole_dataframe("all")
-    suite = context.suites.add(gx.ExpectationSuite(name="cases"))
-    for number, rule in enumerate(rules):
-        suite.add_expectation(_expectation(gx, rule, number, index, where))
-    definition = context.validation_definitions.add(gx.ValidationDefinition(name="cases", data=batch, suite=suite))
-    result = definition.run(
-        batch_parameters={"dataframe": frame},
-        result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["_position"]},
-    )
-    failed: list[list[int]] = [[] for _ in rules]
-    for one in result.results:
-        number = one.expectation_config.meta["number"]
-        if one.exception_info and one.exception_info.get("raised_exception"):
-            raise ConfigError(
-                f"rule '{rules[number].rule}' cannot be evaluated",
-                where=where,
-                seen=str(one.exception_info.get("exception_message"))[:300],
-            )
-        indices = (one.result or {}).get("unexpected_index_list") or []
-        failed[number] = [int(entry["_position"]) for entry in indices]
-    return failed
-
-
-def _expectation(gx: Any, rule: Rule, number: int, index: DatasetIndex, where: str) -> Any:
-    name = "".join(part.capitalize() for part in rule.expectation.split("_"))
-    kind = getattr(gx.expectations, name, None)
-    if kind is None:
-        raise ConfigError(
-            f"rule '{rule.rule}' names an unknown expectation",
-            where=where,
-            seen=rule.expectation,
-            rule="a column expectation of Great Expectations, e.g. expect_column_values_to_be_between",
+        context = gx.get_context(mode="ephemeral")
+        context.variables.progress_bars = ProgressBarsConfig(globally=False)
+        batches = context.data_sources.add_pandas("cases").add_dataframe_asset("cases")
+        batch = batches.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": table.frame()})
+        expectation_suite = gx.ExpectationSuite(name="suite", expectations=expectations)
+        outcome = batch.validate(
+            expectation_suite,
+            result_format={"result_format": "COMPLETE", "unexpected_index_column_names": ["case"]},
         )
-    try:
-        return kind(column=rule.column, meta={"number": number}, **_filled(rule.arguments, index))
-    except Exception as error:  # pydantic's own error class depends on the version
+    results = {result.expectation_config.meta["rule"]: result for result in outcome.results}
+    order = {case: k for k, case in enumerate(table.by_case)}
+    findings: list[Finding] = []
+    for rule in suite.rules:
+        found = list(_findings(rule, results[rule.rule], table, suite.path))
+        findings += sorted(found, key=lambda f: order.get(f.case or "", -1))
+    return tuple(sorted(findings, key=lambda f: f.severity != "error"))
+
+
+def _findings(rule: Rule, result: Any, table: CaseTable, path: str) -> Iterator[Finding]:
+    if result.success:
+        return
+    raised = [
+        info["exception_message"] for info in _exceptions(result.exception_info or {}) if info.get("raised_exception")
+    ]
+    if raised:
         raise ConfigError(
-            f"rule '{rule.rule}' has impossible arguments",
-            where=where,
-            seen=f"{dict(rule.arguments)}: {str(error)[:200]}",
-        ) from None
+            "cannot be evaluated",
+            where=f"{path}: rule '{rule.rule}'",
+            seen=f"{rule.expectation} on {', '.join(rule.columns) or 'the table'}",
+            rule=" ".join(str(raised[0]).split())[:300],
+        )
+    common: dict[str, Any] = {
+        "rule": rule.rule,
+        "severity": rule.severity,
+        "allowed": rule.allowed,
+        "message": rule.message,
+        "mend": rule.mend,
+    }
+    unexpected = result.result.get("unexpected_index_list")
+    if not unexpected:  # an expectation on the whole column or table
+        observed = result.result.get("observed_value")
+        yield Finding(case=None, file=INDEX, seen=f"{', '.join(rule.columns) or 'table'}: {observed}", **common)
+        return
+    for row in unexpected:
+        case = str(row["case"])
+        if len(rule.columns) == 1:
+            for detail in table.details(case, rule.columns[0]):
+                yield Finding(case=case, file=detail.file, seen=detail.seen, **common)
+        else:
+            values = table.by_case[case].values
+            seen = ", ".join(f"{c} {show(values.get(c))}" for c in rule.columns)
+            yield Finding(case=case, file=table.details(case, rule.columns[0])[0].file, seen=seen, **common)
 
 
-def _filled(value: Any, index: DatasetIndex) -> Any:
-    if isinstance(value, Mapping):
-        return {k: _filled(v, index) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_filled(v, index) for v in value]
-    return len(index.channels) if value == "$CHANNELS" else value
-
-
-def _allowed(rule: Rule, index: DatasetIndex) -> str:
-    arguments = _filled(rule.arguments, index)
-    if "value_set" in arguments:
-        return " or ".join(repr(v) if v == "" else str(v) for v in arguments["value_set"]).replace("''", "none")
-    low, high = arguments.get("min_value"), arguments.get("max_value")
-    parts = []
-    if low is not None:
-        parts.append(f"{'above' if arguments.get('strict_min') else 'at least'} {low}")
-    if high is not None:
-        parts.append(f"{'below' if arguments.get('strict_max') else 'at most'} {high}")
-    return ", ".join(parts) or rule.expectation.removeprefix("expect_column_values_to_").replace("_", " ")
-
-
-def _show(value: Any) -> str:
-    if isinstance(value, float):
-        return "undefined" if math.isnan(value) else f"{value:.6g}"
-    return str(value)
+def _exceptions(info: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Great Expectations reports one exception as a mapping, several as a mapping of mappings."""
+    if "raised_exception" in info:
+        yield info
+        return
+    yield from (inner for inner in info.values() if isinstance(inner, Mapping))

@@ -5,210 +5,285 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
 
 from distilldsm.config import DownloadConfig, Modality, PatternConfig
-from distilldsm.data.archive import find_root
+from distilldsm.data.archive import find_root, wrapped
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.errors import DataError
+from distilldsm.data.patterns import Files, find_cases, some
+from distilldsm.errors import ConfigError, DataError
 
 _BRATS_CHANNELS = ("flair", "t1", "t1ce", "t2")
 _BRATS_LABELS = {"background": 0, "necrotic_core": 1, "oedema": 2, "enhancing_tumour": 4}
+_BRATS_TOP = "MICCAI_BraTS2020_TrainingData"
 _SUFFIXES = (".nii.gz", ".nii")
+
+Layout = Literal["msd", "nnunet", "brats2020", "pattern"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a layout tells of a data set."""
+
+    channels: tuple[Channel, ...]
+    labels: Mapping[str, int]
+    cases: Sequence[Files]
+    name: str | None = None
+    licence: str | None = None
+    reference: str | None = None
+    note: str | None = None
 
 
 def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> DatasetIndex:
     """Index the labelled cases below `root`, whose paths the index names relative to it.
 
     Args:
-        root: an unpacked data set; a single folder inside it is looked into.
+        root: an unpacked data set; a folder that only wraps another is looked into.
         config: layout, patient pattern and what the data set does not say itself.
         source: where it came from, for the index.
 
     Raises:
-        DataError: no known layout, a broken description, or files that are missing (all of them are named).
+        DataError: no known layout, a broken description, or files that are missing (all of them are counted, the first
+            ones named).
+        ConfigError: `modalities` names a channel that the data set does not have.
     """
-    inner = find_root(root)
-    layout = config.layout if config.layout != "auto" else recognise(inner)
+    layout: Layout
+    layout, inner = recognise(root) if config.layout == "auto" else (config.layout, root)
     if layout == "pattern":
         assert config.pattern is not None  # the config checks it
-        found = _pattern(inner, config.pattern)
+        inner, found = _pattern(root, config.pattern)
+    elif layout == "brats2020":
+        inner = _brats_root(root) or inner
+        found = _brats2020(inner)
     else:
-        found = {"msd": _msd, "nnunet": _nnunet, "brats2020": _brats2020}[layout](inner)
+        inner = find_root(root)
+        found = (_msd if layout == "msd" else _nnunet)(inner)
+    _check_files(inner, found.cases)
     prefix = inner.relative_to(root)
-    missing = [path for case in found["cases"] for path in (*case[1], case[2]) if not (inner / path).is_file()]
-    if missing:
-        more = f" and {len(missing) - 10} more" if len(missing) > 10 else ""
-        raise DataError(
-            f"{len(missing)} file(s) of the data set are missing",
-            where=inner,
-            seen=", ".join(missing[:10]) + more,
-            mend="complete the data set, or take these cases out of its dataset.json",
-        )
-    if not found["cases"]:
-        raise DataError("holds no labelled case", where=inner, rule=f"layout {layout}")
     return DatasetIndex(
-        name=config.name or found.get("name") or inner.name,
-        channels=tuple(
-            Channel(name=name, modality=config.modalities.get(name, modality))
-            for name, modality in found["channels"].items()
-        ),
-        labels=found["labels"],
+        name=config.name or found.name or _name(inner.name if inner != root else source),
+        channels=_with_modalities(found.channels, config.modalities),
+        labels=found.labels,
         cases=tuple(
             Case(
-                id=name,
-                patient=_patient(name, config.patient_pattern),
-                images=tuple((prefix / p).as_posix() for p in images),
-                label=(prefix / label).as_posix(),
+                id=files.id,
+                patient=_patient(files.id, config.patient_pattern),
+                images=tuple((prefix / p).as_posix() for p in files.images),
+                label=(prefix / files.label).as_posix(),
             )
-            for name, images, label in sorted(found["cases"])
+            for files in sorted(found.cases, key=lambda files: files.id)
         ),
-        licence=config.licence or found.get("licence") or "unknown",
-        reference=config.reference or found.get("reference") or "unknown",
+        licence=config.licence or found.licence or "unknown",
+        reference=config.reference or found.reference or "unknown",
         source=source,
-        note=found.get("note") or "",
+        note=found.note or "",
         layout=layout,
     )
 
 
-def recognise(root: Path) -> str:
-    """`msd`, `nnunet` or `brats2020`.
+def needed_files(index: DatasetIndex) -> Sequence[str]:
+    """All files the index names."""
+    return sorted({path for case in index.cases for path in (*case.images, case.label)})
+
+
+def recognise(root: Path) -> tuple[Layout, Path]:
+    """The layout (`msd`, `nnunet` or `brats2020`) and the folder it begins in.
 
     Raises:
         DataError: none of them.
     """
-    description = root / "dataset.json"
+    inner = find_root(root)
+    description = inner / "dataset.json"
     if description.is_file():
-        return "nnunet" if "channel_names" in _read(description) else "msd"
-    if next(root.glob("*/*_seg.nii*"), None) is not None:
-        return "brats2020"
+        return ("nnunet" if "channel_names" in _read(description) else "msd"), inner
+    brats = _brats_root(root)
+    if brats is not None:
+        return "brats2020", brats
     raise DataError(
         "the layout is not recognised",
-        where=root,
+        where=inner,
         seen="no dataset.json, no */*_seg.nii.gz",
         rule="Medical Segmentation Decathlon, nnU-Net raw, BraTS 2020, or a pattern of your own",
         mend="set download.layout: pattern and download.pattern (see docs/data.md)",
     )
 
 
+def _check_files(root: Path, cases: Sequence[Files]) -> None:
+    if not cases:
+        raise DataError("holds no labelled case", where=root, mend="name the folder that holds the cases")
+    missing = [path for files in cases for path in (*files.images, files.label) if not (root / path).is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} file(s) of the data set are missing",
+            where=root,
+            seen=some(missing),
+            mend="complete the data set, or take these cases out of it (and of its dataset.json, if it has one)",
+        )
+    ids = [files.id for files in cases]
+    twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
+    if twice:
+        raise DataError("case ids appear twice", where=root, seen=some(twice), mend="give each case a name of its own")
+
+
+def _with_modalities(channels: tuple[Channel, ...], wanted: Mapping[str, Modality]) -> tuple[Channel, ...]:
+    names = [channel.name for channel in channels]
+    unknown = [name for name in wanted if name not in names]
+    if unknown:
+        raise ConfigError(
+            "no such channel in the data set",
+            where="download.modalities",
+            seen=unknown[0],
+            rule="channels: " + ", ".join(names),
+        )
+    return tuple(Channel(name=c.name, modality=wanted.get(c.name, c.modality)) for c in channels)
+
+
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError("cannot be read as JSON", where=path, seen=str(error)) from None
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            "cannot be read as JSON", where=path, seen=str(error), mend="correct it, or get the data set again"
+        ) from None
     if not isinstance(value, dict):
         raise DataError("must hold a JSON object", where=path, seen=type(value).__name__)
     return value
 
 
-def _need(description: Mapping[str, Any], key: str, kind: type | tuple[type, ...], path: Path) -> Any:
+def _need(description: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
     value = description.get(key)
     if not isinstance(value, kind) or not value:
-        raise DataError(f"'{key}' is missing or has the wrong form", where=path, seen=repr(value)[:100])
+        form = "an object" if kind is dict else "a list"
+        raise DataError(
+            f"'{key}' is missing or has the wrong form",
+            where=path,
+            seen=repr(value)[:100],
+            rule=f"{form} with one entry at least",
+            mend=f"add '{key}' as the format's description says",
+        )
     return value
 
 
-def _msd(root: Path) -> dict[str, Any]:
+def _text(description: Mapping[str, Any], *keys: str) -> str | None:
+    return next((str(description[key]) for key in keys if description.get(key)), None)
+
+
+def _channels(numbered: Mapping[str, Any], path: Path, key: str) -> tuple[Channel, ...]:
+    """Channels from {"0": "T2", "1": "ADC"}; equal names get their number added."""
+    if {str(number) for number in numbered} != {str(k) for k in range(len(numbered))}:
+        raise DataError(
+            f"'{key}' must number the channels from 0", where=path, seen=", ".join(map(str, numbered)) or "nothing"
+        )
+    names = [str(numbered[str(k)]) for k in range(len(numbered))]
+    return tuple(
+        Channel(name=name if names.count(name) == 1 else f"{name}_{k}", modality=modality_of(name))
+        for k, name in enumerate(names)
+    )
+
+
+def _msd(root: Path) -> Found:
     path = root / "dataset.json"
     description = _read(path)
-    modality = _need(description, "modality", dict, path)
+    channels = _channels(_need(description, "modality", dict, path), path, "modality")
     cases = []
     for entry in _need(description, "training", list, path):
-        if not isinstance(entry, dict) or not {"image", "label"} <= entry.keys():
+        if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("image", "label")):
             raise DataError("each entry of 'training' names image and label", where=path, seen=repr(entry)[:100])
-        image, label = (str(entry[k]).removeprefix("./") for k in ("image", "label"))
-        cases.append((_stem(image), [_inside(image, path)], _inside(label, path)))
-    return {
-        "name": description.get("name"),
-        "channels": {str(name): _modality(str(name)) for _, name in sorted(modality.items(), key=lambda i: int(i[0]))},
-        "labels": _labels(_need(description, "labels", dict, path), path),
-        "cases": cases,
-        "licence": description.get("licence") or description.get("license"),
-        "reference": description.get("reference"),
-        "note": description.get("note"),
-    }
+        image, label = (_inside(entry[k], path) for k in ("image", "label"))
+        cases.append(Files(_stem(image), (image,), label))
+    return Found(
+        name=_text(description, "name"),
+        channels=channels,
+        labels=_labels(_need(description, "labels", dict, path), path),
+        cases=cases,
+        licence=_text(description, "licence", "license"),
+        reference=_text(description, "reference"),
+        note=_text(description, "note"),
+    )
 
 
-def _nnunet(root: Path) -> dict[str, Any]:
+def _nnunet(root: Path) -> Found:
     path = root / "dataset.json"
     description = _read(path)
-    names = _need(description, "channel_names", dict, path)
+    channels = _channels(_need(description, "channel_names", dict, path), path, "channel_names")
     ending = str(description.get("file_ending", ".nii.gz"))
     if ending not in _SUFFIXES:
         raise DataError(
             "only NIfTI files can be read", where=path, seen=f"file_ending {ending}", rule=", ".join(_SUFFIXES)
         )
-    channels = [str(name) for _, name in sorted(names.items(), key=lambda i: int(i[0]))]
-    first = f"_0000{ending}"
-    ids = sorted(p.name.removesuffix(first) for p in (root / "imagesTr").glob(f"*{first}") if p.name[0] != ".")
-    return {
-        "name": description.get("name") or re.sub(r"^Dataset\d+_", "", root.name),
-        "channels": {name: _modality(name) for name in channels},
-        "labels": _labels(_need(description, "labels", dict, path), path),
-        "cases": [
-            (name, [f"imagesTr/{name}_{k:04d}{ending}" for k in range(len(channels))], f"labelsTr/{name}{ending}")
-            for name in ids
-        ],
-        "licence": description.get("licence") or description.get("license"),
-        "reference": description.get("reference"),
-        "note": description.get("note"),
-    }
+    # From images of any channel and from labels: a case that lacks one of them is a finding, not a smaller data set.
+    ids = {name[: -len("_0000")] for name in _stems(root / "imagesTr", ending) if re.search(r"._\d{4}\Z", name)}
+    ids |= set(_stems(root / "labelsTr", ending))
+    cases = [
+        Files(name, tuple(f"imagesTr/{name}_{k:04d}{ending}" for k in range(len(channels))), f"labelsTr/{name}{ending}")
+        for name in sorted(ids)
+    ]
+    _check_files(root, cases)
+    listed = description.get("numTraining")
+    if isinstance(listed, int) and listed != len(cases):
+        raise DataError(
+            "'numTraining' is not the number of cases",
+            where=path,
+            seen=f"{listed}, and {len(cases)} in imagesTr and labelsTr",
+            mend="complete the data set, or correct numTraining",
+        )
+    return Found(
+        name=_text(description, "name"),
+        channels=channels,
+        labels=_labels(_need(description, "labels", dict, path), path),
+        cases=cases,
+        licence=_text(description, "licence", "license"),
+        reference=_text(description, "reference"),
+        note=_text(description, "note"),
+    )
 
 
-def _brats2020(root: Path) -> dict[str, Any]:
+def _stems(folder: Path, ending: str) -> list[str]:
+    names = [p.name for p in folder.glob(f"*{ending}") if not p.name.startswith(".")]
+    return [name.removesuffix(ending) for name in names]
+
+
+def _brats_root(root: Path) -> Path | None:
+    """The folder whose sub-folders are BraTS cases: one that wraps nothing else, or the named one beside others."""
+    folders = list(wrapped(root))
+    folders += [folder / _BRATS_TOP for folder in folders if (folder / _BRATS_TOP).is_dir()]
+    return next((folder for folder in folders if _brats_labels(folder)), None)
+
+
+def _brats_labels(root: Path) -> list[Path]:
+    return [p for p in sorted(root.glob("*/*_seg.nii*")) if not p.name.startswith(".")]
+
+
+def _brats2020(root: Path) -> Found:
     cases = []
-    for seg in sorted(root.glob("*/*_seg.nii*")):
-        suffix = ".nii.gz" if seg.name.endswith(".gz") else ".nii"
-        name = seg.name.removesuffix(f"_seg{suffix}")
-        folder = seg.parent.name
-        cases.append((name, [f"{folder}/{name}_{c}{suffix}" for c in _BRATS_CHANNELS], f"{folder}/{seg.name}"))
-    return {
-        "name": "BraTS2020",
-        "channels": dict.fromkeys(_BRATS_CHANNELS, "MRI"),
-        "labels": dict(_BRATS_LABELS),
-        "cases": cases,
-        "licence": "BraTS 2020 data usage agreement (registration)",
-        "reference": "Menze et al. 2015; Bakas et al. 2017, 2018",
-    }
+    for folder in sorted({p.parent for kind in ("flair", "seg") for p in root.glob(f"*/*_{kind}.nii*")}):
+        files = [p.name for p in sorted(folder.iterdir()) if p.name.endswith(_SUFFIXES) and p.name[0] != "."]
+        anchor = next((name for name in files if re.search(r"_(flair|seg)\.nii", name)), None)
+        if anchor is None:
+            continue  # litter only
+        name, suffix = re.sub(r"_(flair|seg)\.nii.*", "", anchor), _suffix(anchor)
+        label = f"{name}_seg{suffix}"
+        if label not in files:
+            # The published data set holds one label under its maker's name, *_Segm.nii (case 355).
+            label = next((other for other in files if re.search(r"_Segm\.nii", other)), label)
+        images = tuple(f"{folder.name}/{name}_{c}{suffix}" for c in _BRATS_CHANNELS)
+        cases.append(Files(name, images, f"{folder.name}/{label}"))
+    return Found(
+        name="BraTS2020",
+        channels=tuple(Channel(name=c, modality="MRI") for c in _BRATS_CHANNELS),
+        labels=dict(_BRATS_LABELS),
+        cases=cases,
+        licence="BraTS 2020 data usage agreement (registration)",
+        reference="Menze et al. 2015; Bakas et al. 2017, 2018",
+    )
 
 
-def _pattern(root: Path, pattern: PatternConfig) -> dict[str, Any]:
-    """Cases are what `{case}` of the label pattern matches; the images are looked for with that id filled in."""
-    before, after = pattern.label.split("{case}", 1)
-    matcher = re.compile(_as_regex(before) + r"(?P<case>[^/]+)" + _as_regex(after.replace("{case}", "\0")) + r"\Z")
-    cases, problems = [], []
-    for label in sorted(root.glob(pattern.label.replace("{case}", "*"))):
-        relative = label.relative_to(root).as_posix()
-        match = matcher.match(relative)
-        if match is None or label.name.startswith("._"):
-            continue
-        case = match["case"]
-        images = []
-        for image in pattern.images:
-            wanted = image.replace("{case}", case)
-            hits = [p for p in sorted(root.glob(wanted)) if not p.name.startswith("._")]
-            if len(hits) != 1:
-                problems.append(f"case {case}: {len(hits)} files match {wanted}")
-            else:
-                images.append(hits[0].relative_to(root).as_posix())
-        cases.append((case, images, relative))
-    if problems:
-        raise DataError(
-            "the image patterns do not name one file each",
-            where=root,
-            seen="; ".join(problems[:10]),
-            mend="correct download.pattern.images",
-        )
-    if not cases:
-        raise DataError(
-            "no file matches the label pattern", where=root, seen=pattern.label, mend="correct download.pattern"
-        )
-    return {"channels": dict(pattern.channels), "labels": dict(pattern.labels), "cases": cases}
-
-
-def _as_regex(glob: str) -> str:
-    return re.escape(glob).replace(r"\*", "[^/]*").replace(r"\?", "[^/]").replace(re.escape("\0"), "(?P=case)")
+def _pattern(root: Path, pattern: PatternConfig) -> tuple[Path, Found]:
+    inner, cases = find_cases(root, pattern)
+    channels = tuple(Channel(name=name, modality=modality) for name, modality in pattern.channels.items())
+    return inner, Found(channels=channels, labels=dict(pattern.labels), cases=cases)
 
 
 def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
@@ -219,11 +294,12 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
             raise DataError(
                 "region-based labels are not supported", where=path, seen=f"{key}: {value}", mend="name single labels"
             )
-        name, number = (value, key) if isinstance(value, str) and not str(value).isdigit() else (key, value)
-        try:
-            found[str(name)] = int(number)
-        except (TypeError, ValueError):
-            raise DataError("'labels' must pair names and whole numbers", where=path, seen=f"{key}: {value}") from None
+        name, number = (value, key) if isinstance(value, str) and not value.isdigit() else (key, value)
+        if not re.fullmatch(r"\d{1,9}", str(number)):
+            raise DataError("'labels' must pair names and whole numbers", where=path, seen=f"{key}: {value}")
+        if str(name) in found:
+            raise DataError("a name appears twice in 'labels'", where=path, seen=name)
+        found[str(name)] = int(number)
     zero = next((name for name, value in found.items() if value == 0), None)
     if zero is None:
         found = {"background": 0, **found}
@@ -237,7 +313,8 @@ def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
     return found
 
 
-def _modality(name: str) -> Modality:
+def modality_of(name: str) -> Modality:
+    """What kind of image a channel's name speaks of: decides the normalisation."""
     lowered = name.lower()
     if re.search(r"\bct\b|^ct", lowered):
         return "CT"
@@ -251,21 +328,32 @@ def _modality(name: str) -> Modality:
 
 
 def _inside(name: str, path: Path) -> str:
-    if name.startswith("/") or ".." in Path(name).parts:
+    inner = PurePosixPath(name)
+    if inner.is_absolute() or ".." in inner.parts or "\0" in name:
         raise DataError("names a file outside the data set", where=path, seen=name)
-    return name
+    return inner.as_posix()
 
 
 def _stem(name: str) -> str:
     base = name.rsplit("/", 1)[-1]
-    return next((base.removesuffix(s) for s in _SUFFIXES if base.endswith(s)), base)
+    return base.removesuffix(_suffix(base))
+
+
+def _suffix(name: str) -> str:
+    return next((s for s in _SUFFIXES if name.endswith(s)), "")
+
+
+def _name(source: str) -> str:
+    """A data set's name from its folder, or from the last part of what it came from."""
+    base = source.rstrip("/").rsplit("/", 1)[-1]
+    return re.sub(r"^Dataset\d+_|\.(tar(\.\w+)?|tgz|tbz2|txz|zip)$", "", base) or "data set"
 
 
 def _patient(case: str, pattern: str | None) -> str:
     if pattern is None:
         return case
     match = re.search(pattern, case)
-    if match is None or match[1] is None:
+    if not match or not match[1]:
         raise DataError(
             "the patient cannot be told from a case id",
             where="download.patient_pattern",
@@ -274,8 +362,3 @@ def _patient(case: str, pattern: str | None) -> str:
             mend="correct the pattern; cases of one patient must stay together in every split",
         )
     return match[1]
-
-
-def needed_files(index: DatasetIndex) -> Sequence[str]:
-    """All files the index names."""
-    return sorted({path for case in index.cases for path in (*case.images, case.label)})

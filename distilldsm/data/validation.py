@@ -23,7 +23,7 @@ from distilldsm.data.case_measures import (
     measure_case,
     voxels_of_largest_file,
 )
-from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.errors import UserError
 from distilldsm.progress import progress
 from distilldsm.stage import worker_count
@@ -83,6 +83,9 @@ COLUMNS: tuple[Column, ...] = (
     _column("dtype", "text", "image", "stored number type"),
     _column("finite_fraction", "number", "image", "share of image voxels that are finite"),
     _column("constant_channels", "number", "image", "channels whose voxels are all equal"),
+    _column(
+        "padding_fraction", "number", "image", "share of voxels with the corner's value where that is not 0, not for CT"
+    ),
     *(
         _column(f"intensity_{p}_{end}", "number", "image", f"{q:g} percentile of non-zero voxels, {end} over channels")
         for p, q in PERCENTILES.items()
@@ -209,8 +212,7 @@ def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> Ca
 
 
 def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[CaseRow]:
-    channels = [channel.name for channel in index.channels]
-    arguments = [(root, case, channels, dict(index.labels)) for case in index.cases]
+    arguments = [(root, case, index.channels, dict(index.labels)) for case in index.cases]
     sizes = [voxels_of_largest_file(root, case) for case in index.cases]
     in_memory = MEMORY_BYTES // max(1, max(sizes) * BYTES_PER_VOXEL)
     workers = max(1, min(worker_count(requested, len(arguments)), in_memory))
@@ -230,7 +232,7 @@ def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[Ca
         ) from None
 
 
-def _measure(arguments: tuple[Path, Any, Sequence[str], Mapping[str, int]]) -> CaseRow:
+def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int]]) -> CaseRow:
     return measure_case(*arguments)
 
 

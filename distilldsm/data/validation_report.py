@@ -1,86 +1,188 @@
-"""The validation as one self-contained HTML page."""
+"""The validation report: one JSON with all findings of all cases, and the same as one HTML page without network."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.expectations import Finding, Rule
+from distilldsm.data.expectations import Finding, Suite
+from distilldsm.data.validation import CaseTable, show
+from distilldsm.params import to_mapping
 
+SCHEMA_VERSION = 1
+_TABLE = (
+    ("case", "case"),
+    ("patient", "patient"),
+    ("spacing_x_mm spacing_y_mm spacing_z_mm", "spacing, mm"),
+    ("shape_x shape_y shape_z", "shape"),
+    ("orientation", "axes"),
+    ("dtype", "type"),
+    ("intensity_p0_5_min intensity_p99_5_max", "intensity, 0.5 to 99.5 %"),
+    ("label_values", "labels"),
+    ("foreground_fraction", "foreground"),
+)
 _STYLE = """
-body{font:16px/1.5 system-ui,sans-serif;color:#1b1b1b;max-width:1100px;margin:0 auto;padding:1rem}
-table{border-collapse:collapse;font-size:.9rem}th,td{padding:.25rem .6rem;text-align:left;vertical-align:top}
-thead th{border-bottom:2px solid #555}tbody tr:nth-child(even){background:#f4f4f4}.scroll{overflow-x:auto}
-.error{color:#a40000;font-weight:600}.warning{color:#8a5a00;font-weight:600}
-.note{background:#fff4d6;border-left:5px solid #e69f00;padding:.6rem 1rem}
+:root { color-scheme: light dark; --line: #8884; --error: #c02626; --warning: #b36b00; --good: #1b7f3b; }
+body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
+h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
+table { border-collapse: collapse; width: 100%; font-size: .86rem; }
+th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
+code { font-size: .95em; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; } .note { opacity: .75; }
+.error { color: var(--error); } .warning { color: var(--warning); } .good { color: var(--good); }
 """
-_RANGES = (
-    "shape_x", "shape_y", "shape_z", "spacing_x_mm", "spacing_y_mm", "spacing_z_mm", "anisotropy", "intensity_p005",
-    "intensity_p50", "intensity_p995", "foreground_fraction", "foreground_volume_ml",
-)  # fmt: skip
-_CASE_COLUMNS = ("case", "patient", "orientation", "dtype", "label_dtype", "label_values", *_RANGES)
 
 
-def render_validation(
-    index: DatasetIndex,
-    rows: Sequence[Mapping[str, Any]],
-    findings: Sequence[Finding],
-    rules: Sequence[Rule],
-    excluded: Mapping[str, Sequence[str]],
-) -> str:
-    """The page: summary, findings, ranges of the data set, rules, all cases."""
-    errors = sum(f.severity == "error" for f in findings)
-    summary = (
-        f"{len(rows)} cases of {len({r['patient'] for r in rows})} patients; <span class='error'>{errors} errors</span>, "
-        f"<span class='warning'>{len(findings) - errors} warnings</span>; {len(excluded)} cases left out."
+def make_report(index: DatasetIndex, table: CaseTable, suite: Suite, findings: Sequence[Finding]) -> dict[str, Any]:
+    """Everything the stage found, as plain JSON types.
+
+    A case with a finding of severity error is excluded, every other one accepted. The report holds no time and no
+    path of this machine: the same data and suite give the same bytes.
+    """
+    excluded: dict[str, list[str]] = {}
+    for finding in findings:
+        if finding.severity == "error" and finding.case is not None:
+            rules = excluded.setdefault(finding.case, [])
+            if finding.rule not in rules:
+                rules.append(finding.rule)
+    accepted = [case.id for case in index.cases if case.id not in excluded]
+    severities = Counter(finding.severity for finding in findings)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "dataset": {
+            "name": index.name,
+            "channels": {c.name: c.modality for c in index.channels},
+            "labels": dict(index.labels),
+            "licence": index.licence,
+            "reference": index.reference,
+            "source": index.source,
+            "note": index.note,
+        },
+        "counts": {
+            "cases": len(index.cases),
+            "patients": len({case.patient for case in index.cases}),
+            "accepted": len(accepted),
+            "excluded": len(excluded),
+            "errors": severities["error"],
+            "warnings": severities["warning"],
+        },
+        "suite": [{**to_mapping(rule), "allowed": rule.allowed} for rule in suite.rules],
+        "findings": [to_mapping(finding) for finding in findings],
+        "summary": table.summary(),
+        "accepted": accepted,
+        "excluded": excluded,
+    }
+
+
+def render_html(report: Mapping[str, Any], table: CaseTable) -> str:
+    """The report as one self-contained page: no script, no address, styles inline."""
+    dataset, counts = report["dataset"], report["counts"]
+    verdict = (
+        '<span class="good">every case can be used</span>'
+        if not counts["errors"]
+        else f'<span class="error">{counts["errors"]} errors, {counts["excluded"]} cases cannot be used</span>'
     )
-    broken = {f.rule for f in findings}
-    note = f"<p class='note'>{escape(index.note)}</p>" if index.note else ""
+    labels = ", ".join(f"{value} {name}" for name, value in dataset["labels"].items())
+    channels = ", ".join(f"{name} ({modality})" for name, modality in dataset["channels"].items())
+    facts = f"Channels: {channels}. Labels: {labels}. "
+    facts += f"Source: {dataset['source']}. Licence: {dataset['licence']}. {dataset['note']}"
+    title = f"Validation of {dataset['name']}"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{counts['cases']} cases of {counts['patients']} patients: {verdict}; {counts['warnings']} warnings.</p>",
+        f"<p class=note>{escape(facts)}</p>",
+    ]
+    for severity, heading in (("error", "Errors"), ("warning", "Warnings")):
+        found = [f for f in report["findings"] if f["severity"] == severity]
+        parts.append(f"<h2 class={severity if found else 'good'}>{heading}: {len(found)}</h2>")
+        if found:
+            parts.append(_findings_table(found))
+    parts.append("<h2>Data set</h2>" + _summary_table(report["summary"]))
+    parts.append("<h2>Cases</h2>" + _case_table(report, table))
+    parts.append("<h2>Rules</h2>" + _rules_table(report))
     return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>Validation of {escape(index.name)}</title><style>{_STYLE}</style></head><body>"
-        f"<h1>Validation of {escape(index.name)}</h1><p>{summary}</p>{note}"
-        + (f"<h2>Findings</h2>{_findings(findings)}" if findings else "<p>Every case fulfils every rule.</p>")
-        + f"<h2>Ranges</h2>{_ranges(rows, index)}<h2>Rules</h2>"
-        + _table(
-            ("rule", "severity", "column", "meaning", "result"),
-            [(r.rule, r.severity, r.column, r.message, "broken" if r.rule in broken else "fulfilled") for r in rules],
-        )
-        + f"<h2>Cases</h2>{_table(_CASE_COLUMNS, [[row.get(c) for c in _CASE_COLUMNS] for row in rows])}"
-        + "</body></html>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
+        + "\n".join(parts)
+        + "\n</body>\n</html>\n"
     )
 
 
-def _findings(findings: Sequence[Finding]) -> str:
-    body = "".join(
-        f"<tr><td class='{f.severity}'>{f.severity}</td><td>{escape(f.case)}</td><td>{escape(f.file)}</td>"
-        f"<td>{escape(f.message)}</td><td>{escape(f.seen)}</td><td>{escape(f.allowed)}</td><td>{escape(f.mend)}</td></tr>"
-        for f in sorted(findings, key=lambda f: (f.severity, f.rule, f.case))
+def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table; the cells are HTML already."""
+    heads = "".join(f"<th>{escape(h)}</th>" for h in head)
+    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="wide"><table>\n<tr>{heads}</tr>\n{body}\n</table></div>'
+
+
+def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
+    return _rows(
+        ("case", "file", "what is wrong", "seen", "allowed", "mend"),
+        [
+            (
+                escape(f["case"] or "(data set)"),
+                f"<code>{escape(f['file'])}</code>",
+                f"{escape(f['message'])} <span class=note>({escape(f['rule'])})</span>",
+                escape(f["seen"]),
+                escape(f["allowed"]),
+                escape(f["mend"]),
+            )
+            for f in findings
+        ],
     )
-    head = "".join(f"<th>{h}</th>" for h in ("severity", "case", "file", "finding", "seen", "rule", "mend"))
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _ranges(rows: Sequence[Mapping[str, Any]], index: DatasetIndex) -> str:
-    columns = [*_RANGES, *(f"volume_ml_{name}" for name in index.class_names[1:])]
-    lines = []
-    for column in columns:
-        values = sorted(float(r[column]) for r in rows if r.get(column) is not None)
-        if values:
-            lines.append((column, values[0], values[len(values) // 2], values[-1]))
-    return _table(("column", "least", "median", "greatest"), lines)
+def _summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
+    rows = []
+    for column, entry in summary.items():
+        if "min" in entry:
+            what = " / ".join(f"{entry[key]:.6g}" for key in ("min", "median", "max"))
+        elif "sha256" in column or not entry.get("distinct"):
+            continue
+        else:
+            what = ", ".join(f"{value} ({number})" for value, number in list(entry["common"].items())[:3])
+            if entry["distinct"] > 3:
+                what += f", ... {entry['distinct']} in all"
+        rows.append((f"<code>{escape(column)}</code>", escape(entry["meaning"]), str(entry["measured"]), escape(what)))
+    return _rows(("column", "meaning", "measured", "min / median / max, or commonest (cases)"), rows)
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    head = "".join(f"<th>{escape(c)}</th>" for c in columns)
-    body = "".join("<tr>" + "".join(f"<td>{escape(_text(v))}</td>" for v in row) + "</tr>" for row in rows)
-    return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+def _case_table(report: Mapping[str, Any], table: CaseTable) -> str:
+    broken: dict[str, dict[str, str]] = {}
+    for finding in report["findings"]:
+        if finding["case"] is not None:
+            broken.setdefault(finding["case"], {}).setdefault(finding["rule"], finding["severity"])
+    rows = []
+    for row in table.rows:
+        cells = [
+            escape(" · ".join(_short(row.values.get(column)) for column in columns.split())) for columns, _ in _TABLE
+        ]
+        rules = broken.get(str(row.values["case"]), {})
+        cells.append(", ".join(f"<span class={severity}>{escape(rule)}</span>" for rule, severity in rules.items()))
+        rows.append(cells)
+    return _rows((*(heading for _, heading in _TABLE), "findings"), rows)
 
 
-def _text(value: Any) -> str:
-    if value is None:
-        return ""
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _rules_table(report: Mapping[str, Any]) -> str:
+    number = Counter(f["rule"] for f in report["findings"])
+    return _rows(
+        ("rule", "severity", "column", "allowed", "findings"),
+        [
+            (
+                escape(rule["rule"]),
+                f"<span class={rule['severity']}>{rule['severity']}</span>",
+                f"<code>{escape(rule['column'] or '')}</code>",
+                escape(rule["allowed"]),
+                str(number[rule["rule"]]),
+            )
+            for rule in report["suite"]
+        ],
+    )
+
+
+def _short(value: str | int | float | None) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else show(value, empty="-")

@@ -12,9 +12,9 @@ import numpy.typing as npt
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
 from distilldsm.data.volume import Volume
+from distilldsm.export.package import RUNTIME_FILES, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits, softmax
-from distilldsm.stage import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,15 +83,13 @@ class Predictor:
         runtime: Literal["openvino", "onnx"] = "openvino",
         precision: Literal["f32", "auto"] = "f32",
     ) -> Predictor:
-        """An exported model directory; needs no torch.
+        """An exported model directory, its files checked against their hashes; needs no torch.
 
         Raises:
-            DataError: a file is missing or damaged.
+            DataError: a file is missing, damaged or changed.
         """
-        metadata = read_json(model_dir / "metadata.json")
-        geometry = NetworkGeometry(
-            stride=tuple(metadata["network"]["stride"]), depth_halo=metadata["network"]["depth_halo"]
-        )
+        network = verify(model_dir, RUNTIME_FILES[runtime]).network
+        geometry = NetworkGeometry(stride=network.stride, depth_halo=network.depth_halo)
         engine: Engine
         if runtime == "onnx":
             engine = OnnxEngine(model_dir / "model.onnx")

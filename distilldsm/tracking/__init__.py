@@ -3,8 +3,8 @@
     with start_run(config, directory=work, name="distill_dsm-fold0") as run:
         run.log_metrics({"train_loss": 0.7}, step=1)
 
-Nothing here imports MLflow (it takes seconds); `tracking_sink` does, in the process of `tracking_worker`. Journals
-lie in `./tracking`, or in the directory that DISTILLDSM_TRACKING_DIR names.
+Nothing here imports MLflow (it takes seconds); `sink` does, in the process of `worker`. Journals lie in
+`./tracking`, or in the directory that DISTILLDSM_TRACKING_DIR names.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,17 +24,25 @@ from types import TracebackType
 from typing import Any
 
 from distilldsm.config import TrackingConfig
-from distilldsm.journal import JournalWriter, State, encode_number, pending, writer_identity
 from distilldsm.params import to_mapping
 from distilldsm.stage import write_json
-from distilldsm.tracking_sink import sqlite_path
-from distilldsm.tracking_worker import Delivery, redact, replay_all
+from distilldsm.tracking.delivery import Delivery, live_uri, redact, replay_all
+from distilldsm.tracking.journal import JournalWriter, State, encode_number, pending, writer_identity
+from distilldsm.tracking.sink import sqlite_path
+from distilldsm.tracking.values import (
+    DIGEST_LENGTH,
+    PARAM_LENGTH,
+    TAG_LENGTH,
+    flatten,
+    key_name,
+    plain,
+    texts,
+    version_tags,
+)
 
 RUN_FILE = "mlflow_run.json"
-CLOSE_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S, LOCAL_CLOSE_TIMEOUT_S = 20.0, 60.0
 SYSTEM_METRICS_S = 10.0
-_KEY_LENGTH, _PARAM_LENGTH, _TAG_LENGTH, _DIGEST_LENGTH = 250, 6000, 5000, 36
-
 logger = logging.getLogger("distilldsm.tracking")
 
 
@@ -82,7 +92,7 @@ def start_run(
             "started_ms": time.time_ns() // 1_000_000,
         }
     identity["run_id"] = run_id or identity["run_id"]
-    run = Run._open(identity, uri, role="train", name=name, tags={**_version_tags(), **_texts(tags or {}, _TAG_LENGTH)})
+    run = Run._open(identity, uri, role="train", name=name, tags={**version_tags(), **texts(tags or {}, TAG_LENGTH)})
     if run.run_key is not None:
         with _forgiving("writing " + RUN_FILE):
             write_json(directory / RUN_FILE, identity)
@@ -126,7 +136,9 @@ class Run:
         self._journal: JournalWriter | None = None
         self._worker: subprocess.Popen[bytes] | None = None
         self._directory: Path | None = None
+        self._state_directory: Path | None = None
         self._role = "none"
+        self._is_local = False
         self.run_key: str | None = None
         """Names the run from its start, before the server has given it an id; None where nothing is tracked."""
 
@@ -138,28 +150,29 @@ class Run:
             opening = {**identity, "tracking_uri": redact(uri), "role": role, "name": name, "tags": dict(tags)}
             journal.append("open", **opening, **writer_identity())
             run._journal, run._role, run.run_key = journal, role, identity["run_key"]
+            run._state_directory, run._is_local = journal.directory, sqlite_path(uri) is not None
             run._worker = _start_worker(journal.directory, uri, with_system=role == "train")
         return run
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id of the run; None until the server has been reached, and where nothing is tracked."""
-        return None if self._journal is None else State.load(self._journal.directory).run_id
+        return None if self._state_directory is None else State.load(self._state_directory).run_id
 
     def log_params(self, values: Mapping[str, Any]) -> None:
         """Record parameters; nested mappings become dotted keys, lists and null JSON, over-long values are cut."""
         with _forgiving("parameters"):
-            self._record("params", values=_texts(_flatten(to_mapping(values)), _PARAM_LENGTH))
+            self._record("params", values=texts(flatten(to_mapping(values)), PARAM_LENGTH))
 
     def log_metrics(self, values: Mapping[str, float], step: int | None = None) -> None:
         """Record numbers (NaN and infinities too) at a step, e.g. the epoch."""
         with _forgiving("metrics"):
-            numbers = {_key(name): encode_number(value) for name, value in values.items()}
+            numbers = {key_name(name): encode_number(value) for name, value in values.items()}
             self._record("metrics", values=numbers, step=step or 0)
 
     def set_tags(self, values: Mapping[str, Any]) -> None:
         with _forgiving("tags"):
-            self._record("tags", values=_texts(values, _TAG_LENGTH))
+            self._record("tags", values=texts(values, TAG_LENGTH))
 
     def log_dataset(
         self,
@@ -176,9 +189,9 @@ class Run:
             self._record(
                 "dataset",
                 name=name[:500],
-                digest=digest[:_DIGEST_LENGTH],
+                digest=digest[:DIGEST_LENGTH],
                 source=redact(source),
-                profile=_plain(facts),
+                profile=plain(facts),
                 context=context,
             )
 
@@ -204,7 +217,7 @@ class Run:
             folder, _, file = artifact_file.rpartition("/")
             if self._journal is not None:
                 target, relative = self._journal.spool(name=file)
-                target.write_text(json.dumps(_plain(to_mapping(table)), allow_nan=False), encoding="utf-8")
+                target.write_text(json.dumps(plain(to_mapping(table)), allow_nan=False), encoding="utf-8")
                 self._record("table", path=relative, to=folder or None, table=artifact_file)
 
     def log_figure(self, figure: Any, artifact_file: str) -> None:
@@ -248,12 +261,17 @@ class Run:
                 name=name,
                 registered_name=registered_name,
                 alias=alias,
-                metadata=_plain(to_mapping(dict(metadata or {}))),
+                metadata=plain(to_mapping(dict(metadata or {}))),
                 pip_requirements=requirements,
             )
 
-    def close(self, timeout: float = CLOSE_TIMEOUT_S, *, status: str = "FINISHED") -> None:
-        """End the run and wait at most `timeout` seconds for its records to be sent; what is left stays journalled."""
+    def close(self, timeout: float | None = None, *, status: str = "FINISHED") -> None:
+        """End the run and wait for its records to be sent; what is left stays journalled.
+
+        Args:
+            timeout: longest wait in seconds; by default 20 for a server, and 60 for a local store, which can be slow
+                but not away.
+        """
         if self._journal is None:
             return
         journal = self._journal
@@ -263,7 +281,10 @@ class Run:
         with _forgiving("closing the journal"):
             journal.close()
         with _forgiving("finishing"):
-            _stop_worker(self._worker, timeout)
+            if timeout is None:
+                timeout = LOCAL_CLOSE_TIMEOUT_S if self._is_local else CLOSE_TIMEOUT_S
+            if self._worker is not None:
+                _stop_worker(self._worker, timeout)
             state = State.load(journal.directory)
             if self._directory is not None and state.run_id and (self._directory / RUN_FILE).is_file():
                 identity = _read_run_file(self._directory)
@@ -277,7 +298,7 @@ class Run:
                     journal.directory,
                     state.last_error or "the store did not take them in time",
                 )
-        self._journal = _Closed(journal.directory)
+        self._journal = None
 
     def __enter__(self) -> Run:
         return self
@@ -299,3 +320,73 @@ class Run:
         if self._journal is not None:
             _, relative = self._journal.spool(source)
             self._record(op, path=relative, **values)
+
+
+@contextlib.contextmanager
+def _forgiving(what: str) -> Iterator[None]:
+    """Turn any error into a warning: the work matters more than its record."""
+    try:
+        yield
+    except Exception as error:
+        logger.warning("MLflow: %s failed: %s: %s", what, type(error).__name__, error)
+
+
+def _start_worker(directory: Path, uri: str, *, with_system: bool) -> subprocess.Popen[bytes]:
+    interval = 0.0
+    if with_system and os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0"):
+        interval = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SYSTEM_METRICS_S)
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    environment = {
+        **os.environ,
+        "MLFLOW_TRACKING_URI": uri,
+        "PYTHONPATH": os.pathsep.join(paths),
+        "OMP_NUM_THREADS": "1",
+    }
+    module = "distilldsm.tracking.worker"
+    with open(directory / "worker.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, str(directory), "--parent", str(os.getpid()), "--system", str(interval)],
+            stdin=subprocess.PIPE,
+            stdout=log,
+            stderr=log,
+            env=environment,
+            start_new_session=True,  # an interrupt from the keyboard must not take the last records along
+        )
+
+
+def _stop_worker(worker: subprocess.Popen[bytes], timeout_s: float) -> None:
+    with contextlib.suppress(OSError):
+        if worker.stdin is not None:
+            # A word, not only the end of the pipe: forked children may hold a copy of it open.
+            worker.stdin.write(b"finish\n")
+            worker.stdin.flush()
+            worker.stdin.close()
+    try:
+        worker.wait(timeout_s)
+    except subprocess.TimeoutExpired:
+        worker.kill()  # what it was about to send is still in the journal
+        worker.wait()
+
+
+def _read_run_file(directory: Path) -> dict[str, Any] | None:
+    """What `mlflow_run.json` says; None where there is none, or none that can be used."""
+    try:
+        stored = json.loads((directory / RUN_FILE).read_text(encoding="utf-8"))
+        identity = {key: stored[key] for key in ("tracking_uri", "experiment", "run_id", "run_key", "started_ms")}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    # The key becomes the name of a directory.
+    return identity if re.fullmatch(r"[0-9a-f]{32}", str(identity["run_key"])) else None
+
+
+def _uri_to_attach(recorded: str) -> str:
+    """Where a recorded run is now: its own store, by the name that the environment gives to it.
+
+    A server may be known by another name here than where the training ran, and a SQLite file may have been moved.
+    """
+    current = default_uri()
+    database = sqlite_path(recorded)
+    if database is not None:
+        return recorded if database.is_file() or sqlite_path(current) is None else current
+    return current if sqlite_path(current) is None else live_uri(recorded)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from distilldsm.journal import Record
+from distilldsm.tracking.journal import Record
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -44,7 +44,7 @@ _REFUSALS = frozenset(
 logger = logging.getLogger("distilldsm.tracking")
 
 
-class Refused(Exception):
+class RefusedError(Exception):
     """The store is there and will never take this record."""
 
 
@@ -64,7 +64,7 @@ def sqlite_path(uri: str) -> Path | None:
 class Sink:
     """One MLflow store, and one run in it once `open_run` has been called.
 
-    Errors: `Refused` for what cannot ever succeed; anything else may succeed later.
+    Errors: `RefusedError` for what cannot ever succeed; anything else may succeed later.
     """
 
     def __init__(self, uri: str) -> None:
@@ -158,7 +158,7 @@ class Sink:
             identity: names the record for ever; keeps a model from being logged twice.
 
         Raises:
-            Refused: the store will never take it.
+            RefusedError: the store will never take it.
         """
         from mlflow.exceptions import MlflowException
 
@@ -183,13 +183,13 @@ class Sink:
                 case "end":
                     self._client.set_terminated(self._run_id, first["status"], first["time_ms"])
                 case other:
-                    raise Refused(f"unknown kind of record '{other}'")
+                    raise RefusedError(f"unknown kind of record '{other}'")
         except MlflowException as error:
             if error.error_code in _REFUSALS:
-                raise Refused(str(error)) from error
+                raise RefusedError(str(error)) from error
             raise
         except (KeyError, TypeError, ValueError) as error:
-            raise Refused(f"the record is not as expected: {error!r}") from error
+            raise RefusedError(f"the record is not as expected: {error!r}") from error
 
     def _metrics(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric
@@ -226,7 +226,7 @@ class Sink:
                             raise
                         logger.warning("parameter '%s' was refused: %s", param.key, single)
         if changed:
-            raise Refused("MLflow does not let a run change its parameters: " + ", ".join(sorted(changed)))
+            raise RefusedError("MLflow does not let a run change its parameters: " + ", ".join(sorted(changed)))
 
     def _tags(self, run_id: str, values: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -296,6 +296,9 @@ class Sink:
                     target = path / file.name
                     if not file.name.startswith("model.onnx") and not target.exists():
                         (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target)
+                if not any(file.name.startswith("model.onnx.") for file in source.iterdir()):
+                    # Byte for byte what was exported, for its metadata holds the hash.
+                    shutil.copyfile(source / "model.onnx", path / "model.onnx")
                 self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step=0)])
                 self._client.log_model_artifacts(logged.model_id, str(path))
                 self._client.finalize_logged_model(logged.model_id, "READY")
@@ -350,7 +353,7 @@ class Sink:
 def _spooled(record: Record, directory: Path) -> Path:
     path = directory / record["path"]
     if not path.exists():
-        raise Refused(f"the spooled copy is gone: {record['path']}")
+        raise RefusedError(f"the spooled copy is gone: {record['path']}")
     return path
 
 

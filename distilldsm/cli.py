@@ -1,0 +1,104 @@
+"""The command `distilldsm`: one sub-command a stage, plus predict, info, plan, compose and summary.
+
+Imports of this file are light, so that `--help` answers at once and `predict` never loads torch; what a command needs
+is imported when it runs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from distilldsm import __version__
+from distilldsm.shell import run_shell
+
+STAGES = {
+    "download": "fetch labelled volumes, or make the embedded sample",
+    "validate": "check every case",
+    "preprocess": "fingerprint, plan, arrays for training, splits",
+    "train": "train one fold",
+    "evaluate": "score one fold in the scans' own geometry",
+    "export": "one fold to ONNX and OpenVINO, compared with the network",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code: 0, 1 (data, environment) or 2 (usage, parameters)."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments and arguments[0] in STAGES:
+        return _run_stage(arguments[0], arguments[1:])
+    args = _parser().parse_args(arguments)
+
+    def command() -> None:
+        from distilldsm import commands
+
+        getattr(commands, args.command)(args)
+
+    return run_shell(command)
+
+
+def _run_stage(stage: str, arguments: list[str]) -> int:
+    # The one place where the library looks upwards: the stages are not part of it, but users expect them under the one
+    # command. Imported by name, when asked for.
+    import importlib
+
+    stage_main = importlib.import_module(f"components.{stage}").main
+    code = 0
+
+    def command() -> None:
+        nonlocal code
+        code = stage_main(arguments)
+
+    # Stages catch their own errors; what the shell adds here is the message for a missing package.
+    return run_shell(command) or code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distilldsm",
+        description="Volumetric segmentation with Distill DSM. Not a medical device.",
+        epilog="exit codes: 0 done, 1 data or environment, 2 usage or parameters",
+    )
+    parser.add_argument("--version", action="version", version=f"distilldsm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for stage, text in STAGES.items():
+        commands.add_parser(stage, help=f"stage: {text}", add_help=False)
+
+    predict = commands.add_parser("predict", help="a scan to a mask, on the scan's own grid")
+    predict.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
+    predict.add_argument(
+        "scans",
+        metavar="SCAN",
+        nargs="+",
+        help="one scan: a NIfTI file per channel in the model's order, or one 4-D file with all channels",
+    )
+    predict.add_argument("-o", "--output", metavar="MASK", required=True, help="mask to write: .nii or .nii.gz")
+    predict.add_argument("--runtime", choices=("openvino", "onnx"), default="openvino")
+    predict.add_argument(
+        "--precision",
+        choices=("f32", "auto"),
+        default="f32",
+        help="of OpenVINO: f32 (default), or auto: the fastest the CPU offers (bf16), where some voxels may differ",
+    )
+    predict.add_argument("--json", action="store_true", help="print a JSON object")
+
+    info = commands.add_parser("info", help="facts of an exported model, the networks, the installation")
+    info.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="checks its files too")
+    info.add_argument("--models", action="store_true", help="list the networks and their options")
+    info.add_argument("--json", action="store_true", help="print a JSON object")
+
+    plan = commands.add_parser("plan", help="what was, or would be, decided from a data set, and why")
+    plan.add_argument("directory", metavar="DIR", help="a preprocessed or model directory, or a downloaded data set")
+    plan.add_argument("--params", default="params.yaml", help="for a data set without a plan (default: %(default)s)")
+    plan.add_argument("--json", action="store_true", help="print a JSON object")
+
+    compose = commands.add_parser("compose", help="write params.yaml from the presets in conf/")
+    compose.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")
+    compose.add_argument("-o", "--output", default="params.yaml", help="file to write, - for stdout (%(default)s)")
+    compose.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
+
+    summary = commands.add_parser("summary", help="Dice, HD95 and NSD per label of the evaluated folds")
+    summary.add_argument("directories", metavar="DIR", nargs="*", help="default: evaluation/fold*")
+    summary.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser

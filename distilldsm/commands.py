@@ -1,0 +1,292 @@
+"""What the sub-commands of `distilldsm` do. Heavy packages are imported by the command that needs them."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilldsm.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from distilldsm.data.plan import Plan
+
+
+def predict(args: argparse.Namespace) -> None:
+    """A scan through an exported model; torch is never imported."""
+    output = Path(args.output)
+    scans = [Path(scan) for scan in args.scans]
+    _check_output(output, scans)
+
+    import numpy as np
+
+    from distilldsm.data.volume import read_image, write_label
+    from distilldsm.inference.predict import Predictor
+
+    predictor = Predictor.from_export(Path(args.model_dir), runtime=args.runtime, precision=args.precision)
+    plan = predictor.plan
+    volume = read_image(scans, len(plan.channels))
+    start = time.perf_counter()
+    mask = predictor.predict(volume)
+    seconds = time.perf_counter() - start
+    write_label(output, mask, volume.affine)
+    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
+    volumes = {
+        name: round(int((mask == value).sum()) * voxel_ml, 4)
+        for name, value in zip(plan.class_names, plan.class_values, strict=True)
+        if value != 0
+    }
+    if args.json:
+        _print_json(
+            {
+                "mask": str(output),
+                "shape": list(mask.shape),
+                "spacing_mm": list(volume.spacing_mm),
+                "volume_ml": volumes,
+                "labels": dict(zip(plan.class_names, plan.class_values, strict=True)),
+                "runtime": args.runtime,
+                "seconds": round(seconds, 3),
+            }
+        )
+        return
+    found = ", ".join(f"{name} {ml:.3g} ml" for name, ml in volumes.items())
+    print(f"{output}: {found} ({seconds:.1f} s, {args.runtime})")
+
+
+def _check_output(output: Path, scans: list[Path]) -> None:
+    if not output.name.endswith((".nii", ".nii.gz")) or output.name.startswith(".nii"):
+        raise ConfigError("is no NIfTI file name", where=output, rule="ends with .nii or .nii.gz", mend="rename it")
+    if not output.parent.is_dir():
+        raise ConfigError("the directory of the mask does not exist", where=output.parent, mend="make it first")
+    if output.is_dir():
+        raise ConfigError("is a directory", where=output, rule="a file name ending with .nii or .nii.gz")
+    for scan in scans:
+        # samefile sees through links; resolve covers an input that does not exist either.
+        same = output.samefile(scan) if output.exists() and scan.exists() else output.resolve() == scan.resolve()
+        if same:
+            raise ConfigError("is the scan itself", where=output, mend="give the mask another name")
+
+
+def info(args: argparse.Namespace) -> None:
+    """Facts of a model directory, of the registry, or of the installation."""
+    from distilldsm.models.registry import MODELS
+    from distilldsm.params import to_mapping
+
+    if args.model_dir is not None:
+        from distilldsm.export.package import verify
+
+        metadata = verify(args.model_dir)
+        if args.json:
+            _print_json(to_mapping(metadata))
+        else:
+            _print_model(metadata)
+    elif args.models:
+        if args.json:
+            _print_json({name: {"summary": e.summary, "options": dict(e.options)} for name, e in MODELS.items()})
+            return
+        for name, entry in MODELS.items():
+            options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
+            print(f"{name:14}{entry.summary}\n{'':14}options: {options}")
+    else:
+        from distilldsm.stage import package_versions
+
+        facts = {"python": sys.version.split()[0], **package_versions()}
+        if args.json:
+            _print_json({"packages": facts, "models": list(MODELS)})
+            return
+        for name, version in facts.items():
+            print(f"{name:20}{version}")
+
+
+def _print_model(metadata: Any) -> None:
+    network, data = metadata.network, metadata.data
+    options = ", ".join(f"{key}={value}" for key, value in network.options.items())
+    rows = [
+        ("name", metadata.name),
+        ("use", metadata.intended_use),
+        ("network", f"{network.name}({options}), {network.parameters:,} parameters"),
+        ("cost", f"{network.macs_per_voxel:,.0f} convolution MACs per voxel"),
+        ("channels", "; ".join(f"{c.name} ({c.modality}, {c.normalisation})" for c in metadata.channels)),
+        ("labels", ", ".join(f"{value} {label}" for label, value in metadata.labels.items())),
+        ("trained on", f"{data.name}, without fold {metadata.fold}, checkpoint {metadata.checkpoint}"),
+        ("licence", data.licence),
+        ("reference", data.reference),
+        ("note", data.note),
+        ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
+        ("files", f"{len(metadata.files)}, unchanged since the export"),
+    ]
+    for key, value in rows:
+        if value:
+            print(f"{key:12}{value}")
+
+
+def plan(args: argparse.Namespace) -> None:
+    """Show a plan; of a data set that has none yet, the one that preprocessing would make."""
+    from distilldsm.params import to_mapping
+
+    found = _find_plan(Path(args.directory), args.params)
+    if args.json:
+        _print_json(to_mapping(found))
+        return
+
+    def row(key: str, value: object, reason: str | None = None) -> None:
+        print(f"{key:20}{value}" + (f"  ({reason})" if reason else ""))
+
+    reasons = dict(found.reasons)
+    row("data set", found.name)
+    row("labels", ", ".join(f"{v} {n}" for n, v in zip(found.class_names, found.class_values, strict=True)))
+    row("depth axis", found.depth_axis, reasons.get("depth_axis"))
+    row("spacing", f"{_sizes(found.target_spacing_mm)} mm", reasons.get("target_spacing_mm"))
+    row("coarse slices", "yes" if found.coarse_slices else "no", reasons.get("coarse_slices"))
+    row("crop to non-zero", "yes" if found.crop_to_nonzero else "no")
+    row("median shape", f"{_sizes(found.median_shape)} voxels")
+    row("patch", f"{_sizes(found.patch_size)} voxels", reasons.get("patch_size"))
+    row("batch", found.batch_size, reasons.get("batch_size"))
+    row("training memory", f"about {found.training_memory_gb:g} GB")
+    for channel, rule in zip(found.channels, found.normalisation, strict=True):
+        row(f"{channel.name} ({channel.modality})", rule.scheme, reasons.get(f"normalisation.{channel.name}"))
+    print("sizes and spacings are (depth, height, width)")
+
+
+def _sizes(values: tuple[float, ...]) -> str:
+    return " x ".join(f"{v:g}" for v in values)
+
+
+def _find_plan(directory: Path, params: str) -> Plan:
+    from distilldsm.data.dataset import INDEX, DatasetIndex
+    from distilldsm.data.plan import Plan, make_plan
+
+    if (directory / "plan.json").is_file():
+        return Plan.load(directory / "plan.json")
+    if not (directory / INDEX).is_file():
+        raise DataError(
+            "holds neither a plan nor a data set",
+            where=directory,
+            seen="no such directory" if not directory.is_dir() else None,
+            rule=f"a directory with plan.json or {INDEX}",
+            mend="give data/preprocessed, a model directory, or data/raw",
+        )
+    from distilldsm.config import PreprocessConfig, load_params
+    from distilldsm.data.fingerprint import fingerprint_case
+    from distilldsm.progress import progress
+
+    config = load_params(params).preprocess if Path(params).is_file() else PreprocessConfig()
+    if config.plan:
+        return Plan.load(config.plan)
+    index = DatasetIndex.load(directory)
+    cases = progress(index.cases, total=len(index.cases), title="fingerprint", unit="case")
+    return make_plan(index, [fingerprint_case(directory, case, index) for case in cases], config)
+
+
+def compose(args: argparse.Namespace) -> None:
+    """Hydra composes the presets; what comes out is checked, then written."""
+    from distilldsm.config import Params
+    from distilldsm.params import from_mapping
+
+    conf = Path(args.conf).resolve()
+    if not (conf / "config.yaml").is_file():
+        raise ConfigError("holds no config.yaml", where=args.conf, mend="run this where conf/ is, or give --conf")
+    values = _compose(conf, args.overrides)
+    from_mapping(Params, values, where=f"{args.conf} with {' '.join(args.overrides) or 'no override'}")
+    text = _yaml(values)
+    if args.output == "-":
+        print(text, end="")
+        return
+    command = " ".join(["distilldsm compose", *args.overrides])
+    _write_text(
+        Path(args.output), f"# Written by: {command}\n# What each parameter means: distilldsm/config.py\n{text}"
+    )
+    print(f"{args.output}: {' '.join(args.overrides) or 'the defaults'}")
+
+
+def _yaml(values: dict[str, Any]) -> str:
+    """YAML with a line per parameter and lists in one line, as in the shipped params.yaml."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    def in_one_line(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
+        return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
+
+    Dumper.add_representer(list, in_one_line)
+    return yaml.dump(values, Dumper=Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old or the whole new one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
+            composed = hydra.compose(config_name="config", overrides=overrides)
+            values = OmegaConf.to_container(composed, resolve=True)
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise ConfigError(
+            "cannot be composed",
+            where=conf,
+            seen=" ".join(lines)[:600],
+            mend="dataset=NAME and model=NAME take a file of conf/; other parameters are named as in params.yaml",
+        ) from None
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def summary(args: argparse.Namespace) -> None:
+    """The table of scores per label of evaluated folds, and over the folds where there are several."""
+    from distilldsm.evaluation.tables import format_table
+    from distilldsm.stage import read_json
+
+    directories = [Path(d) for d in args.directories] or sorted(
+        path.parent for path in Path("evaluation").glob("fold*/summary.json")
+    )
+    if not directories:
+        raise DataError("no evaluated fold", where="evaluation", mend="run dvc repro, or name the directories")
+    found = {str(d): read_json(d / "summary.json") for d in directories}
+    for directory, table in found.items():
+        if not (isinstance(table, dict) and {"labels", "mean"} <= table.keys()):
+            raise DataError("is no summary of an evaluation", where=Path(directory) / "summary.json")
+    if args.json:
+        _print_json(found)
+        return
+    for directory, table in found.items():
+        print(format_table(table, directory))
+    if len(found) > 1:
+        print(_over_folds(list(found.values())))
+
+
+def _over_folds(tables: list[dict[str, Any]]) -> str:
+    """Mean and sample standard deviation of the folds' mean Dice, per label."""
+    import statistics
+
+    labels = [label for label in tables[0]["labels"] if all(label in t["labels"] for t in tables)]
+    width = max(len(label) for label in [*labels, "label"]) + 2
+    lines = [f"over {len(tables)} folds", f"{'label':{width}}{'Dice':>8}{'sd':>8}"]
+    for label in labels:
+        values = [t["labels"][label]["dice"]["mean"] for t in tables]
+        defined = [v for v in values if v is not None]
+        if defined:
+            sd = statistics.stdev(defined) if len(defined) > 1 else 0.0
+            lines.append(f"{label:{width}}{statistics.fmean(defined):8.4f}{sd:8.4f}")
+    return "\n".join(lines)
+
+
+def _print_json(value: object) -> None:
+    print(json.dumps(value, indent=2))

@@ -1,0 +1,102 @@
+"""Finding the cases of a folder by file name patterns such as `*/{case}/flair.nii.gz`."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from distilldsm.config import PatternConfig
+from distilldsm.data.archive import is_litter, wrapped
+from distilldsm.errors import DataError
+
+_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class Files:
+    """One case as a layout names it: paths relative to the data set's root."""
+
+    id: str
+    images: tuple[str, ...]
+    label: str
+
+
+def some(findings: Sequence[str]) -> str:
+    """The first findings, and how many there are besides."""
+    more = f" and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
+    return ", ".join(findings[:_SHOWN]) + more
+
+
+def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
+    """Cases are what `{case}` of the label pattern matches; the images are looked for with that id filled in.
+
+    Returns the folder the patterns are relative to (the root, or what it only wraps) and the cases.
+
+    Raises:
+        DataError: no label matches, or a pattern does not name one file for each case.
+    """
+    inner, files, labels = root, [], {}
+    for inner in wrapped(root):
+        files = list(_walk(inner))
+        if labels := matches(pattern.label, files):
+            break
+    else:
+        raise DataError(
+            "no file matches the label pattern",
+            where=inner,
+            seen=f"{pattern.label}, among files such as {', '.join(files[:3]) or '(none)'}",
+            mend="correct download.pattern.label",
+        )
+    images = [matches(image, files) for image in pattern.images]
+    problems, cases = [], []
+    for case, label in labels.items():
+        for wanted, hits in [
+            (pattern.label, label),
+            *zip(pattern.images, [m.get(case, []) for m in images], strict=True),
+        ]:
+            if len(hits) != 1:
+                problems.append(f"case {case}: {len(hits)} files match {wanted.replace('{case}', case)}")
+        cases.append(Files(case, tuple(m[case][0] for m in images if m.get(case)), label[0]))
+    if problems:
+        raise DataError(
+            "the patterns do not name one file each", where=inner, seen=some(problems), mend="correct download.pattern"
+        )
+    return inner, cases
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """All files below `root` but litter, relative POSIX paths in order; linked folders count, each once."""
+    seen = set()
+    for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in sorted(names):
+            relative = (Path(folder) / name).relative_to(root)
+            if not is_litter(PurePosixPath(relative)):
+                yield relative.as_posix()
+
+
+def matches(pattern: str, files: Sequence[str]) -> dict[str, list[str]]:
+    """Case id to the files that match a pattern with `{case}`, `*`, `?` (within a name) and `**/` (any folders)."""
+    parts = re.split(r"(\{case\}|\*\*/|\*|\?)", pattern.removeprefix("./"))
+    special = {"**/": "(?:.*/)?", "*": "[^/]*", "?": "[^/]"}
+    text, seen = "", False
+    for part in parts:
+        if part == "{case}":
+            text, seen = text + ("(?P=case)" if seen else "(?P<case>[^/]+)"), True
+        else:
+            text += special.get(part, re.escape(part))
+    matcher = re.compile(text)
+    found = defaultdict(list)
+    for file in files:
+        if match := matcher.fullmatch(file):
+            found[match["case"]].append(file)
+    return dict(found)

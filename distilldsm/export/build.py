@@ -1,0 +1,202 @@
+"""A training directory to an exported model directory (see package.py for what is in it)."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.plan import Normalisation, Plan
+from distilldsm.data.splits import load_fold
+from distilldsm.errors import DataError
+from distilldsm.export import parity
+from distilldsm.export.card import model_card
+from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
+from distilldsm.export.openvino_export import export_openvino
+from distilldsm.export.package import (
+    HASHED_FILES,
+    INTENDED_USE,
+    METADATA,
+    ChannelInfo,
+    DataInfo,
+    ModelMetadata,
+    NetworkInfo,
+    TensorInfo,
+    model_name,
+)
+from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
+from distilldsm.stage import package_versions, read_json, sha256_file, write_json
+
+_SCHEMES: Mapping[str, str] = {
+    "zscore": "z-score of the non-zero voxels",
+    "zscore_foreground": "z-score of the non-zero voxels, zero stays zero",
+    "none": "none",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Built:
+    """What `build_package` made."""
+
+    metadata: ModelMetadata
+    summary: Mapping[str, Mapping[str, float]]
+    """Parity per runtime, see `parity.summary`."""
+
+
+def build_package(
+    model_dir: Path,
+    preprocessed: Path,
+    output: Path,
+    *,
+    fold: int,
+    checkpoint: str = "last",
+    parity_cases: int = 3,
+    max_voxel_difference: float = 1e-4,
+) -> Built:
+    """Export a trained network into the empty directory `output`, and compare it with the network.
+
+    The IR stores its weights in half precision; where that alone changes more voxels than allowed, in float32.
+
+    Raises:
+        DataError: an input is missing, damaged, or of another fold or plan than the model.
+        UserError: an exported model differs from the network in more voxels than `max_voxel_difference` allows.
+    """
+    from distilldsm.training.checkpoint import load_network
+
+    spec = read_json(model_dir / "model.json")
+    if spec.get("fold") != fold:
+        raise DataError("is the model of another fold", where=model_dir, seen=spec.get("fold"), rule=f"fold {fold}")
+    plan = _common_plan(model_dir, preprocessed)
+    index = DatasetIndex.load(preprocessed)
+    _, held_out = load_fold(preprocessed / "splits.json", fold)
+    network = load_network(model_dir, checkpoint)
+
+    export_onnx(network, output / "model.onnx")
+    export_openvino(output / "model.onnx", output / "model.xml", fp16=True)
+    shutil.copyfile(model_dir / f"{checkpoint}.safetensors", output / "model.safetensors")
+    plan.save(output / "plan.json")
+
+    torch_engine = TorchEngine(network)
+    cases = parity.choose_cases(preprocessed, held_out, parity_cases)
+
+    def compare(runtimes: Mapping[str, Engine]) -> list[parity.CaseParity]:
+        return parity.compare(
+            torch_engine,
+            runtimes,
+            preprocessed,
+            cases,
+            stride=network.stride,
+            depth_halo=network.depth_halo,
+            labels=plan.class_names,
+        )
+
+    rows = compare(
+        {"onnx": OnnxEngine(output / "model.onnx"), "openvino": OpenVINOEngine(output / "model.xml", precision="f32")}
+    )
+    weights: Literal["FP16", "FP32"] = "FP16"
+    if any(row.runtime == "openvino" for row in parity.beyond_limit(rows, max_voxel_difference)):
+        export_openvino(output / "model.onnx", output / "model.xml", fp16=False)
+        weights = "FP32"
+        again = compare({"openvino": OpenVINOEngine(output / "model.xml", precision="f32")})
+        rows = [row for row in rows if row.runtime != "openvino"] + again
+    parity.require_parity(rows, max_voxel_difference)
+
+    summary = parity.summary(rows)
+    write_json(output / "parity.json", parity.report(rows, max_voxel_difference, weights))
+    write_json(output / "metrics.json", _metrics(summary, output))
+    metadata = _metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint)
+    card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary)
+    (output / "README.md").write_text(card, encoding="utf-8")
+    metadata = replace(metadata, files={name: sha256_file(output / name) for name in HASHED_FILES})
+    write_json(output / METADATA, metadata)
+    return Built(metadata=metadata, summary=summary)
+
+
+def describe_normalisation(rule: Normalisation) -> str:
+    """A normalisation in words."""
+    if rule.scheme == "ct":
+        return f"clipped to [{rule.low:g}, {rule.high:g}], minus {rule.mean:g}, divided by {rule.sd:g}"
+    return _SCHEMES[rule.scheme]
+
+
+def _common_plan(model_dir: Path, preprocessed: Path) -> Plan:
+    plan = Plan.load(model_dir / "plan.json")
+    if Plan.load(preprocessed / "plan.json") != plan:
+        raise DataError(
+            "is not the plan the model was trained with",
+            where=preprocessed / "plan.json",
+            rule=f"equal to {model_dir / 'plan.json'}",
+            mend="train again on this data (dvc repro)",
+        )
+    return plan
+
+
+def _metadata(
+    spec: Mapping[str, Any],
+    plan: Plan,
+    index: DatasetIndex,
+    weights: Literal["FP16", "FP32"],
+    *,
+    fold: int,
+    checkpoint: str,
+) -> ModelMetadata:
+    d, h, w = spec["stride"]
+    channels, classes = int(spec["in_channels"]), int(spec["out_channels"])
+    return ModelMetadata(
+        name=model_name(index.name),
+        intended_use=INTENDED_USE,
+        inputs=(TensorInfo(name=INPUT, shape=(1, channels, None, None, None), multiple_of=(d, h, w)),),
+        outputs=(TensorInfo(name=OUTPUT, shape=(1, classes, None, None, None), multiple_of=(d, h, w)),),
+        channels=tuple(
+            ChannelInfo(name=c.name, modality=c.modality, normalisation=describe_normalisation(rule))
+            for c, rule in zip(plan.channels, plan.normalisation, strict=True)
+        ),
+        labels=dict(zip(plan.class_names, plan.class_values, strict=True)),
+        network=NetworkInfo(
+            name=spec["name"],
+            options=spec["options"],
+            stride=(d, h, w),
+            depth_halo=spec["depth_halo"],
+            parameters=spec["parameters"],
+            macs_per_voxel=spec["macs_per_voxel"],
+        ),
+        openvino_weights=weights,
+        data=DataInfo(
+            name=index.name, licence=index.licence, reference=index.reference, source=index.source, note=index.note
+        ),
+        fold=fold,
+        checkpoint=checkpoint,
+        files={},
+        versions=_versions(),
+    )
+
+
+def _versions() -> dict[str, str]:
+    import importlib.metadata
+
+    return package_versions() | {name: importlib.metadata.version(name) for name in ("onnx", "onnxscript")}
+
+
+def _metrics(summary: Mapping[str, Mapping[str, float]], output: Path) -> dict[str, Any]:
+    """Numbers for `dvc metrics show`."""
+    network_seconds = max(row["seconds_per_mvoxel_network"] for row in summary.values())
+    return {
+        "max_logit_difference": {name: row["max_logit_difference"] for name, row in summary.items()},
+        "voxel_difference": {name: row["voxel_difference"] for name, row in summary.items()},
+        "dice_difference": {name: row["dice_difference"] for name, row in summary.items()},
+        "seconds_per_mvoxel": {
+            parity.NETWORK: round(network_seconds, 4),
+            **{name: round(row["seconds_per_mvoxel"], 4) for name, row in summary.items()},
+        },
+        "size_mb": {
+            "onnx": _megabytes(output / "model.onnx"),
+            "openvino": _megabytes(output / "model.xml", output / "model.bin"),
+        },
+    }
+
+
+def _megabytes(*paths: Path) -> float:
+    return round(sum(p.stat().st_size for p in paths) / 1e6, 3)

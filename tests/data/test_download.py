@@ -1,0 +1,257 @@
+"""Fetching against a server that cuts, lies, refuses and forgets."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import distilldsm.data.download as download_module
+from distilldsm.data.download import fetch, is_url, local_path, public_address
+from distilldsm.errors import DataError, UserError
+from tests.data.http_server import CONTENT, MODIFIED, serving
+
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server():
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture
+def get(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(download_module, "_CHUNK", 10_000)
+    waits: list[float] = []
+
+    def fetch_here(*urls: str, **options) -> Path:
+        return fetch(urls, tmp_path / "archive.tar", sleep=waits.append, **options)
+
+    fetch_here.waits = waits
+    return fetch_here
+
+
+def leave_part(folder: Path, content: bytes, validator: str | None = '"one"') -> None:
+    (folder / "archive.tar.part").write_bytes(content)
+    (folder / "archive.tar.part.json").write_text(json.dumps({"validator": validator}))
+
+
+def test_plain_download_leaves_only_the_file(server, get, tmp_path):
+    assert get(server.url(), sha256=SHA256.upper()).read_bytes() == CONTENT
+    assert [p.name for p in tmp_path.iterdir()] == ["archive.tar"]
+    assert get.waits == []
+
+
+def test_a_cut_connection_is_resumed_where_it_stopped(server, get):
+    server.cut_after, server.cuts_left = 100_000, 2
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [0, 100_000, 200_000]
+    assert get.waits[0] < 2.01 <= get.waits[1] + 0.01  # jittered, and doubled
+
+
+def test_tries_that_get_further_are_not_counted(server, get):
+    server.cut_after, server.cuts_left = 30_000, 9  # more cuts than tries
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert len(server.requests) == 10
+    assert max(get.waits) <= 60
+
+
+def test_a_run_that_was_killed_is_continued_by_the_next(server, get, tmp_path):
+    leave_part(tmp_path, CONTENT[:123_456])
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [123_456]
+
+
+def test_last_modified_serves_where_there_is_no_etag(server, get):
+    server.etag, server.modified = None, MODIFIED
+    server.cut_after, server.cuts_left = 100_000, 1
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [0, 100_000]
+
+
+def test_a_weak_etag_is_no_promise(server, get):
+    server.etag = 'W/"one"'
+    server.cut_after, server.cuts_left = 100_000, 1
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [0, 0]
+
+
+def test_a_part_that_is_whole_is_not_fetched_again(server, get, tmp_path):
+    leave_part(tmp_path, CONTENT)
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [len(CONTENT)]
+
+
+def test_a_part_longer_than_the_file_is_started_again(server, get, tmp_path):
+    leave_part(tmp_path, CONTENT + b"more")
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [len(CONTENT) + 4, 0]
+
+
+def test_a_changed_file_is_not_spliced(server, get, tmp_path):
+    leave_part(tmp_path, b"old bytes of another version", '"zero"')
+    assert get(server.url()).read_bytes() == CONTENT  # without a checksum that would catch it
+
+
+def test_wrong_bytes_at_the_beginning_cost_one_more_try(server, get, tmp_path):
+    leave_part(tmp_path, b"\0" * 1000)  # the same ETag, other bytes
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [1000, 0]
+
+
+@pytest.mark.parametrize("note", [None, "{broken", "[]", '{"validator": 5}'])
+def test_a_part_whose_note_is_missing_or_broken_is_started_again(server, get, tmp_path, note):
+    (tmp_path / "archive.tar.part").write_bytes(b"who knows from where")
+    if note is not None:
+        (tmp_path / "archive.tar.part.json").write_text(note)
+    assert get(server.url()).read_bytes() == CONTENT
+    assert server.requests == [("/file", None)]
+
+
+def test_without_range_support_it_starts_again(server, get):
+    server.ranges, server.cut_after, server.cuts_left = False, 50_000, 1
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_another_range_than_asked_for_is_not_appended(server, get, tmp_path):
+    leave_part(tmp_path, CONTENT[:1000])
+    server.wrong_range = True
+    assert get(server.url()).read_bytes() == CONTENT
+
+
+def test_a_server_that_tells_no_length(server, get):
+    server.length = False
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_server_errors_are_retried_and_redirects_followed(server, get):
+    server.failures_left = 2
+    assert get(server.url("/moved"), sha256=SHA256).read_bytes() == CONTENT
+    assert len(get.waits) == 2
+
+
+@pytest.mark.parametrize("bad", ["/gone", "/circle"])
+def test_what_another_try_cannot_change_goes_to_the_mirror_at_once(server, get, bad):
+    assert get(server.url(bad), server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert get.waits == []
+
+
+def test_an_impossible_address_is_told_at_once(get):
+    with pytest.raises(DataError, match="could not be fetched"):
+        get("http://")
+    assert get.waits == []
+
+
+def test_wrong_checksum_goes_to_the_mirror(server, get):
+    assert get(server.url("/other"), server.url(), sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_all_answers_are_told_and_secrets_are_not(server, get, tmp_path):
+    server.failures_left = 99
+    with pytest.raises(DataError) as caught:
+        get(server.url("/gone"), "http://me:word@127.0.0.1:9/x?key=hidden", server.url("/file"), sha256="0" * 64)
+    message = str(caught.value)
+    assert "HTTP 404" in message
+    assert "http://127.0.0.1:9/x" in message
+    assert "503" in message
+    assert "hidden" not in message
+    assert "word@" not in message
+    server.failures_left = 0
+    with pytest.raises(DataError, match=f"wrong sha256: {SHA256}, expected 0000"):
+        get(server.url(), sha256="0" * 64)
+    assert list(tmp_path.glob("archive.tar*")) == [tmp_path / "archive.tar.part.json"]
+
+
+def test_a_file_that_is_there_is_used_again_if_its_checksum_is_right(server, get, tmp_path):
+    get(server.url(), md5=hashlib.md5(CONTENT).hexdigest())
+    get(server.url(), sha256=SHA256)
+    assert len(server.requests) == 1
+    (tmp_path / "archive.tar").write_bytes(b"damaged since")
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_a_failed_fetch_leaves_what_was_there(server, get, tmp_path):
+    (tmp_path / "archive.tar").write_bytes(b"another version")
+    with pytest.raises(DataError):
+        get(server.url("/gone"), sha256=SHA256)
+    assert (tmp_path / "archive.tar").read_bytes() == b"another version"
+
+
+@pytest.mark.parametrize("name", ["with space.bin", "100%25.bin", "ünïcode.bin"])
+def test_file_addresses_and_paths(tmp_path, get, name):
+    source = tmp_path / name
+    source.write_bytes(CONTENT)
+    assert local_path(source.as_uri()) == source
+    assert get(source.as_uri(), sha256=SHA256).read_bytes() == CONTENT
+    assert get(str(source), sha256=SHA256).read_bytes() == CONTENT
+    assert source.read_bytes() == CONTENT
+
+
+def test_a_missing_file_goes_to_the_mirror(tmp_path, get, server):
+    none = (tmp_path / "none").as_uri()
+    with pytest.raises(DataError, match="no such file"):
+        get(none)
+    assert get(none, server.url()).read_bytes() == CONTENT
+
+
+def test_a_part_copied_from_a_path_is_not_continued_from_a_server(tmp_path, get, server):
+    leave_part(tmp_path, CONTENT[:1000])
+    wrong = tmp_path / "wrong.tar"
+    wrong.write_bytes(b"wrong")
+    assert get(str(wrong), server.url(), sha256=SHA256).read_bytes() == CONTENT
+
+
+def test_kinds_of_sources(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert local_path("https://host/x.tar") is None
+    assert local_path("~/x.tar") == Path("/home/me/x.tar")
+    assert [is_url(s) for s in ("http://h/x", "file:///x", "x.tar", "C:\\x.tar", "msd:Task")] == [True, True] + [False] * 3
+    assert public_address("https://me:word@host:8/a/b.tar?sig=1#x") == "https://host:8/a/b.tar"
+
+
+def test_no_space_is_told_before_anything_is_written(server, get, monkeypatch, tmp_path):
+    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
+    with pytest.raises(DataError, match=r"not enough space(.|\n)*300,000 needed"):
+        get(server.url())
+    assert list(tmp_path.glob("archive.tar*")) == []
+
+
+def test_two_processes_do_not_write_one_file(server, get, tmp_path):
+    with FileLock(tmp_path / ".archive.tar.lock"), pytest.raises(UserError, match="another process"):
+        get(server.url())
+
+
+def test_progress_is_told_in_lines_off_a_terminal_and_as_a_bar_on_one(server, get, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(download_module, "_REPORT_SECONDS", 0.0)
+    get(server.url())
+    plain = capsys.readouterr().err
+    assert "archive.tar: 0 of 0 MB" in plain
+    assert "archive.tar: 0.3 MB fetched" in plain
+    assert "\r" not in plain
+    (tmp_path / "archive.tar").unlink()
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    get(server.url())
+    assert "\rarchive.tar:" in capsys.readouterr().err
+
+
+@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(cuts=st.lists(st.integers(1, 120_000), min_size=1, max_size=4), ranges=st.booleans())
+def test_wherever_it_is_cut_the_bytes_are_the_same(tmp_path_factory, cuts, ranges):
+    folder = tmp_path_factory.mktemp("cut")
+    with serving() as server:
+        server.ranges = ranges
+        server.cuts_left = len(cuts)
+        lengths = iter([*cuts, 1])
+
+        def wait(_: float) -> None:
+            server.cut_after = next(lengths)
+
+        wait(0)
+        assert fetch([server.url()], folder / "x", sleep=wait).read_bytes() == CONTENT
