@@ -4,8 +4,8 @@
     python -m benchmarks.pipeline dataset=sample model=unet2d
 
 The arguments are Hydra overrides over conf/. Everything is written below --work (default: build/benchmark), nothing
-elsewhere. Memory is the sum of the proportional set sizes (PSS) of the stage's process and all its children, sampled ten
-times a second: what the stage really takes, shared pages counted once.
+elsewhere. Memory is the sum of the proportional set sizes (PSS) of the stage's process and all its children, sampled
+ten times a second: what the stage really takes, shared pages counted once.
 """
 
 from __future__ import annotations

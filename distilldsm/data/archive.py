@@ -158,6 +158,12 @@ def _tar_members(packed: tarfile.TarFile, archive: Path) -> Iterator[Member]:
     assert packed.fileobj is not None
     if packed.fileobj.tell() <= packed.offset:
         raise tarfile.ReadError("the end mark is missing")
+    # Compressed streams carry their checksum at the end, which tarfile has no cause to read.
+    rest = 0
+    while chunk := packed.fileobj.read(_CHUNK):
+        rest += len(chunk)
+        if rest > RATIO_FREE_BYTES:
+            raise tarfile.ReadError("data after the end mark")
 
 
 def _tar_file(packed: tarfile.TarFile, member: Member) -> IO[bytes]:

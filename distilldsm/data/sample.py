@@ -52,6 +52,8 @@ _BLOCK_MM = 104
 _FIELD_MM = (72.0, 84.0, 54.0)
 """Field of view of a subject (x, y, z)."""
 
+ORIENTATION_EVERY = 4
+"""One subject of so many is stored as LPS instead of RAS."""
 MIN_JACOBIAN = 0.15
 """Tissue is never squeezed below this share of its volume, and never folded."""
 
@@ -141,7 +143,7 @@ def _subject(template: dict[str, Float32], seed: int, number: int) -> tuple[byte
     image = _acquire(_average_slices(t1, grid, spacing), maps, rng)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = rng.uniform(-60, 60, 3)
-    if number % 4 == 3:  # some scanners store LPS: the pipeline must not care
+    if number % ORIENTATION_EVERY == 3:  # some scanners store LPS: the pipeline must not care
         image, label = image[::-1, ::-1], label[::-1, ::-1]
         affine[:3, 3] += affine[:3, :3] @ np.array([image.shape[0] - 1, image.shape[1] - 1, 0])
         affine[:3, 0] *= -1

@@ -26,8 +26,8 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     by volume. The network is traced on the CPU, in evaluation mode.
 
     Raises:
-        UserError: the exporter fixed a size or left weights outside the file (both would be faults of a network
-            that depends on its input's size).
+        UserError: the file is not valid, has a fixed size or keeps weights outside.
+        torch's own error: the network's code fixes a size; no user can mend that.
     """
     import onnx
     import torch

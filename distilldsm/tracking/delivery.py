@@ -131,6 +131,8 @@ class _Drain:
                     self.sent += len(records)
                 return
             except RefusedError as error:
+                if self._sink is None or not self._sink.reachable():
+                    raise  # it was not the store that answered, but something before it
                 if len(records) == 1:
                     self._reject(records[0], clean(error))
                 else:  # one bad value must not take its neighbours along

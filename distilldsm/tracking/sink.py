@@ -188,8 +188,6 @@ class Sink:
             if error.error_code in _REFUSALS:
                 raise RefusedError(str(error)) from error
             raise
-        except (KeyError, TypeError, ValueError) as error:
-            raise RefusedError(f"the record is not as expected: {error!r}") from error
 
     def _metrics(self, records: Sequence[Record]) -> None:
         from mlflow.entities import Metric

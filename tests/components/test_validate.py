@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import tarfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -121,8 +122,9 @@ def test_every_damage_is_found_with_file_and_rule(damaged, excluded, name):
     errors = [f for f in excluded[1]["findings"] if f["case"] == name and f["severity"] == "error"]
     assert (file, rule) in [(f["file"], f["rule"]) for f in errors]
     assert all(f["seen"] and f["allowed"] and f["mend"] for f in errors)
-    # Beyond the damage itself only its consequence: an image that is no volume does not fit its label.
-    consequences = {"flat": {"label_of_image_shape"}, "flat_label": {"label_of_image_shape"}}
+    # Beyond the damage itself only its consequence: an image without its geometry does not fit its label.
+    shape, grid = {"label_of_image_shape"}, {"label_on_image_grid"}
+    consequences = {"flat": shape, "flat_label": shape, "flat_affine": grid}
     assert {f["rule"] for f in errors} - {rule} <= consequences.get(name, set())
 
 
@@ -260,29 +262,78 @@ def test_command_line(suite, tmp_path, capsys):
     assert "did you mean 'suite'" in capsys.readouterr().err
 
 
-def test_real_cases_of_every_kind_pass(hippocampus_archive, suite, tmp_path):
-    """A sample of real scans: no false alarm."""
-    import tarfile
+def _real(archive: Path, root: Path, wanted: Callable[[str], bool]) -> list[str]:
+    """Unpack the wanted files of an archive; returns their paths relative to `root`."""
+    with tarfile.open(archive) as opened:
+        members = [m for m in opened.getmembers() if m.isfile() and wanted(m.name)]
+        opened.extractall(root, members, filter="data")
+    return sorted(p.relative_to(root).as_posix() for p in root.rglob("*.nii.gz"))
 
-    root = tmp_path / "raw"
-    with tarfile.open(hippocampus_archive) as archive:
-        wanted = [m for m in archive.getmembers() if m.name.split("_")[-1].startswith(("00", "01")) and m.isfile()]
-        archive.extractall(root, wanted, filter="data")
-    files = sorted(p.relative_to(root) for p in root.rglob("imagesTr/hippocampus_*.nii.gz"))
-    assert len(files) > 8
-    DatasetIndex(
+
+def _validated(root: Path, index: DatasetIndex, suite: str) -> list[dict]:
+    index.save(root)
+    run(ValidateConfig(suite=suite, on_invalid="exclude"), {"dataset": root}, {"validation": root.parent / "v"})
+    return read_json(root.parent / "v" / "report.json")["findings"]
+
+
+def test_real_hippocampus_has_no_finding(hippocampus_archive, suite, tmp_path):
+    files = _real(hippocampus_archive, tmp_path / "raw", lambda n: n.split("_")[-1].startswith(("00", "01")))
+    images = [f for f in files if "imagesTr" in f]
+    assert len(images) > 8
+    index = DatasetIndex(
         name="Hippocampus",
         channels=(Channel(name="MRI", modality="MRI"),),
         labels={"background": 0, "Anterior": 1, "Posterior": 2},
+        cases=tuple(Case(id=f, patient=f, images=(f,), label=f.replace("imagesTr", "labelsTr")) for f in images),
+    )
+    assert _validated(tmp_path / "raw", index, suite) == []
+
+
+def test_real_acdc_holds_one_patient_twice(acdc_archive, suite, tmp_path):
+    """Patients 074 and 076 have byte-identical images and different labels in this copy of the data set."""
+    patients = ("patient001", "patient002", "patient074", "patient076")
+    files = _real(acdc_archive, tmp_path / "raw", lambda n: any(p in n for p in patients))
+    images = [f for f in files if "imagesTr" in f]
+    assert len(images) == 8
+    index = DatasetIndex(
+        name="ACDC",
+        channels=(Channel(name="cineMRI", modality="MRI"),),
+        labels={"background": 0, "RV": 1, "MYO": 2, "LV": 3},
         cases=tuple(
             Case(
-                id=f.name.split(".")[0],
-                patient=f.name.split(".")[0],
-                images=(f.as_posix(),),
-                label=f.as_posix().replace("imagesTr", "labelsTr"),
+                id=Path(f).name,
+                patient=Path(f).name[:10],
+                images=(f,),
+                label=f.replace("imagesTr", "labelsTr").replace("_0000", ""),
             )
-            for f in files
+            for f in images
         ),
-    ).save(root)
-    run(ValidateConfig(suite=suite), {"dataset": root}, {"validation": tmp_path / "v"})
-    assert read_json(tmp_path / "v" / "report.json")["findings"] == []
+    )
+    found = _validated(tmp_path / "raw", index, suite)
+    assert {f["rule"] for f in found} == {"patient_leakage"}
+    assert sorted(f["case"][:10] for f in found) == ["patient074"] * 2 + ["patient076"] * 2
+
+
+def test_real_brats_background_is_told(brats2015_archive, suite, tmp_path):
+    """Float labels and two channels are fine; the background, normalised along with the brain, is worth a warning."""
+    files = _real(brats2015_archive, tmp_path / "raw", lambda n: "/train/" in n and "mask" not in n)
+    folders = sorted({Path(f).parent for f in files})
+    assert len(folders) == 2
+    names = ("Flair", "T1c")
+    index = DatasetIndex(
+        name="BraTS2015",
+        channels=tuple(Channel(name=n, modality="MRI") for n in names),
+        labels={"background": 0, "necrosis": 1, "oedema": 2, "solid": 3, "enhancing": 4},
+        cases=tuple(
+            Case(
+                id=d.name,
+                patient=d.name,
+                images=tuple((d / f"{n}_subtrMeanDivStd.nii.gz").as_posix() for n in names),
+                label=(d / "OTMultiClass.nii.gz").as_posix(),
+            )
+            for d in folders
+        ),
+    )
+    found = _validated(tmp_path / "raw", index, suite)
+    assert {(f["rule"], f["severity"]) for f in found} == {("background_is_zero", "warning")}
+    assert len(found) == 4

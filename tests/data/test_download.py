@@ -212,7 +212,9 @@ def test_kinds_of_sources(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert local_path("https://host/x.tar") is None
     assert local_path("~/x.tar") == Path("/home/me/x.tar")
-    assert [is_url(s) for s in ("http://h/x", "file:///x", "x.tar", "C:\\x.tar", "msd:Task")] == [True, True] + [False] * 3
+    assert [is_url(s) for s in ("http://h/x", "file:///x", "x.tar", "C:\\x.tar", "msd:Task")] == [True, True] + [
+        False
+    ] * 3
     assert public_address("https://me:word@host:8/a/b.tar?sig=1#x") == "https://host:8/a/b.tar"
 
 

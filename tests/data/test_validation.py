@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import shutil
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from distilldsm.data import validation
 from distilldsm.data.case_measures import measure_case
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.validation import build_case_table, table_columns
+from distilldsm.errors import UserError
 from tests.data.volumes import affine, write_case, write_dataset
 
 LABELS = {"background": 0, "shell": 1, "core": 2}
@@ -287,3 +289,43 @@ def test_every_measured_value_has_a_column(tmp_path):
     index = write_dataset(tmp_path, 1, channels=2)
     row = build_case_table(tmp_path, index, workers=1).rows[0]
     assert set(row.values) <= {c.name for c in table_columns(index)}
+
+
+def test_a_killed_worker_and_the_unforeseen(tmp_path, monkeypatch):
+    index = write_dataset(tmp_path, 2)
+    case = index.cases[0]
+
+    def surprise(*_):
+        raise RuntimeError("unforeseen")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("distilldsm.data.case_measures._measure_images", surprise)
+        row = measure_case(tmp_path, case, ONE, LABELS)
+    assert row.values["read_error"] == f"{case.images[0]}: RuntimeError: unforeseen"
+
+    monkeypatch.setattr(validation, "SERIAL_VOXELS", 0)
+    monkeypatch.setattr(validation, "_measure", _die)
+    with pytest.raises(UserError, match=r"validate\.workers"):
+        build_case_table(tmp_path, index, workers=2)
+
+
+def _die(_: object) -> None:
+    os._exit(1)
+
+
+def test_large_volumes_use_fewer_workers(tmp_path, monkeypatch):
+    index = write_dataset(tmp_path, 3)
+    monkeypatch.setattr(validation, "SERIAL_VOXELS", 0)
+    monkeypatch.setattr(validation, "MEMORY_BYTES", 12 * 20 * 18 * validation.BYTES_PER_VOXEL * 2 - 1)
+    monkeypatch.setattr(validation, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("too much memory"))
+    assert len(build_case_table(tmp_path, index, workers=3).rows) == 3
+
+
+def test_the_documentation_lists_every_column(repository):
+    text = (repository / "docs" / "validation.md").read_text(encoding="utf-8")
+    index = DatasetIndex(name="d", channels=ONE, labels=LABELS, cases=(Case(id="a", patient="a", images=(), label=""),))
+    for column in table_columns(index):
+        assert (
+            f"`{column.name.replace('[T1]', '[CHANNEL]').replace('[shell]', '[LABEL]').replace('[core]', '[LABEL]')}`"
+            in text
+        )

@@ -30,8 +30,8 @@ def test_runtimes_say_what_the_network_says(name, tmp_path, monkeypatch, tmp_pat
     if name == "distill_dsm":
         onnx_path = exported(tmp_path_factory).export / "model.onnx"  # all five levels
     else:
-        # Three levels trace in half the time of five; the other levels repeat them.
-        monkeypatch.setattr(registry, "_WIDTHS_2D", (16, 32, 64))
+        # Two levels trace in a third of the time of five, and hold every operation there is.
+        monkeypatch.setattr(registry, "_WIDTHS_2D", (16, 32))
         onnx_path = tmp_path / "model.onnx"
     network = random_network(name, **options)
     if name != "distill_dsm":
@@ -92,7 +92,7 @@ class FixedDepth(SegmentationNetwork):
 
 
 def test_a_size_that_got_fixed_is_refused(tmp_path):
-    with pytest.raises(Exception, match="(?i)constraint|fixed|speciali"):
+    with pytest.raises(Exception, match=r"(?i)constraint|speciali"):
         export_onnx(FixedDepth(), tmp_path / "model.onnx")
     assert not (tmp_path / "model.onnx").exists()
 

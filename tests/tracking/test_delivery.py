@@ -102,6 +102,21 @@ def test_a_refused_record_is_put_aside_alone(tmp_path, fake):
     assert "never" in aside["reason"]
 
 
+def test_a_refusal_by_something_before_the_store_is_none(tmp_path, fake):
+    """As when a proxy answers 404 for a server that is restarting."""
+    metrics(opened(tmp_path / "k"), range(2))
+
+    def proxy(record):
+        fake.up = False
+        return "refuse"
+
+    fake.plan = proxy
+    assert drain(tmp_path / "k", sinks=lambda uri: fake).left == 2
+    fake.up, fake.plan = True, lambda record: "ok"
+    drain(tmp_path / "k", sinks=lambda uri: fake)
+    assert steps(fake) == [0, 1]
+
+
 def test_a_record_that_the_store_breaks_on_does_not_block_the_rest(tmp_path, fake):
     writer = opened(tmp_path / "k")
     metrics(writer, range(4))

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from distilldsm.tracking import worker as worker_module
-from distilldsm.tracking.journal import pending, read_entries, segments
+from distilldsm.tracking.journal import State, pending, read_entries, segments
 from distilldsm.tracking.worker import SystemSampler, Worker
 from tests.tracking.conftest import FakeSink
 from tests.tracking.test_delivery import metrics, opened, steps
@@ -65,7 +65,7 @@ def test_it_waits_for_a_store_that_comes_back(tmp_path, fake):
     metrics(opened(tmp_path / "k"), range(2))
     worker = Worker(tmp_path / "k", ME, sinks=lambda uri: fake)
     thread = start(worker)
-    wait_for(lambda: "nobody at" in ((tmp_path / "k" / "state.json").read_text() if pending(tmp_path / "k") else ""))
+    wait_for(lambda: "nobody at" in (State.load(tmp_path / "k").last_error or ""))
     fake.up = True
     wait_for(lambda: steps(fake) == [0, 1])
     worker.finish.set()
@@ -151,7 +151,6 @@ def test_memory_of_children_counts(monkeypatch):
     import psutil
 
     sampler = SystemSampler(ME)
-    child = psutil.Process()
 
     class Twin:
         pid = -1
@@ -160,7 +159,26 @@ def test_memory_of_children_counts(monkeypatch):
     alone = sampler.sample()["system/process_memory_megabytes"]
     monkeypatch.setattr(psutil.Process, "children", lambda self, recursive: [Twin])
     assert sampler.sample()["system/process_memory_megabytes"] == pytest.approx(alone + 5000, abs=200)
-    assert child.pid == ME
+
+
+def test_a_gpu_is_sampled_where_there_is_one():
+    sampler = SystemSampler(ME)
+
+    class Gpu:
+        cleared = False
+
+        def collect_metrics(self) -> None:
+            self.values = {"gpu_0_utilization_percentage": 40.0}
+
+        def aggregate_metrics(self) -> dict[str, float]:
+            return self.values
+
+        def clear_metrics(self) -> None:
+            self.cleared = True
+
+    sampler._gpu = Gpu()
+    assert sampler.sample()["system/gpu_0_utilization_percentage"] == 40.0
+    assert sampler._gpu.cleared
 
 
 def test_without_a_sampler_the_rest_goes_on(tmp_path, fake, monkeypatch):

@@ -54,7 +54,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_it_learns(preprocessed, tmp_path):
-    train(preprocessed, tmp_path / "m", config(epochs=12, validate_every=4, samples_per_case=3))
+    train(preprocessed, tmp_path / "m", config(epochs=12, validate_every=4, samples_per_case=10, learning_rate=0.02))
     history = json.loads((tmp_path / "m" / "history.json").read_text())
     assert [h["epoch"] for h in history] == list(range(1, 13))
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]

@@ -1,0 +1,106 @@
+"""The evaluate stage: scores of known masks, resumed, in the scan's own geometry."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+import components.evaluate as stage
+from components.evaluate import main, run
+from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.stage import file_hashes, read_json
+from tests.data.volumes import write_dataset
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> dict[str, Path]:
+    from components.train import run as train
+
+    folder = tmp_path_factory.mktemp("evaluate")
+    index = write_dataset(folder / "raw", cases=6)
+    preprocess_dataset(folder / "raw", index, PreprocessConfig(folds=2, workers=1), folder / "preprocessed")
+    config = TrainConfig(model=ModelConfig(name="distill_dsm", options={"width": 0.25}), epochs=1, batch_size=2)
+    inputs = {"dataset": folder / "raw", "preprocessed": folder / "preprocessed", "model": folder / "model"}
+    train(config, inputs, {"model": inputs["model"]}, fold=0, tracking=TrackingConfig(enabled=False))
+    return inputs
+
+
+class Oracle:
+    """Predicts the truth, one voxel further along the first array axis."""
+
+    def __init__(self, dataset: Path) -> None:
+        self.dataset = dataset
+        self.seen: list[str] = []
+
+    def predict(self, volume) -> np.ndarray:
+        self.seen.append(volume.path.name)
+        label = self.dataset / "labelsTr" / volume.path.name.replace("_0000", "")
+        return np.roll(np.asarray(nib.load(label).dataobj), 1, axis=0).astype(np.uint8)
+
+
+def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
+    before = file_hashes(trained["dataset"])
+    monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
+    run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
+    held_out = read_json(trained["preprocessed"] / "splits.json")["folds"][0]["held_out"]
+    with open(tmp_path / "e" / "cases.csv") as stream:
+        rows = list(csv.DictReader(stream))
+    assert {(r["case"], r["label"]) for r in rows} == {(c, label) for c in held_out for label in ("shell", "core")}
+    # One voxel along the first array axis is 2 mm there.
+    assert all(float(r["hd95_mm"]) == pytest.approx(2.0, abs=0.3) for r in rows)
+    assert all(0.4 < float(r["dice"]) < 1 for r in rows)
+    assert all(float(r["volume_error_ml"]) == 0 for r in rows)
+    case = held_out[0]
+    mask = nib.load(tmp_path / "e" / "predictions" / f"{case}.nii.gz")
+    scan = nib.load(trained["dataset"] / "imagesTr" / f"{case}_0000.nii.gz")
+    assert np.allclose(mask.affine, scan.affine)
+    metrics = read_json(tmp_path / "e" / "metrics.json")
+    dice = np.mean([float(r["dice"]) for r in rows])
+    assert metrics["dice"]["mean"] == pytest.approx(dice, abs=1e-5)
+    for name in ("report.html", "plots/confusion.csv", "plots/history.csv", "figures/worst.png", "summary.json"):
+        assert (tmp_path / "e" / name).is_file()
+    assert not (tmp_path / "e" / "scores").exists()
+    assert file_hashes(trained["dataset"]) == before
+
+
+def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
+    oracle = Oracle(trained["dataset"])
+    original = oracle.predict
+
+    def dies(volume):
+        if len(oracle.seen) == 2:
+            raise KeyboardInterrupt
+        return original(volume)
+
+    monkeypatch.setattr(stage, "_predictor", lambda *_: oracle)
+    oracle.predict = dies
+    with pytest.raises(KeyboardInterrupt):
+        run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
+    assert not (tmp_path / "e").exists()
+    oracle.predict = original
+    run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
+    assert len(oracle.seen) == len(set(oracle.seen)) == 3
+    run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "whole"}, fold=0)
+    assert file_hashes(tmp_path / "e") == file_hashes(tmp_path / "whole")
+
+
+def test_network_and_best_checkpoint(trained, tmp_path, capsys):
+    config = EvaluateConfig(checkpoint="best", save_masks=False)
+    run(config, trained, {"evaluation": tmp_path / "e"}, fold=0)
+    assert "optimistic" in (tmp_path / "e" / "report.html").read_text()
+    assert list((tmp_path / "e" / "predictions").iterdir()) == []
+    assert "Ellipsoids, fold 0, 3 held-out cases" in capsys.readouterr().out
+
+
+def test_missing_model_is_an_error(trained, tmp_path, capsys):
+    (tmp_path / "params.yaml").write_text("{}")
+    arguments = ["--params", str(tmp_path / "params.yaml"), "--dataset", str(trained["dataset"])]
+    arguments += ["--preprocessed", str(trained["preprocessed"]), "--output", str(tmp_path / "e")]
+    assert main([*arguments, "--model", str(tmp_path / "none")]) == 1
+    assert "none: is missing" in capsys.readouterr().err
+    assert not (tmp_path / "e").exists()

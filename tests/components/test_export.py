@@ -1,0 +1,220 @@
+"""The export stage: what it writes, and that nothing is written where the models disagree."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+import types
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import distilldsm
+from components.export import main, run
+from distilldsm.config import ExportConfig, TrackingConfig
+from distilldsm.errors import DataError, UserError
+from distilldsm.export import build
+from distilldsm.export.package import verify
+from distilldsm.inference.predict import Predictor
+from distilldsm.stage import read_json, write_json
+from tests.export.fake import FOLD, Exported, exported
+
+# One voxel of these tiny volumes is a larger share than the default limit allows.
+LOOSE = ExportConfig(max_voxel_difference=0.01, register_model=False)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Exported:
+    return exported(tmp_path_factory)
+
+
+@pytest.fixture
+def traced(made, monkeypatch):
+    """Exports take the model that was traced before; returns a list in which changes of it may be put."""
+    changes: list = []
+
+    def export_onnx(network, path):
+        model = onnx.load(made.export / "model.onnx")
+        for change in changes:
+            change(model)
+        onnx.save(model, path)
+
+    monkeypatch.setattr(build, "export_onnx", export_onnx)
+    return changes
+
+
+def export(made: Exported, output: Path, config: ExportConfig = LOOSE, *, model: Path | None = None, **options) -> Path:
+    inputs = {"model": model or made.model, "preprocessed": made.preprocessed}
+    run(config, inputs, {"export": output}, **{"fold": FOLD, **options})
+    return output
+
+
+def perturb_head(model: onnx.ModelProto) -> None:
+    """Make the last class win everywhere."""
+    by_name = {t.name: t for t in model.graph.initializer}
+    bias = by_name["head.bias"]
+    values = onnx.numpy_helper.to_array(bias).copy()
+    values[-1] += 100
+    bias.CopyFrom(onnx.numpy_helper.from_array(values, "head.bias"))
+
+
+def test_it_writes_a_whole_model_directory(made):
+    assert sorted(p.name for p in made.export.iterdir()) == [
+        "README.md",
+        "manifest.json",
+        "metadata.json",
+        "metrics.json",
+        "model.bin",
+        "model.onnx",
+        "model.safetensors",
+        "model.xml",
+        "parity.json",
+        "plan.json",
+    ]
+    verify(made.export)
+    trained, shipped = load_file(made.model / "last.safetensors"), load_file(made.export / "model.safetensors")
+    assert all(torch.equal(trained[k], shipped[k]) for k in trained)
+    manifest = read_json(made.export / "manifest.json")
+    assert (manifest["stage"], manifest["fold"]) == ("export", FOLD)
+    parity = read_json(made.export / "parity.json")
+    assert {c["runtime"] for c in parity["cases"]} == {"onnx", "openvino"}
+    assert len({c["case"] for c in parity["cases"]}) == 3
+    metrics = read_json(made.export / "metrics.json")
+    assert max(metrics["voxel_difference"].values()) <= 1e-4
+    assert set(metrics["seconds_per_mvoxel"]) == {"torch", "onnx", "openvino"}
+    assert metrics["size_mb"]["onnx"] == pytest.approx((made.export / "model.onnx").stat().st_size / 1e6, abs=1e-3)
+
+
+def test_the_parity_cases_are_held_out(made):
+    held_out = read_json(made.preprocessed / "splits.json")["folds"][FOLD]["held_out"]
+    assert {c["case"] for c in read_json(made.export / "parity.json")["cases"]} <= set(held_out)
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+def test_the_exported_model_predicts_as_the_network(made, runtime):
+    image = np.random.default_rng(1).normal(size=(2, 9, 30, 41)).astype(np.float32)
+    expected = Predictor.from_training(made.model, device="cpu").logits(image)
+    found = Predictor.from_export(made.export, runtime=runtime).logits(image)
+    assert np.abs(expected).max() > 1
+    assert np.abs(found - expected).max() < (5e-2 if runtime == "openvino" else 1e-3)
+
+
+def test_half_precision_weights_are_given_up_where_they_change_too_much(made, traced, tmp_path, monkeypatch):
+    calls = []
+    convert = build.export_openvino
+
+    def export_openvino(onnx_path, xml_path, *, fp16):
+        calls.append(fp16)
+        if fp16:  # stands for a network whose weights half precision cannot hold
+            model = onnx.load(onnx_path)
+            perturb_head(model)
+            onnx_path = tmp_path / "coarse.onnx"
+            onnx.save(model, onnx_path)
+        convert(onnx_path, xml_path, fp16=fp16)
+
+    monkeypatch.setattr(build, "export_openvino", export_openvino)
+    output = export(made, tmp_path / "out", ExportConfig(max_voxel_difference=0.0, register_model=False))
+    assert calls == [True, False]
+    metadata = verify(output)
+    assert metadata.openvino_weights == "FP32"
+    assert "weights in FP32" in (output / "README.md").read_text()
+    assert (output / "model.bin").stat().st_size >= 4 * metadata.network.parameters * 0.95
+    parity = read_json(output / "parity.json")
+    assert len(parity["cases"]) == 6
+    assert all(c["differing_voxels"] == 0 for c in parity["cases"])
+
+
+def test_half_precision_halves_the_weights(made, traced, tmp_path):
+    output = export(made, tmp_path / "out")
+    metadata = verify(output)
+    assert metadata.openvino_weights == "FP16"
+    assert (output / "model.bin").stat().st_size < 2.2 * metadata.network.parameters
+
+
+def test_disagreement_stops_it_and_leaves_what_was_there(made, traced, tmp_path):
+    traced.append(perturb_head)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old").write_text("kept")
+    with pytest.raises(UserError, match="disagrees with the network"):
+        export(made, tmp_path / "out")
+    assert [p.name for p in tmp_path.rglob("*") if not p.name.endswith(".lock")] == ["out", "old"]
+
+
+def copy_model(made: Exported, target: Path) -> Path:
+    return Path(shutil.copytree(made.model, target))
+
+
+def test_a_network_of_nonsense_is_refused(made, traced, tmp_path):
+    model = copy_model(made, tmp_path / "model")
+    weights = load_file(model / "last.safetensors")
+    weights["head.bias"][:] = float("nan")
+    save_file(weights, model / "last.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        export(made, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_do_not_belong_together_are_refused(made, traced, tmp_path):
+    with pytest.raises(DataError, match="another fold"):
+        export(made, tmp_path / "out", fold=0)
+    with pytest.raises(DataError, match=r"best\.safetensors: checkpoint not found"):
+        export(made, tmp_path / "out", ExportConfig(checkpoint="best"))
+    model = copy_model(made, tmp_path / "model")
+    plan = read_json(model / "plan.json")
+    write_json(model / "plan.json", plan | {"crop_to_nonzero": not plan["crop_to_nonzero"]})
+    with pytest.raises(DataError, match="not the plan the model was trained with"):
+        export(made, tmp_path / "out", model=model)
+    assert not (tmp_path / "out").exists()
+
+
+def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch):
+    seen: dict = {}
+
+    class Run:
+        def log_metrics(self, values, step=None):
+            seen["metrics"] = dict(values)
+
+        def log_exported_model(self, model_dir, *, name, registered_name, metadata):
+            seen["model"] = (Path(model_dir), name, registered_name)
+            seen["metadata"] = metadata
+
+    @contextmanager
+    def attach(model_dir, config):
+        seen["attached"] = Path(model_dir)
+        yield Run()
+
+    fake = types.ModuleType("distilldsm.tracking")
+    fake.attach = attach  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "distilldsm.tracking", fake)
+    monkeypatch.setattr(distilldsm, "tracking", fake, raising=False)
+    output = tmp_path / "out"
+    export(made, output, ExportConfig(max_voxel_difference=0.01), tracking=TrackingConfig())
+    assert seen["attached"] == made.model
+    assert seen["model"] == (output, "model", "distilldsm-ellipsoids")
+    assert "export_onnx_max_logit_difference" in seen["metrics"]
+    assert all(isinstance(v, float) for v in seen["metrics"].values())
+    json.dumps(seen["metadata"])
+    export(made, output, LOOSE, tracking=TrackingConfig())
+    assert seen["model"][2] is None
+    seen.clear()
+    export(made, output, LOOSE, tracking=TrackingConfig(enabled=False))
+    assert not seen
+
+
+def test_the_command_line(made, traced, tmp_path, capsys):
+    (tmp_path / "params.yaml").write_text("export: {max_voxel_difference: 0.01}\ntracking: {enabled: false}\n")
+    arguments = ["--params", str(tmp_path / "params.yaml"), "--preprocessed", str(made.preprocessed), "--fold", "1"]
+    arguments += ["--output", str(tmp_path / "out")]
+    assert main([*arguments, "--model", str(made.model)]) == 0
+    assert "openvino: " in capsys.readouterr().out
+    assert main([*arguments, "--model", str(tmp_path / "nowhere")]) == 1
+    assert "nowhere" in capsys.readouterr().err
+    verify(tmp_path / "out")
+    (tmp_path / "params.yaml").write_text("export: {parity_cases: 0}\n")
+    assert main([*arguments, "--model", str(made.model)]) == 2

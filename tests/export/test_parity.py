@@ -1,0 +1,113 @@
+"""The comparison of exported models with the network."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distilldsm.errors import UserError
+from distilldsm.export import parity
+from distilldsm.stage import write_json
+
+LABELS = ("background", "inside")
+
+
+@pytest.fixture
+def preprocessed(tmp_path) -> Path:
+    """Five cases a to e of 2 to 6 slices; the image is +-1, the truth where it is positive."""
+    rng = np.random.default_rng(0)
+    for name in ("images", "labels", "cases"):
+        (tmp_path / name).mkdir()
+    for depth, case in zip((4, 2, 6, 3, 5), "abcde", strict=True):
+        image = rng.choice([-1.0, 1.0], size=(1, depth, 8, 8)).astype(np.float16)
+        np.save(tmp_path / "images" / f"{case}.npy", image)
+        np.save(tmp_path / "labels" / f"{case}.npy", (image[0] > 0).astype(np.uint8))
+        write_json(tmp_path / "cases" / f"{case}.json", {"geometry": {"resampled": [depth, 8, 8]}})
+    return tmp_path
+
+
+def network(image: np.ndarray) -> np.ndarray:
+    """Right everywhere: the second class wins where the image is positive."""
+    return np.concatenate([-image, image], axis=1)
+
+
+def wrong_in(voxels: int):
+    """The network, but for the first `voxels` voxels of the volume, where the classes are exchanged."""
+
+    def engine(image: np.ndarray) -> np.ndarray:
+        logits = network(image).reshape(1, 2, -1).copy()
+        logits[:, :, :voxels] = logits[:, ::-1, :voxels]
+        return logits.reshape(1, 2, *image.shape[2:])
+
+    return engine
+
+
+def compare(preprocessed, runtimes, cases=("b", "a", "c")):
+    return parity.compare(network, runtimes, preprocessed, cases, stride=(1, 4, 4), depth_halo=0, labels=LABELS)
+
+
+def test_cases_span_the_sizes(preprocessed):
+    assert parity.choose_cases(preprocessed, list("abcde"), 3) == ["b", "a", "c"]  # 2, 4 and 6 slices
+    assert parity.choose_cases(preprocessed, list("edcba"), 2) == ["b", "c"]
+    assert parity.choose_cases(preprocessed, list("abcde"), 1) == ["a"]
+    assert parity.choose_cases(preprocessed, list("abcde"), 9) == ["b", "d", "a", "e", "c"]
+
+
+def test_every_difference_is_counted(preprocessed):
+    rows = compare(preprocessed, {"same": network, "off": wrong_in(3)})
+    assert [(r.case, r.runtime) for r in rows] == [(c, r) for c in "bac" for r in ("same", "off")]
+    same, off = rows[:2]
+    assert (same.differing_voxels, same.max_logit_difference, set(same.dice_difference.values())) == (0, 0.0, {0.0})
+    assert off.shape == (2, 8, 8)
+    assert (off.differing_voxels, off.voxel_difference) == (3, 3 / 128)
+    assert off.max_logit_difference == 2.0  # from -1 to 1
+    assert off.dice_network == {"inside": 1.0}
+    truth = np.load(preprocessed / "labels" / "b.npy").ravel()
+    predicted = truth.copy()
+    predicted[:3] = 1 - predicted[:3]
+    expected = 2 * (truth & predicted).sum() / (truth.sum() + predicted.sum())
+    assert off.dice_runtime["inside"] == pytest.approx(expected)
+
+
+def test_the_limit_is_on_the_worst_case(preprocessed):
+    rows = compare(preprocessed, {"onnx": network, "openvino": wrong_in(3)})
+    parity.require_parity(rows, 3 / 128)
+    with pytest.raises(UserError, match=r"\(openvino\) disagrees.*") as caught:
+        parity.require_parity(rows, 3 / 128 - 1e-9)
+    message = str(caught.value)
+    assert "case b" in message
+    assert "3 voxels differ" in message
+    assert "export.max_voxel_difference" in message
+    assert [r.case for r in parity.beyond_limit(rows, 0)] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("who", ["torch", "onnx"])
+def test_values_that_are_not_finite_are_refused(preprocessed, who, monkeypatch):
+    def broken(image: np.ndarray) -> np.ndarray:
+        return np.full_like(network(image), np.nan)
+
+    with pytest.raises(UserError, match=f"{who} gives logits that are not finite"):
+        parity.compare(
+            broken if who == "torch" else network,
+            {"onnx": broken},
+            preprocessed,
+            ["a"],
+            stride=(1, 4, 4),
+            depth_halo=0,
+            labels=LABELS,
+        )
+
+
+def test_summary_takes_the_worst_and_the_largest_volume(preprocessed):
+    rows = compare(preprocessed, {"onnx": network, "openvino": wrong_in(3)})
+    found = parity.summary(rows)
+    assert found["onnx"]["voxel_difference"] == 0
+    assert found["openvino"]["voxel_difference"] == 3 / 128
+    assert found["openvino"]["dice_difference"] == max(1 - r.dice_runtime["inside"] for r in rows[1::2])
+    largest = next(r for r in rows if r.case == "c" and r.runtime == "openvino")
+    assert found["openvino"]["seconds_per_mvoxel"] == pytest.approx(largest.seconds / (6 * 64 / 1e6))
+    table = parity.report(rows, 0.5, "FP16")
+    assert table["summary"] == found
+    assert [c["case"] for c in table["cases"]] == ["b", "b", "a", "a", "c", "c"]

@@ -1,0 +1,60 @@
+"""The engines: the same contract, clear errors."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from distilldsm.errors import DataError
+from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine
+from tests.export.fake import CHANNELS, exported, random_network
+
+
+def image(depth: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=(1, CHANNELS, depth, 16, 32)).astype(np.float32)
+
+
+def test_torch_runs_in_evaluation_mode_without_gradients():
+    network = random_network("distill_dsm", width=0.25).train()
+    engine = TorchEngine(network)
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    first, again = engine(image(3)), engine(image(3))
+    assert not network.training
+    assert first.dtype == np.float32
+    np.testing.assert_array_equal(first, again)
+    assert all((before[k] == v).all() for k, v in network.state_dict().items()), "no statistic may move"
+
+
+def test_torch_bf16_is_close_and_comes_back_as_float32():
+    network = random_network("unet2d", width=0.25)
+    exact, rough = TorchEngine(network)(image(2)), TorchEngine(network, bf16=True)(image(2))
+    assert rough.dtype == np.float32
+    difference = np.abs(exact - rough).max() / np.abs(exact).max()
+    assert 0 < difference < 0.1
+
+
+@pytest.mark.parametrize("make", [lambda d: OnnxEngine(d / "model.onnx"), lambda d: OpenVINOEngine(d / "model.xml")])
+def test_results_survive_the_next_call(make, tmp_path_factory):
+    engine = make(exported(tmp_path_factory).export)
+    first = engine(image(2))
+    kept = first.copy()
+    second = engine(image(2, seed=1))
+    np.testing.assert_array_equal(first, kept)
+    assert not np.array_equal(first, second)
+    # Any memory layout of the input will do.
+    np.testing.assert_array_equal(engine(np.asfortranarray(image(2))), kept)
+
+
+def test_openvino_may_choose_its_precision(tmp_path_factory):
+    path = exported(tmp_path_factory).export / "model.xml"
+    exact, free = OpenVINOEngine(path)(image(2)), OpenVINOEngine(path, precision="auto")(image(2))
+    assert np.abs(exact - free).max() < 0.2 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(("engine", "name"), [(OnnxEngine, "model.onnx"), (OpenVINOEngine, "model.xml")])
+def test_missing_and_damaged_models_are_named(engine, name, tmp_path):
+    with pytest.raises(DataError, match="model file not found"):
+        engine(tmp_path / name)
+    (tmp_path / name).write_bytes(b"no model")
+    with pytest.raises(DataError, match=f"{name}: cannot be loaded by"):
+        engine(tmp_path / name)

@@ -1,0 +1,353 @@
+"""The command line as a shell sees it: exit codes, streams, files; and what it must not import."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from distilldsm import __version__
+from distilldsm.cli import STAGES, main
+from distilldsm.config import load_params
+from distilldsm.data.volume import read_image
+from distilldsm.errors import ConfigError, UserError
+from distilldsm.evaluation import tables
+from distilldsm.inference.predict import Predictor
+from distilldsm.models.registry import MODELS
+from distilldsm.shell import run_shell
+from distilldsm.stage import write_json
+from tests.data.volumes import affine, ellipsoid
+from tests.export.fake import Exported, exported
+
+HEAVY = ("torch", "onnx", "mlflow", "pandas", "hydra", "great_expectations", "matplotlib", "dvc")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Exported:
+    return exported(tmp_path_factory)
+
+
+@pytest.fixture
+def scan(tmp_path) -> list[Path]:
+    """Two channels of one scan: LPS, oblique by a few degrees, anisotropic, not the size of any training case."""
+    shape = (23, 31, 9)
+    rng = np.random.default_rng(0)
+    turn = np.eye(4)
+    turn[:2, :2] = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
+    matrix = turn @ affine("LPS", (0.8, 0.9, 3.0))
+    bright = ellipsoid(shape, np.array(shape) / 2, np.array(shape) / 3)
+    paths = []
+    for channel in range(2):
+        data = (100 + 60 * (1 + channel) * bright + rng.normal(0, 10, shape)).astype(np.float32)
+        paths.append(tmp_path / f"T{channel}.nii.gz")
+        nib.save(nib.Nifti1Image(data, matrix), paths[-1])
+    return paths
+
+
+def predict(made: Exported, scans, output: Path, *options: str) -> int:
+    return main(["predict", str(made.export), *map(str, scans), "-o", str(output), *options])
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
+def test_predict_writes_the_networks_mask_on_the_scans_grid(made, scan, tmp_path, capsys, runtime):
+    before = [path.read_bytes() for path in scan]
+    assert predict(made, scan, tmp_path / "mask.nii.gz", "--runtime", runtime) == 0
+    assert "shell" in capsys.readouterr().out
+    image, mask = nib.load(scan[0]), nib.load(tmp_path / "mask.nii.gz")
+    assert mask.shape == image.shape
+    np.testing.assert_array_equal(mask.affine, image.affine)
+    assert mask.get_data_dtype() == np.uint8
+    assert [path.read_bytes() for path in scan] == before
+    found = np.asarray(mask.dataobj)
+    expected = Predictor.from_training(made.model, device="cpu").predict(read_image(scan, 2))
+    assert len(np.unique(expected)) > 1, "a mask of one label would make any comparison pass"
+    assert (found != expected).mean() < 1e-3
+
+
+def test_predict_reads_4d_files_and_prints_json(made, scan, tmp_path, capsys):
+    images = [nib.load(path) for path in scan]
+    stacked = np.stack([image.get_fdata(dtype=np.float32) for image in images], axis=-1)
+    nib.save(nib.Nifti1Image(stacked, images[0].affine), tmp_path / "both.nii")
+    assert predict(made, scan, tmp_path / "a.nii") == 0
+    capsys.readouterr()
+    assert predict(made, [tmp_path / "both.nii"], tmp_path / "b.nii", "--json") == 0
+    a, b = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("a.nii", "b.nii"))
+    np.testing.assert_array_equal(a, b)
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["shape"] == [23, 31, 9]
+    np.testing.assert_allclose(facts["spacing_mm"], [0.8, 0.9, 3.0], rtol=1e-5)
+    voxel_ml = 0.8 * 0.9 * 3.0 / 1000
+    assert facts["volume_ml"]["core"] == pytest.approx((b == 2).sum() * voxel_ml, abs=1e-3)
+
+
+def test_predict_refuses_before_it_computes(made, scan, tmp_path, capsys):
+    before = {p: p.read_bytes() for p in scan}
+    link = tmp_path / "link.nii.gz"
+    link.symlink_to(scan[0])
+    (tmp_path / "folder.nii").mkdir()
+    for output, code, words in (
+        (scan[1], 2, "is the scan itself"),
+        (link, 2, "is the scan itself"),
+        (tmp_path / "mask.png", 2, ".nii or .nii.gz"),
+        (tmp_path / ".nii.gz", 2, ".nii or .nii.gz"),
+        (tmp_path / "nowhere" / "mask.nii.gz", 2, "does not exist"),
+        (tmp_path / "folder.nii", 2, "is a directory"),
+    ):
+        assert predict(made, scan, output) == code, output
+        assert words in capsys.readouterr().err
+    assert {p: p.read_bytes() for p in scan} == before
+
+
+def test_predict_names_what_is_wrong_with_scan_and_model(made, scan, tmp_path, capsys):
+    output = tmp_path / "mask.nii.gz"
+    cases = {
+        "has the wrong number of channels": scan[:1],
+        "wrong number of image files": [*scan, scan[0]],
+        "file not found": [scan[0], tmp_path / "gone.nii.gz"],
+    }
+    for words, scans in cases.items():
+        assert predict(made, scans, output) == 1
+        assert words in capsys.readouterr().err
+    assert main(["predict", str(tmp_path / "gone"), *map(str, scan), "-o", str(output)]) == 1
+    assert "is no exported model" in capsys.readouterr().err
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(made.export, damaged)
+    content = bytearray((damaged / "model.bin").read_bytes())
+    content[1000] ^= 1
+    (damaged / "model.bin").write_bytes(bytes(content))
+    assert main(["predict", str(damaged), *map(str, scan), "-o", str(output)]) == 1
+    assert "model.bin: has changed since the export" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def in_a_shell(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_predict_imports_no_torch(made, scan, tmp_path):
+    code = (
+        "import sys; from distilldsm.cli import main; code = main(sys.argv[1:]);"
+        f"print([m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)"
+    )
+    arguments = ["predict", str(made.export), *map(str, scan), "-o", str(tmp_path / "mask.nii.gz")]
+    done = in_a_shell(code, *arguments)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
+    assert (tmp_path / "mask.nii.gz").exists()
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys\nfrom distilldsm.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        f"print([m for m in {(*HEAVY, 'numpy', 'yaml', 'nibabel', 'openvino')!r} if m in sys.modules])"
+    )
+    done = in_a_shell(code)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+    for command in (*STAGES, "predict", "info", "plan", "compose", "summary"):
+        assert command in done.stdout
+
+
+@pytest.mark.parametrize("stage", sorted(STAGES))
+def test_every_stage_has_its_sub_command(stage, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([stage, "--help"])
+    assert caught.value.code == 0
+    assert "--params" in capsys.readouterr().out
+
+
+def test_stages_get_their_arguments_and_give_their_exit_code(tmp_path, capsys):
+    (tmp_path / "params.yaml").write_text("train: {epoch: 5}\n")
+    assert main(["train", "--params", str(tmp_path / "params.yaml")]) == 2
+    assert "did you mean 'epochs'" in capsys.readouterr().err
+    (tmp_path / "params.yaml").write_text("")
+    arguments = ["--params", str(tmp_path / "params.yaml"), "--model", str(tmp_path / "gone")]
+    assert main(["export", *arguments, "--output", str(tmp_path / "out")]) == 1
+    assert "is missing" in capsys.readouterr().err
+
+
+def test_usage(capsys):
+    for arguments in ([], ["segment"], ["predict"], ["predict", "model", "scan.nii"], ["info", "--nonsense"]):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code == 2
+    with pytest.raises(SystemExit) as caught:
+        main(["--version"])
+    assert caught.value.code == 0
+    assert capsys.readouterr().out.strip() == f"distilldsm {__version__}"
+
+
+def test_python_dash_m_is_the_same_command():
+    command = [sys.executable, "-m", "distilldsm", "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, f"distilldsm {__version__}\n")
+
+
+def test_info_of_a_model(made, tmp_path, capsys):
+    assert main(["info", str(made.export)]) == 0
+    text = capsys.readouterr().out
+    for words in ("research; not a medical device", "distill_dsm(width=0.5, alpha=0.5)", "1 shell, 2 core"):
+        assert words in text
+    assert main(["info", str(made.export), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["network"]["depth_halo"] == 8
+    assert main(["info", str(tmp_path)]) == 1
+
+
+def test_info_of_the_registry_and_the_installation(capsys):
+    assert main(["info", "--models"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in MODELS)
+    assert main(["info", "--models", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == set(MODELS)
+    assert main(["info"]) == 0
+    assert "openvino" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["packages"]["distilldsm"]
+
+
+def test_plan_of_preprocessed_and_raw_data(made, tmp_path, capsys):
+    assert main(["plan", str(made.preprocessed)]) == 0
+    stored = capsys.readouterr().out
+    assert "coarsest spacing" in stored
+    assert "T1 (MRI)" in stored
+    assert main(["plan", str(made.raw), "--params", str(tmp_path / "none.yaml")]) == 0
+    assert capsys.readouterr().out == stored
+    (tmp_path / "params.yaml").write_text("preprocess: {depth_axis: y}\n")
+    assert main(["plan", str(made.raw), "--params", str(tmp_path / "params.yaml"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["depth_axis"] == "y"
+    (tmp_path / "params.yaml").write_text(f"preprocess: {{plan: {made.preprocessed / 'plan.json'}}}\n")
+    assert main(["plan", str(made.raw), "--params", str(tmp_path / "params.yaml")]) == 0
+    assert capsys.readouterr().out == stored
+    assert main(["plan", str(tmp_path)]) == 1
+    assert "neither a plan nor a data set" in capsys.readouterr().err
+
+
+def compose(repository: Path, *arguments: str) -> int:
+    return main(["compose", "--conf", str(repository / "conf"), *arguments])
+
+
+def test_compose_writes_checked_parameters(repository, tmp_path, capsys):
+    output = tmp_path / "params.yaml"
+    assert compose(repository, "dataset=hippocampus", "model=unet3d", "train.epochs=5", "-o", str(output)) == 0
+    params = load_params(output)
+    assert (params.train.model.name, params.train.epochs) == ("unet3d", 5)
+    assert params.download.source == "msd:Task04_Hippocampus"
+    assert output.read_text().startswith("# Written by: distilldsm compose dataset=hippocampus model=unet3d")
+    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
+    capsys.readouterr()
+    assert compose(repository, "-o", "-") == 0
+    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((repository / "params.yaml").read_text())
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.epoch=5", "train.epoch"),
+        ("dataset=lungs", "hippocampus"),
+        ("train.epochs=0", "at least 1"),
+        ("train.epochs=many", "a whole number"),
+        ("train", "train"),
+        ("+surprise=1", "unknown parameter 'surprise'"),
+    ],
+)
+def test_compose_refuses_and_keeps_what_was_there(repository, tmp_path, capsys, override, words):
+    output = tmp_path / "params.yaml"
+    output.write_text("kept")
+    assert compose(repository, override, "-o", str(output)) == 2
+    assert words in capsys.readouterr().err
+    assert output.read_text() == "kept"
+
+
+def test_compose_needs_the_presets(tmp_path, capsys):
+    assert main(["compose", "--conf", str(tmp_path)]) == 2
+    assert "config.yaml" in capsys.readouterr().err
+
+
+def write_summary(directory: Path, dice: float) -> None:
+    rows = [
+        {
+            "case": f"case{k}",
+            "label": label,
+            **dict.fromkeys(tables.METRICS, 0.5),
+            "dice": dice + 0.01 * k + (0.1 if label == "core" else 0.0),
+        }
+        for k in (-1, 1)
+        for label in ("shell", "core")
+    ]
+    directory.mkdir(parents=True)
+    write_json(directory / "summary.json", {"fold": 0, **tables.summarise(rows, ["shell", "core"])})
+
+
+def test_summary_of_one_and_several_folds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["summary"]) == 1
+    assert "no evaluated fold" in capsys.readouterr().err
+    write_summary(tmp_path / "evaluation/fold0", 0.70)
+    assert main(["summary"]) == 0
+    text = capsys.readouterr().out
+    assert "0.7000" in text
+    assert "over" not in text
+    write_summary(tmp_path / "evaluation/fold1", 0.80)
+    assert main(["summary"]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-3:]] == [
+        ["label", "Dice", "sd"],
+        ["shell", "0.7500", "0.0707"],
+        ["core", "0.8500", "0.0707"],
+    ]
+    assert main(["summary", "evaluation/fold1", "--json"]) == 0
+    assert set(json.loads(capsys.readouterr().out)) == {"evaluation/fold1"}
+    write_json(tmp_path / "evaluation/fold0/summary.json", [1])
+    assert main(["summary"]) == 1
+
+
+def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
+    def raising(error: BaseException):
+        def run() -> None:
+            raise error
+
+        return run
+
+    monkeypatch.delenv("DISTILLDSM_DEBUG", raising=False)
+    assert run_shell(lambda: None) == 0
+    for error, code, words in (
+        (UserError("bad data", where="x.nii"), 1, "error: x.nii: bad data"),
+        (ConfigError("bad key"), 2, "error: bad key"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install 'distilldsm[train]'"),
+    ):
+        assert run_shell(raising(error)) == code
+        captured = capsys.readouterr()
+        assert words in captured.err
+        assert captured.out == ""
+    with pytest.raises(ModuleNotFoundError):
+        run_shell(raising(ModuleNotFoundError("x", name="distilldsm.gone")))
+    with pytest.raises(ZeroDivisionError):
+        run_shell(raising(ZeroDivisionError()))
+    monkeypatch.setenv("DISTILLDSM_DEBUG", "1")
+    with pytest.raises(PermissionError):
+        run_shell(raising(PermissionError(13, "Permission denied", "locked.nii")))
+
+
+def test_a_closed_pipe_is_no_traceback(repository):
+    command = f"'{sys.executable}' -m distilldsm compose -o - --conf conf | head -c 10; exit ${{PIPESTATUS[0]}}"
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
+    done = subprocess.run(
+        ["bash", "-c", command],
+        capture_output=True,
+        text=True,
+        cwd=repository,
+        timeout=60,
+        check=False,
+        env=environment,
+    )
+    assert "Traceback" not in done.stderr
