@@ -33,7 +33,7 @@ def run(
     Under torchrun every process calls this; only the first one writes.
     """
     from distilldsm.training.distributed import training_processes
-    from distilldsm.training.loop import choose_device
+    from distilldsm.training.setup import choose_device
 
     with training_processes(choose_device(config.device, 0).type) as processes:
         if not processes.is_main:

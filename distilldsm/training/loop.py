@@ -30,6 +30,7 @@ from distilldsm.training.distributed import Processes
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
+from distilldsm.training.setup import choose_bf16, choose_device, hash_seed, make_optimizer, seed_everything
 from distilldsm.training.validation import validate
 
 RESUME = "resume.safetensors"
@@ -359,56 +360,3 @@ class _Steps(torch.utils.data.Dataset):
 
 def _keep(item: Any) -> Any:
     return item
-
-
-def hash_seed(*parts: int) -> int:
-    """One seed from several whole numbers, well mixed and the same on every machine."""
-    return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
-
-
-def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed torch; with `deterministic`, ask for algorithms that repeat (where a GPU lacks one, torch warns)."""
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Filling every new tensor costs a tenth of a step on a CPU and only matters to code that reads what it never wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = not deterministic
-
-
-def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` takes the GPU if there is one.
-
-    Raises:
-        ConfigError: `cuda` without a GPU.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no GPU can be used", where="train.device", seen="cuda", mend="use auto or cpu")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    return torch.device("cuda", local_rank)
-
-
-def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16; `auto`: where the hardware multiplies bf16 itself."""
-    if precision != "auto":
-        return precision == "bf16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported()
-    checks = ("_is_avx512_bf16_supported", "_is_amx_tile_supported")
-    return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
-
-
-def make_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
-    """The configured optimizer; weight decay acts on convolution weights only, not on biases and norms."""
-    decayed = [p for p in network.parameters() if p.ndim > 1]
-    others = [p for p in network.parameters() if p.ndim <= 1]
-    groups = [
-        {"params": decayed, "weight_decay": config.weight_decay},
-        {"params": others, "weight_decay": 0.0},
-    ]
-    if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
-    if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)

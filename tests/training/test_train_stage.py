@@ -22,7 +22,8 @@ from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import to_mapping
 from distilldsm.training.checkpoint import load_network
-from distilldsm.training.loop import Trainer, choose_device
+from distilldsm.training.loop import Trainer
+from distilldsm.training.setup import choose_device
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -20,9 +20,9 @@ from distilldsm.errors import DataError
 from distilldsm.models.registry import build_model
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.ema import WeightAverage
-from distilldsm.training.loop import choose_bf16, hash_seed, make_optimizer
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
+from distilldsm.training.setup import choose_bf16, hash_seed, make_optimizer
 from distilldsm.training.validation import class_dice
 from tests.data.volumes import write_dataset
 

@@ -1,0 +1,49 @@
+"""The README's commands exist and mean what it says; the pipeline test runs them, here each is checked for its form."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from distilldsm.cli import _parser
+from tests.test_presets import composed
+
+ROOT = Path(__file__).resolve().parent.parent
+TEXT = (ROOT / "README.md").read_text()
+COMMANDS = [
+    line.split("#")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
+    for line in block.splitlines()
+    if line.split("#")[0].strip()
+]
+
+
+def test_the_first_command_is_the_demo():
+    assert COMMANDS[0] == "make demo"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command):
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif words[:2] == ["distilldsm", "compose"]:
+        composed(*words[2:])
+    elif words[0] == "distilldsm":
+        _parser().parse_args(words[1:])
+    elif words[:3] == ["dvc", "exp", "run"]:
+        composed(*[word for word in words[3:] if word != "-S"])
+    elif "components.train" in words:
+        assert (ROOT / "components" / "train.py").is_file()
+    elif words[:3] == ["python", "-m", "benchmarks.pipeline"]:
+        composed(*[word for word in words[3:] if "=" in word])
+    else:
+        assert command in ("dvc repro", "source .venv/bin/activate"), f"no check for: {command}"
+
+
+def test_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        assert target.startswith("https://") or (ROOT / target).exists(), target
