@@ -116,7 +116,7 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="download", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distilldsm download", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--output", type=Path, default=Path("data/raw"))
     args = parser.parse_args(argv)

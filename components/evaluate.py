@@ -238,7 +238,7 @@ def _track(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distilldsm evaluate", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))

@@ -70,7 +70,7 @@ def run(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="export", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distilldsm export", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")

@@ -37,7 +37,7 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="preprocess", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distilldsm preprocess", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--validation", type=Path, default=Path("data/validation"))

@@ -128,7 +128,7 @@ def _train_as_main(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="train", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distilldsm train", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))

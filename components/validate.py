@@ -94,7 +94,7 @@ def _write(work: Path, report: Mapping[str, Any], table: CaseTable) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="validate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="distilldsm validate", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--output", type=Path, default=Path("data/validation"))

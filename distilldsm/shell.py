@@ -53,7 +53,7 @@ def run_shell(run: Callable[[], None]) -> int:
         if package not in _EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
             raise
         print(f"error: this command needs the package '{package}', which is not installed", file=sys.stderr)
-        print(f"  mend: pip install 'distilldsm[{_EXTRAS[package]}]'", file=sys.stderr)
+        print(f"  mend: in the repository, pip install '.[{_EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except OSError as error:
         if os.environ.get("DISTILLDSM_DEBUG"):

@@ -323,7 +323,7 @@ def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
         (ConfigError("bad key"), 2, "error: bad key"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied"),
-        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install 'distilldsm[train]'"),
+        (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install '.[train]'"),
     ):
         assert run_shell(raising(error)) == code
         captured = capsys.readouterr()

@@ -33,7 +33,8 @@ def model_card(
         "",
         "## Use",
         "",
-        "    pip install distilldsm",
+        "With the Python package `distilldsm` installed (no PyTorch needed):",
+        "",
         f"    distilldsm predict MODEL_DIR {scans} -o mask.nii.gz",
         "",
         (
