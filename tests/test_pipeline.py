@@ -36,7 +36,7 @@ def run(*command: str, cwd: Path, check: bool = True) -> subprocess.CompletedPro
         "DO_NOT_TRACK": "1",
     }
     environment.pop("MLFLOW_TRACKING_URI", None)
-    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=400)
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=900)
     if check and done.returncode:
         raise AssertionError(f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}")
     return done
