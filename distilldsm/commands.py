@@ -274,18 +274,12 @@ def summary(args: argparse.Namespace) -> None:
 
 def _over_folds(tables: list[dict[str, Any]]) -> str:
     """Mean and sample standard deviation of the folds' mean Dice, per label."""
-    import statistics
+    from distilldsm.evaluation.tables import over_folds
 
-    labels = [label for label in tables[0]["labels"] if all(label in t["labels"] for t in tables)]
-    width = max(len(label) for label in [*labels, "label"]) + 2
+    rows = over_folds(tables)
+    width = max(len(label) for label in [*(row[0] for row in rows), "label"]) + 2
     lines = [f"over {len(tables)} folds", f"{'label':{width}}{'Dice':>8}{'sd':>8}"]
-    for label in labels:
-        values = [t["labels"][label]["dice"]["mean"] for t in tables]
-        defined = [v for v in values if v is not None]
-        if defined:
-            sd = statistics.stdev(defined) if len(defined) > 1 else 0.0
-            lines.append(f"{label:{width}}{statistics.fmean(defined):8.4f}{sd:8.4f}")
-    return "\n".join(lines)
+    return "\n".join(lines + [f"{label:{width}}{mean:8.4f}{sd:8.4f}" for label, mean, sd, _ in rows])
 
 
 def _print_json(value: object) -> None:

@@ -6,13 +6,13 @@ Each field is documented under it, with its unit; checks across fields stand in 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from distilldsm.errors import ConfigError
 from distilldsm.models.registry import MODEL_NAMES
-from distilldsm.params import from_mapping, load_yaml
+from distilldsm.params import from_mapping, load_yaml, set_values
 
 Modality = Literal["MRI", "CT", "PET", "US", "other"]
 
@@ -340,10 +340,13 @@ class ExportConfig:
     """Largest fraction of voxels whose label may differ; above it the stage fails."""
     register_model: bool = True
     """Register the exported model in the MLflow model registry."""
+    min_dice: float = 0.0
+    """Lowest mean Dice over labels and folds with which Kubeflow exports and registers; 0: always."""
 
     def __post_init__(self) -> None:
         _require(self.parity_cases >= 1, "parity_cases", self.parity_cases, "at least 1")
         _require(0 <= self.max_voxel_difference <= 1, "max_voxel_difference", self.max_voxel_difference, "0 to 1")
+        _require(0 <= self.min_dice <= 1, "min_dice", self.min_dice, "0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -391,12 +394,18 @@ class Params:
             self.cv.folds,
             f"below preprocess.folds ({self.preprocess.folds})",
         )
+        _require(
+            self.download.source != "sample" or self.preprocess.folds <= self.download.sample.subjects,
+            "preprocess.folds",
+            self.preprocess.folds,
+            f"at most download.sample.subjects ({self.download.sample.subjects})",
+        )
 
 
-def load_params(path: str | os.PathLike[str] = "params.yaml") -> Params:
-    """Read and check `params.yaml`.
+def load_params(path: str | os.PathLike[str] = "params.yaml", assignments: Iterable[str] = ()) -> Params:
+    """Read and check `params.yaml`, after assignments such as `train.epochs=3`.
 
     Raises:
         ConfigError: names the file, the section and key, the value and what is allowed.
     """
-    return from_mapping(Params, load_yaml(path), where=os.fspath(path))
+    return from_mapping(Params, set_values(load_yaml(path), assignments), where=os.fspath(path))

@@ -8,7 +8,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -74,6 +74,34 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
         if error.where:
             raise
         raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend) from None
+
+
+def set_values(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested `values` with `section.key=value` assignments carried out; values are read as YAML.
+
+    Raises:
+        ConfigError: an assignment is none, or leads through something that is no mapping.
+    """
+    import copy
+
+    import yaml
+
+    changed: dict[str, Any] = copy.deepcopy(dict(values))
+    for assignment in assignments:
+        path, sign, text = assignment.partition("=")
+        *parents, key = path.strip().split(".")
+        if not (sign and key and all(parents)):
+            raise ConfigError("is no assignment", where="--set", seen=assignment, rule="e.g. train.epochs=3")
+        inner = changed
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"'{parent}' holds no parameters", where="--set", seen=assignment)
+        try:
+            inner[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError("the value is no YAML", where="--set", seen=assignment, rule=str(error)) from None
+    return changed
 
 
 def to_mapping(value: Any) -> Any:
