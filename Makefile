@@ -1,5 +1,6 @@
 # make demo   install, run the pipeline on the embedded sample, print Dice per label
 # make test   install, lint, types, all tests with coverage
+# make images distilldsm/{data,train,export}:VERSION; ENGINE=podman, WHEELHOUSE=dir, PIP_CONFIG=file, ... (docs/images.md)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -7,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test lint unit install clean
+.PHONY: demo test lint unit install images clean
 
 demo: install
 	dvc repro
@@ -39,6 +40,13 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt \
 		-e '.[data,train,export,pipeline,dev]'
 	touch $@
+
+ENGINE ?= docker
+images:
+	$(PYTHON) docker/build.py --engine $(ENGINE) $(if $(BASE_IMAGE),--base-image $(BASE_IMAGE)) \
+		$(if $(TORCH_BUILD),--torch-build=$(TORCH_BUILD)) $(if $(WHEELHOUSE),--wheelhouse $(WHEELHOUSE)) \
+		$(if $(PIP_CONFIG),--pip-config $(PIP_CONFIG)) $(if $(CA_BUNDLE),--ca-bundle $(CA_BUNDLE)) \
+		$(if $(BUILD_NETWORK),--network $(BUILD_NETWORK)) $(ROLES)
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

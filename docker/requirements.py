@@ -1,0 +1,30 @@
+"""What a role's image installs, a requirement a line, from the lists in pyproject.toml: `requirements.py ROLE`."""
+
+from __future__ import annotations
+
+import re
+import sys
+import tomllib
+from pathlib import Path
+
+EXTRAS = {"data": "data", "train": "train", "export": "export"}
+LEFT_OUT = {
+    "data": {"openvino"},  # only predict and export open it
+    "train": {"openvino", "mlflow"},
+    "export": set(),
+}
+# mlflow-skinny logs to a server; with the two SQL packages it opens SQLite too, at a quarter of mlflow's size.
+MLFLOW = ["mlflow-skinny", "sqlalchemy", "alembic", "pandas"]
+ADDED = {"data": [], "train": MLFLOW, "export": MLFLOW}
+
+
+def requirements(role: str, project: Path) -> list[str]:
+    """The requirements of a role, without torch's build (the Dockerfile installs torch first)."""
+    table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+    wanted = [*table["dependencies"], *table["optional-dependencies"][EXTRAS[role]], *ADDED[role]]
+    names = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower(): line for line in wanted}
+    return [line for name, line in names.items() if name not in LEFT_OUT[role]]
+
+
+if __name__ == "__main__":
+    print("\n".join(requirements(sys.argv[1], Path(sys.argv[2]))))

@@ -1,0 +1,13 @@
+#!/bin/sh
+# slim.sh SITE_PACKAGES [no-bytecode]: remove what no program here reads at run time. Without bytecode an image is smaller
+# and its programs start later.
+set -eu
+cd "$1"
+find . -type d -name tests -prune -exec rm -rf {} +
+find . -type f \( -name '*.pyi' -o -name '*.pxd' -o -name '*.a' \) -delete
+rm -rf torch/include torch/test torch/share torch/bin/test_* torch/bin/protoc* onnx/backend/test/data
+# OpenVINO runs on the CPU here; its plug-ins for GPU and NPU would look for drivers that an image does not have.
+rm -rf openvino/include openvino/libs/libopenvino_intel_[gn]pu_plugin.so openvino/libs/cache.json
+if [ "${2:-}" = no-bytecode ]; then
+    find . -type d -name __pycache__ -prune -exec rm -rf {} +
+fi
