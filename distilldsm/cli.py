@@ -23,11 +23,21 @@ STAGES = {
 }
 
 
+UPPER = {
+    "pipeline": ("pipeline.cli", "main", "the same pipeline on Kubeflow: compile, run, submit, status"),
+    "lineage": ("pipeline.cli", "lineage_main", "from a DVC, MLflow or Kubeflow id to the others"),
+}
+"""Commands of the pipeline package: module, function, help."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (data, environment) or 2 (usage, parameters)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in STAGES:
-        return _run_stage(arguments[0], arguments[1:])
+        return _run_above(f"components.{arguments[0]}", "main", arguments[1:])
+    if arguments and arguments[0] in UPPER:
+        module, function, _ = UPPER[arguments[0]]
+        return _run_above(module, function, arguments[1:])
     args = _parser().parse_args(arguments)
 
     def command() -> None:
@@ -38,19 +48,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_shell(command)
 
 
-def _run_stage(stage: str, arguments: list[str]) -> int:
-    # The one place where the library looks upwards: the stages are not part of it, but users expect them under the one
-    # command. Imported by name, when asked for.
+def _run_above(module: str, function: str, arguments: list[str]) -> int:
+    # The one place where the library looks upwards: stages and pipeline are not part of it, but users expect them under
+    # the one command. Imported by name, when asked for.
     import importlib
 
-    stage_main = importlib.import_module(f"components.{stage}").main
     code = 0
 
     def command() -> None:
         nonlocal code
-        code = stage_main(arguments)
+        code = getattr(importlib.import_module(module), function)(arguments)
 
-    # Stages catch their own errors; what the shell adds here is the message for a missing package.
+    # They catch their own errors; what the shell adds here is the message for a missing package.
     return run_shell(command) or code
 
 
@@ -64,6 +73,8 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for stage, text in STAGES.items():
         commands.add_parser(stage, help=f"stage: {text}", add_help=False)
+    for name, (_, _, text) in UPPER.items():
+        commands.add_parser(name, help=text, add_help=False)
 
     predict = commands.add_parser("predict", help="a scan to a mask, on the scan's own grid")
     predict.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
