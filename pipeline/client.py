@@ -24,6 +24,10 @@ END_STATES = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 
 
+class ServerAwayError(UserError):
+    """The server does not answer now, but may later."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Connection:
     """Where Kubeflow Pipelines answers, and as whom. Secrets come from the environment, never from a command line."""
@@ -183,13 +187,14 @@ def explained(connection: Connection) -> Iterator[None]:
     except kfp_server_api.ApiException as error:
         if error.status in (401, 403):
             raise _refusal(error.status, connection, "the API") from None
-        raise UserError(
+        kind = ServerAwayError if (error.status or 0) >= 500 else UserError
+        raise kind(
             "Kubeflow Pipelines refused the request",
             where=connection.host,
             seen=f"HTTP {error.status}: {_server_message(error.body)}",
         ) from None
     except urllib3.exceptions.HTTPError as error:
-        raise UserError("the connection broke", where=connection.host, seen=str(error)[:300]) from None
+        raise ServerAwayError("the connection broke", where=connection.host, seen=str(error)[:300]) from None
 
 
 def _server_message(body: Any) -> str:
@@ -314,7 +319,7 @@ def wait(
     (kfp's own wait does not know that a run can be cancelled.)
 
     Raises:
-        UserError: access is refused, the server stays away for a minute and six polls, or `timeout_s` is over; the run
+        UserError: access is refused, the server stays away for six polls, or `timeout_s` is over; the run
             itself goes on then.
     """
     seen: dict[str, str] = {}
@@ -323,9 +328,9 @@ def wait(
         try:
             found = status(client, connection, run_id)
             misses = 0
-        except UserError as error:
+        except ServerAwayError:
             misses += 1
-            if "refused" in error.problem or misses > 6:
+            if misses > 6:
                 raise
             found = None
         if found is not None:

@@ -229,7 +229,8 @@ def apply(task: Any, step: str, cluster: Cluster, *, mlflow_secret: Any, s3_secr
     if profile.accelerator:
         task.set_accelerator_type(profile.accelerator).set_accelerator_limit(profile.accelerators)
     if profile.shared_memory:
-        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=profile.shared_memory)
+        size = profile.shared_memory
+        kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=size)  # noqa: S108
     # The image's root file system may be read-only; what programs scribble goes here.
     kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108
     for label, value in profile.node_selector.items():

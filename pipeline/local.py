@@ -1,4 +1,4 @@
-"""The whole pipeline on this machine by kfp's local runner: in subprocesses, or in the very containers of the cluster."""
+"""The whole pipeline on this machine by kfp's local runner: in subprocesses, or in the cluster's containers."""
 
 from __future__ import annotations
 

@@ -347,7 +347,7 @@ def export(
 
 
 def finish(state: str, error: str, tracking: Mapping[str, Any]) -> None:
-    """Component `finish`, run however the pipeline ended: says how, here and on the MLflow runs of this pipeline run."""
+    """Component `finish`, run however the pipeline ended: says how, here and on its MLflow runs."""
     from pipeline.lineage import mark_runs
 
     run_id = os.environ.get("KFP_RUN_ID", "")

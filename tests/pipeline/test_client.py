@@ -1,0 +1,180 @@
+"""Submission against a server that speaks Kubeflow Pipelines' API."""
+
+from __future__ import annotations
+
+import json
+import socket
+from pathlib import Path
+
+import pytest
+
+from distilldsm.errors import ConfigError, UserError
+from pipeline import cli, client
+from pipeline.client import Connection, connect, status, wait
+from tests.pipeline.kfp_server import TOKEN, FakeKfp, serving
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    for name in ("ENDPOINT", "TOKEN", "COOKIES", "NAMESPACE", "SA_TOKEN_PATH"):
+        monkeypatch.delenv(f"KF_PIPELINES_{name}", raising=False)
+    monkeypatch.setattr(client.time, "sleep", lambda seconds: None)
+    monkeypatch.chdir(ROOT)
+    with serving(FakeKfp()) as server:
+        yield server
+
+
+def run_cli(*arguments: str, capsys) -> tuple[int, str, str]:
+    code = cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_submit_uploads_a_version_starts_a_run_with_the_parameters_and_prints_the_addresses(fake, capsys):
+    command = ("submit", "--host", fake.url, "--json", "--set", "train.epochs=3", "--set", "cv.folds=[0,2]")
+    code, out, err = run_cli(*command, "--mlflow-secret", "our-mlflow", "--experiment", "exp", capsys=capsys)
+    assert code == 0, err
+    answer = json.loads(out)
+    assert answer["run_url"] == f"{fake.url}/#/runs/details/run-0"
+    run = fake.runs[0]
+    assert run["experiment_id"] == "e0"
+    assert fake.experiments[0]["display_name"] == "exp"
+    assert run["pipeline_version_reference"] == {"pipeline_id": "p0", "pipeline_version_id": "v0"}
+    inputs = run["runtime_config"]["parameters"]
+    assert inputs["train"]["epochs"] == 3
+    assert inputs["folds"] == [0, 2]
+    assert inputs["mlflow_secret"] == "our-mlflow"
+    assert fake.packages[0][0]["pipelineInfo"]["name"] == "distilldsm"
+
+    # The same pipeline again: no second version.
+    code, out, _ = run_cli(*command, capsys=capsys)
+    assert code == 0
+    assert (len(fake.versions), len(fake.pipelines), len(fake.runs)) == (1, 1, 2)
+    # Another one: a second version of the same pipeline.
+    code, _, _ = run_cli(*command, "--profile", "train=gpu-4", capsys=capsys)
+    assert code == 0
+    assert (len(fake.versions), len(fake.pipelines)) == (2, 1)
+
+
+def test_caching_service_account_and_schedule_are_passed_on(fake, capsys):
+    command = ("submit", "--host", fake.url, "--service-account", "trainer", "--no-cache", "--cron", "0 0 2 * * *")
+    code, out, err = run_cli(*command, capsys=capsys)
+    assert code == 0, err
+    assert "recurring run rec-0" in out
+    job = fake.recurring[0]
+    assert job["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *"
+    assert job["service_account"] == "trainer"
+    assert not fake.runs
+
+
+def test_wait_tells_each_change_and_ends_with_success_only_for_success(fake, capsys):
+    fake.tasks = [
+        {"task_id": "1", "display_name": "Train", "state": "RUNNING"},
+        {"task_id": "2", "display_name": "Validate", "state": "FAILED", "error": {"code": 9, "message": "bad data"}},
+    ]
+    code, out, _ = run_cli("submit", "--host", fake.url, "--wait", capsys=capsys)
+    assert code == 0
+    assert out.count("Train: RUNNING") == 1
+    assert "Validate: FAILED  bad data" in out
+    for end in ("FAILED", "CANCELED"):
+        fake.states = ["RUNNING", end]
+        code, out, err = run_cli("status", "run-0", "--host", fake.url, "--wait", capsys=capsys)
+        assert code == 1
+        assert "did not succeed" in err
+
+
+def test_wait_outlives_a_server_that_is_away_for_a_while(fake):
+    connection = Connection(host=fake.url)
+    api = connect(connection)
+    fake.runs.append({"run_id": "r", "display_name": "n"})
+    failures = iter([503, 503, 503])
+    fake.refuse = lambda method, path: (code, "later") if "/runs/" in path and (code := next(failures, None)) else None
+    assert wait(api, connection, "r", say=lambda line: None)["state"] == "SUCCEEDED"
+    fake.refuse = lambda method, path: (503, "gone") if "/runs/" in path else None
+    with pytest.raises(UserError, match="gone"):
+        wait(api, connection, "r", say=lambda line: None)
+
+
+def test_status_of_a_run_that_is_not_there(fake):
+    connection = Connection(host=fake.url)
+    with pytest.raises(UserError, match="Run nothing not found"):
+        status(connect(connection), connection, "nothing")
+
+
+def test_token_and_cookies_come_from_the_environment_and_reach_every_request(fake, capsys, monkeypatch):
+    fake.token = TOKEN
+    code, _, err = run_cli("submit", "--host", fake.url, capsys=capsys)
+    assert code == 1
+    assert "no token and no cookies" in err
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "stale")
+    code, _, err = run_cli("submit", "--host", fake.url, capsys=capsys)
+    assert code == 1
+    assert "expired" in err
+    assert "stale" not in err
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", TOKEN)
+    monkeypatch.setenv("KF_PIPELINES_COOKIES", "authservice_session=abc")
+    fake.requests.clear()
+    code, _, err = run_cli("submit", "--host", fake.url, capsys=capsys)
+    assert code == 0, err
+    for _, target, headers in fake.requests:
+        assert headers["authorization"] == f"Bearer {TOKEN}", target
+        assert headers["cookie"] == "authservice_session=abc", target
+
+
+def test_a_token_that_expires_in_the_middle(fake, capsys):
+    fake.refuse = lambda method, path: (401, "expired") if path.endswith("/runs") and method == "POST" else None
+    code, _, err = run_cli("submit", "--host", fake.url, capsys=capsys)
+    assert code == 1
+    assert "KF_PIPELINES_TOKEN" in err
+
+
+def test_the_token_of_a_pod_is_used(fake, monkeypatch, tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
+    assert Connection.from_environment(fake.url).token == TOKEN
+
+
+@pytest.mark.parametrize(
+    ("host", "words"),
+    [
+        (None, "KF_PIPELINES_ENDPOINT"),
+        ("kubeflow.example", "http://"),
+        ("http://me:secret@kubeflow.example", "KF_PIPELINES_TOKEN"),
+    ],
+)
+def test_hosts_that_are_none(fake, host, words):
+    with pytest.raises(ConfigError, match=words) as caught:
+        Connection.from_environment(host)
+    assert "secret" not in str(caught.value)
+
+
+def test_nobody_there_and_somebody_else_there(fake):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with pytest.raises(UserError, match="does not answer"):
+        connect(Connection(host=f"http://127.0.0.1:{port}"))
+    fake.refuse = lambda method, path: (404, "what?")
+    with pytest.raises(UserError, match="no Kubeflow Pipelines of version 2"):
+        connect(Connection(host=fake.url))
+    fake.refuse = lambda method, path: None
+    fake.answer = lambda *request: (200, b"<html>Log in</html>")  # type: ignore[method-assign]
+    with pytest.raises(UserError, match="not as Kubeflow Pipelines"):
+        connect(Connection(host=fake.url))
+
+
+def test_wrong_parameters_are_refused_before_the_server_is_asked(fake, capsys):
+    for wrong, words in (
+        ("train.epoch=3", "did you mean 'epochs'"),
+        ("cv.folds=[7]", "below preprocess.folds"),
+        ("preprocess.folds=99", "at most download.sample.subjects"),
+        ("train.model.name=unet", "one of"),
+    ):
+        code, _, err = run_cli("submit", "--host", fake.url, "--set", wrong, capsys=capsys)
+        assert code == 2
+        assert words in err
+    code, _, err = run_cli("submit", "--host", fake.url, "--cron", "2 * * *", capsys=capsys)
+    assert code == 2
+    assert not fake.requests

@@ -1,0 +1,214 @@
+"""The whole pipeline by kfp's local runner, in subprocesses, on a tiny data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distilldsm.errors import ConfigError
+from distilldsm.export.package import verify
+from pipeline import stages
+from pipeline.lineage import lineage
+
+ROOT = Path(__file__).resolve().parents[2]
+TINY = [
+    "download.sample.subjects=6",
+    "preprocess.folds=3",
+    "train.model.options.width=0.25",
+    "train.epochs=1",
+    "train.validate_every=1",
+    "export.parity_cases=1",
+]
+
+
+def run_pipeline(cwd: Path, *assignments: str) -> subprocess.CompletedProcess[str]:
+    shutil.copytree(ROOT / "conf", cwd / "conf", dirs_exist_ok=True)
+    shutil.copy(ROOT / "params.yaml", cwd)
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--local"]
+    for assignment in (*TINY, *assignments):
+        command += ["--set", assignment]
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def artifacts(cwd: Path, name: str) -> list[Path]:
+    return sorted((cwd / "kfp-runs").rglob(name))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    cwd = tmp_path_factory.mktemp("kfp")
+    return cwd, run_pipeline(cwd, "cv.folds=[0,1]")
+
+
+@pytest.mark.slow
+def test_two_folds_from_download_to_registered_models(finished, monkeypatch):
+    cwd, done = finished
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "SUCCEEDED" in done.stdout
+    packages = artifacts(cwd, "metadata.json")
+    assert [verify(path.parent).fold for path in packages] == [0, 1]
+    [summary] = artifacts(cwd, "summary")
+    assert "Folds 0, 1." in summary.read_text()
+    reports = [path.read_text() for path in artifacts(cwd, "report")]
+    assert len(reports) == 3  # of the validation and of two evaluations
+    assert all(text.lstrip().lower().startswith("<!doctype html") for text in reports)
+
+
+@pytest.mark.slow
+def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monkeypatch):
+    cwd, _ = finished
+    monkeypatch.chdir(cwd)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    [folder] = (cwd / "kfp-runs").iterdir()
+    found = lineage(folder.name)
+    assert found["kind"] == "kfp"
+    assert [run["fold"] for run in sorted(found["runs"], key=lambda run: run["fold"])] == ["0", "1"]
+    assert all(run["status"] == "FINISHED" and run["models"] and run["datasets"] for run in found["runs"])
+    outputs = [json.loads(path.read_text()) for path in artifacts(cwd, "executor_output.json")]
+    models = [
+        artifact["metadata"]["mlflow_run_id"]
+        for output in outputs
+        for name, listed in output.get("artifacts", {}).items()
+        if name == "model"
+        for artifact in listed["artifacts"]
+    ]
+    assert sorted(models) == sorted(run["mlflow_run_id"] for run in found["runs"])
+    one = found["runs"][0]
+    assert lineage(one["mlflow_run_id"])["runs"][0]["kfp_run_id"] == folder.name
+    assert lineage(folder.name[:18])["kind"] == "kfp"
+    model = one["models"][0]
+    assert lineage(f"{model['name']}/{model['version']}")["runs"][0]["mlflow_run_id"] == one["mlflow_run_id"]
+    from distilldsm.errors import DataError
+
+    with pytest.raises(DataError, match="no identifier"):
+        lineage("0123456789abcdef")
+
+
+@pytest.mark.slow
+def test_below_the_threshold_nothing_is_exported(tmp_path):
+    done = run_pipeline(tmp_path, "export.min_dice=1.0")
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "not passed: nothing is exported" in done.stdout
+    assert len(artifacts(tmp_path, "model.json")) == 2  # the fold's own, and among the folds
+    assert not artifacts(tmp_path, "model.onnx")
+
+
+@pytest.mark.slow
+def test_a_failing_step_is_shown_and_the_exit_handler_runs(tmp_path):
+    done = run_pipeline(tmp_path, "download.source=nowhere.tar")
+    assert done.returncode == 1
+    assert "file or folder not found" in done.stdout
+    assert "FAILED" in done.stdout
+    assert "pipeline failed" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert artifacts(tmp_path, "finish")  # the exit handler's folder
+    assert not artifacts(tmp_path, "validate")
+
+
+def test_parameters_are_checked_before_anything_runs(tmp_path):
+    done = run_pipeline(tmp_path, "preprocess.folds=7")
+    assert done.returncode == 2
+    assert "preprocess.folds" in done.stderr
+    assert not (tmp_path / "kfp-runs").exists()
+
+
+class FakeArtifact:
+    def __init__(self, path: Path) -> None:
+        self.path, self.metadata, self.logged = str(path), {}, {}
+
+    def log_metric(self, key, value):
+        self.logged[key] = value
+
+
+def test_a_component_of_another_version_refuses_to_run(monkeypatch, capsys):
+    monkeypatch.setenv(stages.VERSION_VARIABLE, "0.0.1")
+    with pytest.raises(SystemExit) as ended, stages.component("train"):
+        raise AssertionError("must not get here")
+    assert ended.value.code == 2
+    assert "0.0.1" in capsys.readouterr().err
+
+
+def test_the_component_check_names_the_wrong_parameter(capsys):
+    with pytest.raises(SystemExit) as ended:
+        stages.check([0.0], {"train": {"epochs": 3.5}})
+    assert ended.value.code == 2
+    assert "pipeline parameters.train.epochs" in capsys.readouterr().err
+
+
+def test_unfinished_work_is_kept_where_it_outlives_the_pod(tmp_path, monkeypatch):
+    monkeypatch.setenv(stages.WORK_VARIABLE, str(tmp_path / "work"))
+    artifact = FakeArtifact(tmp_path / "pod" / "model")
+    with pytest.raises(RuntimeError), stages.resumable_output(artifact, "k") as target:
+        target.mkdir(parents=True)
+        (target / "half").write_text("1")
+        raise RuntimeError("the pod is taken away")
+    with stages.resumable_output(artifact, "k") as target:
+        assert (target / "half").read_text() == "1"
+    assert (tmp_path / "pod" / "model" / "half").read_text() == "1"
+    assert not target.exists()
+
+
+def evaluation(path: Path, fold: int, dice: dict[str, float | None]) -> FakeArtifact:
+    path.mkdir(parents=True)
+    known = [d for d in dice.values() if d is not None]
+    mean = sum(known) / len(known) if known else None
+    labels = {label: {"dice": {"mean": value}} for label, value in dice.items()}
+    (path / "summary.json").write_text(json.dumps({"fold": fold, "labels": labels, "mean": {"dice": mean}}))
+    return FakeArtifact(path)
+
+
+@pytest.mark.parametrize(("threshold", "passed"), [(0.0, True), (0.75, True), (0.76, False)])
+def test_the_gate_is_the_mean_over_labels_and_folds(tmp_path, threshold, passed):
+    tables = [
+        evaluation(tmp_path / "a", 0, {"x": 0.8, "y": 0.6}),
+        evaluation(tmp_path / "b", 1, {"x": 0.9, "y": 0.7}),
+    ]
+    models = []
+    for fold in (0, 1):
+        (tmp_path / f"m{fold}").mkdir()
+        (tmp_path / f"m{fold}" / "model.json").write_text(json.dumps({"fold": fold}))
+        models.append(FakeArtifact(tmp_path / f"m{fold}"))
+    folds, summary, metrics = (FakeArtifact(tmp_path / name) for name in ("folds", "summary", "metrics"))
+    assert stages.cross_validate({"min_dice": threshold}, tables, models, folds, summary, metrics) is passed
+    assert metrics.logged == pytest.approx({"dice_x": 0.85, "dice_y": 0.65, "dice": 0.75})
+    assert "| x | 0.8500 | 0.0707 | 2 |" in Path(summary.path).read_text()
+    assert json.loads((tmp_path / "folds" / "fold1" / "model.json").read_text()) == {"fold": 1}
+
+
+def test_the_confusion_matrix_counts_pairs(tmp_path):
+    (tmp_path / "c.csv").write_text("actual,predicted\nb,b\nbackground,b\nb,b\nbackground,background\n")
+    assert stages.confusion_matrix(tmp_path / "c.csv") == (["background", "b"], [[1, 1], [0, 2]])
+
+
+def test_sections_refuse_what_params_yaml_refuses():
+    from distilldsm.config import TrainConfig
+
+    assert stages.section(TrainConfig, {"epochs": 4.0}, "train").epochs == 4
+    with pytest.raises(ConfigError, match="did you mean 'epochs'"):
+        stages.section(TrainConfig, {"epoch": 4.0}, "train")
+
+
+def test_no_secret_reaches_the_yaml(tmp_path, monkeypatch):
+    planted = "planted-secret-value"
+    for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "KF_PIPELINES_TOKEN"):
+        monkeypatch.setenv(name, planted)
+    from distilldsm.config import load_params
+    from pipeline.cluster import load_cluster
+    from pipeline.compilation import compile_pipeline
+    from pipeline.definition import Images
+
+    compile_pipeline(
+        tmp_path / "p.yaml", load_params(ROOT / "params.yaml"), load_cluster(ROOT / "conf/cluster.yaml"), Images()
+    )
+    text = (tmp_path / "p.yaml").read_text()
+    assert planted not in text
+    assert "AWS_SECRET_ACCESS_KEY" in str(list(yaml.safe_load_all(text))[1])
