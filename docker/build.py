@@ -45,10 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("roles", nargs="*", metavar="ROLE", help=f"of {', '.join(ROLES)}; default: all")
     parser.add_argument("--engine", default="docker", help="docker, podman or buildah (default: %(default)s)")
-    parser.add_argument("--prefix", default="distilldsm", help="of the tags PREFIX/ROLE:VERSION (default: %(default)s)")
+    parser.add_argument("--prefix", default="distilldsm", help="of the tags: PREFIX/ROLE:VERSION (%(default)s)")
     parser.add_argument("--base-image", help="has python3 >= 3.11 with venv (default: see docker/Dockerfile)")
     parser.add_argument(
-        "--torch-build", default="", help="local version of torch, e.g. +cpu; default: the index's choice"
+        "--torch-build", default="", help="local version of torch, e.g. +cpu; default: the index chooses"
     )
     parser.add_argument("--wheelhouse", type=Path, help="folder of wheels to install from, without any index")
     parser.add_argument("--pip-config", type=Path, help="pip's configuration file, given to the build as a secret")
