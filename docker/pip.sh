@@ -7,4 +7,4 @@ fi
 if ls /run/wheels/*.whl >/dev/null 2>&1; then
     export PIP_NO_INDEX=1 PIP_FIND_LINKS=/run/wheels
 fi
-exec /opt/build/bin/pip --python /opt/venv/bin/python install "$@"
+exec /opt/build/bin/pip --python /opt/venv/bin/python install --no-compile "$@"

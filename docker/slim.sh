@@ -8,6 +8,8 @@ find . -type f \( -name '*.pyi' -o -name '*.pxd' -o -name '*.a' \) -delete
 rm -rf torch/include torch/test torch/share torch/bin/test_* torch/bin/protoc* onnx/backend/test/data
 # OpenVINO runs on the CPU here; its plug-ins for GPU and NPU would look for drivers that an image does not have.
 rm -rf openvino/include openvino/libs/libopenvino_intel_[gn]pu_plugin.so openvino/libs/cache.json
-if [ "${2:-}" = no-bytecode ]; then
-    find . -type d -name __pycache__ -prune -exec rm -rf {} +
+if [ "${2:-}" != no-bytecode ]; then
+    # pip compiles nothing here: it would also compile what is removed above, and on one core. Templates that are no
+    # Python do not compile, which is no error.
+    /opt/venv/bin/python -m compileall -q -j 0 . >/dev/null || true
 fi

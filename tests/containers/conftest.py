@@ -30,6 +30,8 @@ class BuiltImages:
     """The docker command they were built with."""
     secret: str
     """A word that stood in both secrets of the build."""
+    commit: str
+    """What the working tree was when they were built."""
     cpu: bool
     """Whether PyTorch is the build without CUDA."""
     data: str = f"distilldsm/data:{__version__}"
@@ -57,7 +59,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator
                 path.write_text(json.dumps({"skipped": str(reason)}))
                 raise
         path.write_text(json.dumps({**state, "users": [*state.get("users", []), os.getpid()]}))
-    yield BuiltImages(host=state["host"], cli=state["cli"], secret=state["secret"], cpu=state["cpu"])
+    yield BuiltImages(**{name: state[name] for name in ("host", "cli", "secret", "commit", "cpu")})
     with lock:
         state = engine.read_state(path)
         # A worker that crashed is none any more.
@@ -78,9 +80,10 @@ def _start(shared: Path) -> dict:
     given["ca_bundle"].write_text(f"# {word}\n{Path(certifi.where()).read_text()}")
     # A short path: a socket's name has a hundred characters at most.
     state = engine.start_engine(Path(tempfile.mkdtemp(prefix="dsm-engine-")))
+    commit = engine.git_commit()
     try:
         engine.build_images(cli, str(state["host"]), wheels, given, shared / "build.log")
     except BaseException:
         engine.stop_engine(state)
         raise
-    return {**state, "cli": cli, "secret": word, "cpu": any(wheels.glob("torch-*+cpu-*"))}
+    return {**state, "cli": cli, "secret": word, "commit": commit, "cpu": any(wheels.glob("torch-*+cpu-*"))}

@@ -160,6 +160,12 @@ def build_images(cli: str, host: str, wheels: Path, secrets: dict[str, Path], lo
         pytest.fail("the images cannot be built:\n" + log.read_text(errors="replace")[-3000:])
 
 
+def git_commit() -> str:
+    """The commit of the working tree."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 def read_state(path: Path) -> dict:
     """What the worker that started the engine left for the others."""
     return json.loads(path.read_text()) if path.is_file() else {}

@@ -39,11 +39,6 @@ def run(client: docker.DockerClient, image: str, *command: str, user: str = "543
     return client.containers.run(image, list(command), user=user, stderr=True, remove=True, **options).decode()
 
 
-def git_commit() -> str:
-    command = ["git", "-C", str(ROOT), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-
-
 @pytest.mark.parametrize("role", ROLES)
 def test_labels_and_configuration(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
     config = client.images.get(images.tag(role)).attrs["Config"]
@@ -51,7 +46,7 @@ def test_labels_and_configuration(images: BuiltImages, client: docker.DockerClie
     assert labels["org.opencontainers.image.version"] == __version__
     assert labels["org.opencontainers.image.licenses"] == "Apache-2.0"
     assert labels["org.opencontainers.image.title"] == f"distilldsm {role}"
-    assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == git_commit()
+    assert labels["org.opencontainers.image.revision"].removesuffix("-dirty") == images.commit
     assert config["User"] == "10001:10001"
     assert not config["Entrypoint"]
     environment = dict(entry.split("=", 1) for entry in config["Env"])

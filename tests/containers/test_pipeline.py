@@ -1,0 +1,90 @@
+"""The whole Kubeflow pipeline in the images, on a tiny data set."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distilldsm.export.package import verify
+from tests.containers.conftest import BuiltImages
+from tests.containers.engine import ROOT
+
+pytestmark = [pytest.mark.containers, pytest.mark.slow]
+
+TINY = [
+    "download.sample.subjects=6",
+    "preprocess.folds=3",
+    "cv.folds=[0]",
+    "train.model.options.width=0.25",
+    "train.epochs=1",
+    "train.validate_every=1",
+    "export.parity_cases=1",
+]
+
+
+def run_in_containers(cwd: Path, images: BuiltImages, *assignments: str) -> subprocess.CompletedProcess[str]:
+    shutil.copytree(ROOT / "conf", cwd / "conf")
+    shutil.copy(ROOT / "params.yaml", cwd)
+    command = [sys.executable, "-m", "pipeline.cli", "run", "--local", "--runner", "docker", "--engine", images.host]
+    for assignment in (*TINY, *assignments):
+        command += ["--set", assignment]
+    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}
+    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def artifacts(cwd: Path, name: str) -> list[Path]:
+    return sorted((cwd / "kfp-runs").rglob(name))
+
+
+@pytest.fixture(scope="module")
+def finished(images: BuiltImages, tmp_path_factory: pytest.TempPathFactory):
+    cwd = tmp_path_factory.mktemp("containers")
+    return cwd, run_in_containers(cwd, images)
+
+
+def test_from_download_to_the_exported_model(finished) -> None:
+    cwd, done = finished
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    [metadata] = artifacts(cwd, "metadata.json")
+    assert verify(metadata.parent).fold == 0
+    manifests = {m["stage"]: m for m in (json.loads(path.read_text()) for path in artifacts(cwd, "manifest.json"))}
+    assert {"download", "validate", "preprocess", "train", "evaluate", "export"} <= manifests.keys()
+    # Each stage ran in its own image: what is installed there differs.
+    assert "torch" not in manifests["preprocess"]["packages"]
+    assert "torch" in manifests["train"]["packages"]
+    assert "onnxruntime" not in manifests["train"]["packages"]
+    assert "onnxruntime" in manifests["export"]["packages"]
+    assert {path.stat().st_uid for path in (cwd / "kfp-runs").rglob("*")} == {os.getuid()}
+
+
+def test_the_mlflow_run_in_the_callers_store(finished, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlflow import MlflowClient
+
+    cwd, _ = finished
+    client = MlflowClient(tracking_uri=f"sqlite:///{cwd}/mlflow.db")
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    [run] = client.search_runs(experiments)
+    assert run.info.status == "FINISHED"
+    [folder] = (cwd / "kfp-runs").iterdir()
+    assert run.data.tags["kfp_run_id"] == folder.name
+    assert len(run.data.tags["git_commit"].removesuffix("-dirty")) == 40
+    assert "val_dice_mean" in run.data.metrics
+    assert any(name.startswith("export_openvino") for name in run.data.metrics)
+    [model] = client.search_registered_models()
+    assert client.get_model_version_by_alias(model.name, "candidate").run_id == run.info.run_id
+
+
+def test_a_failing_step_fails_the_pipeline(images: BuiltImages, tmp_path: Path) -> None:
+    done = run_in_containers(tmp_path, images, "download.source=nowhere.tar")
+    assert done.returncode == 1
+    assert "file or folder not found" in done.stdout
+    assert "ended with exit code 1" in done.stdout
+    assert "pipeline failed" in done.stderr
+    assert not artifacts(tmp_path, "validation")
