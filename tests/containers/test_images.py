@@ -81,8 +81,8 @@ def test_no_compiler_and_no_pip(images: BuiltImages, client: docker.DockerClient
     names = "gcc cc c99 g++ c++ clang tcc cpp ld as make cmake nvcc pip pip3"
     found = run(client, images.tag(role), "sh", "-c", f"for n in {names}; do command -v $n; done; true", user="0:0")
     assert found == ""
-    cc1 = run(client, images.tag(role), "sh", "-c", "find / -xdev -name 'cc1*' -o -xdev -name 'libgcc.a'", user="")
-    assert [line for line in cc1.splitlines() if "Permission denied" not in line] == []
+    searched = "find / -xdev -name cc1 -o -xdev -name cc1plus -o -xdev -name 'libgcc.a' 2>/dev/null; true"
+    assert run(client, images.tag(role), "sh", "-c", searched, user="0:0") == ""
 
 
 def test_no_torch_in_the_data_image(images: BuiltImages, client: docker.DockerClient) -> None:
@@ -144,4 +144,4 @@ def test_the_pip_configuration_reaches_pip(images: BuiltImages, tmp_path) -> Non
     environment = {"DOCKER_BUILDKIT": "1", "PATH": "/usr/local/bin:/usr/bin:/bin", "HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=context, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode != 0
-    assert "invalid integer value: 'soon'" in done.stdout + done.stderr
+    assert "option timeout: invalid" in done.stdout + done.stderr
