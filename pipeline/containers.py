@@ -11,7 +11,7 @@ import codecs
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -66,8 +66,6 @@ def container_runner(
     Raises:
         UserError: the engine does not answer, an image is missing, or was built from another version.
     """
-    from dataclasses import replace
-
     settings = settings or ContainerSettings()
     settings = replace(settings, engine=engine or settings.engine)
     settings = _with_tracking(replace(settings, volumes=(*settings.volumes, root)))
@@ -76,8 +74,9 @@ def container_runner(
         check_images(client, images)
     finally:
         client.close()
-    for folder in settings.volumes:
-        folder.mkdir(parents=True, exist_ok=True)  # else the engine would make it, owned by root
+    for path in settings.volumes:
+        if not path.exists():
+            path.mkdir(parents=True)  # else the engine would make it, owned by root
     with patched_docker_runner(settings) as runner:
         yield runner
 
@@ -259,8 +258,6 @@ def _options(
 
 def _with_tracking(settings: ContainerSettings) -> ContainerSettings:
     """What the containers need to reach the MLflow store of the environment."""
-    from dataclasses import replace
-
     from distilldsm.tracking import default_uri, tracking_directory
     from distilldsm.tracking.sink import sqlite_path
 
