@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     import docker
 
 VERSION_LABEL = "org.opencontainers.image.version"
+CALLER_LABEL = "distilldsm.caller"
+"""Label of each container: the process that waits for it. Where that one was killed, its containers can be found."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "DISTILLDSM_TRACKING_DIR", "OMP_NUM_THREADS")
 """Environment variables of the caller that every container gets, and all that begin with MLFLOW_TRACKING_."""
 _PROBE_TIMEOUT_S, _TIMEOUT_S = 10, 120
@@ -242,6 +244,7 @@ def _options(
         "environment": {**passed, **environment, **settings.environment},
         "volumes": {path: {"bind": path, "mode": mode + label} for path, mode in mounts.items()},
         "user": settings.user or f"{os.getuid()}:{os.getgid()}",
+        "labels": {CALLER_LABEL: str(os.getpid())},
         "read_only": True,
         "tmpfs": {"/tmp": "rw,mode=1777"},  # noqa: S108 - the container's own
         "cap_drop": ["ALL"],
