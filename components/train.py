@@ -130,13 +130,14 @@ def _train_as_main(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distilldsm train", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
     parser.add_argument("--output", type=Path, default=None, help="default: models/fold<FOLD>")
     args = parser.parse_args(argv)
 
     def stage() -> None:
-        params = load_params(args.params)
+        params = load_params(args.params, args.set)
         run(
             params.train,
             {"preprocessed": args.preprocessed},

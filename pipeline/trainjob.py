@@ -1,7 +1,7 @@
 """The train stage on as many processes as there are GPUs: in this pod by torchrun, or as a Kubeflow Trainer TrainJob.
 
-Both start the same entry point, `components.train`. A TrainJob's pods and the one that starts it share a claim: the data
-and the parameters are put there, the model is collected from there.
+Both start the same entry point, `components.train`. A TrainJob's pods and the one that starts it share a claim: data
+and parameters are put there, the model is collected from there.
 """
 
 from __future__ import annotations

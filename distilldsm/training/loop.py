@@ -339,7 +339,9 @@ class Trainer:
         dice = "  ".join(f"{name} {value:.4f}" for name, value in record.get("val_dice", {}).items())
         print(
             f"epoch {record['epoch']}/{self.config.epochs}  loss {record['train_loss']:.4f}  "
-            f"lr {record['learning_rate']:.2e}  {record['seconds']:.1f} s" + (f"  Dice {dice}" if dice else ""),
+            f"lr {record['learning_rate']:.2e}  {record['seconds']:.1f} s"
+            # NAME=VALUE is what Katib's collector reads from a log.
+            + (f"  Dice {dice}  val_dice_mean={record['val_dice_mean']:.6f}" if dice else ""),
             file=sys.stderr,
             flush=True,
         )

@@ -1,0 +1,282 @@
+"""Trainings beyond one process: the manifest, what happens to a job that fails, and two real processes by the SDK."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from distilldsm.config import ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.errors import ConfigError, UserError
+from distilldsm.params import from_mapping, load_yaml, to_mapping
+from distilldsm.stage import output_directory, read_json
+from pipeline import trainjob
+from pipeline.trainjob import SecretVariable, TrainJobConfig, check_manifest, follow, manifest, run_train
+from tests.data.volumes import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = TrainConfig(
+    model=ModelConfig(name="distill_dsm", options={"width": 0.25}),
+    epochs=1,
+    batch_size=2,
+    device="cpu",
+    precision="fp32",
+)
+
+
+def job(**changes) -> TrainJobConfig:
+    return TrainJobConfig(**{"image": "i:1", "claim": "c", "poll_s": 0.001, **changes})
+
+
+@pytest.fixture(scope="module")
+def preprocessed(tmp_path_factory) -> Path:
+    root = tmp_path_factory.mktemp("raw")
+    output = tmp_path_factory.mktemp("data") / "preprocessed"
+    index = write_dataset(root, cases=6)
+    with output_directory(output, stage="preprocess", config={}, inputs={}) as work:
+        preprocess_dataset(root, index, PreprocessConfig(folds=3, workers=1), work)
+    return output
+
+
+class FakeApi:
+    """A cluster: the states it goes through, what the log says, and what a finished job leaves."""
+
+    def __init__(self, states, lines=(), finished=lambda built: None):
+        self.states, self.lines, self.finished = list(states), list(lines), finished
+        self.jobs: dict[str, dict] = {}
+        self.created = 0
+
+    def create(self, built):
+        self.jobs[built["metadata"]["name"]] = dict(built)
+        self.created += 1
+
+    def state(self, name):
+        state = self.states.pop(0) if len(self.states) > 1 else self.states[0]
+        if isinstance(state, BaseException):
+            raise state
+        if state == "Complete":
+            self.finished(self.jobs[name])
+        return state
+
+    def logs(self, name):
+        yield from self.lines
+
+    def delete(self, name):
+        del self.jobs[name]
+
+
+def test_the_shipped_job_is_what_trainers_api_takes():
+    shipped = from_mapping(TrainJobConfig, load_yaml(ROOT / "conf" / "trainjob.yaml"))
+    built = manifest(shipped, "n", ["--fold", "1"], {"KFP_RUN_ID": "r"})
+    trainer = built["spec"]["trainer"]
+    assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
+    assert trainer["command"] + trainer["args"] == ["torchrun", "-m", "components.train", "--fold", "1"]
+    assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "4"
+    assert {"name": "KFP_RUN_ID", "value": "r"} in trainer["env"]
+    for variable in trainer["env"]:
+        if variable["name"] != "KFP_RUN_ID":
+            assert set(variable) == {"name", "valueFrom"}
+            assert variable["valueFrom"]["secretKeyRef"]["optional"] is True
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("spec", "trainer", "numNode"), 2),
+        (("spec", "trainer", "numNodes"), "two"),
+        (("spec", "runtimePatches", 0, "trainingRuntimeSpec", "template", "spec", "jobs"), []),
+        (("spec", "runtimePatch"), [{}]),
+    ],
+)
+def test_unknown_fields_and_wrong_types_are_refused(path, value):
+    built = json.loads(json.dumps(manifest(job(), "n", [], {})))
+    inner = built
+    for key in path[:-1]:
+        inner = inner[key]
+    inner[path[-1]] = value if value != [] else [{"name": "x"}]
+    with pytest.raises(ConfigError, match="no TrainJob"):
+        check_manifest(built)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"nodes": 0}, "nodes"),
+        ({"processes": 5000}, "processes"),
+        ({"path": "work"}, "absolute"),
+        ({"timeout_s": 0}, "positive"),
+    ],
+)
+def test_impossible_jobs(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        job(**changes)
+
+
+def test_a_complete_job_is_deleted_and_its_log_shown():
+    api, said = FakeApi(["Created", "Running", "Running", "Complete"], ["epoch 1", "epoch 2"]), []
+    follow(job(), "n", manifest(job(), "n", [], {}), api, say=said.append)
+    assert not api.jobs
+    assert [line for line in said if line.startswith("n: ")] == ["n: Created", "n: Running", "n: Complete"]
+    assert [line for line in said if line.startswith("epoch")] == ["epoch 1", "epoch 2"]
+
+
+def test_a_failed_job_is_deleted_and_the_error_holds_its_last_lines():
+    api = FakeApi(["Running", "Failed"], [f"line {n}" for n in range(100)])
+    with pytest.raises(UserError, match="line 99") as caught:
+        follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+    assert "line 10\n" not in str(caught.value)
+    assert not api.jobs
+    kept = FakeApi(["Failed"])
+    with pytest.raises(UserError):
+        follow(job(keep="failed"), "n", manifest(job(), "n", [], {}), kept, say=lambda line: None)
+    assert kept.jobs
+
+
+def test_a_job_that_takes_too_long_is_deleted():
+    api = FakeApi(["Running"])
+    with pytest.raises(UserError, match="too long"):
+        follow(job(timeout_s=0.02), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+    assert not api.jobs
+
+
+def test_an_api_server_that_is_away_for_a_moment_does_not_end_it():
+    api = FakeApi(["Running", ConnectionError("away"), ConnectionError("away"), "Complete"])
+    follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+    assert not api.jobs
+
+
+def test_a_job_that_cannot_be_created():
+    api = FakeApi(["Running"])
+    api.create = lambda built: (_ for _ in ()).throw(RuntimeError("quota exceeded"))
+    with pytest.raises(UserError, match="quota exceeded"):
+        follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+
+
+def test_sigterm_as_of_a_deleted_pod_leaves_no_orphan():
+    api = FakeApi(["Running"])
+    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
+    timer.start()
+    before = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(KeyboardInterrupt):
+        follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+    assert api.created == 1
+    assert not api.jobs
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_the_model_is_collected_and_the_claim_left_clean(tmp_path, preprocessed, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://mlflow:5000")
+    shared, model = tmp_path / "work", tmp_path / "model"
+    shared.mkdir()
+
+    def train(built):
+        arguments = built["spec"]["trainer"]["args"]
+        value = {arguments[n]: arguments[n + 1] for n in range(2, len(arguments), 2)}
+        assert value["--fold"] == "1"
+        assert from_mapping(TrainConfig, load_yaml(value["--params"])["train"]) == SMALL
+        assert read_json(Path(value["--preprocessed"]) / "manifest.json") == read_json(preprocessed / "manifest.json")
+        result = Path(value["--output"])
+        result.mkdir()
+        (result / "manifest.json").write_text("{}")
+        (result / "last.safetensors").write_text("weights")
+
+    api = FakeApi(["Running", "Complete"], finished=train)
+    run_train(SMALL, {"preprocessed": preprocessed}, {"model": model}, fold=1, job=job(path=str(shared)), api=api)
+    assert (model / "last.safetensors").read_text() == "weights"
+    assert list(shared.iterdir()) == []
+
+    def again(api, path=shared):
+        run_train(SMALL, {"preprocessed": preprocessed}, {"model": model}, fold=1, job=job(path=str(path)), api=api)
+
+    # One that fails leaves its work on the claim, and the next finds it under the same name.
+    for _ in range(2):
+        with pytest.raises(UserError, match="failed"):
+            again(FakeApi(["Failed"]))
+    assert len(list(shared.iterdir())) == 1
+    with pytest.raises(UserError, match="left no model"):
+        again(FakeApi(["Complete"]))
+
+
+def test_a_claim_that_is_not_mounted(tmp_path, preprocessed):
+    with pytest.raises(UserError, match="not mounted"):
+        run_train(
+            SMALL,
+            {"preprocessed": preprocessed},
+            {"model": tmp_path / "m"},
+            fold=0,
+            job=job(path=str(tmp_path / "no")),
+            api=FakeApi(["Running"]),
+        )
+
+
+def test_secrets_are_never_values(monkeypatch):
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted")
+    secret = SecretVariable(name="AWS_SECRET_ACCESS_KEY", secret="s3", key="secretkey")
+    assert "planted" not in json.dumps(manifest(job(secrets=(secret,)), "n", [], {}))
+
+
+@pytest.mark.slow
+def test_two_processes_in_one_pod(tmp_path, preprocessed, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    model = tmp_path / "model"
+    run_train(SMALL, {"preprocessed": preprocessed}, {"model": model}, fold=0, processes=2)
+    assert read_json(model / "manifest.json")["stage"] == "train"
+    with pytest.raises(UserError, match="2 processes failed"):
+        run_train(SMALL, {"preprocessed": preprocessed}, {"model": model}, fold=9, processes=2)
+
+
+def shim(folder: Path) -> Path:
+    """A wheel called torch whose torchrun is that of this environment: the SDK's backend installs it into its venv."""
+    wheel = folder / "torch-0.0.1-py3-none-any.whl"
+    info = "torch-0.0.1.dist-info"
+    launch = "os.execv(python, [python, '-m', 'torch.distributed.run', *[a for a in sys.argv[1:] if a]])"
+    code = f"import os, sys\n\npython = {sys.executable!r}\n\n\ndef main():\n    {launch}\n"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr("torch_shim.py", code)
+        archive.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: torch\nVersion: 0.0.1\n")
+        archive.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        archive.writestr(f"{info}/entry_points.txt", "[console_scripts]\ntorchrun = torch_shim:main\n")
+        archive.writestr(f"{info}/RECORD", "")
+    return wheel
+
+
+def entry_point(arguments):
+    """What the SDK copies into a file of its own and runs on every rank: the very command of a TrainJob's pods."""
+    import sys
+
+    from components.train import main
+
+    sys.exit(main(arguments))
+
+
+@pytest.mark.slow
+def test_the_entry_point_on_two_processes_through_the_sdks_local_backend(tmp_path, preprocessed):
+    from kubeflow.trainer import CustomTrainer, LocalProcessBackendConfig, TrainerClient
+
+    params, model = tmp_path / "params.yaml", tmp_path / "model"
+    settings = {"train": to_mapping(SMALL), "tracking": to_mapping(TrackingConfig(enabled=False))}
+    params.write_text(json.dumps(settings))
+    arguments = trainjob._arguments(params, 0, preprocessed, model)
+    client = TrainerClient(backend_config=LocalProcessBackendConfig())
+    trainer = CustomTrainer(
+        func=entry_point,
+        func_args=arguments,  # type: ignore[arg-type]
+        packages_to_install=[f"torch @ {shim(tmp_path).as_uri()}"],
+        env={"PET_NPROC_PER_NODE": "2", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": os.environ["PATH"]},
+    )
+    name = client.train(runtime="torch-distributed", trainer=trainer)
+    log = list(client.get_job_logs(name, follow=True))
+    done = client.wait_for_job_status(name, status={"Complete", "Failed"}, timeout=240)
+    assert done.status == "Complete", "\n".join(log)
+    assert read_json(model / "manifest.json")["stage"] == "train"
+    assert read_json(model / "model.json")["epochs"] == 1
