@@ -15,7 +15,8 @@ LEFT_OUT = {
 }
 # mlflow-skinny logs to a server; with the two SQL packages it opens SQLite too, at a quarter of mlflow's size.
 MLFLOW = ["mlflow-skinny", "sqlalchemy", "alembic", "pandas"]
-ADDED = {"data": [], "train": MLFLOW, "export": MLFLOW}
+# kubeflow starts a TrainJob from the pipeline's train step.
+ADDED = {"data": [], "train": [*MLFLOW, "kubeflow"], "export": MLFLOW}
 
 
 def requirements(role: str, project: Path) -> list[str]:

@@ -81,6 +81,14 @@ def _parser() -> argparse.ArgumentParser:
     storage.add_argument("--apply", action="store_true", help="make it DVC's default remote")
     storage.set_defaults(run=storage_command)
 
+    serving = commands.add_parser("serving", help="a KServe InferenceService for an exported model")
+    serving.add_argument("model_dir", metavar="MODEL_DIR")
+    serving.add_argument("--uri", required=True, help="where the model lies, e.g. s3://bucket/1/models/m-1/artifacts")
+    serving.add_argument("--format", choices=("mlflow", "openvino"), default="mlflow")
+    serving.add_argument("--service-account", help="one whose secret opens the bucket")
+    serving.add_argument("-o", "--output", required=True, metavar="FILE")
+    serving.set_defaults(run=serving_command)
+
     commands.add_parser("trainjob", add_help=False, help="train one fold as a Kubeflow TrainJob")
     commands.add_parser("sweep", add_help=False, help="search for hyper-parameters: Katib, or DVC's queue")
     return parser
@@ -232,6 +240,19 @@ def storage_command(args: argparse.Namespace) -> None:
             if done.returncode:
                 raise UserError("DVC refused the remote", where="dvc " + " ".join(command), seen=done.stderr.strip())
         print("DVC's default remote is now 'storage'; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+def serving_command(args: argparse.Namespace) -> None:
+    """A manifest for a model that lies somewhere."""
+    from distilldsm.export.package import verify
+    from distilldsm.export.serving import inference_service, to_yaml
+
+    metadata = verify(args.model_dir)
+    built = inference_service(
+        metadata, storage_uri=args.uri, model_format=args.format, service_account=args.service_account
+    )
+    Path(args.output).write_text(to_yaml(built), encoding="utf-8")
+    print(f"{args.output}: {built['metadata']['name']}; kubectl apply -f {args.output}")
 
 
 def lineage_main(argv: Sequence[str] | None = None) -> int:

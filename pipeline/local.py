@@ -17,7 +17,7 @@ from distilldsm.errors import UserError
 from pipeline.cluster import Cluster
 from pipeline.compilation import compile_pipeline
 from pipeline.definition import SECTIONS, Images, arguments
-from pipeline.stages import check_parameters
+from pipeline.stages import check_parameters, whole_numbers
 
 _FOLDS_AT_ONCE = 2
 """kfp's local runner takes no more."""
@@ -54,7 +54,12 @@ def run_local(
     root = root.absolute()
     root.mkdir(parents=True, exist_ok=True)
     local = replace(cluster, retries_everywhere=False)
-    with tempfile.TemporaryDirectory() as folder, _environment(run_id), _runner(runner, images, root, engine) as chosen:
+    source = Path(whole_numbers(inputs["download"]).get("source", ""))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        _environment(run_id),
+        _runner(runner, images, root, engine, source) as chosen,
+    ):
         package = Path(folder) / "pipeline.yaml"
         compile_pipeline(package, params, local, images)
         kfp.local.init(runner=chosen, pipeline_root=str(root / run_id), raise_on_error=True)
@@ -105,7 +110,7 @@ def _prepare_store(uri: str) -> None:
 
 
 @contextmanager
-def _runner(kind: str, images: Images, root: Path, engine: str | None) -> Iterator[Any]:
+def _runner(kind: str, images: Images, root: Path, engine: str | None, source: Path) -> Iterator[Any]:
     import warnings
 
     import kfp.local
@@ -116,9 +121,12 @@ def _runner(kind: str, images: Images, root: Path, engine: str | None) -> Iterat
             warnings.filterwarnings("ignore", category=RuntimeWarning)
             yield kfp.local.SubprocessRunner(use_venv=False)
         return
-    from pipeline.containers import container_runner
+    from pipeline.containers import ContainerSettings, container_runner
 
-    with container_runner(images=(images.data, images.train, images.export), root=root, engine=engine) as runner:
+    # A data set on this machine is seen at its own place, for reading only.
+    settings = ContainerSettings(read_only_volumes=(source.absolute(),) if source.exists() else ())
+    names = (images.data, images.train, images.export)
+    with container_runner(images=names, root=root, engine=engine, settings=settings) as runner:
         yield runner
 
 

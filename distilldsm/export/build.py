@@ -20,6 +20,7 @@ from distilldsm.export.package import (
     HASHED_FILES,
     INTENDED_USE,
     METADATA,
+    SERVICE,
     ChannelInfo,
     DataInfo,
     ModelMetadata,
@@ -27,6 +28,7 @@ from distilldsm.export.package import (
     TensorInfo,
     model_name,
 )
+from distilldsm.export.serving import inference_service, to_yaml
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.stage import package_versions, read_json, sha256_file, write_json
 
@@ -110,6 +112,9 @@ def build_package(
     metadata = _metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint)
     card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary)
     (output / "README.md").write_text(card, encoding="utf-8")
+    weights_file = "model.safetensors"
+    known = replace(metadata, files={weights_file: sha256_file(output / weights_file)})
+    (output / SERVICE).write_text(to_yaml(inference_service(known)), encoding="utf-8")
     metadata = replace(metadata, files={name: sha256_file(output / name) for name in HASHED_FILES})
     write_json(output / METADATA, metadata)
     return Built(metadata=metadata, summary=summary)

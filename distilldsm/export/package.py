@@ -25,7 +25,17 @@ RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("plan.json", "model.onnx"),
 }
 """What prediction with a runtime reads."""
-HASHED_FILES = ("README.md", "model.bin", "model.onnx", "model.safetensors", "model.xml", "parity.json", "plan.json")
+SERVICE = "inference_service.yaml"
+HASHED_FILES = (
+    "README.md",
+    SERVICE,
+    "model.bin",
+    "model.onnx",
+    "model.safetensors",
+    "model.xml",
+    "parity.json",
+    "plan.json",
+)
 """Files whose SHA-256 is in the metadata."""
 
 

@@ -20,7 +20,7 @@ class Conv3d(nn.Conv3d):
     """3x3x3 convolution whose weight gradient is right for two slices in bf16 on a CPU, too.
 
     There oneDNN (torch 2.13) reads memory nobody wrote when the depth is 2 and the kernel and padding are 3 and 1: the
-    gradient is garbage, at times NaN. A third slice of zeros is what the padding would have been, and avoids that kernel.
+    gradient is garbage, at times NaN. A third slice of zeros is what the padding would have been; it avoids that.
     """
 
     def forward(self, x: Tensor) -> Tensor:
