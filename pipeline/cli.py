@@ -67,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     submit.add_argument("--service-account", help="the pods run as")
     submit.add_argument("--no-cache", action="store_true", help="run every step, whatever was run before")
     submit.add_argument("--cron", help="start it again and again: six fields, seconds first, e.g. '0 0 2 * * *'")
+    submit.add_argument("--trainjob", metavar="FILE", help="train as TrainJobs, e.g. conf/trainjob.yaml")
     submit.add_argument("--mlflow-secret", default="mlflow", help="Kubernetes secret (default: %(default)s)")
     submit.add_argument("--s3-secret", default="s3", help="Kubernetes secret (default: %(default)s)")
     submit.add_argument("--wait", action="store_true", help="follow the run to its end")
@@ -137,6 +138,7 @@ def submit_command(args: argparse.Namespace) -> None:
     params, cluster, images = load_params(args.params, args.set), _cluster(args), _images(args)
     if args.cron is not None and len(args.cron.split()) != 6:
         raise ConfigError("is no schedule", where="--cron", seen=args.cron, rule="six fields, seconds first")
+    trainjob = _trainjob(args.trainjob, cluster) if args.trainjob else {}
     connection = Connection.from_environment(args.host, args.namespace, args.ca_file)
     client = connect(connection)
     with tempfile.TemporaryDirectory() as folder:
@@ -150,7 +152,12 @@ def submit_command(args: argparse.Namespace) -> None:
             version_name=version,
             run_name=args.name or f"{params.train.model.name} {version}",
             experiment=args.experiment or params.tracking.experiment,
-            arguments={**arguments(params), "mlflow_secret": args.mlflow_secret, "s3_secret": args.s3_secret},
+            arguments={
+                **arguments(params),
+                "trainjob": trainjob,
+                "mlflow_secret": args.mlflow_secret,
+                "s3_secret": args.s3_secret,
+            },
             enable_caching=not args.no_cache,
             service_account=args.service_account,
             pipeline_root=cluster.storage.address("kfp"),
@@ -164,6 +171,24 @@ def submit_command(args: argparse.Namespace) -> None:
         print(f"MLflow    {mlflow_url or 'not set up: storage.mlflow_tracking_uri in ' + args.cluster}")
     if args.wait and not started.recurring:
         _follow(client, connection, started.run_id, as_json=args.json)
+
+
+def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
+    """The pipeline's input `trainjob`; the step that starts the job must see the job's claim."""
+    from distilldsm.params import from_mapping, load_yaml
+    from pipeline.trainjob import TrainJobConfig
+
+    values = load_yaml(path)
+    job = from_mapping(TrainJobConfig, values, where=path)
+    if not any((v.claim, v.path) == (job.claim, job.path) for v in cluster.profile("train").volumes):
+        raise ConfigError(
+            "the train step does not mount the job's claim",
+            where=path,
+            seen=f"{job.claim} at {job.path}",
+            rule="a volume of the train step's profile",
+            mend="give it such a profile, e.g. --profile train=launcher",
+        )
+    return values
 
 
 def _mlflow_url(cluster: Cluster, experiment: str, run_id: str) -> str | None:

@@ -58,6 +58,17 @@ def test_submit_uploads_a_version_starts_a_run_with_the_parameters_and_prints_th
     assert (len(fake.versions), len(fake.pipelines)) == (2, 1)
 
 
+def test_a_trainjob_is_passed_on_and_its_claim_must_be_mounted(fake, capsys):
+    command = ("submit", "--host", fake.url, "--trainjob", "conf/trainjob.yaml")
+    code, _, err = run_cli(*command, capsys=capsys)
+    assert code == 2
+    assert "train=launcher" in err
+    assert not fake.requests
+    code, _, err = run_cli(*command, "--profile", "train=launcher", capsys=capsys)
+    assert code == 0, err
+    assert fake.runs[0]["runtime_config"]["parameters"]["trainjob"]["nodes"] == 2
+
+
 def test_caching_service_account_and_schedule_are_passed_on(fake, capsys):
     command = ("submit", "--host", fake.url, "--service-account", "trainer", "--no-cache", "--cron", "0 0 2 * * *")
     code, out, err = run_cli(*command, capsys=capsys)
