@@ -176,7 +176,7 @@ def submit_command(args: argparse.Namespace) -> None:
 def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
     """The pipeline's input `trainjob`; the step that starts the job must see the job's claim."""
     from distilldsm.params import from_mapping, load_yaml
-    from pipeline.trainjob import TrainJobConfig
+    from pipeline.trainjob_manifest import TrainJobConfig
 
     values = load_yaml(path)
     job = from_mapping(TrainJobConfig, values, where=path)

@@ -181,7 +181,8 @@ def train(
     metrics: Any,
 ) -> None:
     """Component `train`: in this pod, on as many processes as it has GPUs, or as a TrainJob of the cluster."""
-    from pipeline.trainjob import TrainJobConfig, run_train
+    from pipeline.trainjob import run_train
+    from pipeline.trainjob_manifest import TrainJobConfig
 
     with component("train"):
         number = int(fold)

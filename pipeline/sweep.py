@@ -19,7 +19,7 @@ from distilldsm.config import Params, load_params
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import from_mapping, load_yaml, set_values, to_mapping
 from distilldsm.shell import run_shell
-from pipeline.trainjob import NODE, TrainJobConfig, _lost, manifest
+from pipeline.trainjob_manifest import NODE, TrainJobConfig, manifest, unknown_field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,7 +174,7 @@ def _check(built: Mapping[str, Any]) -> None:
     except ValidationError as error:
         raise ConfigError("is no Katib Experiment", seen=" ".join(str(error).split())[:400]) from None
     assert known is not None
-    lost = _lost(built, json.loads(known.to_json()), "")
+    lost = unknown_field(built, json.loads(known.to_json()))
     if lost:
         raise ConfigError("is no Katib Experiment: a field that its API does not know", seen=lost)
 

@@ -20,7 +20,7 @@ from distilldsm.errors import ConfigError
 from distilldsm.params import from_mapping, load_yaml, set_values, to_mapping
 from pipeline import sweep as module
 from pipeline.sweep import Space, draw, experiment, load_sweep
-from pipeline.trainjob import TrainJobConfig
+from pipeline.trainjob_manifest import TrainJobConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = to_mapping(load_params(ROOT / "params.yaml"))

@@ -18,7 +18,8 @@ from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import from_mapping, load_yaml, to_mapping
 from distilldsm.stage import output_directory, read_json
 from pipeline import trainjob
-from pipeline.trainjob import SecretVariable, TrainJobConfig, check_manifest, follow, manifest, run_train
+from pipeline.trainjob import follow, run_train
+from pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
