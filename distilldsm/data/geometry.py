@@ -5,16 +5,17 @@ Network space is (C, D, H, W): the axes are RAS directions ordered (depth, heigh
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
-from scipy import ndimage
 
 from distilldsm.data.fingerprint import ras_orientation
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
+from distilldsm.data.resampling import CubicSlices
 from distilldsm.data.volume import Volume, spacing_of
 
 Float32 = npt.NDArray[np.float32]
@@ -67,21 +68,58 @@ def nonzero_box(array: npt.NDArray) -> tuple[tuple[int, int, int], tuple[int, in
 
 
 def normalise(image: Float32, normalisation: Sequence[Normalisation]) -> Float32:
-    """Normalise each channel of (C, ...) as the plan says; returns a new float32 array."""
+    """Normalise each channel of (C, D, H, W) as the plan says; returns a new float32 array."""
     out = np.empty_like(image, dtype=np.float32)
     for k, rule in enumerate(normalisation):
-        channel = image[k].astype(np.float64)
-        if rule.scheme == "none":
-            out[k] = channel
-        elif rule.scheme == "ct":
-            out[k] = (np.clip(channel, rule.low, rule.high) - rule.mean) / rule.sd
-        else:
-            foreground = channel != 0
-            values = channel[foreground]
-            mean, sd = (values.mean(), values.std()) if values.size else (0.0, 1.0)
-            scaled = (channel - mean) / max(sd, 1e-8)
-            out[k] = np.where(foreground, scaled, 0.0) if rule.scheme == "zscore_foreground" else scaled
+        apply = Normaliser(rule, image[k])
+        for index, plane in enumerate(image[k]):
+            out[k, index] = apply(plane)
     return out
+
+
+class Normaliser:
+    """A channel's normalisation as a function of a piece of it.
+
+    Args:
+        rule: what the plan says.
+        planes: the channel's slices, gone through twice for a z-score. Sums are taken slice by slice, so that it does
+            not matter whether the volume is in memory.
+    """
+
+    def __init__(self, rule: Normalisation, planes: Iterable[npt.NDArray]) -> None:
+        self.rule = rule
+        self.mean, self.sd = 0.0, 1.0
+        if rule.scheme in ("zscore", "zscore_foreground"):
+            self.mean, self.sd = _mean_and_sd(planes)
+
+    def __call__(self, piece: npt.NDArray) -> Float32:
+        rule, channel = self.rule, piece.astype(np.float64)
+        if rule.scheme == "none":
+            return channel.astype(np.float32)
+        if rule.scheme == "ct":
+            return ((np.clip(channel, rule.low, rule.high) - rule.mean) / rule.sd).astype(np.float32)
+        scaled = (channel - self.mean) / max(self.sd, 1e-8)
+        if rule.scheme == "zscore_foreground":
+            scaled = np.where(channel != 0, scaled, 0.0)
+        return scaled.astype(np.float32)
+
+
+def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
+    """Of the voxels that are not zero; 0 and 1 where there are none. `planes` is iterated twice."""
+
+    def nonzero() -> Iterable[npt.NDArray[np.float64]]:
+        for plane in planes:
+            values = np.ascontiguousarray(plane)
+            yield values[values != 0].astype(np.float64)
+
+    count, sums = 0, []
+    for values in nonzero():
+        count += values.size
+        sums.append(float(values.sum()))
+    if not count:
+        return 0.0, 1.0
+    mean = math.fsum(sums) / count
+    return mean, math.sqrt(math.fsum(float(((values - mean) ** 2).sum()) for values in nonzero()) / count)
 
 
 def resample(array: Float32, shape: Sequence[int], *, order: int, coarse_slices: bool) -> Float32:
@@ -93,6 +131,11 @@ def resample(array: Float32, shape: Sequence[int], *, order: int, coarse_slices:
         order: spline order (1 linear, 3 cubic).
         coarse_slices: along the depth linear at most, as splines overshoot between distant slices.
     """
+    if order == 3:
+        slices = CubicSlices(lambda k: array[:, k], array.shape[1:], tuple(shape), coarse_slices=coarse_slices)
+        return np.ascontiguousarray(np.stack([slices(k) for k in range(shape[0])], axis=1))
+    from scipy import ndimage
+
     out = array
     steps = (((1, 2), order), ((0,), min(order, 1))) if coarse_slices else (((0, 1, 2), order),)
     for axes, degree in steps:
@@ -119,19 +162,30 @@ def to_network_space(volume: Volume, plan: Plan) -> tuple[Float32, GeometryRecor
     """
     array = reorient(volume.data, volume.affine, plan.axis_order)
     start, stop = nonzero_box(array) if plan.crop_to_nonzero else ((0, 0, 0), array.shape[1:])
+    record = make_record(volume.affine, volume.shape, start, stop, plan)
     array = array[:, start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]]
-    shape = resampled_shape(array.shape[1:], spacing_along(volume.affine, plan.axis_order), plan.target_spacing_mm)
-    record = GeometryRecord(
-        affine=tuple(tuple(float(v) for v in row) for row in volume.affine),
-        shape=volume.shape,
+    array = normalise(array, plan.normalisation)
+    return resample(array, record.resampled, order=3, coarse_slices=plan.coarse_slices), record
+
+
+def make_record(
+    affine: npt.NDArray[np.float64],
+    shape: tuple[int, int, int],
+    start: Sequence[int],
+    stop: Sequence[int],
+    plan: Plan,
+) -> GeometryRecord:
+    """What bringing a scan into network space means: its geometry, the box that is kept, the new size."""
+    cropped = [int(b) - int(a) for a, b in zip(start, stop, strict=True)]
+    return GeometryRecord(
+        affine=tuple(tuple(float(v) for v in row) for row in affine),
+        shape=shape,
         axis_order=plan.axis_order,
-        crop_start=start,
+        crop_start=(int(start[0]), int(start[1]), int(start[2])),
         crop_stop=(int(stop[0]), int(stop[1]), int(stop[2])),
-        resampled=shape,
+        resampled=resampled_shape(cropped, spacing_along(affine, plan.axis_order), plan.target_spacing_mm),
         coarse_slices=plan.coarse_slices,
     )
-    array = normalise(array, plan.normalisation)
-    return resample(array, shape, order=3, coarse_slices=plan.coarse_slices), record
 
 
 def label_to_network_space(
