@@ -282,12 +282,7 @@ def serving_command(args: argparse.Namespace) -> None:
 
 def lineage_main(argv: Sequence[str] | None = None) -> int:
     """Run `distilldsm lineage ID`; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="distilldsm lineage", description="What belongs to a run, wherever it is known: DVC, MLflow, Kubeflow."
-    )
-    parser.add_argument("identifier", help="MLflow run, KFP run, SHA-256 of dvc.lock, git commit, or MODEL/VERSION")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    args = parser.parse_args(argv)
+    args = _lineage_parser().parse_args(argv)
 
     def command() -> None:
         from pipeline.lineage import format_lineage, lineage
@@ -296,6 +291,15 @@ def lineage_main(argv: Sequence[str] | None = None) -> int:
         print(json.dumps(found, indent=2) if args.json else format_lineage(found))
 
     return run_shell(command)
+
+
+def _lineage_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distilldsm lineage", description="What belongs to a run, wherever it is known: DVC, MLflow, Kubeflow."
+    )
+    parser.add_argument("identifier", help="MLflow run, KFP run, SHA-256 of dvc.lock, git commit, or MODEL/VERSION")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import re
 import shlex
 from pathlib import Path
@@ -9,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from distilldsm.cli import _parser
+from pipeline import cli as pipeline_cli
 from tests.test_presets import composed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -32,6 +36,10 @@ def test_command(command):
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
     elif words[:2] == ["distilldsm", "compose"]:
         composed(*words[2:])
+    elif words[:2] == ["distilldsm", "pipeline"]:
+        check_pipeline_command(words[2:])
+    elif words[:2] == ["distilldsm", "lineage"]:
+        pipeline_cli._lineage_parser().parse_args(words[2:])
     elif words[0] == "distilldsm":
         _parser().parse_args(words[1:])
     elif words[:3] == ["dvc", "exp", "run"]:
@@ -42,6 +50,36 @@ def test_command(command):
         composed(*[word for word in words[3:] if "=" in word])
     else:
         assert command in ("dvc repro", "source .venv/bin/activate"), f"no check for: {command}"
+
+
+def check_pipeline_command(words):
+    """`trainjob` and `sweep` have parsers of their own: they are asked with --help that follows."""
+    if words[0] in pipeline_cli.DELEGATED:
+        shown = io.StringIO()
+        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+            sub = [word for word in words[1:2] if not word.startswith("-")]
+            importlib.import_module(pipeline_cli.DELEGATED[words[0]]).main([*sub, "--help"])
+        assert ended.value.code == 0
+        for option in (word for word in words[1:] if word.startswith("--")):
+            assert option in shown.getvalue(), option
+    else:
+        pipeline_cli._parser().parse_args(words)
+
+
+PIPELINE_COMMANDS = sorted(
+    {
+        line.split("#")[0].split("&&")[0].strip()
+        for page in (ROOT / "docs").glob("*.md")
+        for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
+        for line in block.splitlines()
+        if line.startswith(("distilldsm pipeline", "distilldsm lineage"))
+    }
+)
+
+
+@pytest.mark.parametrize("command", PIPELINE_COMMANDS)
+def test_pipeline_command_of_the_documentation(command):
+    test_command(command)
 
 
 def test_links_lead_somewhere():
