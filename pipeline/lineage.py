@@ -176,5 +176,5 @@ def format_lineage(found: Mapping[str, Any]) -> str:
     if lock is not None:
         same = any(run["mlflow_run_id"] in lock["mlflow_run_ids"] for run in found["runs"])
         lines.append(f"dvc.lock here is {'of this run' if same else 'of other runs'}: {lock['sha256']}")
-        lines += [f"  {path:20}{md5}" for path, md5 in lock["data"].items()]
+        lines += [f"  {path:34}{md5}" for path, md5 in lock["data"].items()]
     return "\n".join(lines)
