@@ -29,7 +29,7 @@ from distilldsm.config import (
 )
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import from_mapping, to_mapping
-from distilldsm.stage import content_hash, read_json
+from distilldsm.stage import content_hash, read_json, sha256_json
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
 """Environment variable that names the version the pipeline was compiled with."""
@@ -188,7 +188,9 @@ def train(
         number = int(fold)
         inputs = {"preprocessed": Path(preprocessed.path)}
         job = section(TrainJobConfig, trainjob, "trainjob") if trainjob else None
-        with resumable_output(model, f"train-fold{number}-{content_hash(preprocessed.path)[:12]}") as target:
+        # Other data or parameters are another training: two of them may share the volume.
+        key = sha256_json([content_hash(preprocessed.path), config])[:12]
+        with resumable_output(model, f"train-fold{number}-{key}") as target:
             run_train(
                 section(TrainConfig, config, "train"),
                 inputs,
