@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from distilldsm import __version__
+from distilldsm.predict_command import add_predict
 from distilldsm.shell import run_shell
 
 STAGES = {
@@ -41,9 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def command() -> None:
-        from distilldsm import commands
+        from distilldsm import commands, predict_command
 
-        getattr(commands, args.command)(args)
+        if args.command == "predict":
+            predict_command.predict(args)
+        else:
+            getattr(commands, args.command)(args)
 
     return run_shell(command)
 
@@ -76,23 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, (_, _, text) in UPPER.items():
         commands.add_parser(name, help=text, add_help=False)
 
-    predict = commands.add_parser("predict", help="a scan to a mask, on the scan's own grid")
-    predict.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
-    predict.add_argument(
-        "scans",
-        metavar="SCAN",
-        nargs="+",
-        help="one scan: a NIfTI file per channel in the model's order, or one 4-D file with all channels",
-    )
-    predict.add_argument("-o", "--output", metavar="MASK", required=True, help="mask to write: .nii or .nii.gz")
-    predict.add_argument("--runtime", choices=("openvino", "onnx"), default="openvino")
-    predict.add_argument(
-        "--precision",
-        choices=("f32", "auto"),
-        default="f32",
-        help="of OpenVINO: f32 (default), or auto: the fastest the CPU offers (bf16), where some voxels may differ",
-    )
-    predict.add_argument("--json", action="store_true", help="print a JSON object")
+    add_predict(commands)
 
     info = commands.add_parser("info", help="facts of an exported model, the networks, the installation")
     info.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="checks its files too")

@@ -6,7 +6,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,61 +13,6 @@ from distilldsm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from distilldsm.data.plan import Plan
-
-
-def predict(args: argparse.Namespace) -> None:
-    """A scan through an exported model; torch is never imported."""
-    output = Path(args.output)
-    scans = [Path(scan) for scan in args.scans]
-    _check_output(output, scans)
-
-    import numpy as np
-
-    from distilldsm.data.volume import read_image, write_label
-    from distilldsm.inference.predict import Predictor
-
-    predictor = Predictor.from_export(Path(args.model_dir), runtime=args.runtime, precision=args.precision)
-    plan = predictor.plan
-    volume = read_image(scans, len(plan.channels))
-    start = time.perf_counter()
-    mask = predictor.predict(volume)
-    seconds = time.perf_counter() - start
-    write_label(output, mask, volume.affine)
-    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    volumes = {
-        name: round(int((mask == value).sum()) * voxel_ml, 4)
-        for name, value in zip(plan.class_names, plan.class_values, strict=True)
-        if value != 0
-    }
-    if args.json:
-        _print_json(
-            {
-                "mask": str(output),
-                "shape": list(mask.shape),
-                "spacing_mm": list(volume.spacing_mm),
-                "volume_ml": volumes,
-                "labels": dict(zip(plan.class_names, plan.class_values, strict=True)),
-                "runtime": args.runtime,
-                "seconds": round(seconds, 3),
-            }
-        )
-        return
-    found = ", ".join(f"{name} {ml:.3g} ml" for name, ml in volumes.items())
-    print(f"{output}: {found} ({seconds:.1f} s, {args.runtime})")
-
-
-def _check_output(output: Path, scans: list[Path]) -> None:
-    if not output.name.endswith((".nii", ".nii.gz")) or output.name.startswith(".nii"):
-        raise ConfigError("is no NIfTI file name", where=output, rule="ends with .nii or .nii.gz", mend="rename it")
-    if not output.parent.is_dir():
-        raise ConfigError("the directory of the mask does not exist", where=output.parent, mend="make it first")
-    if output.is_dir():
-        raise ConfigError("is a directory", where=output, rule="a file name ending with .nii or .nii.gz")
-    for scan in scans:
-        # samefile sees through links; resolve covers an input that does not exist either.
-        same = output.samefile(scan) if output.exists() and scan.exists() else output.resolve() == scan.resolve()
-        if same:
-            raise ConfigError("is the scan itself", where=output, mend="give the mask another name")
 
 
 def info(args: argparse.Namespace) -> None:

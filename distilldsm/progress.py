@@ -7,8 +7,6 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
-from tqdm import tqdm
-
 T = TypeVar("T")
 LOG_EVERY_SECONDS = 30.0
 
@@ -16,6 +14,8 @@ LOG_EVERY_SECONDS = 30.0
 def progress(items: Iterable[T], *, total: int, title: str, unit: str) -> Iterator[T]:
     """Iterate over `items` and tell how far it is, on stderr."""
     if sys.stderr.isatty():
+        from tqdm import tqdm
+
         yield from tqdm(items, total=total, desc=title, unit=unit, leave=False)
         return
     start = last = time.monotonic()

@@ -24,6 +24,8 @@ _EXTRAS = {
     "hydra": "pipeline",
     "omegaconf": "pipeline",
     "dvc": "pipeline",
+    "pydicom": "dicom",
+    "highdicom": "dicom",
 }
 """Package to the optional dependency group that brings it."""
 

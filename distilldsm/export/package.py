@@ -23,6 +23,7 @@ INTENDED_USE = "research; not a medical device"
 RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
     "openvino": ("plan.json", "model.xml", "model.bin"),
     "onnx": ("plan.json", "model.onnx"),
+    "torch": ("plan.json", "model.safetensors"),
 }
 """What prediction with a runtime reads."""
 SERVICE = "inference_service.yaml"

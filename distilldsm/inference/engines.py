@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,21 +62,48 @@ class OpenVINOEngine:
 
     precision: `f32` computes in float32 (what parity is measured with); `auto` lets OpenVINO choose, bf16 on CPUs that
     have it: faster, and a few voxels may differ.
+    fixed_size: compile for the size of the image, again when it changes. The logits are the same, the memory is about
+    half: only with known sizes can buffers be shared between layers.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, precision: Literal["f32", "auto"] = "f32") -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, precision: Literal["f32", "auto"] = "f32", fixed_size: bool = False
+    ) -> None:
         import openvino
 
-        path = _existing(path)
-        properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
+        self.path = _existing(path)
+        self.fixed_size = fixed_size
+        self._properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
+        self._shape: tuple[int, ...] | None = None
+        self._compiled: Any = None
+        self._core = openvino.Core()
         try:
-            self.compiled = openvino.Core().compile_model(str(path), "CPU", properties)
+            if fixed_size:
+                self._model = self._core.read_model(str(self.path))
+            else:
+                self._compiled = self._core.compile_model(str(self.path), "CPU", self._properties)
         except Exception as error:
-            raise DataError("cannot be loaded by OpenVINO", where=path, seen=str(error)[:300]) from None
+            raise self._unloadable(error) from None
+
+    def _unloadable(self, error: Exception) -> DataError:
+        return DataError("cannot be loaded by OpenVINO", where=self.path, seen=str(error)[:300])
+
+    def _compile_for(self, shape: tuple[int, ...]) -> None:
+        # The old one goes first: both at once would be the peak of the memory.
+        self._compiled = None
+        try:
+            self._model.reshape(list(shape))
+            self._compiled = self._core.compile_model(self._model, "CPU", self._properties)
+        except Exception as error:
+            raise self._unloadable(error) from None
+        self._shape = shape
 
     def __call__(self, image: Float32) -> Float32:
+        if self.fixed_size and self._shape != image.shape:
+            self._compile_for(image.shape)
         # Results are copied: OpenVINO's own buffers are overwritten by the next call.
-        result = self.compiled([np.ascontiguousarray(image, dtype=np.float32)], share_inputs=False, share_outputs=False)
+        image = np.ascontiguousarray(image, dtype=np.float32)
+        result = self._compiled([image], share_inputs=False, share_outputs=True)
         return np.array(result[0], dtype=np.float32)
 
 

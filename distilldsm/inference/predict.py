@@ -12,9 +12,11 @@ import numpy.typing as npt
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
 from distilldsm.data.volume import Volume
-from distilldsm.export.package import RUNTIME_FILES, verify
+from distilldsm.export.package import RUNTIME_FILES, ModelMetadata, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits, softmax
+
+Runtime = Literal["openvino", "onnx", "torch"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +35,23 @@ class Predictor:
         plan: how scans are brought into network space.
         geometry: the network's stride and depth reach.
         max_voxels: largest piece that goes through the network at once.
+        metadata: of an exported model.
     """
 
-    def __init__(self, engine: Engine, plan: Plan, geometry: NetworkGeometry, *, max_voxels: int = MAX_VOXELS) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        plan: Plan,
+        geometry: NetworkGeometry,
+        *,
+        max_voxels: int = MAX_VOXELS,
+        metadata: ModelMetadata | None = None,
+    ) -> None:
         self.engine = engine
         self.plan = plan
         self.geometry = geometry
         self.max_voxels = max_voxels
+        self.metadata = metadata
 
     def predict(self, volume: Volume) -> npt.NDArray[np.uint8]:
         """The mask of a scan: (X, Y, Z) uint8 label values on the scan's grid."""
@@ -80,19 +92,40 @@ class Predictor:
         cls,
         model_dir: Path,
         *,
-        runtime: Literal["openvino", "onnx"] = "openvino",
+        runtime: Runtime = "openvino",
         precision: Literal["f32", "auto"] = "f32",
+        fixed_size: bool = False,
     ) -> Predictor:
-        """An exported model directory, its files checked against their hashes; needs no torch.
+        """An exported model directory, its files checked against their hashes; only `torch` needs torch.
+
+        fixed_size: compile OpenVINO for each size that comes (half the memory, see `OpenVINOEngine`).
 
         Raises:
             DataError: a file is missing, damaged or changed.
         """
-        network = verify(model_dir, RUNTIME_FILES[runtime]).network
+        metadata = verify(model_dir, RUNTIME_FILES[runtime])
+        network = metadata.network
         geometry = NetworkGeometry(stride=network.stride, depth_halo=network.depth_halo)
         engine: Engine
         if runtime == "onnx":
             engine = OnnxEngine(model_dir / "model.onnx")
+        elif runtime == "torch":
+            engine = _exported_network(model_dir, metadata)
         else:
-            engine = OpenVINOEngine(model_dir / "model.xml", precision=precision)
-        return cls(engine, Plan.load(model_dir / "plan.json"), geometry)
+            engine = OpenVINOEngine(model_dir / "model.xml", precision=precision, fixed_size=fixed_size)
+        return cls(engine, Plan.load(model_dir / "plan.json"), geometry, metadata=metadata)
+
+
+def _exported_network(model_dir: Path, metadata: ModelMetadata) -> TorchEngine:
+    from distilldsm.models.registry import build_model
+    from distilldsm.training.checkpoint import load_tensors, load_weights
+
+    path = model_dir / "model.safetensors"
+    network = build_model(
+        metadata.network.name,
+        in_channels=len(metadata.channels),
+        out_channels=len(metadata.labels),
+        **metadata.network.options,
+    )
+    load_weights(network, load_tensors(path)[0], path)
+    return TorchEngine(network)
