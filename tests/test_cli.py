@@ -4,27 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import nibabel as nib
-import numpy as np
 import pytest
 import yaml
 
 from distilldsm import __version__
 from distilldsm.cli import STAGES, main
 from distilldsm.config import load_params
-from distilldsm.data.volume import read_image
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.evaluation import tables
-from distilldsm.inference.predict import Predictor
 from distilldsm.models.registry import MODELS
 from distilldsm.shell import run_shell
 from distilldsm.stage import write_json
-from tests.data.volumes import affine, ellipsoid
 from tests.export.fake import Exported, exported
 
 HEAVY = ("torch", "onnx", "mlflow", "pandas", "hydra", "great_expectations", "matplotlib", "dvc")
@@ -35,115 +29,10 @@ def made(tmp_path_factory) -> Exported:
     return exported(tmp_path_factory)
 
 
-@pytest.fixture
-def scan(tmp_path) -> list[Path]:
-    """Two channels of one scan: LPS, oblique by a few degrees, anisotropic, not the size of any training case."""
-    shape = (23, 31, 9)
-    rng = np.random.default_rng(0)
-    turn = np.eye(4)
-    turn[:2, :2] = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
-    matrix = turn @ affine("LPS", (0.8, 0.9, 3.0))
-    bright = ellipsoid(shape, np.array(shape) / 2, np.array(shape) / 3)
-    paths = []
-    for channel in range(2):
-        data = (100 + 60 * (1 + channel) * bright + rng.normal(0, 10, shape)).astype(np.float32)
-        paths.append(tmp_path / f"T{channel}.nii.gz")
-        nib.save(nib.Nifti1Image(data, matrix), paths[-1])
-    return paths
-
-
-def predict(made: Exported, scans, output: Path, *options: str) -> int:
-    return main(["predict", str(made.export), *map(str, scans), "-o", str(output), *options])
-
-
-@pytest.mark.parametrize("runtime", ["openvino", "onnx"])
-def test_predict_writes_the_networks_mask_on_the_scans_grid(made, scan, tmp_path, capsys, runtime):
-    before = [path.read_bytes() for path in scan]
-    assert predict(made, scan, tmp_path / "mask.nii.gz", "--runtime", runtime) == 0
-    assert "shell" in capsys.readouterr().out
-    image, mask = nib.load(scan[0]), nib.load(tmp_path / "mask.nii.gz")
-    assert mask.shape == image.shape
-    np.testing.assert_array_equal(mask.affine, image.affine)
-    assert mask.get_data_dtype() == np.uint8
-    assert [path.read_bytes() for path in scan] == before
-    found = np.asarray(mask.dataobj)
-    expected = Predictor.from_training(made.model, device="cpu").predict(read_image(scan, 2))
-    assert len(np.unique(expected)) > 1, "a mask of one label would make any comparison pass"
-    assert (found != expected).mean() < 1e-3
-
-
-def test_predict_reads_4d_files_and_prints_json(made, scan, tmp_path, capsys):
-    images = [nib.load(path) for path in scan]
-    stacked = np.stack([image.get_fdata(dtype=np.float32) for image in images], axis=-1)
-    nib.save(nib.Nifti1Image(stacked, images[0].affine), tmp_path / "both.nii")
-    assert predict(made, scan, tmp_path / "a.nii") == 0
-    capsys.readouterr()
-    assert predict(made, [tmp_path / "both.nii"], tmp_path / "b.nii", "--json") == 0
-    a, b = (np.asarray(nib.load(tmp_path / name).dataobj) for name in ("a.nii", "b.nii"))
-    np.testing.assert_array_equal(a, b)
-    facts = json.loads(capsys.readouterr().out)
-    assert facts["shape"] == [23, 31, 9]
-    np.testing.assert_allclose(facts["spacing_mm"], [0.8, 0.9, 3.0], rtol=1e-5)
-    voxel_ml = 0.8 * 0.9 * 3.0 / 1000
-    assert facts["volume_ml"]["core"] == pytest.approx((b == 2).sum() * voxel_ml, abs=1e-3)
-
-
-def test_predict_refuses_before_it_computes(made, scan, tmp_path, capsys):
-    before = {p: p.read_bytes() for p in scan}
-    link = tmp_path / "link.nii.gz"
-    link.symlink_to(scan[0])
-    (tmp_path / "folder.nii").mkdir()
-    for output, code, words in (
-        (scan[1], 2, "is the scan itself"),
-        (link, 2, "is the scan itself"),
-        (tmp_path / "mask.png", 2, ".nii or .nii.gz"),
-        (tmp_path / ".nii.gz", 2, ".nii or .nii.gz"),
-        (tmp_path / "nowhere" / "mask.nii.gz", 2, "does not exist"),
-        (tmp_path / "folder.nii", 2, "is a directory"),
-    ):
-        assert predict(made, scan, output) == code, output
-        assert words in capsys.readouterr().err
-    assert {p: p.read_bytes() for p in scan} == before
-
-
-def test_predict_names_what_is_wrong_with_scan_and_model(made, scan, tmp_path, capsys):
-    output = tmp_path / "mask.nii.gz"
-    cases = {
-        "has the wrong number of channels": scan[:1],
-        "wrong number of image files": [*scan, scan[0]],
-        "file not found": [scan[0], tmp_path / "gone.nii.gz"],
-    }
-    for words, scans in cases.items():
-        assert predict(made, scans, output) == 1
-        assert words in capsys.readouterr().err
-    assert main(["predict", str(tmp_path / "gone"), *map(str, scan), "-o", str(output)]) == 1
-    assert "is no exported model" in capsys.readouterr().err
-
-    damaged = tmp_path / "damaged"
-    shutil.copytree(made.export, damaged)
-    content = bytearray((damaged / "model.bin").read_bytes())
-    content[1000] ^= 1
-    (damaged / "model.bin").write_bytes(bytes(content))
-    assert main(["predict", str(damaged), *map(str, scan), "-o", str(output)]) == 1
-    assert "model.bin: has changed since the export" in capsys.readouterr().err
-    assert not output.exists()
-
-
 def in_a_shell(code: str, *arguments: str, **options) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code, *arguments], capture_output=True, text=True, timeout=120, check=False, **options
     )
-
-
-def test_predict_imports_no_torch(made, scan, tmp_path):
-    code = (
-        "import sys; from distilldsm.cli import main; code = main(sys.argv[1:]);"
-        f"print([m for m in {HEAVY!r} if m in sys.modules]); sys.exit(code)"
-    )
-    arguments = ["predict", str(made.export), *map(str, scan), "-o", str(tmp_path / "mask.nii.gz")]
-    done = in_a_shell(code, *arguments)
-    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "[]"), done.stderr
-    assert (tmp_path / "mask.nii.gz").exists()
 
 
 def test_help_imports_nothing_heavy():

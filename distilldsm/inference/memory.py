@@ -16,7 +16,7 @@ TORCH_BYTES = 250_000_000
 """What PyTorch takes besides."""
 USABLE = 0.95
 """Share of the budget that is planned with; estimates are no promises."""
-DEFAULT_PIECE_VOXELS = 28 * 512 * 512
+DEFAULT_PIECE_VOXELS = 26 * 512 * 512
 """Largest piece when no budget is given: larger ones save little time."""
 BYTES_PER_VOXEL: Mapping[str, Mapping[str, float]] = {
     "unet2d": {"openvino": 235, "openvino-auto": 150, "onnx": 680, "torch": 400},

@@ -104,7 +104,7 @@ def _write_scaled(image: Any, array: npt.NDArray[np.uint8], slope: float, path: 
     header.set_data_offset(header.single_vox_offset)
     with nib.openers.ImageOpener(path, "wb") as stream:
         header.write_to(stream)
-        stream.write(b"\0" * (header.single_vox_offset - header.sizeof_hdr))
+        stream.write(b"\0" * (header.single_vox_offset - stream.tell()))
         for volume in np.moveaxis(array, -1, 0):
             for plane in np.moveaxis(volume, -1, 0):
                 stream.write(plane.tobytes(order="F"))
