@@ -183,6 +183,8 @@ def _plan_jobs(args: argparse.Namespace, channels: int) -> tuple[list[_Job], boo
             rule="a directory for several scans" if many else None,
             mend="give a directory" if parent.exists() else "make it first",
         )
+    if many and any(path.is_dir() and output.resolve() == path.resolve() for path in given):
+        raise ConfigError("is the folder of the scans", where=output, mend="give the masks a directory of their own")
     every = [*given, *(path for one in found for path in one.paths)]
     jobs = []
     for one in found:
@@ -312,7 +314,7 @@ def _plan_memory(
     engine: str,
     budget: int,
 ) -> Pieces:
-    from distilldsm.inference.memory import DEFAULT_PIECE_VOXELS, bytes_per_voxel, plan_pieces
+    from distilldsm.inference.memory import DEFAULT_PIECE_VOXELS, activation_bytes, plan_pieces
 
     assert predictor.metadata is not None
     network, stride = predictor.metadata.network, predictor.geometry.stride
@@ -325,7 +327,9 @@ def _plan_memory(
         [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)],
         stride=stride,
         depth_halo=predictor.geometry.depth_halo,
-        per_voxel=bytes_per_voxel(network.name, network.options, kind, channels, classes),
+        per_voxel=activation_bytes(network.name, network.options, kind),
+        channels=channels,
+        classes=classes,
         held_bytes=held,
         budget=budget,
         where=job.input.paths[0],

@@ -42,21 +42,28 @@ class Pieces:
 def available_bytes() -> int | None:
     """Memory that is free on this machine or in this container; None where nothing tells."""
     found = []
-    try:
-        with open("/proc/meminfo") as stream:
-            found += [int(line.split()[1]) * 1024 for line in stream if line.startswith("MemAvailable")]
-    except OSError:
-        pass
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    lines = _read("/proc/meminfo").splitlines()
+    found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
+    for root, limit, used, cache in (
+        ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
+        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
     ):
         try:
-            with open(limit) as stream, open(used) as other:
-                found.append(int(stream.read()) - int(other.read()))
-        except (OSError, ValueError):  # no such group, or no limit ("max")
+            free = int(_read(f"{root}/{limit}")) - int(_read(f"{root}/{used}"))
+        except ValueError:  # no such group, or no limit ("max")
             continue
+        # Files in the cache count as used, but make room when memory is asked for.
+        stat = dict(line.split() for line in _read(f"{root}/memory.stat").splitlines())
+        found.append(free + int(stat.get(cache, 0)))
     return max(min(found), 0) if found else None
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as stream:
+            return stream.read()
+    except OSError:
+        return ""
 
 
 def budget_bytes(max_memory_gb: float | None) -> int:
@@ -75,11 +82,11 @@ def budget_bytes(max_memory_gb: float | None) -> int:
     return int(DEFAULT_GB * 1e9) if free is None else min(int(DEFAULT_GB * 1e9), free // 2)
 
 
-def bytes_per_voxel(name: str, options: Mapping[str, object], engine: str, channels: int, classes: int) -> float:
-    """Memory of a piece, per voxel: activations, the piece itself, logits and scores."""
+def activation_bytes(name: str, options: Mapping[str, object], engine: str) -> float:
+    """Memory that a network takes while it runs, per voxel that goes in at once."""
     family = "unet3d" if name == "unet3d" else "unet2d"
     width = float(str(options.get("base_width", 8))) / 8 if family == "unet3d" else float(str(options.get("width", 1)))
-    return BYTES_PER_VOXEL[family][engine] * max(width, 0.25) + 4.0 * (2 * channels + 2 * classes)
+    return BYTES_PER_VOXEL[family][engine] * max(width, 0.25)
 
 
 def plan_pieces(
@@ -88,6 +95,8 @@ def plan_pieces(
     stride: Sequence[int],
     depth_halo: int | None,
     per_voxel: float,
+    channels: int,
+    classes: int,
     held_bytes: int,
     budget: int,
     where: object,
@@ -99,7 +108,8 @@ def plan_pieces(
     Whole slices as long as the depth's halo and a few slices more fit; tiles in plane only beyond that.
 
     Args:
-        stride: the network's; per_voxel: see `bytes_per_voxel`; held_bytes: image, mask and what else stays in memory.
+        stride: the network's; per_voxel: see `activation_bytes`.
+        held_bytes: image, mask and what else stays in memory.
         budget: bytes for the whole process; limit_voxels: largest piece even if more would fit.
 
     Raises:
@@ -107,36 +117,45 @@ def plan_pieces(
     """
     depth, height, width = size
     base = BASE_BYTES + (TORCH_BYTES if engine == "torch" else 0) + held_bytes
-    voxels = int((budget * USABLE - base) / per_voxel)
-    if limit_voxels is not None:
-        voxels = min(voxels, limit_voxels)
     halo = UNBOUNDED_HALO if depth_halo is None else depth_halo
     smallest = min(depth, 2 * halo + stride[0])
+    # The piece itself, twice while it is handed over; its logits and their copy; for tiles, their sum too.
+    whole_slices, in_tiles = 4 * (2 * channels + 2 * classes), 4 * (2 * channels + 3 * classes)
 
-    def pieces(window: int, tile: tuple[int, int] | None) -> Pieces:
-        area = height * width if tile is None else tile[0] * tile[1]
+    def estimate(window: int, tile: Sequence[int] | None) -> float:
+        area = height * width
+        if tile is None:
+            return base + (per_voxel + whole_slices) * window * area
+        return base + in_tiles * window * area + (per_voxel + whole_slices) * window * tile[0] * tile[1]
+
+    usable = budget * USABLE
+    voxels = (usable - base) / (per_voxel + whole_slices)
+    if limit_voxels is not None:
+        voxels = min(voxels, limit_voxels)
+    window = min(int(voxels // (height * width)), depth)
+    if window >= smallest or estimate(smallest, None) <= usable:
+        window = max(window, smallest)
+        window = max(window // stride[0] * stride[0], 1)
         return Pieces(
             window=window,
-            tile=tile,
-            estimate_bytes=int(base + per_voxel * window * area),
-            exact=tile is None and (depth_halo is not None or window >= depth),
+            tile=None,
+            estimate_bytes=int(estimate(window, None)),
+            exact=depth_halo is not None or window >= depth,
         )
-
-    window = min(voxels // (height * width), depth)
-    if window >= smallest:
-        return pieces(max(window // stride[0] * stride[0], 1), None)
     least = [min(4 * s, n) for s, n in zip(stride[1:], (height, width), strict=True)]
     tile = [height, width]
-    while tile[0] * tile[1] * smallest > voxels and (tile[0] > least[0] or tile[1] > least[1]):
-        axis = 0 if (tile[0] >= tile[1] and tile[0] > least[0]) or tile[1] <= least[1] else 1
+    while estimate(smallest, tile) > usable:
+        axis = 0 if tile[0] >= tile[1] else 1
+        if tile[axis] <= least[axis]:
+            axis = 1 - axis
+        if tile[axis] <= least[axis]:
+            raise DataError(
+                "needs more memory than allowed",
+                where=None if where is None else str(where),
+                seen=f"{budget / 1e9:.2f} GB allowed",
+                rule=f"at least {estimate(smallest, least) / USABLE / 1e9:.2f} GB, {held_bytes / 1e9:.2f} of it for "
+                "image and mask",
+                mend="raise --max-memory, or use a machine with more memory",
+            )
         tile[axis] -= stride[axis + 1]
-    if tile[0] * tile[1] * smallest > voxels:
-        needed = (base + per_voxel * smallest * least[0] * least[1]) / USABLE
-        raise DataError(
-            "needs more memory than allowed",
-            where=None if where is None else str(where),
-            seen=f"{budget / 1e9:.2f} GB allowed",
-            rule=f"at least {needed / 1e9:.2f} GB: image and mask {held_bytes / 1e9:.2f}, the rest for the network",
-            mend="raise --max-memory, or use a machine with more memory",
-        )
-    return pieces(smallest, (tile[0], tile[1]))
+    return Pieces(window=smallest, tile=(tile[0], tile[1]), estimate_bytes=int(estimate(smallest, tile)), exact=False)
