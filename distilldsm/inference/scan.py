@@ -79,7 +79,8 @@ def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
     Raises:
         DataError: not finite, an axis of no or absurd length, or axes that are not at right angles.
     """
-    lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)) if np.isfinite(affine).all() else np.zeros(3)
+    with np.errstate(over="ignore"):
+        lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)) if np.isfinite(affine).all() else np.zeros(3)
     low, high = SPACING_MM
     if not (np.isfinite(lengths).all() and lengths.min() >= low and lengths.max() <= high):
         raise DataError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,12 +12,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from distilldsm.data.geometry import spacing_along
 from distilldsm.data.volume import read_image
 from distilldsm.errors import DataError, UserError
 from distilldsm.inference import nifti
 from distilldsm.inference.nifti import open_nifti, read_scan
 from distilldsm.inference.output import write_nifti
+from distilldsm.inference.scan import check_scale
 from tests.data.volumes import affine
+from tests.inference.test_predict import PLAN
+from tests.inference.test_streaming import in_pieces, neighbours
 
 
 def intensities(scan) -> np.ndarray:
@@ -212,8 +217,10 @@ def test_any_header_is_read_as_nibabel_reads_it_or_refused(tmp_path, changes, pa
     for place, value in changes:
         content[place] = value
     path.write_bytes(gzip.compress(bytes(content), 1) if packed else bytes(content))
+    plan = replace(PLAN, class_names=("background", "a", "b"), class_values=(0, 7, 3), target_spacing_mm=(1.5, 1, 1))
     try:
         scan = read_scan([path], 1)
+        check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
     except UserError:  # which one for what: the test above
         return
     expected = nib.load(path)
@@ -223,7 +230,11 @@ def test_any_header_is_read_as_nibabel_reads_it_or_refused(tmp_path, changes, pa
     assert np.isfinite(found).all()
     np.testing.assert_array_equal(found, voxels.reshape(scan.shape))
     mask = tmp_path / "mask.nii.gz"
-    write_nifti(mask, np.zeros(scan.shape, np.uint8), scan)
+    labels, counts = in_pieces(neighbours, scan, plan, window=6)
+    assert labels.shape == scan.shape
+    assert counts.sum() == labels.size
+    write_nifti(mask, labels, scan)
+    np.testing.assert_array_equal(np.asarray(nib.load(mask).dataobj), labels)
     np.testing.assert_array_equal(nib.load(mask).affine, expected.affine)
     assert nib.load(mask).shape == expected.shape[:3]
     assert open_nifti(mask).shape == scan.shape, "the mask itself can be read again"
