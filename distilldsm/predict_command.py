@@ -275,6 +275,10 @@ def _predict_one(
                     if maps is not None:
                         job.probabilities.unlink(missing_ok=True)
                     raise
+    except UserError as error:
+        if error.where is None:
+            error = _located(error, job.input.paths[0])
+        raise error from None
     except MemoryError:
         raise DataError(
             "needs more memory than there is", where=job.input.paths[0], mend="lower --max-memory, or free memory"
@@ -363,6 +367,10 @@ def _write_mask(job: _Job, mask: Any, scan: Scan, predictor: Predictor) -> None:
     labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
     with replacing(job.output) as temporary:
         write_segmentation(temporary, mask, scan.source, labels, model=predictor.metadata.name)
+
+
+def _located(error: UserError, path: Path) -> UserError:
+    return type(error)(error.problem, where=path, seen=error.seen, rule=error.rule, mend=error.mend)
 
 
 def _failure(job: _Job, error: UserError) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from distilldsm.errors import ConfigError, DataError
 from distilldsm.inference.windows import UNBOUNDED_HALO
 
 DEFAULT_GB = 3.0
-BASE_BYTES = 350_000_000
+BASE_BYTES = 400_000_000
 """Python, the runtime, its compiled network and scratch memory, slices on their way."""
 TORCH_BYTES = 250_000_000
 """What PyTorch takes besides."""

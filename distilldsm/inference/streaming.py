@@ -17,6 +17,7 @@ import numpy.typing as npt
 from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record, reorient
 from distilldsm.data.plan import Plan
 from distilldsm.data.resampling import CubicSlices, LinearSlices
+from distilldsm.errors import DataError
 from distilldsm.inference.engines import Engine
 from distilldsm.inference.scan import Scan
 from distilldsm.inference.windows import UNBOUNDED_HALO, softmax
@@ -129,7 +130,11 @@ def network_scores(
     tile: tuple[int, int] | None,
     clock: Clock,
 ) -> Iterator[Piece]:
-    """Softmax scores of consecutive slices in ascending order: (number of the first, [(K, H, W), ...])."""
+    """Softmax scores of consecutive slices in ascending order: (number of the first, [(K, H, W), ...]).
+
+    Raises:
+        DataError: scores that are not finite; a mask made from them would be garbage.
+    """
     shape = image.shape
     padded = [-(-n // s) * s for n, s in zip(shape, stride, strict=True)]
     d, h, w = ((p - n) // 2 for p, n in zip(padded, shape, strict=True))
@@ -148,7 +153,15 @@ def network_scores(
             # What the depth was padded by is cut away here.
             start, stop = max(part.start, d), min(part.stop, d + shape[0])
             kept = logits[:, start - part.low : stop - part.low, h : h + shape[1], w : w + shape[2]]
-            scores = softmax(kept)
+            with np.errstate(over="ignore", invalid="ignore"):
+                scores = softmax(kept)
+            if not np.isfinite(scores).all():
+                raise DataError(
+                    "the network's scores are not finite",
+                    seen=f"slices {start - d} to {stop - d - 1}",
+                    rule="intensities of the kind the network was trained on",
+                    mend="check the scan's intensities and the header's scaling",
+                )
             # One array per slice: each can go as soon as it has been used.
             planes = [scores[:, k].copy() for k in range(stop - start)]
             del logits, kept, scores

@@ -15,6 +15,7 @@ from distilldsm.data.dataset import Channel as PlanChannel
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.volume import Volume
+from distilldsm.errors import DataError
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.scan import Channel, Scan
@@ -219,3 +220,10 @@ def test_predictor_and_stream_agree(tmp_path_factory):
         predictor.engine, stored(data, matrix), predictor.plan, window=1000, stride=(1, 16, 16), halo=8
     )
     np.testing.assert_array_equal(found, expected)
+
+
+def test_scores_that_are_not_finite_are_no_mask():
+    data = np.full((1, 5, 6, 7), 3e38, dtype=np.float32)
+    plan = replace(PLAN, class_names=("background", "a", "b"), class_values=(0, 7, 3), target_spacing_mm=(3, 1, 1))
+    with pytest.raises(DataError, match="not finite"), np.errstate(all="ignore"):
+        in_pieces(neighbours, stored(data, affine()), plan, window=6)
