@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     compose = commands.add_parser("compose", help="write params.yaml from the presets in conf/")
     compose.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")
     compose.add_argument("-o", "--output", default="params.yaml", help="file to write, - for stdout (%(default)s)")
+    compose.add_argument("--keep", action="store_true", help="change what the file holds instead of the defaults")
     compose.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
 
     summary = commands.add_parser("summary", help="Dice, HD95 and NSD per label of the evaluated folds")

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -127,20 +128,23 @@ def _find_plan(directory: Path, params: str) -> Plan:
 
 
 def compose(args: argparse.Namespace) -> None:
-    """Hydra composes the presets; what comes out is checked, then written."""
+    """Presets and values on the defaults, or on what `params.yaml` holds; what comes out is checked, then written."""
     from distilldsm.config import Params
-    from distilldsm.params import from_mapping
+    from distilldsm.params import from_mapping, load_yaml
 
     conf = Path(args.conf).resolve()
     if not (conf / "config.yaml").is_file():
         raise ConfigError("holds no config.yaml", where=args.conf, mend="run this where conf/ is, or give --conf")
-    values = _compose(conf, args.overrides)
+    if args.keep:
+        values = _overlay(load_yaml(args.output), conf, args.overrides)
+    else:
+        values = _compose(conf, args.overrides)
     from_mapping(Params, values, where=f"{args.conf} with {' '.join(args.overrides) or 'no override'}")
     text = _yaml(values)
     if args.output == "-":
         print(text, end="")
         return
-    command = " ".join(["distilldsm compose", *args.overrides])
+    command = " ".join(["distilldsm compose", *(["--keep"] if args.keep else []), *args.overrides])
     _write_text(
         Path(args.output), f"# Written by: {command}\n# What each parameter means: distilldsm/config.py\n{text}"
     )
@@ -191,6 +195,39 @@ def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
         ) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+FREE_FORM = ("options", "modalities", "bounds", "sample")
+"""Mappings that a preset replaces as a whole: the options of one network mean nothing to another."""
+
+
+def _overlay(values: Mapping[str, Any], conf: Path, overrides: list[str]) -> dict[str, Any]:
+    """`values` with what the named presets set, then with the single assignments."""
+    import copy
+
+    from distilldsm.params import load_yaml, set_values
+
+    merged = copy.deepcopy(dict(values))
+    assignments = []
+    for override in overrides:
+        group, _, name = override.partition("=")
+        if not (conf / group).is_dir():
+            assignments.append(override)
+            continue
+        preset = conf / group / f"{name}.yaml"
+        if not preset.is_file():
+            known = ", ".join(sorted(p.stem for p in (conf / group).glob("*.yaml")))
+            raise ConfigError("no such preset", where=conf / group, seen=name, rule=known)
+        _merge(merged, load_yaml(preset))
+    return set_values(merged, assignments)
+
+
+def _merge(base: dict[str, Any], preset: Mapping[str, Any]) -> None:
+    for key, value in preset.items():
+        if isinstance(value, Mapping) and isinstance(base.get(key), dict) and key not in FREE_FORM:
+            _merge(base[key], value)
+        else:
+            base[key] = value
 
 
 def summary(args: argparse.Namespace) -> None:

@@ -21,6 +21,9 @@ from distilldsm.params import from_mapping, load_yaml, set_values, to_mapping
 from distilldsm.shell import run_shell
 from pipeline.trainjob_manifest import NODE, TrainJobConfig, manifest, unknown_field
 
+FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}
+"""Labels that JobSet and Kubernetes give to the pod of rank 0, whose log holds the metrics."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
@@ -150,7 +153,7 @@ def experiment(sweep: SweepConfig, job: TrainJobConfig, *, name: str, preprocess
             "parameters": [{"name": short[key], **space.for_katib()} for key, space in sweep.parameters.items()],
             "trialTemplate": {
                 "primaryContainerName": NODE,
-                "primaryPodLabels": {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"},
+                "primaryPodLabels": FIRST_POD,
                 "successCondition": 'status.conditions.#(type=="Complete")#|#(status=="True")#',
                 "failureCondition": 'status.conditions.#(type=="Failed")#|#(status=="True")#',
                 "trialParameters": [

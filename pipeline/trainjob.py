@@ -14,71 +14,21 @@ import signal
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from distilldsm.config import TrackingConfig, TrainConfig, load_params
 from distilldsm.errors import UserError
 from distilldsm.params import from_mapping, load_yaml, to_mapping
 from distilldsm.shell import run_shell
-from distilldsm.stage import MANIFEST, read_json, sha256_json
-from pipeline.trainjob_manifest import TrainJobConfig, manifest
+from distilldsm.stage import MANIFEST, read_json, replace_directory, sha256_file, sha256_json
+from pipeline.trainjob_follow import JobApi, SdkJobApi, follow, handled, interrupt
+from pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
 
-PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "KFP_RUN_ID")
-ENDED = ("Complete", "Failed")
-LOG_LINES = 20
-"""Last lines of the log that an error shows."""
-
-
-class JobApi(Protocol):
-    """What is asked of Kubeflow Trainer."""
-
-    def create(self, manifest: Mapping[str, Any]) -> None: ...
-
-    def state(self, name: str) -> str: ...
-
-    def logs(self, name: str) -> Iterator[str]: ...
-
-    def delete(self, name: str) -> None: ...
-
-
-class SdkJobApi:
-    """Kubeflow Trainer through its SDK."""
-
-    def __init__(self, namespace: str | None = None) -> None:
-        from kubeflow.common.types import KubernetesBackendConfig
-        from kubeflow.trainer import TrainerClient
-
-        try:
-            self._client = TrainerClient(backend_config=KubernetesBackendConfig(namespace=namespace))
-        except Exception as error:  # the SDK raises what its Kubernetes client does, of many kinds
-            raise UserError(
-                "the cluster does not answer",
-                seen=str(error)[:300],
-                mend="is there a kubeconfig, or does this run in a pod with a service account?",
-            ) from None
-
-    def create(self, manifest: Mapping[str, Any]) -> None:
-        # The SDK's own `train` builds a manifest without volumes; its Kubernetes client takes ours.
-        backend: Any = self._client.backend
-        group, version = str(manifest["apiVersion"]).split("/")
-        backend.custom_api.create_namespaced_custom_object(
-            group, version, backend.namespace, "trainjobs", dict(manifest)
-        )
-
-    def state(self, name: str) -> str:
-        return str(self._client.get_job(name).status)
-
-    def logs(self, name: str) -> Iterator[str]:
-        yield from self._client.get_job_logs(name, follow=True)
-
-    def delete(self, name: str) -> None:
-        self._client.delete_job(name)
+COLLECT_POLLS = 12
+"""A network file system may show a finished model some seconds late."""
 
 
 def run_train(
@@ -117,9 +67,24 @@ def run_train(
         params.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
         launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
         arguments = _arguments(params, fold, inputs["preprocessed"], outputs["model"])
-        code = subprocess.run([*launcher, "-m", "components.train", *arguments]).returncode
+        code = _launch([*launcher, "-m", "components.train", *arguments])
     if code:
         raise UserError(f"the training on {count} processes failed", seen=f"exit code {code}; its message is above")
+
+
+def _launch(command: Sequence[str]) -> int:
+    """Run a command and return its exit code; it ends with this process, also on SIGTERM."""
+    with handled({signal.SIGTERM: interrupt}):
+        process = subprocess.Popen(command)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # torchrun hands it on to its workers
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
 
 
 def _arguments(params: Path, fold: int, preprocessed: Path, model: Path) -> list[str]:
@@ -149,102 +114,46 @@ def _run_job(
     folder = shared / name
     data, params, result = folder / "preprocessed", folder / "params.yaml", folder / "model"
     folder.mkdir(exist_ok=True)
-    if not (data / MANIFEST).is_file():
-        shutil.copytree(preprocessed, data, dirs_exist_ok=True)
-    params.write_text(json.dumps(settings), encoding="utf-8")
-    env = {key: os.environ[key] for key in PASSED_ON if key in os.environ}
-    env |= {"DISTILLDSM_TRACKING_DIR": f"{folder}/tracking"}
-    follow(job, name, manifest(job, name, _arguments(params, fold, data, result), env), api)
-    if not (result / MANIFEST).is_file():
-        raise UserError("the TrainJob is complete but left no model", where=result, mend="look at its log above")
-    shutil.copytree(result, model, dirs_exist_ok=True)
+    if not (result / MANIFEST).is_file():  # else what started it ended before it could collect the model
+        if not data.is_dir():
+            _copy(preprocessed, data)
+        params.write_text(json.dumps(settings), encoding="utf-8")
+        # Beside the folder, which is removed: what MLflow's server did not take in time is sent by the next training.
+        env = passed_on() | {"DISTILLDSM_TRACKING_DIR": f"{shared}/tracking"}
+        follow(job, name, manifest(job, name, _arguments(params, fold, data, result), env), api)
+    for _ in range(COLLECT_POLLS):
+        if (result / MANIFEST).is_file():
+            break
+        time.sleep(job.poll_s)
+    _require_complete(result)
+    _copy(result, model)
+    _require_complete(model)
     shutil.rmtree(folder)
 
 
-def follow(
-    job: TrainJobConfig, name: str, built: Mapping[str, Any], api: JobApi, *, say: Callable[[str], None] = print
-) -> None:
-    """Create a TrainJob, print its log and states, and wait for its end; it is deleted however this ends.
-
-    Raises:
-        UserError: it cannot be created, failed, or took longer than `timeout_s`; with the log's last lines.
-        KeyboardInterrupt: cancelled (Ctrl-C, or SIGTERM as of a pod that is deleted).
-    """
-    tail: deque[str] = deque(maxlen=LOG_LINES)
-    keep = False
-    with _terminable():
-        try:
-            api.create(built)
-        except Exception as error:  # of Kubernetes' client, of many kinds
-            raise UserError("the TrainJob cannot be created", where=name, seen=str(error)[:400]) from None
-        try:
-            state, reader, begun = "", None, time.monotonic()
-            while state not in ENDED:
-                new = _state(api, name, state)
-                if new != state:
-                    say(f"{name}: {new}")
-                    state = new
-                if state == "Running" and reader is None:
-                    reader = threading.Thread(target=_read, args=(api, name, tail, say), daemon=True)
-                    reader.start()
-                if state not in ENDED:
-                    if time.monotonic() - begun > job.timeout_s:
-                        raise _failure("the TrainJob took too long", name, f"{job.timeout_s:g} s", tail)
-                    time.sleep(job.poll_s)
-            if reader is None:
-                _read(api, name, tail, say)
-            else:
-                reader.join(timeout=30)
-            if state == "Failed":
-                keep = job.keep == "failed"
-                raise _failure("the TrainJob failed", name, state, tail)
-        finally:
-            if not keep:
-                _delete(api, name, say)
+def _copy(source: Path, target: Path) -> None:
+    """Copy a directory; `target` is either what it was or a whole copy."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, partial)
+    replace_directory(partial, target)
 
 
-def _state(api: JobApi, name: str, last: str) -> str:
-    try:
-        return api.state(name)
-    except Exception:  # the API server may be away for a moment; the time limit ends it if it stays so
-        return last
-
-
-def _read(api: JobApi, name: str, tail: deque[str], say: Callable[[str], None]) -> None:
-    try:
-        for line in api.logs(name):
-            tail.append(line.rstrip("\n"))
-            say(tail[-1])
-    except Exception as error:  # the log is a help; the job's state decides
-        say(f"{name}: the log broke off: {error}")
-
-
-def _delete(api: JobApi, name: str, say: Callable[[str], None]) -> None:
-    try:
-        api.delete(name)
-    except Exception as error:
-        say(f"{name}: could not be deleted ({error}); kubectl delete trainjob {name}")
-
-
-def _failure(problem: str, name: str, seen: str, tail: Sequence[str]) -> UserError:
-    return UserError(problem, where=name, seen="\n    ".join([seen, *tail]))
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM ends like Ctrl-C, so that what was started is cleaned up."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+def _require_complete(model: Path) -> None:
+    """Raise UserError where a file that the model's manifest lists is missing or another one."""
+    if not (model / MANIFEST).is_file():
+        raise UserError("the TrainJob is complete but left no model", where=model, mend="look at its log above")
+    for name, expected in read_json(model / MANIFEST)["files"].items():
+        path = model / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise UserError(
+                "the model is incomplete",
+                where=path,
+                seen="another SHA-256" if path.is_file() else "no such file",
+                rule=f"SHA-256 {expected}",
+                mend=f"remove {model} and train again; is the volume full?",
+            )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -268,7 +177,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.manifest_only:
             folder = Path(job.path) / "distilldsm"
             arguments = _arguments(folder / "params.yaml", args.fold, folder / "preprocessed", folder / "model")
-            args.manifest.write_text(yaml.safe_dump(manifest(job, "distilldsm", arguments, {})), encoding="utf-8")
+            args.manifest.write_text(
+                yaml.safe_dump(manifest(job, "distilldsm", arguments, passed_on())), encoding="utf-8"
+            )
             print(f"{args.manifest}: {job.nodes} x {job.processes} processes")
             return
         outputs = {"model": args.output or Path(f"models/fold{args.fold}")}

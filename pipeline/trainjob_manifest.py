@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from distilldsm.errors import ConfigError
 
 NODE = "node"
 """Name that Trainer's torch runtimes give to the training's pods and containers."""
+PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "KFP_RUN_ID")
+"""Variables that the pods get from the process that starts them."""
+
+
+def passed_on() -> dict[str, str]:
+    """Those of PASSED_ON that are set here."""
+    return {key: os.environ[key] for key in PASSED_ON if key in os.environ}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +56,10 @@ class TrainJobConfig:
     """Size of /dev/shm."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, str], ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Further environment variables, readable by everyone who may read the job."""
     secrets: tuple[SecretVariable, ...] = ()
+    """Environment variables from Kubernetes secrets."""
     timeout_s: float = 86400.0
     """After that the job is stopped and deleted."""
     poll_s: float = 5.0
@@ -62,15 +74,31 @@ class TrainJobConfig:
             raise ConfigError("'path' is not absolute", seen=self.path)
         if self.timeout_s <= 0 or self.poll_s <= 0:
             raise ConfigError("'timeout_s' and 'poll_s' are positive", seen=(self.timeout_s, self.poll_s))
+        twice = sorted(set(self.env) & {s.name for s in self.secrets})
+        if twice:
+            raise ConfigError("a variable is in 'env' and in 'secrets'", seen=", ".join(twice), rule="one of them")
 
 
 def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
     """The TrainJob, checked by the models of Trainer's API.
 
+    Args:
+        arguments: of `components.train`.
+        env: variables beside those of the job's own, which win.
+
     Raises:
-        ConfigError: the API's models refuse it.
+        ConfigError: the API's models refuse it, or a variable's address holds a user name or password.
     """
-    variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in env.items()]
+    secret = {s.name for s in job.secrets}
+    plain = {key: value for key, value in {**env, **job.env}.items() if key not in secret}
+    for key, value in plain.items():
+        if "@" in urlsplit(value).netloc:
+            raise ConfigError(
+                "an address with a user name would stand in the TrainJob for all to read",
+                where=key,
+                mend="leave it out of the address; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
+            )
+    variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plain.items()]
     variables += [
         {"name": s.name, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key, "optional": True}}}
         for s in job.secrets

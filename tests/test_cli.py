@@ -156,6 +156,22 @@ def test_compose_refuses_and_keeps_what_was_there(repository, tmp_path, capsys, 
     assert output.read_text() == "kept"
 
 
+def test_compose_on_top_of_what_is_there(repository, tmp_path, capsys):
+    output = tmp_path / "params.yaml"
+    assert (
+        compose(repository, "dataset=prostate", "download.source=/data/mine", "train.epochs=5", "-o", str(output)) == 0
+    )
+    before = yaml.safe_load(output.read_text())
+    assert compose(repository, "--keep", "model=unet2d", "train.seed=7", "-o", str(output)) == 0
+    before["train"]["model"] = {"name": "unet2d", "options": {"width": 1.0}}
+    before["train"]["seed"] = 7
+    assert yaml.safe_load(output.read_text()) == before
+    assert compose(repository, "--keep", "model=unet4d", "-o", str(output)) == 2
+    assert "unet3d" in capsys.readouterr().err
+    assert compose(repository, "--keep", "train.epoch=7", "-o", str(output)) == 2
+    assert yaml.safe_load(output.read_text()) == before
+
+
 def test_compose_needs_the_presets(tmp_path, capsys):
     assert main(["compose", "--conf", str(tmp_path)]) == 2
     assert "config.yaml" in capsys.readouterr().err

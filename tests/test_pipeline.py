@@ -149,13 +149,17 @@ def test_a_training_parameter_reruns_from_train(clone: Path):
     assert stages_that_ran(done) == ["train@0", "evaluate@0", "export@0"]
 
 
-def test_presets_compose_an_experiment(clone: Path):
-    """`dvc exp run -S model=unet2d`: Hydra composes the parameters, only training changes."""
+def test_an_experiment_changes_what_is_named_and_nothing_else(clone: Path):
     run("git", "add", "-A", cwd=clone)
     run("git", "commit", "-qm", "trained", cwd=clone)
-    overrides = [argument for item in [*TINY, "model=unet2d"] for argument in ("-S", item)]
-    run("dvc", "exp", "run", *overrides, cwd=clone)
+    before = yaml.safe_load((clone / "params.yaml").read_text())
+    run("distilldsm", "compose", "--keep", "model=unet2d", cwd=clone)
+    done = run("dvc", "exp", "run", "-S", "train.weight_decay=0.02", cwd=clone)
+    assert stages_that_ran(done) == ["train@0", "evaluate@0", "export@0"]
     assert json.loads((clone / "models/fold0/model.json").read_text())["name"] == "unet2d"
+    before["train"]["model"] = {"name": "unet2d", "options": {"width": 1.0}}
+    before["train"]["weight_decay"] = 0.02
+    assert yaml.safe_load((clone / "params.yaml").read_text()) == before
 
 
 def test_a_mistake_in_params_stops_with_exit_code_2(clone: Path):

@@ -43,6 +43,14 @@ def test_the_shipped_sweep_is_an_experiment_that_katib_takes_and_names_every_par
     assert {r for r in declared.values() if not r.startswith("$")} == {p["name"] for p in spec["parameters"]}
 
 
+def test_metrics_are_read_from_the_pod_of_the_first_process():
+    """Pods carry the labels of the Job's pod template, JobSet's and Kubernetes' own; not those of the Job."""
+    constants = pytest.importorskip("kubeflow.trainer.constants.constants")
+    template = shipped_experiment()["spec"]["trialTemplate"]
+    assert template["primaryPodLabels"] == {constants.JOBSET_RJOB_NAME_LABEL: "node", constants.JOB_INDEX_LABEL: "0"}
+    assert template["primaryContainerName"] == constants.NODE
+
+
 def test_a_trials_command_line_is_one_that_the_train_stage_takes(monkeypatch):
     """Katib's placeholders filled in, as Katib does it."""
     spec = shipped_experiment()["spec"]
@@ -139,7 +147,21 @@ def test_trials_wait_in_dvcs_queue(tmp_path, monkeypatch):
     for key, value in (("user.name", "t"), ("user.email", "t@example.org")):
         subprocess.run(["git", "config", key, value], check=True)
     monkeypatch.setenv("DO_NOT_TRACK", "1")
-    module.queue(draw(load_sweep(str(SHIPPED), PARAMS), 2, seed=0))
+    mine = set_values(PARAMS, ["download.source=/data/mine", "train.epochs=3"])
+    (clone / "params.yaml").write_text(yaml.safe_dump(mine))
+    subprocess.run(["git", "commit", "-qam", "mine"], check=True)
+    trials = draw(load_sweep(str(SHIPPED), PARAMS), 2, seed=0)
+    module.queue(trials)
     listed = subprocess.run(["dvc", "queue", "status"], capture_output=True, text=True, check=True).stdout
     assert "sweep-0" in listed
     assert "sweep-1" in listed
+    assert yaml.safe_load((clone / "params.yaml").read_text()) == mine
+    stashed = subprocess.run(
+        ["git", "for-each-ref", "--format=%(refname)", "refs/exps"], capture_output=True, text=True
+    )
+    (ref,) = [name for name in stashed.stdout.split() if name.endswith("stash")]
+    for number, values in enumerate(reversed(trials)):
+        text = subprocess.run(
+            ["git", "show", f"{ref}@{{{number}}}:params.yaml"], capture_output=True, check=True
+        ).stdout
+        assert yaml.safe_load(text) == set_values(mine, [f"{key}={json.dumps(value)}" for key, value in values.items()])

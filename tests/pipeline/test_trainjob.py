@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -16,9 +17,10 @@ from distilldsm.config import ModelConfig, PreprocessConfig, TrackingConfig, Tra
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import from_mapping, load_yaml, to_mapping
-from distilldsm.stage import output_directory, read_json
+from distilldsm.stage import output_directory, read_json, sha256_file
 from pipeline import trainjob
-from pipeline.trainjob import follow, run_train
+from pipeline.trainjob import run_train
+from pipeline.trainjob_follow import JobExistsError, JobGoneError, SdkJobApi, follow
 from pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
 from tests.data.volumes import write_dataset
 
@@ -55,6 +57,8 @@ class FakeApi:
         self.created = 0
 
     def create(self, built):
+        if built["metadata"]["name"] in self.jobs:
+            raise JobExistsError
         self.jobs[built["metadata"]["name"]] = dict(built)
         self.created += 1
 
@@ -70,6 +74,8 @@ class FakeApi:
         yield from self.lines
 
     def delete(self, name):
+        if name not in self.jobs:
+            raise JobGoneError
         del self.jobs[name]
 
 
@@ -153,6 +159,80 @@ def test_an_api_server_that_is_away_for_a_moment_does_not_end_it():
     assert not api.jobs
 
 
+def test_a_job_that_vanishes_ends_it_at_once():
+    api = FakeApi(["Running", JobGoneError()])
+    with pytest.raises(UserError, match="vanished"):
+        follow(job(timeout_s=60), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+
+
+def test_a_running_job_of_the_same_name_is_followed_and_an_ended_one_makes_room():
+    built = manifest(job(), "n", [], {})
+    api, said = FakeApi(["Running", "Running", "Complete"]), []
+    api.jobs["n"] = dict(built)
+    follow(job(), "n", built, api, say=said.append)
+    assert api.created == 0
+    assert any("following it" in line for line in said)
+    api = FakeApi(["Failed", "Running", "Complete"])
+    api.jobs["n"] = dict(built)
+    follow(job(), "n", built, api, say=said.append)
+    assert api.created == 1
+
+
+def test_each_line_of_the_log_is_shown_once_although_it_is_read_anew():
+    api, said = FakeApi(["Running"] * 200 + ["Complete"], ["one", "two"]), []
+    follow(job(), "n", manifest(job(), "n", [], {}), api, say=said.append)
+    assert [line for line in said if not line.startswith("n: ")] == ["one", "two"]
+
+
+@pytest.mark.parametrize(
+    ("verb", "status", "expected"), [("create", 409, JobExistsError), ("delete", 404, JobGoneError)]
+)
+def test_what_the_cluster_answers_about_a_job(verb, status, expected, monkeypatch):
+    """The SDK's own client against a server that always answers the same."""
+    import http.server
+
+    class Answer(http.server.BaseHTTPRequestHandler):
+        def do_any(self):
+            self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = json.dumps({"kind": "Status", "status": "Failure", "code": self.server.status}).encode()
+            self.send_response(self.server.status)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_GET = do_POST = do_DELETE = do_any
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
+        server.status = status
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        api = cluster_at(f"http://127.0.0.1:{server.server_port}")
+        argument = manifest(job(), "n", [], {}) if verb == "create" else "n"
+        with pytest.raises(expected):
+            getattr(api, verb)(argument)
+        server.status = 404
+        with pytest.raises(JobGoneError):
+            api.state("n")
+        server.status = 500
+        with pytest.raises(Exception) as caught:
+            getattr(api, verb)(argument)
+        assert not isinstance(caught.value, JobExistsError | JobGoneError)
+        server.shutdown()
+
+
+def cluster_at(address: str) -> SdkJobApi:
+    from kubeflow.common.types import KubernetesBackendConfig
+    from kubernetes import client
+
+    configuration = client.Configuration(host=address)
+    configuration.retries = False
+    api = SdkJobApi.__new__(SdkJobApi)
+    api.connect(KubernetesBackendConfig(namespace="team", client_configuration=configuration))
+    return api
+
+
 def test_a_job_that_cannot_be_created():
     api = FakeApi(["Running"])
     api.create = lambda built: (_ for _ in ()).throw(RuntimeError("quota exceeded"))
@@ -161,13 +241,18 @@ def test_a_job_that_cannot_be_created():
 
 
 def test_sigterm_as_of_a_deleted_pod_leaves_no_orphan():
-    api = FakeApi(["Running"])
-    timer = threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM))
-    timer.start()
-    before = signal.getsignal(signal.SIGTERM)
+    api, built, before = FakeApi(["Running"]), manifest(job(), "n", [], {}), signal.getsignal(signal.SIGTERM)
+
+    def log(name):  # the job has been created by now, and SIGTERM has its handler
+        if api.created == 1:
+            api.created = 2
+            os.kill(os.getpid(), signal.SIGTERM)
+        yield from ()
+
+    api.logs = log
     with pytest.raises(KeyboardInterrupt):
-        follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
-    assert api.created == 1
+        follow(job(timeout_s=60), "n", built, api, say=lambda line: None)
+    assert api.created == 2
     assert not api.jobs
     assert signal.getsignal(signal.SIGTERM) is before
 
@@ -185,8 +270,9 @@ def test_the_model_is_collected_and_the_claim_left_clean(tmp_path, preprocessed,
         assert read_json(Path(value["--preprocessed"]) / "manifest.json") == read_json(preprocessed / "manifest.json")
         result = Path(value["--output"])
         result.mkdir()
-        (result / "manifest.json").write_text("{}")
         (result / "last.safetensors").write_text("weights")
+        files = {"last.safetensors": sha256_file(result / "last.safetensors")}
+        (result / "manifest.json").write_text(json.dumps({"files": files}))
 
     api = FakeApi(["Running", "Complete"], finished=train)
     run_train(SMALL, {"preprocessed": preprocessed}, {"model": model}, fold=1, job=job(path=str(shared)), api=api)
@@ -203,6 +289,18 @@ def test_the_model_is_collected_and_the_claim_left_clean(tmp_path, preprocessed,
     assert len(list(shared.iterdir())) == 1
     with pytest.raises(UserError, match="left no model"):
         again(FakeApi(["Complete"]))
+    # Half a model is refused and stays where it was.
+    (folder,) = shared.iterdir()
+
+    def half(built):
+        train(built)
+        (folder / "model" / "last.safetensors").write_text("wei")
+
+    shutil.rmtree(model)
+    with pytest.raises(UserError, match="incomplete"):
+        again(FakeApi(["Complete"], finished=half))
+    assert not model.exists()
+    assert (folder / "model").is_dir()
 
 
 def test_a_claim_that_is_not_mounted(tmp_path, preprocessed):
@@ -215,6 +313,12 @@ def test_a_claim_that_is_not_mounted(tmp_path, preprocessed):
             job=job(path=str(tmp_path / "no")),
             api=FakeApi(["Running"]),
         )
+
+
+def test_a_password_in_an_address_is_refused(monkeypatch):
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_URI") as caught:
+        manifest(job(), "n", [], {"MLFLOW_TRACKING_URI": "https://me:planted@mlflow"})
+    assert "planted" not in str(caught.value)
 
 
 def test_secrets_are_never_values(monkeypatch):
