@@ -135,10 +135,7 @@ def compose(args: argparse.Namespace) -> None:
     conf = Path(args.conf).resolve()
     if not (conf / "config.yaml").is_file():
         raise ConfigError("holds no config.yaml", where=args.conf, mend="run this where conf/ is, or give --conf")
-    if args.keep:
-        values = _overlay(load_yaml(args.output), conf, args.overrides)
-    else:
-        values = _compose(conf, args.overrides)
+    values = _overlay(load_yaml(args.output), conf, args.overrides) if args.keep else _compose(conf, args.overrides)
     from_mapping(Params, values, where=f"{args.conf} with {' '.join(args.overrides) or 'no override'}")
     text = _yaml(values)
     if args.output == "-":

@@ -156,12 +156,8 @@ def test_trials_wait_in_dvcs_queue(tmp_path, monkeypatch):
     assert "sweep-0" in listed
     assert "sweep-1" in listed
     assert yaml.safe_load((clone / "params.yaml").read_text()) == mine
-    stashed = subprocess.run(
-        ["git", "for-each-ref", "--format=%(refname)", "refs/exps"], capture_output=True, text=True
-    )
-    (ref,) = [name for name in stashed.stdout.split() if name.endswith("stash")]
-    for number, values in enumerate(reversed(trials)):
-        text = subprocess.run(
-            ["git", "show", f"{ref}@{{{number}}}:params.yaml"], capture_output=True, check=True
-        ).stdout
+    line = ["git", "log", "--walk-reflogs", "--format=%H", "refs/exps/celery/stash"]
+    stashed = subprocess.run(line, capture_output=True, text=True, check=True).stdout.split()
+    for values, commit in zip(reversed(trials), stashed, strict=True):
+        text = subprocess.run(["git", "show", f"{commit}:params.yaml"], capture_output=True, check=True).stdout
         assert yaml.safe_load(text) == set_values(mine, [f"{key}={json.dumps(value)}" for key, value in values.items()])
