@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from distilldsm.errors import DataError
+from distilldsm.inference.engines import openvino_core
 
 
 def export_openvino(onnx_path: str | os.PathLike[str], xml_path: str | os.PathLike[str], *, fp16: bool) -> None:
@@ -23,7 +24,7 @@ def export_openvino(onnx_path: str | os.PathLike[str], xml_path: str | os.PathLi
 
     # read_model and not convert_model: the same ONNX frontend, without that function's telemetry.
     try:
-        model = openvino.Core().read_model(os.fspath(onnx_path))
+        model = openvino_core().read_model(os.fspath(onnx_path))
     except RuntimeError as error:
         raise DataError("cannot be read by OpenVINO", where=onnx_path, seen=str(error)[:300]) from None
     # OpenVINO may still map an older file of that name into memory, so it is never overwritten in place.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -15,6 +16,19 @@ if TYPE_CHECKING:
     from distilldsm.models.base import SegmentationNetwork
 
 Float32 = npt.NDArray[np.float32]
+
+
+@cache
+def openvino_core() -> Any:
+    """The process's one `openvino.Core`.
+
+    OpenVINO's CPU plugin gives its thread another stack for signals. Of two plugins in one thread, the one that goes
+    first unmaps what the other will put back, and the next signal (a child that ends, Ctrl-C) kills the process. So
+    there is one, and it stays. Seen with OpenVINO 2026.4.
+    """
+    import openvino
+
+    return openvino.Core()
 
 
 class Engine(Protocol):
@@ -69,14 +83,12 @@ class OpenVINOEngine:
     def __init__(
         self, path: str | os.PathLike[str], *, precision: Literal["f32", "auto"] = "f32", fixed_size: bool = False
     ) -> None:
-        import openvino
-
         self.path = _existing(path)
         self.fixed_size = fixed_size
         self._properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
         self._shape: tuple[int, ...] | None = None
         self._compiled: Any = None
-        self._core = openvino.Core()
+        self._core = openvino_core()
         try:
             if fixed_size:
                 self._model = self._core.read_model(str(self.path))

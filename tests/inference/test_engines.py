@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -58,3 +61,19 @@ def test_missing_and_damaged_models_are_named(engine, name, tmp_path):
     (tmp_path / name).write_bytes(b"no model")
     with pytest.raises(DataError, match=f"{name}: cannot be loaded by"):
         engine(tmp_path / name)
+
+
+def test_signals_still_work_after_engines_are_gone(tmp_path_factory):
+    """Engines dropped in the order they were made; then a signal, as when a child process ends."""
+    code = (
+        "import os, signal, sys\n"
+        "from distilldsm.inference.engines import OpenVINOEngine\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "engines = [OpenVINOEngine(sys.argv[1]) for _ in range(2)]\n"
+        "while engines:\n"
+        "    engines.pop(0)\n"
+        "os.kill(os.getpid(), signal.SIGUSR1)\n"
+    )
+    path = str(exported(tmp_path_factory).export / "model.xml")
+    done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
