@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest import mock
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from distilldsm.models.depth_shift import (
     DistillDepthShift,
     ResidualDepthShift,
     depth_shift,
+    masked_depth_shift,
     shift_slices,
 )
 
@@ -46,7 +49,16 @@ def test_equals_the_slow_loop(volumes, depth, channels, data):
     forward = data.draw(st.integers(0, channels))
     backward = data.draw(st.integers(0, channels - forward))
     x = torch.randn(volumes * depth, channels, 3, 2)
-    assert torch.equal(depth_shift(x, depth, forward, backward), slow_depth_shift(x, depth, forward, backward))
+    expected = slow_depth_shift(x, depth, forward, backward)
+    assert torch.equal(depth_shift(x, depth, forward, backward), expected)
+    with mock.patch("torch.compiler.is_compiling", return_value=True):
+        assert torch.equal(depth_shift(x, depth, forward, backward), expected)
+    assert torch.equal(masked_depth_shift(x[:depth], depth, forward, backward), expected[:depth])
+
+
+def test_the_memory_layout_stays():
+    x = torch.randn(4, 8, 5, 6).contiguous(memory_format=torch.channels_last)
+    assert depth_shift(x, 2, 2, 2).is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("depth", [1, 2, 5])
@@ -147,6 +159,10 @@ def test_refuses_what_is_no_whole_number_of_volumes():
         shift_slices(torch.zeros(7, 1, 1, 1), 2, 1)
     with pytest.raises(ValueError, match="cannot shift"):
         depth_shift(torch.zeros(2, 3, 1, 1), 2, 2, 2)
+    with pytest.raises(ValueError, match="7 slices"):
+        depth_shift(torch.zeros(7, 4, 1, 1), 2, 1, 1)
+    with pytest.raises(ValueError, match="cannot shift"):
+        masked_depth_shift(torch.zeros(2, 3, 1, 1), 2, 2, 2)
 
 
 @pytest.mark.parametrize("value", [-0.1, 1.5, "half", True])
