@@ -8,7 +8,8 @@ from pathlib import Path
 
 from components._main import stage_main
 from distilldsm.config import ExportConfig, TrackingConfig, load_params
-from distilldsm.stage import output_directory
+from distilldsm.params import to_mapping
+from distilldsm.stage import output_directory, write_json
 
 
 def run(
@@ -22,20 +23,25 @@ def run(
     """Export one fold's model; nothing is written where it disagrees with the network.
 
     Args:
-        inputs: `model` (from train), `preprocessed` (its held-out volumes are what is compared on).
+        inputs: `model` (from train), `preprocessed` (its held-out volumes are what is compared on), and `evaluation`
+            where the fold was evaluated: its scores per case travel with the model, see distilldsm/export/scores.py.
         outputs: `export`: the model directory, see distilldsm/export/package.py.
         fold: the fold that was held out.
         tracking: attaches to the training run; None leaves MLflow out.
     """
     from distilldsm.export.build import build_package
+    from distilldsm.export.scores import SCORES, collect_scores
 
     with output_directory(
         outputs["export"],
         stage="export",
         config=config,
-        inputs={"model": inputs["model"], "preprocessed": inputs["preprocessed"]},
+        inputs=inputs,
         extra={"fold": fold},
     ) as work:
+        scores = collect_scores(
+            inputs["model"], inputs["preprocessed"], inputs.get("evaluation"), fold=fold, checkpoint=config.checkpoint
+        )
         built = build_package(
             inputs["model"],
             inputs["preprocessed"],
@@ -45,6 +51,7 @@ def run(
             parity_cases=config.parity_cases,
             max_voxel_difference=config.max_voxel_difference,
         )
+        write_json(work / SCORES, scores)
     for name, row in built.summary.items():
         print(
             f"{name}: {100 * row['voxel_difference']:.4f} % of the voxels differ from the network, logits by up to "
@@ -53,7 +60,15 @@ def run(
         )
     if tracking is not None and tracking.enabled:
         from distilldsm import tracking as tracking_module
+        from distilldsm.export.gate import Gate
 
+        facts = {
+            "fold": fold,
+            "data_hash": scores.data_hash,
+            "split_hash": scores.split_hash,
+            "scores": scores.source,
+            "voxel_difference": {runtime: row["voxel_difference"] for runtime, row in built.summary.items()},
+        }
         metrics = {f"export_{runtime}_{key}": v for runtime, row in built.summary.items() for key, v in row.items()}
         with tracking_module.attach(inputs["model"], tracking) as mlflow_run:
             mlflow_run.log_metrics(metrics)
@@ -61,12 +76,18 @@ def run(
                 outputs["export"],
                 name="model",
                 registered_name=built.metadata.name if config.register_model else None,
+                gate=to_mapping(Gate.of(config)),
+                metrics={**metrics, **scores.mean},
+                version_tags=facts,
                 metadata={
+                    **facts,
                     "intended_use": built.metadata.intended_use,
                     "labels": built.metadata.labels,
                     "data_licence": built.metadata.data.licence,
                 },
             )
+        if mlflow_run.registration:
+            print(mlflow_run.registration)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -75,14 +96,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
+    parser.add_argument("--evaluation", type=Path, default=None, help="default: evaluation/fold<FOLD>, where it is")
     parser.add_argument("--output", type=Path, default=None, help="default: export/fold<FOLD>")
     args = parser.parse_args(argv)
 
     def stage() -> None:
         params = load_params(args.params)
+        inputs = {"model": args.model or Path(f"models/fold{args.fold}"), "preprocessed": args.preprocessed}
+        evaluation = args.evaluation or Path(f"evaluation/fold{args.fold}")
+        if args.evaluation or evaluation.is_dir():
+            inputs["evaluation"] = evaluation
         run(
             params.export,
-            {"model": args.model or Path(f"models/fold{args.fold}"), "preprocessed": args.preprocessed},
+            inputs,
             {"export": args.output or Path(f"export/fold{args.fold}")},
             fold=args.fold,
             tracking=params.tracking,

@@ -281,8 +281,8 @@ def cross_validate(
 ) -> bool:
     """Component `cross_validate`: the table over the folds, and whether it passes the threshold of `export.min_dice`.
 
-    The models of all folds go to one artifact `folds`, `fold0`, `fold1` ...: kfp cannot pass collected artifacts on
-    into the loop that exports them.
+    The models of all folds go to one artifact `folds`, `fold0`, `fold1` ..., and what their exports need of the
+    evaluations to `evaluation/fold0` ...: kfp cannot pass collected artifacts on into the loop that exports them.
 
     Returns:
         Whether the models may leave. (One output only: kfp's local runner cannot tell several apart in a condition.)
@@ -307,6 +307,9 @@ def cross_validate(
         log_metrics(metrics, {f"dice_{label}": mean for label, mean, _, _ in rows} | {"dice": dice})
         for model in models:
             shutil.copytree(model.path, Path(folds.path) / f"fold{read_json(Path(model.path) / 'model.json')['fold']}")
+        heavy = shutil.ignore_patterns("predictions", "figures", "plots")
+        for one, table in zip(evaluations, tables, strict=True):
+            shutil.copytree(one.path, Path(folds.path) / "evaluation" / f"fold{table['fold']}", ignore=heavy)
         folds.metadata.update(dice=dice, folds=[table["fold"] for table in tables])
         print("\n".join(lines))
         return passed
@@ -328,10 +331,11 @@ def export(
     with component("export"):
         number = int(fold)
         model = Path(models.path) / f"fold{number}"
+        scored = Path(models.path) / "evaluation" / f"fold{number}"
         target = Path(exported.path)
         stage.run(
             section(ExportConfig, config, "export"),
-            {"model": model, "preprocessed": Path(preprocessed.path)},
+            {"model": model, "preprocessed": Path(preprocessed.path), "evaluation": scored},
             {"export": target},
             fold=number,
             tracking=section(TrackingConfig, tracking, "tracking"),

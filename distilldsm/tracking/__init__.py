@@ -15,7 +15,6 @@ import logging
 import os
 import re
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,7 +26,11 @@ from distilldsm.config import TrackingConfig
 from distilldsm.params import to_mapping
 from distilldsm.stage import write_json
 from distilldsm.tracking.delivery import Delivery, live_uri, redact, replay_all
+from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.journal import JournalWriter, State, encode_number, pending, writer_identity
+from distilldsm.tracking.process import start_worker as _start_worker
+from distilldsm.tracking.process import stop_worker as _stop_worker
+from distilldsm.tracking.registry import read_receipt
 from distilldsm.tracking.sink import sqlite_path
 from distilldsm.tracking.values import (
     DIGEST_LENGTH,
@@ -42,7 +45,6 @@ from distilldsm.tracking.values import (
 
 RUN_FILE = "mlflow_run.json"
 CLOSE_TIMEOUT_S, LOCAL_CLOSE_TIMEOUT_S = 20.0, 60.0
-SYSTEM_METRICS_S = 10.0
 logger = logging.getLogger("distilldsm.tracking")
 
 
@@ -138,6 +140,7 @@ class Run:
         self._directory: Path | None = None
         self._state_directory: Path | None = None
         self._role = "none"
+        self._receipt: str | None = None
         self._is_local = False
         self.run_key: str | None = None
         """Names the run from its start, before the server has given it an id; None where nothing is tracked."""
@@ -235,35 +238,54 @@ class Run:
         *,
         name: str = "model",
         registered_name: str | None = None,
-        alias: str = "candidate",
+        gate: Mapping[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+        version_tags: Mapping[str, Any] | None = None,
         metadata: Mapping[str, Any] | None = None,
         pip_requirements: Sequence[str] | None = None,
     ) -> None:
-        """Record an exported model directory as an MLflow model and register it.
+        """Record an exported model directory as an MLflow model and register it, see `flavor` and `registry`.
 
-        The model's flavour is ONNX and its signature comes from the graph of `model.onnx`, dynamic dimensions as -1;
-        the other files (OpenVINO IR, metadata) travel beside it, so that the model downloaded from MLflow is a model
-        directory again.
+        All files of the directory are in the MLflow model, so that downloaded it is a model directory again.
 
         Args:
             registered_name: name in the model registry; None does not register.
-            alias: given to the new version in the registry.
+            gate: what it must fulfil to become champion, the fields of `distilldsm.export.gate.Gate`.
+            metrics: belong to this very model, on its page and the run's.
+            version_tags: tags of the registered version.
             metadata: written into the MLflow model's description.
-            pip_requirements: what serving it needs, by default ONNX Runtime.
+            pip_requirements: what serving it needs, by default what it imports, pinned to what is installed.
         """
         with _forgiving(f"model {model_dir}"):
             if not (Path(model_dir) / "model.onnx").is_file():
                 raise FileNotFoundError(f"{model_dir} holds no model.onnx")
-            requirements = list(pip_requirements or ("numpy", "onnx", "onnxruntime"))
+            receipt = uuid.uuid4().hex
             self._spool(
                 "model",
                 Path(model_dir),
                 name=name,
                 registered_name=registered_name,
-                alias=alias,
+                gate=plain(dict(gate or {})),
+                metrics={key_name(key): encode_number(value) for key, value in (metrics or {}).items()},
+                version_tags=texts(version_tags or {}, TAG_LENGTH),
                 metadata=plain(to_mapping(dict(metadata or {}))),
-                pip_requirements=requirements,
+                pip_requirements=list(pip_requirements or requirements(Path(model_dir))),
+                receipt=receipt,
             )
+            self._receipt = receipt if registered_name else None
+
+    @property
+    def registration(self) -> str | None:
+        """What became of the exported model in the registry, one line; None where none is to be registered."""
+        if self._receipt is None or self._state_directory is None:
+            return None
+        with _forgiving("asking what the registry said"):
+            line = read_receipt(self._state_directory, self._receipt)
+            if line is not None:
+                return line
+            if not pending(self._state_directory):
+                return f"the registry did not take the model, see {self._state_directory}"
+        return "the model is not registered yet: that, and who is champion, is decided when the server is back"
 
     def close(self, timeout: float | None = None, *, status: str = "FINISHED") -> None:
         """End the run and wait for its records to be sent; what is left stays journalled.
@@ -329,44 +351,6 @@ def _forgiving(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("MLflow: %s failed: %s: %s", what, type(error).__name__, error)
-
-
-def _start_worker(directory: Path, uri: str, *, with_system: bool) -> subprocess.Popen[bytes]:
-    interval = 0.0
-    if with_system and os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0"):
-        interval = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SYSTEM_METRICS_S)
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": uri,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-    }
-    module = "distilldsm.tracking.worker"
-    with open(directory / "worker.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, str(directory), "--parent", str(os.getpid()), "--system", str(interval)],
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
-            start_new_session=True,  # an interrupt from the keyboard must not take the last records along
-        )
-
-
-def _stop_worker(worker: subprocess.Popen[bytes], timeout_s: float) -> None:
-    with contextlib.suppress(OSError):
-        if worker.stdin is not None:
-            # A word, not only the end of the pipe: forked children may hold a copy of it open.
-            worker.stdin.write(b"finish\n")
-            worker.stdin.flush()
-            worker.stdin.close()
-    try:
-        worker.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        worker.kill()  # what it was about to send is still in the journal
-        worker.wait()
 
 
 def _read_run_file(directory: Path) -> dict[str, Any] | None:

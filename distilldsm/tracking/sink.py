@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from distilldsm.tracking.flavor import save
 from distilldsm.tracking.journal import Record
+from distilldsm.tracking.registry import RECORD_TAG, register, write_receipt
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_KEY_TAG = "distilldsm.run_key"
-RECORD_TAG = "distilldsm.record"
 METRICS_PER_BATCH = 900  # the REST API takes 1,000 items and 1 MB
 ITEMS_PER_BATCH = 90  # params or tags; it takes 100
 _TABLES_TAG = "mlflow.loggedArtifacts"
@@ -53,6 +53,7 @@ def prepare_environment() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _HTTP_RETRIES)
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 
@@ -73,13 +74,15 @@ class Sink:
 
         database = sqlite_path(uri)
         self._artifact_root: Path | None = None
+        self._registry_lock: FileLock | None = None
         if database is None:
             self._client: MlflowClient = MlflowClient(tracking_uri=uri)
         else:
             database.parent.mkdir(parents=True, exist_ok=True)
             self._artifact_root = database.parent.absolute() / "mlartifacts"
+            self._registry_lock = FileLock(f"{database}.lock")
             # MLflow fails where several processes create the tables of a new file at once.
-            with FileLock(f"{database}.lock"):
+            with self._registry_lock:
                 self._client = MlflowClient(tracking_uri=uri)
                 self._client.search_experiments(max_results=1)
         self._run_id = ""
@@ -179,7 +182,7 @@ class Sink:
                     self._artifact(_spooled(first, directory), first["to"])
                     self._announce_table(first["table"])
                 case "model":
-                    self._model(first, _spooled(first, directory), identity)
+                    self._model(first, directory, identity)
                 case "end":
                     self._client.set_terminated(self._run_id, first["status"], first["time_ms"])
                 case other:
@@ -260,48 +263,63 @@ class Sink:
         if entry not in tables:
             self._client.set_tag(self._run_id, _TABLES_TAG, json.dumps([*tables, entry]))
 
-    def _model(self, record: Record, source: Path, identity: str) -> None:
-        try:
-            import onnx
-        except ImportError:
-            logger.warning("onnx is not installed here: the exported model is kept as plain artifacts")
-            self._client.log_artifacts(self._run_id, str(source), "exported_model")
-            return
-        from mlflow.entities import LoggedModelOutput
-        from mlflow.models import Model
-        from mlflow.onnx import save_model
-
+    def _model(self, record: Record, directory: Path, identity: str) -> None:
+        source = _spooled(record, directory)
         logged = self._logged_model(record, identity)
         if str(logged.status) != "READY":
-            with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
-                path = Path(folder) / "model"
-                network = onnx.load(str(source / "model.onnx"))
-                save_model(
-                    network,
-                    str(path),
-                    mlflow_model=Model(
-                        artifact_path=logged.artifact_location,
-                        run_id=self._run_id,
-                        model_uuid=logged.model_id,
-                        model_id=logged.model_id,
-                    ),
-                    signature=_signature(network),
-                    pip_requirements=record["pip_requirements"],
-                    metadata=record["metadata"],
-                    save_as_external_data=False,
-                )
-                for file in sorted(source.iterdir()):  # the IR and its metadata travel with the ONNX file
-                    target = path / file.name
-                    if not file.name.startswith("model.onnx") and not target.exists():
-                        (shutil.copytree if file.is_dir() else shutil.copyfile)(file, target)
-                if not any(file.name.startswith("model.onnx.") for file in source.iterdir()):
-                    # Byte for byte what was exported, for its metadata holds the hash.
-                    shutil.copyfile(source / "model.onnx", path / "model.onnx")
-                self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step=0)])
-                self._client.log_model_artifacts(logged.model_id, str(path))
-                self._client.finalize_logged_model(logged.model_id, "READY")
+            try:
+                self._upload_model(record, source, logged)
+            except ImportError as error:
+                logger.warning("%s is not installed here: the exported model is kept as plain artifacts", error.name)
+                self._client.delete_logged_model(logged.model_id)
+                self._client.log_artifacts(self._run_id, str(source), "exported_model")
+                return
+        self._model_metrics(record, logged.model_id)
         if record["registered_name"]:
-            self._register(record, logged.model_id, identity)
+            line = register(
+                self._client,
+                record,
+                run_id=self._run_id,
+                model_id=logged.model_id,
+                identity=identity,
+                source=source,
+                lock=self._registry_lock,
+            )
+            write_receipt(directory, record, line)
+            logger.info("%s", line)
+
+    def _upload_model(self, record: Record, source: Path, logged: Any) -> None:
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model
+
+        with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
+            path = Path(folder) / "model"
+            described = Model(
+                artifact_path=logged.artifact_location,
+                run_id=self._run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            )
+            save(
+                source,
+                path,
+                described,
+                pip_requirements=list(record["pip_requirements"]),
+                metadata=record["metadata"],
+            )
+            self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            self._client.log_model_artifacts(logged.model_id, str(path))
+            self._client.finalize_logged_model(logged.model_id, "READY")
+
+    def _model_metrics(self, record: Record, model_id: str) -> None:
+        from mlflow.entities import Metric
+
+        metrics = [
+            Metric(key, float(value), record["time_ms"], 0, model_id=model_id, run_id=self._run_id)
+            for key, value in record.get("metrics", {}).items()
+        ]
+        if metrics:
+            self._client.log_batch(self._run_id, metrics=metrics, synchronous=True)
 
     def _logged_model(self, record: Record, identity: str) -> Any:
         """The model entry of this very record, from an attempt before or new."""
@@ -324,55 +342,9 @@ class Sink:
             model_type="segmentation",
         )
 
-    def _register(self, record: Record, model_id: str, identity: str) -> None:
-        from mlflow.exceptions import MlflowException
-
-        name = record["registered_name"]
-        try:
-            self._client.create_registered_model(name)
-        except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise
-        for version in self._client.search_model_versions(f"run_id = '{self._run_id}'"):
-            if version.name == name and (version.tags or {}).get(RECORD_TAG) == identity:
-                break
-        else:
-            version = self._client.create_model_version(
-                name,
-                source=f"models:/{model_id}",
-                run_id=self._run_id,
-                tags={RECORD_TAG: identity},
-                model_id=model_id,
-                await_creation_for=30,
-            )
-        self._client.set_registered_model_alias(name, record["alias"], version.version)
-
 
 def _spooled(record: Record, directory: Path) -> Path:
     path = directory / record["path"]
     if not path.exists():
         raise RefusedError(f"the spooled copy is gone: {record['path']}")
     return path
-
-
-def _signature(network: Any) -> Any:
-    """The signature of an ONNX network, from its graph: dynamic dimensions become -1."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-    from onnx.helper import tensor_dtype_to_np_dtype
-
-    def specs(values: Any) -> Any:
-        return Schema(
-            [
-                TensorSpec(
-                    tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type),
-                    [d.dim_value if d.HasField("dim_value") else -1 for d in value.type.tensor_type.shape.dim],
-                    name=value.name,
-                )
-                for value in values
-            ]
-        )
-
-    weights = {tensor.name for tensor in network.graph.initializer}
-    inputs = [value for value in network.graph.input if value.name not in weights]
-    return ModelSignature(inputs=specs(inputs), outputs=specs(network.graph.output))

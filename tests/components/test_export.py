@@ -77,6 +77,7 @@ def test_it_writes_a_whole_model_directory(made):
         "model.xml",
         "parity.json",
         "plan.json",
+        "scores.json",
     ]
     verify(made.export)
     trained, shipped = load_file(made.model / "last.safetensors"), load_file(made.export / "model.safetensors")
@@ -174,16 +175,19 @@ def test_inputs_that_do_not_belong_together_are_refused(made, traced, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch):
+def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch, capsys):
     seen: dict = {}
 
     class Run:
         def log_metrics(self, values, step=None):
             seen["metrics"] = dict(values)
 
-        def log_exported_model(self, model_dir, *, name, registered_name, metadata):
+        registration = "registered as told"
+
+        def log_exported_model(self, model_dir, *, name, registered_name, gate, metrics, version_tags, metadata):
             seen["model"] = (Path(model_dir), name, registered_name)
-            seen["metadata"] = metadata
+            seen["metadata"] = {**metadata, **gate, **version_tags}
+            seen["of the model"] = metrics
 
     @contextmanager
     def attach(model_dir, config):
@@ -200,7 +204,10 @@ def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch):
     assert seen["model"] == (output, "model", "distilldsm-ellipsoids")
     assert "export_onnx_max_logit_difference" in seen["metrics"]
     assert all(isinstance(v, float) for v in seen["metrics"].values())
+    assert seen["of the model"].items() >= seen["metrics"].items()
     json.dumps(seen["metadata"])
+    assert (seen["metadata"]["metric"], seen["metadata"]["fold"], len(seen["metadata"]["data_hash"])) == ("dice", 1, 64)
+    assert "registered as told" in capsys.readouterr().out
     export(made, output, LOOSE, tracking=TrackingConfig())
     assert seen["model"][2] is None
     seen.clear()

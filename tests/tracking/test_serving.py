@@ -32,7 +32,7 @@ def test_mlflow_serves_what_openvino_computes(place, client, run, tmp_path_facto
     run.log_exported_model(package, registered_name="served")
     assert replay_journals().rejected == 0
     port = free_port()
-    command = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/served@candidate"]
+    command = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/served@champion"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db"}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log = place / "server.log"

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from distilldsm.tracking.registry import register
 from distilldsm.tracking.sink import RefusedError, Sink, prepare_environment
 
 OPENING = {"op": "open", "run_key": "k", "experiment": "e", "run_id": None, "role": "train", "name": "n", "tags": {}}
@@ -122,10 +123,10 @@ def test_what_may_be_sent_later_is_not_refused(sink, tmp_path, monkeypatch):
     assert not isinstance(caught.value, RefusedError)
 
 
-def test_a_registry_that_is_away_is_asked_again(sink, monkeypatch):
-    monkeypatch.setattr(sink, "_client", SimpleNamespace(create_registered_model=raising("TEMPORARILY_UNAVAILABLE")))
+def test_a_registry_that_is_away_is_asked_again():
+    away = SimpleNamespace(create_registered_model=raising("TEMPORARILY_UNAVAILABLE"))
     with pytest.raises(Exception, match="as told"):
-        sink._register({"registered_name": "m", "alias": "a"}, "id", "i")
+        register(away, {"registered_name": "m"}, run_id="r", model_id="id", identity="i", source=Path())
 
 
 def test_whether_a_store_is_reachable(sink, monkeypatch):

@@ -149,7 +149,7 @@ def test_the_exported_model_is_registered_and_runs(place, client, run):
     (model / "fp16" / "model.xml").write_text("<net/>")
     run.log_exported_model(model, registered_name="hippocampus", metadata={"labels": {"background": 0}})
     assert replay_journals().rejected == 0
-    version = client.get_model_version_by_alias("hippocampus", "candidate")
+    version = client.get_model_version_by_alias("hippocampus", "challenger")
     assert version.run_id == the_run(client).info.run_id
 
     import mlflow
@@ -157,8 +157,8 @@ def test_the_exported_model_is_registered_and_runs(place, client, run):
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
     try:
-        path = mlflow.artifacts.download_artifacts("models:/hippocampus@candidate", dst_path=str(place / "fetched"))
-        loaded = mlflow.pyfunc.load_model("models:/hippocampus@candidate")
+        path = mlflow.artifacts.download_artifacts("models:/hippocampus@challenger", dst_path=str(place / "fetched"))
+        loaded = mlflow.pyfunc.load_model("models:/hippocampus@challenger")
     finally:
         mlflow.set_tracking_uri(before)
     [logged] = client.search_logged_models([the_run(client).info.experiment_id])
@@ -482,7 +482,7 @@ def test_a_server_that_comes_up_late_gets_everything(place, empty_store, no_work
         assert (stored.info.status, stored.data.tags["fold"]) == ("FINISHED", "0")
         assert history(client, "loss") == [(1, 0.5)]
         assert [f.path for f in client.list_artifacts(stored.info.run_id)] == ["cases.json"]
-        assert client.get_model_version_by_alias("m", "candidate").run_id == stored.info.run_id
+        assert client.get_model_version_by_alias("m", "challenger").run_id == stored.info.run_id
         assert list((place / "kept").rglob("model.onnx"))
     finally:
         os.killpg(server.pid, signal.SIGTERM)

@@ -1,0 +1,182 @@
+"""Whether a newly registered model takes the champion's place: both compared on the same cases, case by case."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+
+from distilldsm.config import ExportConfig
+from distilldsm.errors import ConfigError
+from distilldsm.export.scores import Scores
+
+Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable"]
+LOWER_IS_BETTER = frozenset({"hd95_mm"})
+NAMES: Mapping[str, str] = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
+_DECIMALS = 9  # a difference that should equal the margin must not pass by a rounding error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gate:
+    """What a challenger must fulfil; see `ExportConfig.gate_metric`, `gate_margin` and `gate_p`."""
+
+    metric: Literal["dice", "nsd", "hd95_mm"] = "dice"
+    margin: float = 0.0
+    p: float | None = None
+
+    @classmethod
+    def of(cls, config: ExportConfig) -> Gate:
+        """The gate that `params.yaml` describes."""
+        return cls(metric=config.gate_metric, margin=config.gate_margin, p=config.gate_p)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What became of a challenger, and why."""
+
+    outcome: Outcome
+    reason: str
+    """In words, one line."""
+    metric: str
+    margin: float
+    champion: str | None = None
+    """Version that was compared with; None where there was none."""
+    difference: float | None = None
+    """Mean over the cases of challenger minus champion, turned so that above 0 is better; None: not compared."""
+    p: float | None = None
+    """Of the one-sided Wilcoxon signed-rank test that the difference is above the margin."""
+    cases: int | None = None
+
+    @property
+    def promoted(self) -> bool:
+        """Whether the challenger becomes champion."""
+        return self.outcome in ("first", "better")
+
+    def tags(self) -> dict[str, str]:
+        """As tags of a model version and of a run."""
+        values: dict[str, Any] = {
+            "gate.decision": "champion" if self.promoted else "challenger",
+            "gate.outcome": self.outcome,
+            "gate.reason": self.reason,
+            "gate.metric": self.metric,
+            "gate.margin": f"{self.margin:g}",
+            "gate.champion": self.champion or "none",
+            "gate.difference": None if self.difference is None else f"{self.difference:.6g}",
+            "gate.p": None if self.p is None else f"{self.p:.3g}",
+            "gate.cases": self.cases,
+        }
+        # All of them each time: a tag left over from an interrupted attempt would tell of another comparison.
+        return {key: "-" if value is None else str(value) for key, value in values.items()}
+
+
+def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, version: str | None) -> Decision:
+    """Compare a challenger with the champion.
+
+    Never promotes both of two models over each other, and neither of two equal ones.
+
+    Args:
+        challenger, champion: their scores per case; None where a model carries none.
+        version: the champion's; None: there is no champion.
+    """
+    decided = partial(Decision, metric=gate.metric, margin=gate.margin, champion=version)
+    if version is None:
+        return decided(outcome="first", reason="there was no champion")
+    problem = why_not_comparable(challenger, champion, gate.metric, version)
+    if problem is not None or challenger is None or champion is None:
+        return decided(outcome="not_comparable", reason=problem or "no scores")
+    differences = paired_differences(challenger, champion, gate.metric)
+    mean, p = round(float(differences.mean()), _DECIMALS), p_value(differences, gate.margin)
+    outcome: Outcome = "better"
+    if not mean > gate.margin:
+        outcome = "not_better"
+    elif gate.p is not None and not p <= gate.p:
+        outcome = "not_significant"
+    said = {
+        "better": "better than",
+        "not_better": f"not better by more than {gate.margin:g} than",
+        "not_significant": f"better, but p is above {gate.p or 0:g}, than",
+    }[outcome]
+    reason = (
+        f"{said} version {version}: mean {NAMES[gate.metric]} difference {_worded(mean, gate.metric)} "
+        f"over {len(differences)} cases, p {p:.3g}"
+    )
+    return decided(outcome=outcome, reason=reason, difference=mean, p=p, cases=len(differences))
+
+
+def why_not_comparable(challenger: Scores | None, champion: Scores | None, metric: str, version: str) -> str | None:
+    """What keeps two models from being compared and how to mend it; None where nothing does."""
+    by_hand = "or set the alias champion by hand"
+    if challenger is None or not challenger.cases:
+        note = challenger.note if challenger is not None else "the model carries no scores"
+        return f"not comparable with version {version}: {note}; evaluate this fold, then export again, {by_hand}"
+    if champion is None or not champion.cases:
+        return (
+            f"not comparable: version {version} carries no scores per case; "
+            f"evaluate and export that model again, {by_hand}"
+        )
+    again = f"train, evaluate and export both on the same data and fold, {by_hand}"
+    for key, name in (("fold", "fold"), ("data_hash", "data"), ("labels", "labels")):
+        ours, theirs = getattr(challenger, key), getattr(champion, key)
+        if ours != theirs:
+            seen = f"{_short(theirs)}, this one {_short(ours)}"
+            return f"not comparable: version {version} was scored on {name} {seen}; {again}"
+    if challenger.cases.keys() != champion.cases.keys():
+        shared = len(challenger.cases.keys() & champion.cases.keys())
+        return (
+            f"not comparable: version {version} was scored on {len(champion.cases)} cases, this one on "
+            f"{len(challenger.cases)}, {shared} of them the same; {again}"
+        )
+    if metric == "nsd" and challenger.nsd_tolerance_mm != champion.nsd_tolerance_mm:
+        return (
+            f"not comparable: the NSD of version {version} has a tolerance of {champion.nsd_tolerance_mm} mm, this one "
+            f"of {challenger.nsd_tolerance_mm} mm; evaluate both with the same evaluate.nsd_tolerance_mm, {by_hand}"
+        )
+    return None
+
+
+def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.ndarray:
+    """(cases,) challenger minus champion of each case's mean over labels, turned so that above 0 is better.
+
+    The scores must be of the same cases (see `why_not_comparable`).
+    """
+    cases = sorted(challenger.cases)
+    ours, theirs = challenger.per_case(metric), champion.per_case(metric)
+    differences = np.array([ours[case] - theirs[case] for case in cases])
+    return -differences if metric in LOWER_IS_BETTER else differences
+
+
+def p_value(differences: np.ndarray, margin: float) -> float:
+    """One-sided Wilcoxon signed-rank test of paired differences being above a margin; 1 where all equal it."""
+    from scipy.stats import wilcoxon
+
+    above = np.round(differences - margin, _DECIMALS)
+    if not above.any():
+        return 1.0
+    p = float(wilcoxon(above, alternative="greater").pvalue)
+    return p if math.isfinite(p) else 1.0
+
+
+def gate_from(values: Mapping[str, Any] | None) -> Gate:
+    """The gate of a journal record; the default where it has none or one of another version."""
+    from distilldsm.params import from_mapping
+
+    try:
+        return from_mapping(Gate, values or {}, where="gate")
+    except ConfigError:
+        return Gate()
+
+
+def _worded(difference: float, metric: str) -> str:
+    if metric in LOWER_IS_BETTER:  # shown as it is measured: less is better
+        return f"{-difference:+.4g}"
+    return f"{difference:+.4f}"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, tuple):
+        return ", ".join(value)
+    return str(value)[:12]

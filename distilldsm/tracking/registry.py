@@ -1,0 +1,179 @@
+"""The model registry: versions, the aliases `challenger` and `champion`, and what decides who is champion.
+
+The decision is made here, where the registry can be asked, so that a record delivered late is judged against the
+champion of that time. Every step may be repeated: a version that has been judged is not judged again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilldsm.export.gate import Decision, decide, gate_from
+from distilldsm.export.scores import SCORES, Scores, load_scores
+from distilldsm.stage import read_json, write_json
+from distilldsm.tracking.journal import Record
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+CHALLENGER, CHAMPION = "challenger", "champion"
+RECORD_TAG = "distilldsm.record"
+JUDGED_TAG = "gate.judged"
+RECEIPT = "registered.json"
+_ATTEMPTS = 5
+
+
+def register(
+    client: MlflowClient,
+    record: Record,
+    *,
+    run_id: str,
+    model_id: str,
+    identity: str,
+    source: Path,
+    lock: AbstractContextManager[Any] | None = None,
+) -> str:
+    """Register a logged model as a version, name it challenger, and champion where it passes the gate.
+
+    Args:
+        record: of the journal: `registered_name`, `gate`, `version_tags`.
+        identity: names the record for ever: a second delivery finds the first one's version by it.
+        source: the exported model's directory; holds `scores.json`, or the model is not comparable.
+        lock: held while judging, where all who register share one.
+
+    Returns:
+        What became of it, one line.
+    """
+    from mlflow.exceptions import MlflowException
+
+    name = record["registered_name"]
+    try:
+        client.create_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    version = _version(client, record, run_id, model_id, identity)
+    number = str(version.version)
+    tags: Mapping[str, str] = dict(version.tags or {})
+    if JUDGED_TAG not in tags:
+        with lock or nullcontext():
+            _name_challenger(client, name, number)
+            tags = _judge(client, record, number, run_id, load_scores(source / SCORES))
+    title = "champion" if tags.get("gate.decision") == CHAMPION else CHALLENGER
+    return f"registered as {name} version {number}, {title}: {tags.get('gate.reason', '')}"
+
+
+def _version(client: MlflowClient, record: Record, run_id: str, model_id: str, identity: str) -> Any:
+    name = record["registered_name"]
+    for version in client.search_model_versions(f"run_id = '{run_id}'"):
+        if version.name == name and (version.tags or {}).get(RECORD_TAG) == identity:
+            return version
+    return client.create_model_version(
+        name,
+        source=f"models:/{model_id}",
+        run_id=run_id,
+        tags={**record.get("version_tags", {}), RECORD_TAG: identity},
+        model_id=model_id,
+        await_creation_for=30,
+    )
+
+
+def _name_challenger(client: MlflowClient, name: str, number: str) -> None:
+    """The newest version is the challenger; an older record delivered again does not take the name back."""
+    now = _aliases(client, name).get(CHALLENGER)
+    if now is None or int(now) < int(number):
+        client.set_registered_model_alias(name, CHALLENGER, number)
+
+
+def _judge(client: MlflowClient, record: Record, number: str, run_id: str, scores: Scores | None) -> Mapping[str, str]:
+    """Decide, write it down, name the champion: in this order, so that what is interrupted can be taken up again."""
+    name = record["registered_name"]
+    for _ in range(_ATTEMPTS):
+        champion = _champion(client, name)
+        if champion is not None and str(champion.version) == number:
+            # An attempt before this one was interrupted after the last step; its tags are whole.
+            tags = dict(champion.tags or {})
+            break
+        decision = _decide(client, record, scores, champion)
+        tags = decision.tags()
+        for key, value in tags.items():
+            client.set_model_version_tag(name, number, key, value)
+        if not decision.promoted:
+            break
+        if _aliases(client, name).get(CHAMPION) == decision.champion:  # nobody else became champion meanwhile
+            client.set_registered_model_alias(name, CHAMPION, number)
+            break
+    else:
+        raise RuntimeError(f"the champion of '{name}' changes faster than it can be compared with")
+    told = {key: value for key, value in tags.items() if key.startswith("gate.")}
+    for key, value in {**told, "gate.version": f"{name}/{number}"}.items():
+        client.set_tag(run_id, key, value)
+    client.set_model_version_tag(name, number, JUDGED_TAG, "true")
+    return told
+
+
+def _decide(client: MlflowClient, record: Record, scores: Scores | None, champion: Any) -> Decision:
+    theirs = None if champion is None else registered_scores(client, champion)
+    version = None if champion is None else str(champion.version)
+    return decide(scores, theirs, gate_from(record.get("gate")), version=version)
+
+
+def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
+    return {alias: str(version) for alias, version in (client.get_registered_model(name).aliases or {}).items()}
+
+
+def _champion(client: MlflowClient, name: str) -> Any:
+    """The champion's version; None where there is none, or it has been deleted and the alias was left behind."""
+    from mlflow.exceptions import MlflowException
+
+    number = _aliases(client, name).get(CHAMPION)
+    if number is None:
+        return None
+    try:
+        return client.get_model_version(name, number)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        client.delete_registered_model_alias(name, CHAMPION)
+        return None
+
+
+def registered_scores(client: MlflowClient, version: Any) -> Scores | None:
+    """The scores that travel with a registered version; None where it carries none."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
+
+    model_id = str(version.source or "").removeprefix("models:/")
+    if not model_id.startswith("m-"):  # registered by something else than this
+        return None
+    try:
+        location = client.get_logged_model(model_id).artifact_location
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return None
+    files = get_artifact_repository(location, tracking_uri=client.tracking_uri)
+    # Asked for first: stores say in different ways that a file is missing, and "away" must not pass for "missing".
+    if SCORES not in {file.path for file in files.list_artifacts(None)}:
+        return None
+    with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
+        return load_scores(Path(files.download_artifacts(SCORES, folder)))
+
+
+def write_receipt(directory: Path, record: Record, line: str) -> None:
+    """Leave word in the journal's directory, for the stage that waits for its record."""
+    if record.get("receipt"):
+        write_json(directory / RECEIPT, {"receipt": record["receipt"], "line": line})
+
+
+def read_receipt(directory: Path, receipt: str) -> str | None:
+    """What became of the model of a record; None until it has been delivered."""
+    path = directory / RECEIPT
+    if not path.is_file():
+        return None
+    stored = read_json(path)
+    return str(stored["line"]) if stored.get("receipt") == receipt else None

@@ -1,0 +1,151 @@
+"""The gate between two models: paired, symmetric, and mute about what cannot be compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import wilcoxon
+
+from distilldsm.config import ExportConfig
+from distilldsm.errors import ConfigError
+from distilldsm.export.gate import Gate, decide, gate_from, p_value
+from distilldsm.export.scores import Scores
+
+METRICS = ("dice", "nsd", "hd95_mm")
+
+
+def scored(*values: float, **facts) -> Scores:
+    """Scores of cases c0, c1 ... with two labels whose mean is the value, the same for every metric."""
+    cases = {
+        f"c{k}": {
+            "a": dict.fromkeys(METRICS, value - 0.1),
+            "b": dict.fromkeys(METRICS, value + 0.1),
+        }
+        for k, value in enumerate(values)
+    }
+    known = {"fold": 0, "checkpoint": "last", "data_hash": "d", "split_hash": "s", "nsd_tolerance_mm": 1.0}
+    return Scores(**{"source": "evaluation", "labels": ("a", "b"), "cases": cases, **known, **facts})
+
+
+def test_the_first_becomes_champion_whatever_it_scored():
+    for scores in (None, scored(), scored(0.1)):
+        decision = decide(scores, None, Gate(), version=None)
+        assert (decision.outcome, decision.promoted, decision.champion) == ("first", True, None)
+
+
+def test_better_worse_and_equal():
+    low, high = scored(0.5, 0.7), scored(0.6, 0.8)
+    better = decide(high, low, Gate(), version="3")
+    assert (better.promoted, better.outcome, better.cases, better.champion) == (True, "better", 2, "3")
+    assert better.difference == pytest.approx(0.1)
+    assert "version 3" in better.reason
+    assert "+0.1000 over 2 cases" in better.reason
+    worse = decide(low, high, Gate(), version="3")
+    assert (worse.promoted, worse.outcome) == (False, "not_better")
+    assert worse.difference == pytest.approx(-0.1)
+    equal = decide(low, low, Gate(), version="3")
+    assert (equal.promoted, equal.difference, equal.p) == (False, 0.0, 1.0)
+
+
+def test_less_is_better_for_a_distance():
+    near, far = scored(2.0, 3.0), scored(2.5, 3.5)
+    gate = Gate(metric="hd95_mm")
+    assert decide(near, far, gate, version="1").promoted
+    assert decide(near, far, gate, version="1").difference == pytest.approx(0.5)
+    assert "difference -0.5 over" in decide(near, far, gate, version="1").reason
+    assert not decide(far, near, gate, version="1").promoted
+
+
+def test_a_difference_that_is_the_margin_is_not_above_it():
+    low, high = scored(0.80, 0.80), scored(0.81, 0.81)  # 0.81 - 0.80 is above 0.01 in floats
+    assert not decide(high, low, Gate(margin=0.01), version="1").promoted
+    assert decide(high, low, Gate(margin=0.0099), version="1").promoted
+
+
+def test_the_p_value_counts_only_where_it_is_asked_for():
+    low, high = scored(0.5, 0.6, 0.7), scored(0.51, 0.62, 0.73)
+    assert decide(high, low, Gate(), version="1").p == pytest.approx(1 / 8)  # three signs out of three
+    strict = decide(high, low, Gate(p=0.05), version="1")
+    assert (strict.promoted, strict.outcome) == (False, "not_significant")
+    assert decide(high, low, Gate(p=0.125), version="1").promoted
+
+
+def test_the_p_value_is_of_the_differences_above_the_margin():
+    differences = np.random.default_rng(0).normal(0.02, 0.01, 20)
+    assert p_value(differences, 0.01) == pytest.approx(wilcoxon(differences - 0.01, alternative="greater").pvalue)
+    assert p_value(np.full(4, 0.1), 0.1) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"fold": 1}, "fold 1, this one 0"),
+        ({"data_hash": "other"}, "data other, this one d"),
+        ({"labels": ("a", "c")}, "labels a, c, this one a, b"),
+        ({"cases": {}}, "carries no scores per case"),
+    ],
+)
+def test_what_cannot_be_compared_is_said_with_a_mend(change, words):
+    mine = scored(0.9, 0.9)
+    if "labels" in change:
+        change["cases"] = {c: {"a": rows["a"], "c": rows["b"]} for c, rows in mine.cases.items()}
+    decision = decide(mine, replace(scored(0.1, 0.1), **change), Gate(), version="7")
+    assert (decision.promoted, decision.outcome, decision.difference) == (False, "not_comparable", None)
+    assert words in decision.reason
+    assert "version 7" in decision.reason
+    assert "set the alias champion by hand" in decision.reason
+    assert decision.tags()["gate.p"] == "-"
+
+
+def test_other_cases_are_not_comparable():
+    decision = decide(scored(0.9, 0.9), scored(0.1, 0.1, 0.1), Gate(), version="7")
+    assert decision.outcome == "not_comparable"
+    assert "3 cases, this one on 2, 2 of them the same" in decision.reason
+
+
+def test_a_tolerance_matters_to_the_nsd_alone():
+    one, two = scored(0.9), scored(0.1, nsd_tolerance_mm=2.0)
+    assert decide(one, two, Gate(metric="nsd"), version="1").outcome == "not_comparable"
+    assert decide(one, two, Gate(), version="1").promoted
+
+
+def test_a_challenger_without_evaluation_says_why():
+    decision = decide(scored(source="validation", note="it was not evaluated"), scored(0.1), Gate(), version="1")
+    assert decision.outcome == "not_comparable"
+    assert "it was not evaluated; evaluate this fold" in decision.reason
+    assert decide(None, scored(0.1), Gate(), version="1").outcome == "not_comparable"
+
+
+values = st.lists(
+    st.tuples(st.integers(0, 1000), st.integers(0, 1000)).map(lambda pair: (pair[0] / 1000, pair[1] / 1000)),
+    min_size=1,
+    max_size=12,
+)
+
+
+@settings(deadline=None, max_examples=50)
+@given(pairs=values, metric=st.sampled_from(METRICS), margin=st.integers(0, 50), p=st.none() | st.floats(0.01, 1))
+def test_the_decision_is_antisymmetric(pairs, metric, margin, p):
+    a, b = scored(*(x for x, _ in pairs)), scored(*(y for _, y in pairs))
+    gate = Gate(metric=metric, margin=margin / 1000, p=p)
+    forth, back = decide(a, b, gate, version="1"), decide(b, a, gate, version="1")
+    assert forth.difference == -back.difference
+    assert not (forth.promoted and back.promoted)
+    assert forth.promoted <= (forth.difference > gate.margin)
+    if margin == 0 and p is None:
+        assert forth.promoted or back.promoted or forth.difference == 0
+
+
+def test_the_gate_of_the_parameters():
+    assert Gate.of(ExportConfig(gate_metric="nsd", gate_margin=0.01, gate_p=0.05)) == Gate(
+        metric="nsd", margin=0.01, p=0.05
+    )
+    assert gate_from({"metric": "nsd", "margin": 0.01, "p": None}) == Gate(metric="nsd", margin=0.01)
+    assert gate_from({"metric": "unheard of"}) == gate_from(None) == Gate()
+    for wrong in ({"gate_margin": -0.1}, {"gate_margin": float("nan")}, {"gate_p": 0.0}, {"gate_p": 1.5}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            ExportConfig(**wrong)

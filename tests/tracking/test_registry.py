@@ -1,0 +1,266 @@
+"""Champion and challenger in a real registry: who wins, late delivery, repeated delivery, a champion that is gone."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from distilldsm import tracking
+from distilldsm.config import TrackingConfig
+from distilldsm.export.scores import SCORES
+from distilldsm.stage import write_json
+from distilldsm.tracking import registry, replay_journals
+from distilldsm.tracking.registry import CHALLENGER, CHAMPION, registered_scores
+from tests.export.test_gate import scored
+from tests.tracking.test_tracking import onnx_model
+
+NAME = "m"
+
+
+class Exports:
+    """Exports models one after another, each from a training of its own."""
+
+    def __init__(self, place: Path, client: Any) -> None:
+        self.place, self.client, self.count = place, client, 0
+
+    def journal(self, *scores: float, gate: dict | None = None, with_scores: bool = True, **facts: Any) -> tracking.Run:
+        """One more export, written to the journal only."""
+        self.count += 1
+        work = self.place / f"work{self.count}"
+        work.mkdir()
+        model = onnx_model(self.place / f"export{self.count}")
+        if with_scores:
+            write_json(model / SCORES, scored(*scores, **facts))
+        with tracking.start_run(TrackingConfig(), directory=work, name=work.name) as run:
+            run.log_exported_model(
+                model,
+                registered_name=NAME,
+                gate=gate,
+                metrics={"test_dice_mean": sum(scores) / max(len(scores), 1)},
+                version_tags={"fold": 0, "data_hash": "d"},
+            )
+        return run
+
+    def __call__(self, *scores: float, **more: Any) -> tracking.Run:
+        run = self.journal(*scores, **more)
+        delivered = replay_journals()
+        assert (delivered.left, delivered.rejected, delivered.error) == (0, 0, None)
+        return run
+
+    @property
+    def aliases(self) -> dict[str, str]:
+        return {k: str(v) for k, v in self.client.get_registered_model(NAME).aliases.items()}
+
+    def tags(self, version: int) -> dict[str, str]:
+        return dict(self.client.get_model_version(NAME, str(version)).tags)
+
+
+def logged(client: Any, version: Any) -> Any:
+    return client.get_logged_model(version.source.removeprefix("models:/"))
+
+
+@pytest.fixture
+def export(place, client, no_worker) -> Exports:
+    return Exports(place, client)
+
+
+def test_the_first_is_champion_and_says_so_everywhere(export, client):
+    run = export(0.5, 0.7)
+    assert export.aliases == {CHALLENGER: "1", CHAMPION: "1"}
+    assert run.registration == "registered as m version 1, champion: there was no champion"
+    tags = export.tags(1)
+    assert tags.items() >= {
+        "gate.decision": "champion", "gate.outcome": "first", "gate.champion": "none", "fold": "0", "data_hash": "d",
+    }.items()  # fmt: skip
+    of_run = client.get_run(run.run_id).data.tags
+    assert of_run["gate.decision"] == "champion"
+    assert of_run["gate.version"] == "m/1"
+    version = client.get_model_version_by_alias(NAME, CHAMPION)
+    assert logged(client, version).metrics[0].key == "test_dice_mean"
+    assert registered_scores(client, version) == scored(0.5, 0.7)
+    assert client.get_run(run.run_id).data.metrics == {"test_dice_mean": 0.6}
+
+
+def test_who_is_better_takes_over_and_who_is_not_does_not(export, client):
+    export(0.5, 0.7)
+    export(0.4, 0.6)
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "1"}
+    assert export.tags(2)["gate.outcome"] == "not_better"
+    assert float(export.tags(2)["gate.difference"]) == pytest.approx(-0.1)
+    export(0.5, 0.7)
+    assert export.aliases == {CHALLENGER: "3", CHAMPION: "1"}
+    assert float(export.tags(3)["gate.difference"]) == 0
+    run = export(0.6, 0.8)
+    assert export.aliases == {CHALLENGER: "4", CHAMPION: "4"}
+    assert export.tags(4).items() >= {"gate.champion": "1", "gate.cases": "2", "gate.metric": "dice"}.items()
+    assert run.registration.startswith("registered as m version 4, champion: better than version 1")
+    assert client.get_run(run.run_id).data.tags["gate.p"] == export.tags(4)["gate.p"] == "0.25"
+    run = export(0.7, 0.9, gate={"metric": "dice", "margin": 0.2, "p": None})
+    assert export.aliases == {CHALLENGER: "5", CHAMPION: "4"}
+    assert "challenger: not better by more than 0.2 than version 4" in run.registration
+    export(0.7, 0.9, gate={"metric": "dice", "margin": 0.0, "p": 0.05})
+    assert export.tags(6)["gate.outcome"] == "not_significant"
+    export(0.7, 0.9, gate={"metric": "hd95_mm", "margin": 0.0, "p": None})
+    assert export.aliases[CHAMPION] == "4"  # the same numbers as distances are worse
+
+
+@pytest.mark.parametrize("change", [{"fold": 1}, {"data_hash": "other"}, {"scores": (0.9, 0.9, 0.9)}, {"scores": ()}])
+def test_what_cannot_be_compared_stays_challenger(export, change):
+    export(0.1, 0.2)
+    run = export(*change.pop("scores", (0.9, 0.9)), **change)
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "1"}
+    assert export.tags(2)["gate.outcome"] == "not_comparable"
+    assert "not comparable" in run.registration
+    assert "set the alias champion by hand" in run.registration
+
+
+def test_a_champion_without_scores_is_not_beaten(export, client):
+    export(0.1, with_scores=False)
+    assert export.aliases[CHAMPION] == "1"
+    export(0.9)
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "1"}
+    assert "version 1 carries no scores per case" in export.tags(2)["gate.reason"]
+    client.set_registered_model_alias(NAME, CHAMPION, "2")  # the mend that was named
+    export(0.95)
+    assert export.aliases[CHAMPION] == "3"
+
+
+def test_scores_of_a_damaged_file_are_none(export, client):
+    export(0.1)
+    version = client.get_model_version_by_alias(NAME, CHAMPION)
+    location = logged(client, version).artifact_location
+    (Path(location.removeprefix("file://")) / SCORES).write_text('{"schema_version": 1, "fold": "one"}')
+    assert registered_scores(client, version) is None
+    assert registered_scores(client, SimpleNamespace(source="runs:/0/model")) is None
+    assert registered_scores(client, SimpleNamespace(source="models:/m-" + "0" * 32)) is None
+
+
+def test_a_deleted_champion_leaves_the_place_free(export, client):
+    export(0.9)
+    client.delete_model_version(NAME, "1")
+    run = export(0.1)
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "2"}
+    assert "there was no champion" in run.registration
+
+
+def test_an_alias_of_a_version_that_is_gone_is_no_champion(export, client, monkeypatch):
+    export(0.9)
+    sound = registry._aliases
+    monkeypatch.setattr(registry, "_aliases", lambda *a: {**sound(*a), CHAMPION: "77"} if export.count == 2 else {})
+    dropped = []
+    monkeypatch.setattr(type(client), "delete_registered_model_alias", lambda *a: dropped.append(a[1:]))
+    assert registry._champion(client, NAME) is None
+    export.count = 2
+    assert registry._champion(client, NAME) is None
+    assert dropped == [(NAME, CHAMPION)]
+
+
+def test_a_record_of_an_absent_server_is_judged_when_it_comes(export, monkeypatch):
+    """What was champion at the export does not matter, what is champion at the delivery does."""
+    export(0.5)
+    sound = tracking.Run.close
+    late = export.journal(0.6)
+    assert export.aliases == {CHALLENGER: "1", CHAMPION: "1"}
+    assert late.registration.endswith("is decided when the server is back")
+    monkeypatch.setattr(tracking.Run, "close", sound)
+    moved = tracking.tracking_directory() / late.run_key
+    away = moved.rename(export.place / "kept-away")
+    export(0.7)
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "2"}
+    away.rename(moved)
+    assert replay_journals().left == 0
+    assert export.aliases == {CHALLENGER: "3", CHAMPION: "2"}
+    assert late.registration.startswith("registered as m version 3, challenger: not better")
+
+
+def deliver_again(run: tracking.Run, kept: dict[Path, bytes]) -> None:
+    for path, content in kept.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    (tracking.tracking_directory() / run.run_key / "state.json").unlink()
+    delivered = replay_journals()
+    assert (delivered.left, delivered.rejected) == (0, 0)
+
+
+def spooled(run: tracking.Run) -> dict[Path, bytes]:
+    journal = tracking.tracking_directory() / run.run_key
+    return {path: path.read_bytes() for path in journal.rglob("*") if path.is_file()}
+
+
+def test_what_is_delivered_twice_is_decided_once(export, client):
+    export(0.5)
+    run = export.journal(0.6)
+    kept = spooled(run)
+    replay_journals()
+    export(0.7)
+    before = {version: export.tags(version) for version in (1, 2, 3)}
+    deliver_again(run, kept)
+    assert export.aliases == {CHALLENGER: "3", CHAMPION: "3"}
+    assert {version: export.tags(version) for version in (1, 2, 3)} == before
+    assert len(client.search_model_versions(f"name = '{NAME}'")) == 3
+
+
+@pytest.mark.parametrize("step", ["set_model_version_tag", "set_registered_model_alias", "set_tag"])
+@pytest.mark.parametrize("call", range(4))
+def test_an_interrupted_decision_is_taken_up_again(export, client, monkeypatch, step, call):
+    """The process dies before or after any of the registry's writes."""
+    export(0.5)
+    run = export.journal(0.6)
+    kept = spooled(run)
+    sound: Callable = getattr(type(client), step)
+    calls = []
+
+    def dying(self, *args):
+        calls.append(args)
+        if call % 2:
+            sound(self, *args)
+        if len(calls) == 1 + call // 2:
+            raise ConnectionError("away")
+        return None if call % 2 else sound(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(client), step, dying)
+        patch.setattr("distilldsm.tracking.sink.Sink.reachable", lambda self: False)
+        result = replay_journals()
+    assert result.left, calls
+    deliver_again(run, kept)
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "2"}
+    assert export.tags(2).items() >= {"gate.outcome": "better", "gate.champion": "1", "gate.judged": "true"}.items()
+    assert client.get_run(run.run_id).data.tags["gate.decision"] == "champion"
+    assert len(client.search_model_versions(f"name = '{NAME}'")) == 2
+
+
+def test_somebody_who_becomes_champion_meanwhile_is_compared_with_too(export, client, monkeypatch):
+    export(0.5)
+    export(0.4)
+    sound, once = registry._decide, []
+
+    def deciding(*args):
+        decision = sound(*args)
+        if not once:
+            once.append(client.set_registered_model_alias(NAME, CHAMPION, "2"))
+        return decision
+
+    monkeypatch.setattr(registry, "_decide", deciding)
+    export(0.6)
+    assert export.aliases[CHAMPION] == "3"
+    assert export.tags(3)["gate.champion"] == "2"
+
+
+def test_nothing_to_register_says_nothing(place, client, run, caplog):
+    run.log_exported_model(onnx_model(place / "exported"))
+    assert replay_journals().rejected == 0
+    assert run.registration is None
+    assert tracking.Run().registration is None
+
+
+def test_a_model_that_the_store_refuses_is_told(place, client, run, caplog):
+    with caplog.at_level(logging.ERROR):
+        run.log_exported_model(onnx_model(place / "exported"), registered_name="no/name")
+        assert replay_journals().rejected == 1
+    assert "did not take the model" in run.registration
