@@ -50,6 +50,7 @@ def run(
             checkpoint=config.checkpoint,
             parity_cases=config.parity_cases,
             max_voxel_difference=config.max_voxel_difference,
+            int8=config.int8,
         )
         write_json(work / SCORES, scores)
     for name, row in built.summary.items():
@@ -58,6 +59,7 @@ def run(
             f"{row['max_logit_difference']:.2g}; {row['seconds_per_mvoxel']:.2f} s per million voxels "
             f"(network {row['seconds_per_mvoxel_network']:.2f} s)"
         )
+    print(f"INT8 {'shipped' if built.metadata.int8.shipped else 'not shipped'}: {built.metadata.int8.reason}")
     if tracking is not None and tracking.enabled:
         from distilldsm import tracking as tracking_module
         from distilldsm.export.gate import Gate

@@ -62,6 +62,7 @@ def _print_model(metadata: Any) -> None:
         ("reference", data.reference),
         ("note", data.note),
         ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
+        ("INT8", f"{'shipped' if metadata.int8.shipped else 'not shipped'}: {metadata.int8.reason}"),
         ("files", f"{len(metadata.files)}, unchanged since the export"),
     ]
     for key, value in rows:

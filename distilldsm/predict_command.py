@@ -61,9 +61,10 @@ def add_predict(commands: Any) -> None:
     )
     predict.add_argument(
         "--precision",
-        choices=("f32", "auto"),
+        choices=("f32", "auto", "int8"),
         default="f32",
-        help="of OpenVINO: f32 (default), or auto: the fastest the CPU offers (bf16), where some voxels may differ",
+        help="of OpenVINO: f32 (default); auto: bf16 where the CPU has it, some voxels may differ; int8: the quantised "
+        "model, where the export found it worth while",
     )
     predict.add_argument(
         "--max-memory",
@@ -323,7 +324,7 @@ def _plan_memory(
     assert predictor.metadata is not None
     network, stride = predictor.metadata.network, predictor.geometry.stride
     channels, classes = len(predictor.plan.channels), len(predictor.plan.class_values)
-    kind = "openvino-auto" if engine == "openvino" and args.precision == "auto" else engine
+    kind = "openvino-auto" if engine == "openvino" and args.precision != "f32" else engine
     voxels = int(scan.channels[0].raw.size)
     plane = image.cropped[1] * image.cropped[2]
     held = scan.nbytes + voxels * (5 if job.format == "seg" else 1) + plane * (160 * channels + 40 * classes)

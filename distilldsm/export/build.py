@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from distilldsm.config import Int8Config
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.errors import DataError
 from distilldsm.export import parity
 from distilldsm.export.card import model_card
+from distilldsm.export.int8 import make_int8
 from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
 from distilldsm.export.openvino_export import export_openvino
 from distilldsm.export.package import (
     HASHED_FILES,
+    INT8_FILES,
     INTENDED_USE,
     METADATA,
     SERVICE,
@@ -57,10 +60,12 @@ def build_package(
     checkpoint: str = "last",
     parity_cases: int = 3,
     max_voxel_difference: float = 1e-4,
+    int8: Int8Config | None = None,
 ) -> Built:
     """Export a trained network into the empty directory `output`, and compare it with the network.
 
-    The IR stores its weights in half precision; where that alone changes more voxels than allowed, in float32.
+    The IR stores its weights in half precision; where that alone changes more voxels than allowed, in float32. An IR in
+    INT8 comes with it where it is worth it, see int8.py; by default none is made.
 
     Raises:
         DataError: an input is missing, damaged, or of another fold or plan than the model.
@@ -73,7 +78,7 @@ def build_package(
         raise DataError("is the model of another fold", where=model_dir, seen=spec.get("fold"), rule=f"fold {fold}")
     plan = _common_plan(model_dir, preprocessed)
     index = DatasetIndex.load(preprocessed)
-    _, held_out = load_fold(preprocessed / "splits.json", fold)
+    training, held_out = load_fold(preprocessed / "splits.json", fold)
     network = load_network(model_dir, checkpoint)
 
     export_onnx(network, output / "model.onnx")
@@ -95,27 +100,44 @@ def build_package(
             labels=plan.class_names,
         )
 
-    rows = compare(
-        {"onnx": OnnxEngine(output / "model.onnx"), "openvino": OpenVINOEngine(output / "model.xml", precision="f32")}
-    )
+    ir = output / "model.xml"
+    rows = compare({"onnx": OnnxEngine(output / "model.onnx"), "openvino": OpenVINOEngine(ir, precision="f32")})
     weights: Literal["FP16", "FP32"] = "FP16"
     if any(row.runtime == "openvino" for row in parity.beyond_limit(rows, max_voxel_difference)):
         export_openvino(output / "model.onnx", output / "model.xml", fp16=False)
         weights = "FP32"
-        again = compare({"openvino": OpenVINOEngine(output / "model.xml", precision="f32")})
+        again = compare({"openvino": OpenVINOEngine(ir, precision="f32")})
         rows = [row for row in rows if row.runtime != "openvino"] + again
     parity.require_parity(rows, max_voxel_difference)
 
+    quantised = make_int8(
+        ir,
+        output / "model_int8.xml",
+        preprocessed,
+        config=int8 or Int8Config(enabled=False),
+        training_cases=training,
+        held_out=held_out,
+        stride=network.stride,
+        depth_halo=network.depth_halo,
+        classes=len(plan.class_names),
+    )
+    # Faster, and not the same: what they differ by is reported, Dice decides.
+    faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, precision="auto")}
+    if quantised.shipped:
+        faster["openvino-int8"] = OpenVINOEngine(output / "model_int8.xml", precision="auto")
+    rows += compare(faster)
+
     summary = parity.summary(rows)
-    write_json(output / "parity.json", parity.report(rows, max_voxel_difference, weights))
+    write_json(output / "parity.json", parity.report(rows, max_voxel_difference, weights, quantised))
     write_json(output / "metrics.json", _metrics(summary, output))
-    metadata = _metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint)
+    metadata = replace(_metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint), int8=quantised)
     card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary)
     (output / "README.md").write_text(card, encoding="utf-8")
     weights_file = "model.safetensors"
     known = replace(metadata, files={weights_file: sha256_file(output / weights_file)})
     (output / SERVICE).write_text(to_yaml(inference_service(known)), encoding="utf-8")
-    metadata = replace(metadata, files={name: sha256_file(output / name) for name in HASHED_FILES})
+    hashed = (*HASHED_FILES, *(INT8_FILES if quantised.shipped else ()))
+    metadata = replace(metadata, files={name: sha256_file(output / name) for name in hashed})
     write_json(output / METADATA, metadata)
     return Built(metadata=metadata, summary=summary)
 

@@ -75,7 +75,8 @@ def model_card(
         "",
         (
             "Worst of the compared held-out volumes; details in `parity.json`. OpenVINO stores its weights in "
-            f"{metadata.openvino_weights}."
+            f"{metadata.openvino_weights}. `onnx` and `openvino` are held to the network's labels; `openvino-auto` "
+            "(bf16 where the CPU has it) and `openvino-int8` trade some voxels for speed."
         ),
         "",
         "| runtime | largest logit difference | voxels that differ | Dice difference |",
@@ -85,6 +86,8 @@ def model_card(
             f"| {row['dice_difference']:.2g} |"
             for name, row in summary.items()
         ),
+        "",
+        f"INT8 {'is shipped' if metadata.int8.shipped else 'is not shipped'}: {metadata.int8.reason}.",
         "",
         "## Limits",
         "",

@@ -1,7 +1,8 @@
 """The exported model directory: its metadata, and the check that no file in it has changed. Imports no runtime.
 
 Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
-`README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`.
+`README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`, and where it is worth it `model_int8.xml` and
+`model_int8.bin`.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
     "torch": ("plan.json", "model.safetensors"),
 }
 """What prediction with a runtime reads."""
+INT8_FILES = ("model_int8.bin", "model_int8.xml")
 SERVICE = "inference_service.yaml"
 HASHED_FILES = (
     "README.md",
@@ -88,6 +90,24 @@ class DataInfo:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Int8Report:
+    """What came of the quantisation; in `parity.json` and `metadata.json`."""
+
+    shipped: bool
+    reason: str
+    """In words, with the numbers."""
+    speedup: float | None = None
+    """Time of the IR as OpenVINO runs it by default (bf16 where the CPU has it) over the time of the INT8 IR."""
+    speedup_f32: float | None = None
+    """The same against the IR in float32."""
+    dice_loss: float | None = None
+    """Mean Dice over labels and held-out cases of the float32 IR minus that of the INT8 IR."""
+    cases: int = 0
+    """Held-out cases it was measured on."""
+    calibration_cases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ModelMetadata:
     """The contents of `metadata.json`."""
 
@@ -102,6 +122,8 @@ class ModelMetadata:
     network: NetworkInfo
     openvino_weights: Literal["FP16", "FP32"]
     """How model.bin stores the weights."""
+    int8: Int8Report = Int8Report(shipped=False, reason="not made")
+    """Whether there is a `model_int8.xml`, and why, or why not."""
     data: DataInfo
     fold: int
     """The fold that was held out from training."""

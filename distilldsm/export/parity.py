@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,16 @@ import numpy as np
 
 from distilldsm.data.patches import open_array
 from distilldsm.errors import UserError
+from distilldsm.export.package import Int8Report
 from distilldsm.inference.engines import Engine
 from distilldsm.inference.windows import predict_logits
+from distilldsm.params import to_mapping
 from distilldsm.stage import read_json
 
 NETWORK = "torch"
 """Name of the network itself among the runtimes."""
+EXACT = ("onnx", "openvino")
+"""Runtimes that must give the network's labels; the others trade some for speed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,17 +51,24 @@ class CaseParity:
 
 
 def choose_cases(preprocessed: Path, case_ids: Sequence[str], count: int) -> list[str]:
-    """`count` cases spread evenly over the sizes, from the smallest to the largest volume.
+    """`count` cases spread evenly over the sizes, from the smallest to the largest volume; different sizes first.
 
     The sizes come from the cases' geometry records; equal sizes are ordered by id, so the choice is repeatable.
     """
+    sizes = {
+        case: tuple(read_json(preprocessed / "cases" / f"{case}.json")["geometry"]["resampled"]) for case in case_ids
+    }
+    ordered = sorted(case_ids, key=lambda case: (math.prod(sizes[case]), sizes[case], case))
+    one_each = list({sizes[case]: case for case in reversed(ordered)}.values())[::-1]
+    if len(one_each) >= count:
+        return _spread(one_each, count)
+    others = [case for case in ordered if case not in set(one_each)]
+    return sorted([*one_each, *_spread(others, count - len(one_each))], key=ordered.index)
 
-    def voxels(case: str) -> int:
-        return int(np.prod(read_json(preprocessed / "cases" / f"{case}.json")["geometry"]["resampled"]))
 
-    ordered = sorted(case_ids, key=lambda case: (voxels(case), case))
+def _spread(ordered: Sequence[str], count: int) -> list[str]:
     if count == 1:
-        return [ordered[len(ordered) // 2]]
+        return [ordered[len(ordered) // 2]] if ordered else []
     positions = np.linspace(0, len(ordered) - 1, min(count, len(ordered)))
     return [ordered[int(k)] for k in np.rint(positions)]
 
@@ -147,7 +159,7 @@ def require_parity(rows: Sequence[CaseParity], limit: float) -> None:
         )
 
 
-def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str) -> dict[str, object]:
+def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str, int8: Int8Report) -> dict[str, object]:
     """The contents of `parity.json`."""
     return {
         "schema_version": 1,
@@ -155,6 +167,8 @@ def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str) -> d
         "space": "network space (spacing of the plan), whole volumes of the held-out fold",
         "openvino_weights": openvino_weights,
         "max_voxel_difference_allowed": limit,
+        "held_to_it": list(EXACT),
+        "int8": to_mapping(int8),
         "summary": summary(rows),
         "cases": [
             {

@@ -12,11 +12,13 @@ import numpy.typing as npt
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
 from distilldsm.data.volume import Volume
-from distilldsm.export.package import RUNTIME_FILES, ModelMetadata, verify
+from distilldsm.errors import DataError
+from distilldsm.export.package import INT8_FILES, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits, softmax
 
 Runtime = Literal["openvino", "onnx", "torch"]
+Precision = Literal["f32", "auto", "int8"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,17 +95,21 @@ class Predictor:
         model_dir: Path,
         *,
         runtime: Runtime = "openvino",
-        precision: Literal["f32", "auto"] = "f32",
+        precision: Precision = "f32",
         fixed_size: bool = False,
     ) -> Predictor:
         """An exported model directory, its files checked against their hashes; only `torch` needs torch.
 
+        precision: of OpenVINO: `f32`, `auto` (see `OpenVINOEngine`) or `int8`, the quantised IR.
         fixed_size: compile OpenVINO for each size that comes (half the memory, see `OpenVINOEngine`).
 
         Raises:
-            DataError: a file is missing, damaged or changed.
+            DataError: a file is missing, damaged or changed, or the model has no INT8 IR.
         """
-        metadata = verify(model_dir, RUNTIME_FILES[runtime])
+        if runtime == "openvino" and precision == "int8":
+            metadata = _require_int8(model_dir)
+        else:
+            metadata = verify(model_dir, RUNTIME_FILES[runtime])
         network = metadata.network
         geometry = NetworkGeometry(stride=network.stride, depth_halo=network.depth_halo)
         engine: Engine
@@ -112,8 +118,23 @@ class Predictor:
         elif runtime == "torch":
             engine = _exported_network(model_dir, metadata)
         else:
-            engine = OpenVINOEngine(model_dir / "model.xml", precision=precision, fixed_size=fixed_size)
+            name = "model_int8.xml" if precision == "int8" else "model.xml"
+            engine = OpenVINOEngine(
+                model_dir / name, precision="f32" if precision == "f32" else "auto", fixed_size=fixed_size
+            )
         return cls(engine, Plan.load(model_dir / "plan.json"), geometry, metadata=metadata)
+
+
+def _require_int8(model_dir: Path) -> ModelMetadata:
+    metadata = load_metadata(model_dir)
+    if not metadata.int8.shipped:
+        raise DataError(
+            "has no INT8 model",
+            where=model_dir,
+            seen=metadata.int8.reason,
+            mend="--precision auto is the fastest it has",
+        )
+    return verify(model_dir, ("plan.json", *INT8_FILES))
 
 
 def _exported_network(model_dir: Path, metadata: ModelMetadata) -> TorchEngine:

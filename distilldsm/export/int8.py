@@ -1,0 +1,197 @@
+"""INT8 by NNCF's post-training quantisation, shipped only where it is worth it: clearly faster, and as good.
+
+Calibrated, and its accuracy controlled, on volumes of the training part; judged on the held-out fold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.config import Int8Config
+from distilldsm.data.patches import open_array
+from distilldsm.export.package import Int8Report
+from distilldsm.export.parity import choose_cases
+from distilldsm.inference.engines import Engine, OpenVINOEngine, openvino_core
+from distilldsm.inference.windows import MAX_VOXELS, predict_logits
+
+WINDOW_VOXELS = 1_000_000
+"""Largest part of a volume that calibration takes: a block of slices around its middle."""
+TIMED_RUNS = 5
+
+Float32 = npt.NDArray[np.float32]
+
+
+def make_int8(
+    source: Path,
+    target: Path,
+    preprocessed: Path,
+    *,
+    config: Int8Config,
+    training_cases: Sequence[str],
+    held_out: Sequence[str],
+    stride: Sequence[int],
+    depth_halo: int | None,
+    classes: int,
+) -> Int8Report:
+    """Quantise an IR; `target` (.xml, .bin beside it) stays only where the report says `shipped`.
+
+    Args:
+        source: the IR to quantise, and to compare with.
+        preprocessed: holds `images/<case>.npy` (C, D, H, W) and `labels/<case>.npy` (D, H, W).
+        classes: background included.
+    """
+    if not config.enabled:
+        return Int8Report(shipped=False, reason="not asked for (export.int8.enabled)")
+    if not training_cases or not held_out:
+        return Int8Report(shipped=False, reason="needs training and held-out cases")
+    chosen = choose_cases(preprocessed, training_cases, config.calibration_cases)
+    windows = [_window(preprocessed, case, stride) for case in chosen]
+    try:
+        quantised = _quantise(source, windows, config.max_dice_loss, classes)
+    except ImportError:
+        return Int8Report(shipped=False, reason="NNCF is not installed (the optional group 'export')")
+    except Exception as error:  # NNCF and OpenVINO raise errors of many kinds
+        return Int8Report(shipped=False, reason=f"the quantisation failed: {' '.join(str(error).split())[:300]}")
+
+    import openvino
+
+    openvino.save_model(quantised, os.fspath(target), compress_to_fp16=False)
+    exact = OpenVINOEngine(source, precision="f32")
+    loss = _dice_loss(
+        exact, OpenVINOEngine(target, precision="auto"), preprocessed, held_out, stride, depth_halo, classes
+    )
+    largest = choose_cases(preprocessed, held_out, len(held_out))[-1]
+    seconds = _seconds(source, target, _window(preprocessed, largest, stride, MAX_VOXELS)[0])
+    speedup, speedup_f32 = seconds["auto"] / seconds["int8"], seconds["f32"] / seconds["int8"]
+    words = (
+        f"{speedup:.2f} times as fast as the IR at OpenVINO's own precision ({speedup_f32:.2f} times as fast as in "
+        f"float32), and {abs(loss):.4f} {'less' if loss >= 0 else 'more'} mean Dice on {len(held_out)} held-out cases"
+    )
+    shipped = speedup >= config.min_speedup and loss <= config.max_dice_loss
+    if not shipped:
+        words += f"; asked are at least {config.min_speedup:g} times and at most {config.max_dice_loss:g} less"
+        for path in (target, target.with_suffix(".bin")):
+            path.unlink(missing_ok=True)
+    return Int8Report(
+        shipped=shipped,
+        reason=words,
+        speedup=round(speedup, 3),
+        speedup_f32=round(speedup_f32, 3),
+        dice_loss=round(loss, 6),
+        cases=len(held_out),
+        calibration_cases=tuple(chosen),
+    )
+
+
+def _window(
+    preprocessed: Path, case: str, stride: Sequence[int], voxels: int = WINDOW_VOXELS
+) -> tuple[Float32, npt.NDArray[np.integer]]:
+    """Image (1, C, D, H, W) and labels (D, H, W) of the slices around a volume's middle, cut down to the stride."""
+    image, labels = (open_array(preprocessed / kind / f"{case}.npy") for kind in ("images", "labels"))
+    size = image.shape[1:]
+    depth = max(voxels // (size[1] * size[2]), stride[0])
+    low = max((size[0] - depth) // 2, 0)
+    part = np.asarray(image[:, low : low + depth], dtype=np.float32)
+    truth = np.asarray(labels[low : low + depth])
+    pad = [(0, -n % s) for n, s in zip(part.shape[1:], stride, strict=True)]
+    return np.pad(part, [(0, 0), *pad])[None], np.pad(truth, pad)
+
+
+def _quantise(
+    source: Path, windows: Sequence[tuple[Float32, npt.NDArray[np.integer]]], max_loss: float, classes: int
+) -> Any:
+    """The quantised model; layers that cost accuracy on the calibration volumes stay as they are."""
+    os.environ.setdefault("NNCF_CI", "1")  # no telemetry
+    with _quiet():
+        import nncf
+
+        from distilldsm.training.validation import class_dice
+
+        def validate(
+            compiled: Any, items: Iterator[tuple[Float32, npt.NDArray[np.integer]]]
+        ) -> tuple[float, list[float]]:
+            scores = []
+            for image, truth in items:
+                result = compiled([image], share_inputs=False, share_outputs=False)
+                scores.append(float(np.mean(class_dice(result[0][0].argmax(axis=0), truth, classes))))
+            return float(np.mean(scores)), scores
+
+        def image_of(item: tuple[Float32, Any]) -> Float32:
+            return item[0]
+
+        return nncf.quantize_with_accuracy_control(
+            openvino_core().read_model(os.fspath(source)),
+            nncf.Dataset(list(windows), image_of),
+            nncf.Dataset(list(windows)),
+            validation_fn=validate,
+            max_drop=max_loss,
+            drop_type=nncf.DropType.ABSOLUTE,
+            preset=nncf.QuantizationPreset.MIXED,
+            subset_size=len(windows),
+        )
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """NNCF's progress bars and remarks stay out of the log; its errors are raised."""
+    logger = logging.getLogger("nncf")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _dice_loss(
+    exact: Engine,
+    int8: Engine,
+    preprocessed: Path,
+    cases: Sequence[str],
+    stride: Sequence[int],
+    depth_halo: int | None,
+    classes: int,
+) -> float:
+    from distilldsm.training.validation import class_dice
+
+    losses = []
+    for case in cases:
+        image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
+        truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
+
+        def dice(engine: Engine, image: Float32 = image, truth: npt.NDArray[Any] = truth) -> float:
+            logits = predict_logits(engine, image, stride=stride, depth_halo=depth_halo)
+            return float(np.mean(class_dice(logits.argmax(axis=0), truth, classes)))
+
+        losses.append(dice(exact) - dice(int8))
+    return float(np.mean(losses))
+
+
+def _seconds(source: Path, target: Path, image: Float32) -> Mapping[str, float]:
+    """Medians of interleaved runs, as prediction runs them: compiled for the size of the image."""
+    engines: dict[str, Callable[[Float32], Float32]] = {
+        "f32": OpenVINOEngine(source, precision="f32", fixed_size=True),
+        "auto": OpenVINOEngine(source, precision="auto", fixed_size=True),
+        "int8": OpenVINOEngine(target, precision="auto", fixed_size=True),
+    }
+    found: dict[str, list[float]] = {name: [] for name in engines}
+    for engine in engines.values():
+        engine(image)
+    for _ in range(TIMED_RUNS):
+        for name, engine in engines.items():
+            start = time.perf_counter()
+            engine(image)
+            found[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in found.items()}
