@@ -89,7 +89,7 @@ def _save_scan_model(
 
 
 def scan_signature(model_dir: Path) -> Any:
-    """`image` to `logits`, any batch and size; parameters `paths` and `output` for scans.
+    """`image` to `logits` of any size, as the metadata describe them; parameters `paths` and `output` for scans.
 
     MLflow's schemas know either tensors or columns, not both: paths come as parameters, so that arrays keep a signature
     that MLflow and KServe check. (MLflow also lets an array of objects pass, so that from Python paths may be `image`.)
@@ -102,10 +102,7 @@ def scan_signature(model_dir: Path) -> Any:
 
     def specs(tensors: tuple[TensorInfo, ...]) -> Any:
         return Schema(
-            [
-                TensorSpec(np.dtype(t.dtype), (-1, *(-1 if size is None else size for size in t.shape[1:])), t.name)
-                for t in tensors
-            ]
+            [TensorSpec(np.dtype(t.dtype), [-1 if size is None else size for size in t.shape], t.name) for t in tensors]
         )
 
     params = ParamSchema(

@@ -6,9 +6,10 @@ champion of that time. Every step may be repeated: a version that has been judge
 
 from __future__ import annotations
 
+import os
 import tempfile
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -72,14 +73,35 @@ def _version(client: MlflowClient, record: Record, run_id: str, model_id: str, i
     for version in client.search_model_versions(f"run_id = '{run_id}'"):
         if version.name == name and (version.tags or {}).get(RECORD_TAG) == identity:
             return version
-    return client.create_model_version(
-        name,
-        source=f"models:/{model_id}",
-        run_id=run_id,
-        tags={**record.get("version_tags", {}), RECORD_TAG: identity},
-        model_id=model_id,
-        await_creation_for=30,
-    )
+    with _as_default_store(client.tracking_uri):
+        return client.create_model_version(
+            name,
+            source=f"models:/{model_id}",
+            run_id=run_id,
+            tags={**record.get("version_tags", {}), RECORD_TAG: identity},
+            model_id=model_id,
+            await_creation_for=30,
+        )
+
+
+@contextmanager
+def _as_default_store(uri: str) -> Iterator[None]:
+    """A local registry looks for the logged model in MLflow's default store, whatever store the client is of."""
+    import mlflow
+    from mlflow.tracking._tracking_service.utils import _use_tracking_uri
+
+    if uri.startswith("http") or mlflow.get_tracking_uri() == uri:
+        yield
+        return
+    variable = "MLFLOW_TRACKING_URI"
+    before = os.environ.get(variable)
+    try:
+        with _use_tracking_uri(uri):
+            yield
+    finally:  # MLflow writes the variable too, and does not put it back
+        os.environ.pop(variable, None)
+        if before is not None:
+            os.environ[variable] = before
 
 
 def _name_challenger(client: MlflowClient, name: str, number: str) -> None:

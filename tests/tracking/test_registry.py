@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -160,14 +162,12 @@ def test_an_alias_of_a_version_that_is_gone_is_no_champion(export, client, monke
     assert dropped == [(NAME, CHAMPION)]
 
 
-def test_a_record_of_an_absent_server_is_judged_when_it_comes(export, monkeypatch):
+def test_a_record_of_an_absent_server_is_judged_when_it_comes(export):
     """What was champion at the export does not matter, what is champion at the delivery does."""
     export(0.5)
-    sound = tracking.Run.close
     late = export.journal(0.6)
     assert export.aliases == {CHALLENGER: "1", CHAMPION: "1"}
     assert late.registration.endswith("is decided when the server is back")
-    monkeypatch.setattr(tracking.Run, "close", sound)
     moved = tracking.tracking_directory() / late.run_key
     away = moved.rename(export.place / "kept-away")
     export(0.7)
@@ -250,6 +250,19 @@ def test_somebody_who_becomes_champion_meanwhile_is_compared_with_too(export, cl
     export(0.6)
     assert export.aliases[CHAMPION] == "3"
     assert export.tags(3)["gate.champion"] == "2"
+
+
+def test_a_store_that_is_not_the_default_gets_its_model(export, empty_store, monkeypatch):
+    from mlflow import MlflowClient
+
+    shutil.copyfile(empty_store, export.place / "other.db")
+    uri = f"sqlite:///{export.place}/other.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    run = export.journal(0.5)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert replay_journals().rejected == 0
+    assert "MLFLOW_TRACKING_URI" not in os.environ
+    assert MlflowClient(tracking_uri=uri).get_model_version_by_alias(NAME, CHAMPION).run_id == run.run_id
 
 
 def test_nothing_to_register_says_nothing(place, client, run, caplog):

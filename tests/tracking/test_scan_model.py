@@ -1,0 +1,174 @@
+"""The registered model as its users load it: arrays to logits, paths to masks, nothing pickled, no torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from distilldsm.data.volume import read_image
+from distilldsm.errors import UserError
+from distilldsm.export.package import verify
+from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
+from distilldsm.inference.predict import Predictor
+from distilldsm.inference.service import ROOT_VARIABLE, answer
+from distilldsm.stage import read_json
+from distilldsm.tracking import flavor, replay_journals
+from tests.export.fake import Exported, exported
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Exported:
+    return exported(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def scan(made) -> list[str]:
+    """The files of one scan, one per channel."""
+    case = read_json(made.raw / "dataset_index.json")["cases"][0]
+    return [str(made.raw / name) for name in case["images"]]
+
+
+@pytest.fixture
+def loaded(place, client, run, made):
+    """What `models:/NAME@champion` loads."""
+    import mlflow
+
+    run.log_exported_model(made.export, registered_name="scans", metadata={"fold": 1})
+    assert replay_journals().rejected == 0
+    mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
+    try:
+        yield mlflow.pyfunc.load_model("models:/scans@champion", dst_path=str(_made(place / "fetched")))
+    finally:
+        mlflow.set_tracking_uri(None)
+
+
+def _made(path: Path) -> Path:
+    path.mkdir()
+    return path
+
+
+def test_arrays_paths_and_what_the_model_is(loaded, made, scan, place):
+    signature = loaded.metadata.signature
+    assert signature.inputs.inputs[0].shape == (1, 2, -1, -1, -1)
+    assert (signature.inputs.inputs[0].name, str(signature.inputs.inputs[0].type)) == ("image", "float32")
+    assert signature.outputs.inputs[0].shape == (1, 3, -1, -1, -1)
+    assert [p.name for p in signature.params] == ["paths", "output"]
+
+    image = np.random.default_rng(0).normal(size=(1, 2, 3, 16, 32)).astype(np.float32)
+    logits = loaded.predict({"image": image})["logits"]
+    assert logits.dtype == np.float32
+    np.testing.assert_array_equal(logits, OpenVINOEngine(made.export / "model.xml")(image))
+    # What the ONNX flavour answered, but for weights in half precision.
+    np.testing.assert_allclose(logits, OnnxEngine(made.export / "model.onnx")(image), atol=5e-3)
+    np.testing.assert_array_equal(loaded.predict(image)["logits"], logits)
+    with pytest.raises(Exception, match="does not match expected shape"):
+        loaded.predict({"image": image[:, :1]})
+    with pytest.raises(Exception, match="dtype"):
+        loaded.predict({"image": image.astype(np.float64)})
+
+    expected = Predictor.from_export(made.export).predict(read_image(scan, 2))
+    assert expected.any()
+    nothing = {"image": np.empty((1, 2, 0, 0, 0), np.float32)}
+    mask = loaded.predict(nothing, params={"paths": scan})["mask"]
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(loaded.predict({"image": np.array(scan, dtype=object)})["mask"], expected)
+    target = place / "mask.nii.gz"
+    assert loaded.predict(nothing, params={"paths": scan, "output": str(target)}) == {"output": str(target)}
+    written = nib.load(target)
+    np.testing.assert_array_equal(np.asanyarray(written.dataobj), expected)
+    np.testing.assert_allclose(written.affine, nib.load(scan[0]).affine, atol=1e-5)
+    with pytest.raises(UserError, match="neither an image nor paths"):
+        loaded.predict(nothing)
+
+    [folder] = [path.parent for path in (place / "fetched").rglob("MLmodel")]
+    described = yaml.safe_load((folder / "MLmodel").read_text())
+    assert described["flavors"]["python_function"]["model_code_path"].endswith("scan_model.py")
+    assert "python_model" not in described["flavors"]["python_function"]
+    assert not [path.name for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pyc")]
+    verify(folder)  # downloaded, it is a model directory again
+    pinned = (folder / "requirements.txt").read_text().split()
+    assert all("==" in line for line in pinned)
+    assert {line.partition("==")[0] for line in pinned} == {"mlflow", *flavor.PACKAGES}
+
+
+LOADER = """
+import sys
+import mlflow.pyfunc
+import numpy as np
+
+model = mlflow.pyfunc.load_model(sys.argv[1])
+mask = model.predict({"image": np.array(sys.argv[2:], dtype=object)})["mask"]
+import distilldsm
+assert "torch" not in sys.modules and "onnxruntime" not in sys.modules
+print(distilldsm.__file__, mask.shape)
+"""
+
+
+@pytest.mark.slow
+def test_it_loads_where_this_package_is_not_installed(loaded, scan, place):
+    """Its own code comes with it."""
+    [folder] = [path.parent for path in (place / "fetched").rglob("MLmodel")]
+    # Isolated, with the packages' folder but without the editable installation's finder.
+    packages = next(path for path in sys.path if path.endswith("site-packages"))
+    code = f"import sys; sys.path.append({packages!r})\n{LOADER}"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", code, str(folder), *scan], cwd=place, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.startswith(str(folder / "code" / "distilldsm"))
+
+
+@pytest.fixture
+def predictor():
+    """Answers with the number of channels."""
+    return SimpleNamespace(
+        plan=SimpleNamespace(channels=("t1", "t2")),
+        logits=lambda image: image,
+        predict=lambda volume: np.ones(volume.shape, np.uint8),
+    )
+
+
+def test_a_server_sees_its_folder_only(predictor, scan, tmp_path, monkeypatch):
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    params = {"paths": scan}
+    assert answer(predictor, None, params, remote=False)["mask"].all()
+    with pytest.raises(UserError, match="takes no paths"):
+        answer(predictor, None, params, remote=True)
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
+    for remote in (True, False):
+        with pytest.raises(UserError, match="lies outside"):
+            answer(predictor, None, params, remote=remote)
+    (tmp_path / "link").symlink_to(Path(scan[0]).parent)
+    with pytest.raises(UserError, match="lies outside"):
+        answer(predictor, None, {"paths": [f"link/{Path(path).name}" for path in scan]}, remote=True)
+    monkeypatch.setenv(ROOT_VARIABLE, str(Path(scan[0]).parent))
+    names = [Path(path).name for path in scan]
+    assert answer(predictor, np.array(names, dtype=object), remote=True)["mask"].all()
+    with pytest.raises(UserError, match="lies outside"):
+        answer(predictor, None, {"paths": names, "output": "../mask.nii.gz"}, remote=True)
+
+
+def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    for output, words in (
+        (scan[0], "is an input"),
+        (str(tmp_path / "mask.png"), "cannot be written"),
+        (str(tmp_path / "none" / "mask.nii.gz"), "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=words):
+            answer(predictor, None, {"paths": scan, "output": output}, remote=False)
+    with pytest.raises(UserError, match="neither an image"):
+        answer(predictor, np.zeros((2, 3, 4), np.float32), remote=False)
+
+
+def test_requirements_of_a_directory_with_an_onnx_file_only(tmp_path, monkeypatch):
+    assert {line.partition("==")[0] for line in flavor.requirements(tmp_path)} == {"mlflow", *flavor.ONNX_PACKAGES}
+    monkeypatch.setattr(flavor, "ONNX_PACKAGES", ("no-such-package",))
+    assert flavor.requirements(tmp_path)[1] == "no-such-package"
