@@ -35,6 +35,8 @@ from distilldsm.export.serving import inference_service, to_yaml
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.stage import package_versions, read_json, sha256_file, write_json
 
+PARITY_SIZES = 3
+"""Different sizes that the exported models are compared on, at least."""
 _SCHEMES: Mapping[str, str] = {
     "zscore": "z-score of the non-zero voxels",
     "zscore_foreground": "z-score of the non-zero voxels, zero stays zero",
@@ -98,6 +100,7 @@ def build_package(
             stride=network.stride,
             depth_halo=network.depth_halo,
             labels=plan.class_names,
+            sizes=PARITY_SIZES,
         )
 
     ir = output / "model.xml"

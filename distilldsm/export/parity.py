@@ -82,6 +82,7 @@ def compare(
     stride: Sequence[int],
     depth_halo: int | None,
     labels: Sequence[str],
+    sizes: int = 1,
 ) -> list[CaseParity]:
     """Run network and runtimes over whole cases; memory holds one case at a time.
 
@@ -90,16 +91,23 @@ def compare(
         runtimes: name to engine.
         preprocessed: holds `images/<case>.npy` and `labels/<case>.npy`.
         labels: names of the classes, background first.
+        sizes: how many different sizes at least; where the cases have fewer, the last one is compared again with
+            slices, rows and columns cut off.
 
     Raises:
         UserError: the network or a runtime gives values that are not finite.
     """
     from distilldsm.training.validation import class_dice
 
-    found = []
-    for case in case_ids:
-        image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
-        truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
+    found: list[CaseParity] = []
+    shapes = [open_array(preprocessed / "labels" / f"{case}.npy").shape for case in case_ids]
+    jobs = [*zip(case_ids, shapes, strict=True)]
+    for less in range(1, sizes - len(set(shapes)) + 1):
+        jobs.append((case_ids[-1], tuple(max(n - less * cut, 1) for n, cut in zip(shapes[-1], (1, 3, 5), strict=True))))
+    for case, shape in jobs:
+        box = tuple(slice(n) for n in shape)
+        image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy")[:, *box], dtype=np.float32)
+        truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy")[box])
 
         def run(name: str, engine: Engine, case: str = case, image: np.ndarray = image) -> tuple[np.ndarray, float]:
             start = time.perf_counter()

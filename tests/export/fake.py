@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from distilldsm.config import ExportConfig, PreprocessConfig
+from distilldsm.config import ExportConfig, Int8Config, PreprocessConfig
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
@@ -89,7 +89,8 @@ def exported(tmp_path_factory) -> Exported:
             preprocess_dataset(found.raw, index, PreprocessConfig(folds=2, workers=1), _made(found.preprocessed))
             write_model(found.model, found.preprocessed, width=0.5, alpha=0.5)
             run(
-                ExportConfig(parity_cases=3),
+                # INT8 always comes with it: whether it is worth it is a matter of timing.
+                ExportConfig(parity_cases=3, int8=Int8Config(min_speedup=1e-3, max_dice_loss=1.0)),
                 {"model": found.model, "preprocessed": found.preprocessed},
                 {"export": found.export},
                 fold=FOLD,

@@ -15,7 +15,7 @@ from distilldsm.data.plan import Normalisation
 from distilldsm.errors import DataError
 from distilldsm.export.build import describe_normalisation
 from distilldsm.export.card import model_card
-from distilldsm.export.package import HASHED_FILES, RUNTIME_FILES, load_metadata, model_name, verify
+from distilldsm.export.package import HASHED_FILES, INT8_FILES, RUNTIME_FILES, load_metadata, model_name, verify
 from distilldsm.stage import MANIFEST, read_json, write_json
 from tests.export.fake import exported
 
@@ -33,11 +33,11 @@ def flip_byte(path: Path) -> None:
 
 def test_an_untouched_package_is_accepted(package):
     metadata = verify(package)
-    assert set(metadata.files) == set(HASHED_FILES)
+    assert set(metadata.files) == {*HASHED_FILES, *INT8_FILES}
     assert metadata == load_metadata(package)
 
 
-@pytest.mark.parametrize("name", [*HASHED_FILES, "metadata.json"])
+@pytest.mark.parametrize("name", [*HASHED_FILES, *INT8_FILES, "metadata.json"])
 def test_a_changed_byte_is_found_and_named(package, name):
     if name == "metadata.json":  # still valid JSON: only the hash can tell
         path = package / name

@@ -9,6 +9,7 @@ import pytest
 
 from distilldsm.errors import UserError
 from distilldsm.export import parity
+from distilldsm.export.package import Int8Report
 from distilldsm.stage import write_json
 
 LABELS = ("background", "inside")
@@ -71,6 +72,14 @@ def test_every_difference_is_counted(preprocessed):
     assert off.dice_runtime["inside"] == pytest.approx(expected)
 
 
+def test_cases_of_one_size_are_also_compared_smaller(preprocessed):
+    rows = parity.compare(
+        network, {"same": network}, preprocessed, ["c"], stride=(1, 4, 4), depth_halo=0, labels=LABELS, sizes=3
+    )
+    assert [r.shape for r in rows] == [(6, 8, 8), (5, 5, 3), (4, 2, 1)]
+    assert {r.case for r in rows} == {"c"}
+
+
 def test_the_limit_is_on_the_worst_case(preprocessed):
     rows = compare(preprocessed, {"onnx": network, "openvino": wrong_in(3)})
     parity.require_parity(rows, 3 / 128)
@@ -108,6 +117,6 @@ def test_summary_takes_the_worst_and_the_largest_volume(preprocessed):
     assert found["openvino"]["dice_difference"] == max(1 - r.dice_runtime["inside"] for r in rows[1::2])
     largest = next(r for r in rows if r.case == "c" and r.runtime == "openvino")
     assert found["openvino"]["seconds_per_mvoxel"] == pytest.approx(largest.seconds / (6 * 64 / 1e6))
-    table = parity.report(rows, 0.5, "FP16")
+    table = parity.report(rows, 0.5, "FP16", Int8Report(shipped=False, reason="not made"))
     assert table["summary"] == found
     assert [c["case"] for c in table["cases"]] == ["b", "b", "a", "a", "c", "c"]
