@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,9 @@ def openvino_core() -> Any:
     import openvino
 
     return openvino.Core()
+
+
+FIXED_FROM_VOXELS = 500_000
 
 
 class Engine(Protocol):
@@ -76,8 +80,9 @@ class OpenVINOEngine:
 
     precision: `f32` computes in float32 (what parity is measured with); `auto` lets OpenVINO choose, bf16 on CPUs that
     have it: faster, and a few voxels may differ.
-    fixed_size: compile for the size of the image, again when it changes. The logits are the same, the memory is about
-    half: only with known sizes can buffers be shared between layers.
+    fixed_size: compile for the size of an image from FIXED_FROM_VOXELS on, again when it changes. The logits are the
+    same, the memory is about half: only with known sizes can buffers be shared between layers. Smaller images would take
+    longer to compile for than to run.
     """
 
     def __init__(
@@ -90,29 +95,31 @@ class OpenVINOEngine:
         self._compiled: Any = None
         self._core = openvino_core()
         try:
-            if fixed_size:
-                self._model = self._core.read_model(str(self.path))
-            else:
-                self._compiled = self._core.compile_model(str(self.path), "CPU", self._properties)
+            self._model = self._core.read_model(str(self.path))
         except Exception as error:
             raise self._unloadable(error) from None
+        self._free_shape = self._model.input(0).partial_shape
+        if not fixed_size:
+            self._compile_for(None)
 
     def _unloadable(self, error: Exception) -> DataError:
         return DataError("cannot be loaded by OpenVINO", where=self.path, seen=str(error)[:300])
 
-    def _compile_for(self, shape: tuple[int, ...]) -> None:
+    def _compile_for(self, shape: tuple[int, ...] | None) -> None:
+        """Compile for images of one shape, or of any (None)."""
         # The old one goes first: both at once would be the peak of the memory.
         self._compiled = None
         try:
-            self._model.reshape(list(shape))
+            self._model.reshape(self._free_shape if shape is None else list(shape))
             self._compiled = self._core.compile_model(self._model, "CPU", self._properties)
         except Exception as error:
             raise self._unloadable(error) from None
         self._shape = shape
 
     def __call__(self, image: Float32) -> Float32:
-        if self.fixed_size and self._shape != image.shape:
-            self._compile_for(image.shape)
+        shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None
+        if self._compiled is None or shape != self._shape:
+            self._compile_for(shape)
         # Results are copied: OpenVINO's own buffers are overwritten by the next call.
         image = np.ascontiguousarray(image, dtype=np.float32)
         result = self._compiled([image], share_inputs=False, share_outputs=True)

@@ -1,0 +1,228 @@
+"""The same volumes through other people's software, on the CPU, with random weights everywhere.
+
+    python -m benchmarks.peers nnunet --data PATH/Task04_Hippocampus.tar    # needs: pip install nnunetv2
+    python -m benchmarks.peers monai
+
+`nnunet`: nnU-Net plans the data set itself; its network and ours in OpenVINO (float32) on one whole volume, then
+`nnUNetv2_predict` (default settings, one fold) against `distilldsm predict`, file to file, one scan and ten.
+`monai`: MONAI's sliding-window inferer with its UNet in PyTorch against ours in OpenVINO, float32, network and inferer
+only. Both print JSON; runs are interleaved, ratios are of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.latency import compiled, interleaved
+from benchmarks.pipeline import ROOT, machine
+from benchmarks.predict import make_model, small_plan
+
+TASK = 4
+WINDOW = (96, 96, 96)
+"""MONAI's usual patch."""
+
+
+def padded(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
+    """The next larger sizes that the stride divides."""
+    return tuple(-(-n // s) * s for n, s in zip(shape, stride, strict=True))
+
+
+def nnunet(data: Path, work: Path, repeats: int) -> dict[str, Any]:
+    """nnU-Net's hippocampus network and its command."""
+    for name in ("raw", "preprocessed", "results"):
+        (work / name).mkdir(parents=True, exist_ok=True)
+        os.environ[f"nnUNet_{name}"] = str(work / name)
+    plans, folder = planned(data, work)
+    scans = sorted((work / "raw" / folder / "imagesTr").glob("*.nii.gz"))
+    network = nnunet_network(plans)
+    ours = work / "ours"
+    if not ours.exists():
+        make_model(ours, small_plan())
+
+    import nibabel as nib
+
+    shape = tuple(int(n) for n in nib.load(scans[0]).shape[::-1])
+    stride = [int(np.prod(s)) for s in zip(*plans["architecture"]["arch_kwargs"]["strides"], strict=True)]
+    to_onnx(network, work / "nnunet.onnx", padded(shape, stride))
+    runs = {
+        "nnunet": compiled(work / "nnunet.onnx", (1, 1, *padded(shape, stride)), "f32"),
+        "distill_dsm": compiled(ours / "model.xml", (1, 1, *padded(shape, (1, 16, 16))), "f32"),
+    }
+    alone = interleaved(runs, repeats)
+    found: dict[str, Any] = {
+        "machine": machine(),
+        "volume": list(shape),
+        "nnunet_parameters": sum(p.numel() for p in network.parameters()),
+        "network_seconds": {name: round(v, 4) for name, v in alone.items()},
+        "network_ratio": round(alone["nnunet"] / alone["distill_dsm"], 1),
+    }
+    save_checkpoint(network, work, folder)
+    for count in (1, 10):
+        inputs = work / f"in{count}"
+        shutil.rmtree(inputs, ignore_errors=True)
+        inputs.mkdir()
+        for scan in scans[:count]:
+            shutil.copy(scan, inputs)
+        script = Path(sys.executable).with_name("nnUNetv2_predict")
+        theirs = [script, "-i", inputs, "-d", TASK, "-c", "3d_fullres", "-f", 0, "-device", "cpu", "-o"]
+        own = [sys.executable, "-m", "distilldsm", "predict", ours, inputs, "-o"]
+        commands = {"nnunet": theirs, "distilldsm": own}
+        seconds = interleaved({name: command(line, work / "out" / name) for name, line in commands.items()}, 3)
+        found[f"files_{count}"] = {
+            "seconds": {name: round(v, 2) for name, v in seconds.items()},
+            "ratio": round(seconds["nnunet"] / seconds["distilldsm"], 1),
+        }
+    return found
+
+
+def planned(data: Path, work: Path) -> tuple[dict[str, Any], str]:
+    """nnU-Net's 3d_fullres configuration of the data set, made by nnU-Net; and the data set's folder name."""
+    from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset
+    from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
+
+    if not list((work / "raw").glob("Dataset*")):
+        with tarfile.open(data) as archive:
+            archive.extractall(work / "msd", filter="data")
+        for extra in (work / "msd").rglob("._*"):
+            extra.unlink()
+        (task,) = (p.parent for p in (work / "msd").rglob("dataset.json"))
+        (task / "imagesTs").mkdir(exist_ok=True)
+        convert_msd_dataset(str(task), TASK, 2)
+    (folder,) = (p.name for p in (work / "raw").glob("Dataset*"))
+    path = work / "preprocessed" / folder / "nnUNetPlans.json"
+    if not path.exists():
+        extract_fingerprints([TASK], num_processes=2, verbose=False, show_progress_bar=False)
+        plan_experiments([TASK])
+    plans = json.loads(path.read_text())
+    return plans["configurations"]["3d_fullres"], folder
+
+
+def nnunet_network(plans: dict[str, Any]) -> Any:
+    """The planned network for one channel and three classes, as it is used for prediction."""
+    import torch
+    from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
+
+    torch.manual_seed(0)
+    architecture = plans["architecture"]
+    return get_network_from_plans(
+        architecture["network_class_name"],
+        architecture["arch_kwargs"],
+        architecture["_kw_requires_import"],
+        1,
+        3,
+        deep_supervision=False,
+    ).eval()
+
+
+def to_onnx(network: Any, path: Path, shape: Sequence[int]) -> None:
+    """A network of any kind, for one size."""
+    import torch
+
+    torch.onnx.export(network, (torch.zeros(1, 1, *shape),), path, dynamo=True, verbose=False, external_data=False)
+
+
+def save_checkpoint(network: Any, work: Path, folder: str) -> None:
+    """What nnU-Net's training leaves, as far as its prediction reads it."""
+    import torch
+
+    target = work / "results" / folder / "nnUNetTrainer__nnUNetPlans__3d_fullres"
+    (target / "fold_0").mkdir(parents=True, exist_ok=True)
+    for source, name in (
+        (work / "raw" / folder / "dataset.json", "dataset.json"),
+        (work / "preprocessed" / folder / "nnUNetPlans.json", "plans.json"),
+        (work / "preprocessed" / folder / "dataset_fingerprint.json", "dataset_fingerprint.json"),
+    ):
+        shutil.copy(source, target / name)
+    checkpoint = {
+        "network_weights": network.state_dict(),
+        "trainer_name": "nnUNetTrainer",
+        "init_args": {"configuration": "3d_fullres"},
+        "inference_allowed_mirroring_axes": (0, 1, 2),
+    }
+    torch.save(checkpoint, target / "fold_0" / "checkpoint_final.pth")
+
+
+def command(line: Sequence[Any], output: Path) -> Any:
+    """A function that runs a command which writes to an empty directory."""
+
+    def run() -> None:
+        shutil.rmtree(output, ignore_errors=True)
+        output.mkdir(parents=True)
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([str(part) for part in [*line, output]], capture_output=True, text=True, env=environment)
+        if done.returncode or not list(output.glob("*.nii.gz")):
+            raise SystemExit(f"{line[0]} failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+
+    return run
+
+
+def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str, Any]:
+    """MONAI's UNet (16 to 256 channels, two residual units) with its sliding window, in PyTorch."""
+    import torch
+    from monai.inferers import SlidingWindowInferer
+    from monai.networks.nets import UNet
+
+    torch.manual_seed(0)
+    network = UNet(
+        spatial_dims=3,
+        in_channels=1,
+        out_channels=3,
+        channels=(16, 32, 64, 128, 256),
+        strides=(2, 2, 2, 2),
+        num_res_units=2,
+        norm="batch",
+    ).eval()
+    inferer = SlidingWindowInferer(roi_size=WINDOW, sw_batch_size=1, overlap=0.5)
+    ours = work / "ours"
+    if not ours.exists():
+        make_model(ours, small_plan())
+    found: dict[str, Any] = {"machine": machine(), "window": list(WINDOW), "overlap": 0.5}
+    for shape in shapes:
+        image = torch.zeros(1, 1, *shape)
+
+        def theirs(image: Any = image) -> None:
+            with torch.inference_mode():
+                inferer(image, network)
+
+        mine = compiled(ours / "model.xml", (1, 1, *padded(shape, (1, 16, 16))), "f32")
+        seconds = interleaved({"monai": theirs, "distill_dsm": mine}, repeats)
+        found["x".join(map(str, shape))] = {
+            "seconds": {name: round(v, 4) for name, v in seconds.items()},
+            "ratio": round(seconds["monai"] / seconds["distill_dsm"], 1),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("nnunet", "monai"))
+    parser.add_argument("--data", type=Path, help="Task04_Hippocampus.tar of the Medical Segmentation Decathlon")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmark-peers")
+    parser.add_argument("--repeats", type=int, default=5)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    started = time.perf_counter()
+    if args.what == "monai":
+        found = monai(args.work, ((36, 50, 35), (96, 128, 128)), args.repeats)
+    elif args.data is None:
+        parser.error("nnunet needs --data")
+    else:
+        found = nnunet(args.data.resolve(), args.work.resolve(), args.repeats)
+    found["benchmark_seconds"] = round(time.perf_counter() - started)
+    print(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()
