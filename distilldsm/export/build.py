@@ -16,6 +16,7 @@ from distilldsm.errors import DataError
 from distilldsm.export import parity
 from distilldsm.export.card import model_card
 from distilldsm.export.int8 import make_int8
+from distilldsm.export.monai_bundle import write_monai_bundle
 from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
 from distilldsm.export.openvino_export import export_openvino
 from distilldsm.export.package import (
@@ -139,7 +140,8 @@ def build_package(
     weights_file = "model.safetensors"
     known = replace(metadata, files={weights_file: sha256_file(output / weights_file)})
     (output / SERVICE).write_text(to_yaml(inference_service(known)), encoding="utf-8")
-    hashed = (*HASHED_FILES, *(INT8_FILES if quantised.shipped else ()))
+    bundle = write_monai_bundle(output, metadata, plan)
+    hashed = (*HASHED_FILES, *(INT8_FILES if quantised.shipped else ()), *bundle)
     metadata = replace(metadata, files={name: sha256_file(output / name) for name in hashed})
     write_json(output / METADATA, metadata)
     return Built(metadata=metadata, summary=summary)

@@ -1,8 +1,8 @@
 """The exported model directory: its metadata, and the check that no file in it has changed. Imports no runtime.
 
 Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
-`README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`, and where it is worth it `model_int8.xml` and
-`model_int8.bin`.
+`README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`, where it is worth it `model_int8.xml` and
+`model_int8.bin`, and the folder `monai_bundle`.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
     "torch": ("plan.json", "model.safetensors"),
 }
 """What prediction with a runtime reads."""
+MONAI_BUNDLE = "monai_bundle"
 INT8_FILES = ("model_int8.bin", "model_int8.xml")
 SERVICE = "inference_service.yaml"
 HASHED_FILES = (

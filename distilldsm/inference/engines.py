@@ -81,8 +81,8 @@ class OpenVINOEngine:
     precision: `f32` computes in float32 (what parity is measured with); `auto` lets OpenVINO choose, bf16 on CPUs that
     have it: faster, and a few voxels may differ.
     fixed_size: compile for the size of an image from FIXED_FROM_VOXELS on, again when it changes. The logits are the
-    same, the memory is about half: only with known sizes can buffers be shared between layers. Smaller images would take
-    longer to compile for than to run.
+    same, the memory is about half: only with known sizes can buffers be shared between layers. Smaller images would
+    take longer to compile for than to run.
     """
 
     def __init__(

@@ -77,6 +77,7 @@ def test_it_writes_a_whole_model_directory(made):
         "model.xml",
         "model_int8.bin",
         "model_int8.xml",
+        "monai_bundle",
         "parity.json",
         "plan.json",
         "scores.json",

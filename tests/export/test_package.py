@@ -15,7 +15,15 @@ from distilldsm.data.plan import Normalisation
 from distilldsm.errors import DataError
 from distilldsm.export.build import describe_normalisation
 from distilldsm.export.card import model_card
-from distilldsm.export.package import HASHED_FILES, INT8_FILES, RUNTIME_FILES, load_metadata, model_name, verify
+from distilldsm.export.package import (
+    HASHED_FILES,
+    INT8_FILES,
+    MONAI_BUNDLE,
+    RUNTIME_FILES,
+    load_metadata,
+    model_name,
+    verify,
+)
 from distilldsm.stage import MANIFEST, read_json, write_json
 from tests.export.fake import exported
 
@@ -33,7 +41,9 @@ def flip_byte(path: Path) -> None:
 
 def test_an_untouched_package_is_accepted(package):
     metadata = verify(package)
-    assert set(metadata.files) == {*HASHED_FILES, *INT8_FILES}
+    bundle = {name for name in metadata.files if name.startswith(f"{MONAI_BUNDLE}/")}
+    assert set(metadata.files) - bundle == {*HASHED_FILES, *INT8_FILES}
+    assert bundle == {str(p.relative_to(package)) for p in (package / MONAI_BUNDLE).rglob("*") if p.is_file()}
     assert metadata == load_metadata(package)
 
 

@@ -1,0 +1,159 @@
+"""The exported model as a MONAI bundle: a folder that MONAI's own bundle runner executes.
+
+Layout and metadata follow MONAI's bundle specification (configs/, models/, docs/, LICENSE). Pre- and post-processing
+are those of the plan (distilldsm/inference/monai.py), so that the masks are those of `distilldsm predict`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+from distilldsm import __version__
+from distilldsm.data.plan import Plan
+from distilldsm.export.package import MONAI_BUNDLE, ModelMetadata
+from distilldsm.stage import write_json
+
+MONAI_VERSION = "1.5.0"
+"""The oldest MONAI it is meant for."""
+SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
+RUN = (
+    "python -m monai.bundle run --bundle_root . --meta_file configs/metadata.json --config_file configs/inference.json "
+    "--dataset_dir SCANS --output_dir MASKS"
+)
+
+
+def write_monai_bundle(export: Path, metadata: ModelMetadata, plan: Plan) -> list[str]:
+    """Write `monai_bundle/` into an exported model directory; returns its files, relative to `export`."""
+    root = export / MONAI_BUNDLE
+    for folder in ("configs", "models", "docs"):
+        (root / folder).mkdir(parents=True)
+    write_json(root / "configs/metadata.json", _metadata(metadata))
+    write_json(root / "configs/inference.json", _inference(metadata))
+    plan.save(root / "configs/plan.json")
+    shutil.copyfile(export / "model.safetensors", root / "models/model.safetensors")
+    (root / "docs/README.md").write_text(_readme(metadata), encoding="utf-8")
+    (root / "LICENSE").write_text(_licence(metadata), encoding="utf-8")
+    return sorted(str(path.relative_to(export)) for path in root.rglob("*") if path.is_file())
+
+
+def _metadata(model: ModelMetadata) -> dict[str, Any]:
+    """Bundle metadata as MONAI's schema asks for it."""
+    versions = dict(model.versions)
+    labels = {str(value): name for name, value in model.labels.items()}
+    d, h, w = model.network.stride
+    image: dict[str, Any] = {
+        "type": "image",
+        "format": "magnitude" if any(c.modality != "CT" for c in model.channels) else "hounsfield",
+        "modality": "/".join(dict.fromkeys(c.modality for c in model.channels)),
+        "num_channels": len(model.channels),
+        "spatial_shape": [f"{d}*n", f"{h}*n", f"{w}*n"],
+        "dtype": "float32",
+        "value_range": [],
+        "is_patch_data": False,
+        "channel_def": {str(k): c.name for k, c in enumerate(model.channels)},
+    }
+    output = {**image, "format": "segmentation", "num_channels": len(labels), "channel_def": {}}
+    output["channel_def"] = {str(k): name for k, name in enumerate(model.labels)}
+    return {
+        "schema": SCHEMA,
+        "version": "1.0.0",
+        "changelog": {"1.0.0": "exported"},
+        "monai_version": MONAI_VERSION,
+        "pytorch_version": versions.get("torch", "2.6.0").split("+")[0],
+        "numpy_version": versions.get("numpy", "2.0.0"),
+        "required_packages_version": {
+            "distilldsm": __version__,
+            "nibabel": versions.get("nibabel", "5.3.0"),
+            "safetensors": versions.get("safetensors", "0.5.0"),
+            "pytorch-ignite": "0.5.0",
+        },
+        "name": model.name,
+        "task": f"segmentation of {', '.join(name for name, value in model.labels.items() if value)}",
+        "description": f"{model.network.name}, {model.network.parameters:,} parameters, trained on {model.data.name}",
+        "authors": "",
+        "copyright": f"weights: bound by the licence of the data, {model.data.licence}",
+        "data_source": model.data.source,
+        "data_type": "nifti",
+        "image_classes": ", ".join(c.name for c in model.channels),
+        "label_classes": ", ".join(f"{value} {name}" for name, value in model.labels.items()),
+        "pred_classes": ", ".join(f"{value} {name}" for name, value in model.labels.items()),
+        "eval_metrics": {},
+        "intended_use": model.intended_use,
+        "references": [model.data.reference],
+        "network_data_format": {"inputs": {"image": image}, "outputs": {"pred": output}},
+    }
+
+
+def _inference(model: ModelMetadata) -> dict[str, Any]:
+    """The workflow for MONAI's runner; names follow MONAI's own bundles."""
+    network = model.network
+    return {
+        "imports": [
+            "$import torch",
+            "$from distilldsm.inference.monai import list_scans",
+            "$from distilldsm.inference.monai import load_weights",
+        ],
+        "bundle_root": ".",
+        "dataset_dir": ".",
+        "output_dir": "$@bundle_root + '/eval'",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "plan": "$@bundle_root + '/configs/plan.json'",
+        "datalist": f"$list_scans(@dataset_dir, {len(model.channels)})",
+        "network_def": {
+            "_target_": "distilldsm.models.registry.build_model",
+            "name": network.name,
+            "in_channels": len(model.channels),
+            "out_channels": len(model.labels),
+            **network.options,
+        },
+        "network": "$load_weights(@network_def, @bundle_root + '/models/model.safetensors').to(@device)",
+        "preprocessing": {"_target_": "distilldsm.inference.monai.ToNetworkSpaced", "plan": "@plan"},
+        "dataset": {"_target_": "Dataset", "data": "@datalist", "transform": "@preprocessing"},
+        "dataloader": {
+            "_target_": "DataLoader",
+            "dataset": "@dataset",
+            "batch_size": 1,
+            "shuffle": False,
+            "num_workers": 0,
+        },
+        "inferer": {
+            "_target_": "distilldsm.inference.monai.VolumeInferer",
+            "stride": list(network.stride),
+            "depth_halo": network.depth_halo,
+        },
+        "postprocessing": {
+            "_target_": "distilldsm.inference.monai.SaveMaskd",
+            "plan": "@plan",
+            "output_dir": "@output_dir",
+        },
+        "evaluator": {
+            "_target_": "SupervisedEvaluator",
+            "device": "@device",
+            "val_data_loader": "@dataloader",
+            "network": "@network",
+            "inferer": "@inferer",
+            "postprocessing": "@postprocessing",
+            "amp": False,
+        },
+        "run": ["$@evaluator.run()"],
+    }
+
+
+def _readme(model: ModelMetadata) -> str:
+    return (
+        f"# {model.name} as a MONAI bundle\n\n"
+        f"Intended use: **{model.intended_use}**. With `distilldsm[monai]` installed, in "
+        f"this folder:\n\n    {RUN}\n\n"
+        "SCANS holds NIfTI files (NAME.nii.gz, or NAME_0000.nii.gz and so on for several channels); the masks lie on "
+        "the scans' own grids. The model card stands in the directory above.\n"
+    )
+
+
+def _licence(model: ModelMetadata) -> str:
+    return (
+        "Code: Apache License 2.0.\n"
+        f"Weights: trained on {model.data.name}, whose licence is: {model.data.licence}. It may bind what is done with "
+        "them.\n"
+    )

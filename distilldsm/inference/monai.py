@@ -1,0 +1,103 @@
+"""What the MONAI bundle of an exported model is run with: our geometry as MONAI transforms. Needs the package `monai`.
+
+A case is a dictionary: `image`, the paths of its channels, becomes the image (C, D, H, W) in network space; `pred`, the
+logits (K, D, H, W), becomes a mask on the scan's own grid. `geometry` and `source` (JSON text and a path, which survive
+MONAI's collating) lead from one to the other.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from monai.inferers import Inferer
+from monai.transforms import Transform
+
+from distilldsm.data.geometry import GeometryRecord, scores_to_scan, to_network_space
+from distilldsm.data.plan import Plan
+from distilldsm.data.volume import read_image, write_label
+from distilldsm.errors import DataError
+from distilldsm.inference.inputs import find_inputs
+from distilldsm.inference.windows import MAX_VOXELS, predict_logits, softmax
+from distilldsm.params import from_mapping, to_mapping
+
+Case = Mapping[Hashable, Any]
+
+
+def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
+    """The scans of a folder, named as `distilldsm predict` takes them: {"image": [a path per channel], "source": name}.
+
+    Raises:
+        DataError: none, or one that lacks a channel.
+    """
+    found, _ = find_inputs([Path(folder)], channels)
+    for scan in found:
+        if scan.kind != "nifti":
+            raise DataError("is no NIfTI scan", where=scan.name, mend="distilldsm predict reads DICOM")
+    return [{"image": [str(p) for p in scan.paths], "source": scan.name} for scan in found]
+
+
+def load_weights(network: torch.nn.Module, path: str) -> torch.nn.Module:
+    """The network with the weights of a safetensors file, in evaluation mode."""
+    from distilldsm.training.checkpoint import load_tensors
+    from distilldsm.training.checkpoint import load_weights as load
+
+    load(network, load_tensors(Path(path))[0], Path(path))  # type: ignore[arg-type]
+    return network.eval()
+
+
+class ToNetworkSpaced(Transform):
+    """Paths of a scan to its image in network space: orientation, crop, normalisation and resampling of the plan.
+
+    Raises (when called):
+        DataError: a file is damaged, or there are more or fewer channels than the plan has.
+    """
+
+    def __init__(self, plan: str) -> None:
+        self.plan = Plan.load(plan)
+
+    def __call__(self, data: Case) -> dict[Hashable, Any]:
+        paths = data["image"]
+        volume = read_image(paths, channels=len(self.plan.channels))
+        image, record = to_network_space(volume, self.plan)
+        return {**data, "image": torch.from_numpy(image), "geometry": json.dumps(to_mapping(record))}
+
+
+class VolumeInferer(Inferer):
+    """Whole volumes, padded to the stride; along the depth in exact pieces where they are larger than `max_voxels`."""
+
+    def __init__(self, stride: Sequence[int], depth_halo: int | None, max_voxels: int = MAX_VOXELS) -> None:
+        super().__init__()
+        self.stride, self.depth_halo, self.max_voxels = tuple(stride), depth_halo, max_voxels
+
+    def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
+        device = inputs.device
+
+        def engine(image: np.ndarray) -> np.ndarray:
+            return network(torch.from_numpy(np.ascontiguousarray(image)).to(device)).float().cpu().numpy()
+
+        logits = [
+            predict_logits(engine, image, stride=self.stride, depth_halo=self.depth_halo, max_voxels=self.max_voxels)
+            for image in inputs.cpu().numpy().astype(np.float32)
+        ]
+        return torch.from_numpy(np.stack(logits)).to(device)
+
+
+class SaveMaskd(Transform):
+    """Logits to a mask on the scan's own grid, written as `output_dir/NAME.nii.gz`; `pred` becomes it, (X, Y, Z)."""
+
+    def __init__(self, plan: str, output_dir: str) -> None:
+        self.plan, self.output = Plan.load(plan), Path(output_dir)
+
+    def __call__(self, data: Case) -> dict[Hashable, Any]:
+        record = from_mapping(GeometryRecord, json.loads(data["geometry"]))
+        logits = np.asarray(data["pred"].cpu(), dtype=np.float32)
+        classes = scores_to_scan(softmax(logits), record)
+        mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
+        self.output.mkdir(parents=True, exist_ok=True)
+        write_label(self.output / f"{data['source']}.nii.gz", mask, np.array(record.affine))
+        return {**data, "pred": torch.from_numpy(mask)}
