@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import warnings
@@ -33,7 +32,7 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     import onnx
     import torch
 
-    from distilldsm.models.depth_shift import DepthModule, masked_depth_shift
+    from distilldsm.export.deploy import deployed
 
     sizes = _example_sizes(network.stride)
     image = torch.zeros(1, network.in_channels, *sizes)
@@ -41,10 +40,7 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
         axis: torch.export.Dim.DYNAMIC if step == 1 else step * torch.export.Dim(name, min=1, max=4096)
         for axis, (name, step) in enumerate(zip(SPATIAL_AXES, network.stride, strict=True), start=2)
     }
-    network = copy.deepcopy(network).cpu().eval()
-    for module in network.modules():
-        if isinstance(module, DepthModule):
-            module.shift = masked_depth_shift
+    network = deployed(network)
     with _quiet():
         # Exported in two steps: asked for both at once, torch.onnx.export would try looser ways of tracing when a size
         # gets fixed, instead of saying so.
