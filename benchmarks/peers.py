@@ -5,8 +5,9 @@
 
 `nnunet`: nnU-Net plans the data set itself; its network and ours in OpenVINO (float32) on one whole volume, then
 `nnUNetv2_predict` (default settings, one fold) against `distilldsm predict`, file to file, one scan and ten.
-`monai`: MONAI's sliding-window inferer with its UNet in PyTorch against ours in OpenVINO, float32, network and inferer
-only. Both print JSON; runs are interleaved, ratios are of medians.
+`monai`: MONAI's sliding-window inferer with its UNet in PyTorch against ours in OpenVINO, float32: network and inferer
+alone, and file to file (MONAI's transforms to read, turn, normalise and
+save). Both print JSON; runs are interleaved, ratios are of medians.
 """
 
 from __future__ import annotations
@@ -168,8 +169,8 @@ def command(line: Sequence[Any], output: Path) -> Any:
     return run
 
 
-def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str, Any]:
-    """MONAI's UNet (16 to 256 channels, two residual units) with its sliding window, in PyTorch."""
+def monai_network() -> tuple[Any, Any]:
+    """MONAI's UNet (16 to 256 channels, two residual units) and its sliding window."""
     import torch
     from monai.inferers import SlidingWindowInferer
     from monai.networks.nets import UNet
@@ -184,12 +185,21 @@ def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str
         num_res_units=2,
         norm="batch",
     ).eval()
-    inferer = SlidingWindowInferer(roi_size=WINDOW, sw_batch_size=1, overlap=0.5)
+    return network, SlidingWindowInferer(roi_size=WINDOW, sw_batch_size=1, overlap=0.5)
+
+
+def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str, Any]:
+    """MONAI's network and inferer, alone and file to file."""
+    import nibabel as nib
+    import torch
+
+    network, inferer = monai_network()
     ours = work / "ours"
     if not ours.exists():
         make_model(ours, small_plan())
     found: dict[str, Any] = {"machine": machine(), "window": list(WINDOW), "overlap": 0.5}
     for shape in shapes:
+        title = "x".join(map(str, shape))
         image = torch.zeros(1, 1, *shape)
 
         def theirs(image: Any = image) -> None:
@@ -197,21 +207,52 @@ def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str
                 inferer(image, network)
 
         mine = compiled(ours / "model.xml", (1, 1, *padded(shape, (1, 16, 16))), "f32")
-        seconds = interleaved({"monai": theirs, "distill_dsm": mine}, repeats)
-        found["x".join(map(str, shape))] = {
-            "seconds": {name: round(v, 4) for name, v in seconds.items()},
-            "ratio": round(seconds["monai"] / seconds["distill_dsm"], 1),
+        alone = interleaved({"monai": theirs, "distill_dsm": mine}, repeats)
+        inputs = work / f"made-{title}"
+        inputs.mkdir(exist_ok=True)
+        voxels = np.random.default_rng(0).integers(0, 300, shape[::-1]).astype(np.int16)
+        nib.save(nib.Nifti1Image(voxels, np.eye(4)), inputs / "scan.nii.gz")
+        lines = {
+            "monai": [sys.executable, "-m", "benchmarks.peers", "monai-files", "--inputs", inputs, "--output"],
+            "distilldsm": [sys.executable, "-m", "distilldsm", "predict", ours, inputs, "-o"],
+        }
+        files = interleaved({name: command(line, work / "out" / name) for name, line in lines.items()}, 3)
+        found[title] = {
+            "network_seconds": {name: round(v, 4) for name, v in alone.items()},
+            "network_ratio": round(alone["monai"] / alone["distill_dsm"], 1),
+            "file_seconds": {name: round(v, 2) for name, v in files.items()},
+            "file_ratio": round(files["monai"] / files["distilldsm"], 1),
         }
     return found
 
 
+def monai_files(inputs: Path, output: Path) -> None:
+    """Scans to masks as a script on MONAI does it."""
+    import torch
+    from monai.transforms import Compose, LoadImage, NormalizeIntensity, Orientation, SaveImage
+
+    network, inferer = monai_network()
+    read = Compose([LoadImage(ensure_channel_first=True), Orientation("RAS"), NormalizeIntensity(nonzero=True)])
+    save = SaveImage(output_dir=output, output_postfix="", separate_folder=False, print_log=False)
+    with torch.inference_mode():
+        for path in sorted(inputs.glob("*.nii.gz")):
+            image = read(path)
+            logits = inferer(image[None], network)[0]
+            save(logits.argmax(dim=0, keepdim=True), meta_data=image.meta)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("nnunet", "monai"))
+    parser.add_argument("what", choices=("nnunet", "monai", "monai-files"))
     parser.add_argument("--data", type=Path, help="Task04_Hippocampus.tar of the Medical Segmentation Decathlon")
+    parser.add_argument("--inputs", type=Path, help="of monai-files, which monai runs")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmark-peers")
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    if args.what == "monai-files":
+        monai_files(args.inputs, args.output)
+        return
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     if args.what == "monai":
