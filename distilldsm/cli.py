@@ -1,4 +1,4 @@
-"""The command `distilldsm`: one sub-command a stage, plus predict, info, plan, compose and summary.
+"""The command `distilldsm`: one sub-command a stage, plus predict, info, plan, compose, summary and compare.
 
 Imports of this file are light, so that `--help` answers at once and `predict` never loads torch; what a command needs
 is imported when it runs.
@@ -42,10 +42,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def command() -> None:
-        from distilldsm import commands, predict_command
+        from distilldsm import commands, compare_command, predict_command
 
         if args.command == "predict":
             predict_command.predict(args)
+        elif args.command == "compare":
+            compare_command.compare(args)
         else:
             getattr(commands, args.command)(args)
 
@@ -101,4 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     summary = commands.add_parser("summary", help="Dice, HD95 and NSD per label of the evaluated folds")
     summary.add_argument("directories", metavar="DIR", nargs="*", help="default: evaluation/fold*")
     summary.add_argument("--json", action="store_true", help="print a JSON object")
+
+    compare = commands.add_parser(
+        "compare",
+        help="several trainings side by side, case by case",
+        description="Means, standard deviations over cases and folds, and a paired Wilcoxon test against the first "
+        "one, Holm-corrected, over the cases that all were scored on.",
+    )
+    compare.add_argument(
+        "trainings", metavar="NAME=DIR[,DIR...]", nargs="+", help="e.g. distill=evaluation/fold0,evaluation/fold1"
+    )
+    compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.csv and comparison.png")
+    compare.add_argument("--json", action="store_true", help="print a JSON list")
     return parser

@@ -48,6 +48,22 @@ def dice_boxes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figu
     return figure
 
 
+def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
+    """Box plots of Dice, a panel per label, a box per training with every case as a point: {label: {name: values}}."""
+    figure, axes = _new(len(panels), size=(3.4 * len(panels) + 1, 4.2))
+    rng = np.random.default_rng(0)
+    for axis, (label, trainings) in zip(axes[0], panels.items(), strict=True):
+        axis.boxplot(list(trainings.values()), showfliers=False, widths=0.5, medianprops={"color": "black"})
+        for k, points in enumerate(trainings.values()):
+            jitter = rng.uniform(-0.14, 0.14, len(points))
+            axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=COLOURS[k % len(COLOURS)], linewidths=0)
+        axis.set_xticks(range(1, len(trainings) + 1), list(trainings), rotation=20)
+        axis.set_title(label)
+        axis.set_ylabel("Dice")
+        axis.grid(axis="y", alpha=0.3)
+    return figure
+
+
 def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Training loss, and Dice of the held-out volumes where it was measured, over epochs."""
     figure, axes = _new(2, size=(10, 3.8))

@@ -1,0 +1,206 @@
+"""Several trainings side by side, compared case by case on the cases that all of them were scored on.
+
+The test is the two-sided Wilcoxon signed-rank test of the paired differences to the first one (F. Wilcoxon, 1945), its
+p-values corrected for the number of comparisons of a metric by Holm's step-down procedure (S. Holm, 1979).
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distilldsm.errors import DataError
+
+COMPARED = ("dice", "hd95_mm", "nsd")
+Scores = Mapping[tuple[str, str], Mapping[str, float]]
+"""(case, label) to metric to value; undefined values are missing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """The evaluated folds of one training."""
+
+    name: str
+    folds: tuple[Scores, ...]
+
+    @property
+    def scores(self) -> dict[tuple[str, str], Mapping[str, float]]:
+        """Of all folds."""
+        return {key: values for fold in self.folds for key, values in fold.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """One training, label and metric."""
+
+    training: str
+    label: str
+    metric: str
+    cases: int
+    """Cases of this label for which the metric is defined in all trainings."""
+    mean: float
+    sd: float
+    """Sample standard deviation over the cases."""
+    sd_folds: float | None
+    """Sample standard deviation of the folds' means; None for a single fold."""
+    difference: float | None
+    """Mean over the cases of this training minus the first; None for the first."""
+    p: float | None
+    """Uncorrected; None for the first."""
+    p_holm: float | None
+    """Corrected for the number of comparisons of the metric."""
+
+
+def load_training(name: str, directories: Sequence[Path]) -> Training:
+    """Read `cases.csv` of evaluated folds.
+
+    Raises:
+        DataError: a table is missing or damaged, or a case was scored in two folds.
+    """
+    folds: list[Scores] = []
+    seen: dict[str, Path] = {}
+    for directory in directories:
+        path = directory / "cases.csv"
+        if not path.is_file():
+            raise DataError("is no evaluated fold", where=directory, seen="no cases.csv", mend="dvc repro evaluate")
+        with open(path, newline="", encoding="utf-8") as stream:
+            rows = list(csv.DictReader(stream))
+        if not rows or not {"case", "label", *COMPARED} <= rows[0].keys():
+            raise DataError("is no table of scores", where=path, rule=f"columns case, label, {', '.join(COMPARED)}")
+        for case in {row["case"] for row in rows}:
+            if case in seen:
+                raise DataError("a case was scored in two folds", where=path, seen=f"{case}, also in {seen[case]}")
+            seen[case] = path
+        try:
+            folds.append({(r["case"], r["label"]): {m: float(r[m]) for m in COMPARED if r[m]} for r in rows})
+        except ValueError as error:
+            raise DataError("a score is no number", where=path, seen=str(error)) from None
+    return Training(name=name, folds=tuple(folds))
+
+
+def compare(trainings: Sequence[Training]) -> list[Comparison]:
+    """Every training, label and metric, over the cases that all of them have.
+
+    Raises:
+        DataError: no case is common to all.
+    """
+    tables = [training.scores for training in trainings]
+    shared = set.intersection(*(set(table) for table in tables))
+    if not shared:
+        raise DataError("no case was scored in all of them", seen=", ".join(t.name for t in trainings))
+    labels = list(dict.fromkeys(label for _, label in tables[0] if any(key[1] == label for key in shared)))
+    found: list[Comparison] = []
+    for metric in COMPARED:
+        rows = []
+        for label in labels:
+            keys = sorted(k for k in shared if k[1] == label and all(metric in table[k] for table in tables))
+            if not keys:
+                continue
+            values = np.array([[table[k][metric] for k in keys] for table in tables])
+            for number, training in enumerate(trainings):
+                first = number == 0
+                rows.append(
+                    Comparison(
+                        training=training.name,
+                        label=label,
+                        metric=metric,
+                        cases=len(keys),
+                        mean=float(values[number].mean()),
+                        sd=float(values[number].std(ddof=1)) if len(keys) > 1 else 0.0,
+                        sd_folds=_sd_of_folds(training, keys, metric),
+                        difference=None if first else float((values[number] - values[0]).mean()),
+                        p=None if first else wilcoxon_p(values[number] - values[0]),
+                        p_holm=None,
+                    )
+                )
+        found += _corrected(rows)
+    return found
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """Two-sided p-value of the Wilcoxon signed-rank test; 1 where nothing differs."""
+    from scipy.stats import wilcoxon
+
+    if not np.any(differences):
+        return 1.0
+    p = float(wilcoxon(differences).pvalue)
+    return p if math.isfinite(p) else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p-values, in their order."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
+
+
+def _corrected(rows: Sequence[Comparison]) -> list[Comparison]:
+    import dataclasses
+
+    compared = [row for row in rows if row.p is not None]
+    values = dict(zip(map(id, compared), holm([row.p for row in compared if row.p is not None]), strict=True))
+    return [dataclasses.replace(row, p_holm=values.get(id(row))) for row in rows]
+
+
+def _sd_of_folds(training: Training, keys: Sequence[tuple[str, str]], metric: str) -> float | None:
+    means = []
+    for fold in training.folds:
+        values = [fold[key][metric] for key in keys if key in fold]
+        if values:
+            means.append(statistics.fmean(values))
+    return statistics.stdev(means) if len(means) > 1 else None
+
+
+def format_comparison(rows: Sequence[Comparison]) -> str:
+    """A table for the terminal, a block per metric."""
+    width = max(len(row.training) for row in rows) + 2
+    labels = max(len(row.label) for row in rows) + 2
+    lines = []
+    for metric in dict.fromkeys(row.metric for row in rows):
+        lines.append(
+            f"{metric:{width}}{'label':{labels}}{'mean':>9}{'sd cases':>10}{'sd folds':>10}{'diff':>10}{'p (Holm)':>10}"
+            f"{'cases':>7}"
+        )
+        for row in (r for r in rows if r.metric == metric):
+            folds = "" if row.sd_folds is None else f"{row.sd_folds:.4f}"
+            difference = "" if row.difference is None else f"{row.difference:+.4f}"
+            p = "" if row.p_holm is None else f"{row.p_holm:.2g}"
+            lines.append(
+                f"{row.training:{width}}{row.label:{labels}}{row.mean:9.4f}{row.sd:10.4f}{folds:>10}{difference:>10}"
+                f"{p:>10}{row.cases:7d}"
+            )
+    return "\n".join(lines)
+
+
+def draw(trainings: Sequence[Training], path: Path) -> None:
+    """Dice of every case as boxes, a panel per label, as PNG."""
+    from distilldsm.evaluation.figures import dice_panels, save_figure
+
+    tables = [training.scores for training in trainings]
+    labels = list(dict.fromkeys(label for _, label in tables[0]))
+    panels: dict[str, dict[str, list[float]]] = {
+        label: {
+            training.name: [row["dice"] for (_, own), row in table.items() if own == label and "dice" in row]
+            for training, table in zip(trainings, tables, strict=True)
+        }
+        for label in labels
+    }
+    save_figure(dice_panels(panels), path)
+
+
+def write_comparison(rows: Sequence[Comparison], path: Path) -> None:
+    """The same numbers as CSV, undefined ones empty."""
+    import dataclasses
+
+    from distilldsm.evaluation.tables import write_csv
+
+    write_csv(path, [dataclasses.asdict(row) for row in rows])

@@ -1,0 +1,125 @@
+"""Trainings side by side, against SciPy and a slow Holm."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy.stats import wilcoxon
+
+from distilldsm.cli import main
+from distilldsm.errors import DataError
+from distilldsm.evaluation.comparison import compare, holm, load_training
+
+
+def write_fold(directory: Path, cases: dict[str, dict[str, float | None]]) -> Path:
+    """A fold with two labels; the second has half the Dice."""
+    directory.mkdir(parents=True)
+    with open(directory / "cases.csv", "w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["case", "label", "dice", "hd95_mm", "nsd"])
+        for case, row in cases.items():
+            for label, factor in (("A", 1.0), ("B", 0.5)):
+                values = [None if row[m] is None else row[m] * factor for m in ("dice", "hd95_mm", "nsd")]
+                writer.writerow([case, label, *("" if v is None else v for v in values)])
+    return directory
+
+
+def random_cases(names: list[str], seed: int) -> dict[str, dict[str, float | None]]:
+    rng = np.random.default_rng(seed)
+    return {n: {"dice": rng.uniform(0.5, 1), "hd95_mm": rng.uniform(0, 5), "nsd": rng.uniform(0.5, 1)} for n in names}
+
+
+def test_numbers_are_those_of_numpy_and_scipy(tmp_path):
+    names = [f"c{k}" for k in range(12)]
+    a, b = random_cases(names, 0), random_cases(names, 1)
+    folds = [
+        [write_fold(tmp_path / f"{name}{k}", dict(list(rows.items())[6 * k : 6 * k + 6])) for k in range(2)]
+        for name, rows in (("a", a), ("b", b))
+    ]
+    rows = compare([load_training(name, directories) for name, directories in zip("ab", folds, strict=True)])
+    assert [(r.metric, r.label, r.training) for r in rows[:4]] == [
+        ("dice", "A", "a"),
+        ("dice", "A", "b"),
+        ("dice", "B", "a"),
+        ("dice", "B", "b"),
+    ]
+    first, second = rows[:2]
+    values = np.array([[rows[n]["dice"] for n in names] for rows in (a, b)])
+    assert second.cases == 12
+    assert second.mean == pytest.approx(values[1].mean())
+    assert second.sd == pytest.approx(values[1].std(ddof=1))
+    assert second.sd_folds == pytest.approx(np.std([values[1, :6].mean(), values[1, 6:].mean()], ddof=1))
+    assert second.difference == pytest.approx((values[1] - values[0]).mean())
+    assert second.p == pytest.approx(wilcoxon(values[1], values[0]).pvalue)
+    assert second.p_holm == pytest.approx(min(1, 2 * second.p))  # two labels, the same differences but for a factor
+    assert (first.difference, first.p, first.p_holm) == (None, None, None)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values):
+    corrected = holm(p_values)
+    for alpha in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, index in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+            if (len(p_values) - rank) * p_values[index] > alpha:
+                break
+            rejected.add(index)
+        assert {k for k, p in enumerate(corrected) if p <= alpha} == rejected
+
+
+def test_only_common_cases_count_and_undefined_scores_do_not(tmp_path):
+    a = random_cases(["c0", "c1", "c2", "c3"], 0)
+    b = random_cases(["c1", "c2", "c3", "c4"], 1)
+    b["c3"]["hd95_mm"] = None
+    folders = [write_fold(tmp_path / "a", a), write_fold(tmp_path / "b", b)]
+    rows = compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
+    assert {r.metric: r.cases for r in rows} == {"dice": 3, "hd95_mm": 2, "nsd": 3}
+    assert {r.sd_folds for r in rows} == {None}
+
+
+def test_equal_trainings_do_not_differ(tmp_path):
+    folder = write_fold(tmp_path / "a", random_cases(["c0", "c1", "c2"], 0))
+    rows = compare([load_training(name, [folder]) for name in "ab"])
+    assert {r.p_holm for r in rows if r.training == "b"} == {1.0}
+
+
+def test_bad_tables_are_named(tmp_path):
+    with pytest.raises(DataError, match="is no evaluated fold"):
+        load_training("a", [tmp_path])
+    folder = write_fold(tmp_path / "a", random_cases(["c0"], 0))
+    with pytest.raises(DataError, match="scored in two folds"):
+        load_training("a", [folder, folder])
+    other = write_fold(tmp_path / "b", random_cases(["c1"], 0))
+    with pytest.raises(DataError, match="no case was scored in all"):
+        compare([load_training("a", [folder]), load_training("b", [other])])
+    (folder / "cases.csv").write_text("case,label,dice,hd95_mm,nsd\nc0,A,good,1,1\n")
+    with pytest.raises(DataError, match="is no number"):
+        load_training("a", [folder])
+    (folder / "cases.csv").write_text("case,dice\n")
+    with pytest.raises(DataError, match="is no table of scores"):
+        load_training("a", [folder])
+
+
+def test_the_command(tmp_path, capsys):
+    for name, seed in (("a", 0), ("b", 1)):
+        for fold in range(2):
+            write_fold(tmp_path / name / f"fold{fold}", random_cases([f"c{2 * fold}", f"c{2 * fold + 1}"], seed))
+    trainings = [f"{name}={tmp_path}/{name}/fold*" for name in "ab"]
+    assert main(["compare", *trainings, "-o", str(tmp_path / "out")]) == 0
+    assert "p (Holm)" in capsys.readouterr().out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.png"}
+    assert main(["compare", *trainings, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    with open(tmp_path / "out" / "comparison.csv", newline="") as stream:
+        assert [row["training"] for row in csv.DictReader(stream)] == [row["training"] for row in found]
+    assert found[0]["cases"] == 4
+    assert main(["compare", trainings[0]]) == 2
+    assert main(["compare", trainings[0], trainings[0]]) == 2
+    assert main(["compare", "a", trainings[1]]) == 2
+    assert main(["compare", f"a={tmp_path}/nowhere", trainings[1]]) == 1
