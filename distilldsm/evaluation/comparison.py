@@ -162,7 +162,7 @@ def _sd_of_folds(training: Training, keys: Sequence[tuple[str, str]], metric: st
 
 def format_comparison(rows: Sequence[Comparison]) -> str:
     """A table for the terminal, a block per metric."""
-    width = max(len(row.training) for row in rows) + 2
+    width = max(len(text) for row in rows for text in (row.training, row.metric)) + 2
     labels = max(len(row.label) for row in rows) + 2
     lines = []
     for metric in dict.fromkeys(row.metric for row in rows):
