@@ -91,7 +91,7 @@ def test_arrays_paths_and_what_the_model_is(loaded, made, scan, place):
     described = yaml.safe_load((folder / "MLmodel").read_text())
     assert described["flavors"]["python_function"]["model_code_path"].endswith("scan_model.py")
     assert "python_model" not in described["flavors"]["python_function"]
-    assert not [path.name for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle", ".pyc")]
+    assert not [path.name for path in folder.rglob("*") if path.suffix in (".pkl", ".pickle")]
     verify(folder)  # downloaded, it is a model directory again
     pinned = (folder / "requirements.txt").read_text().split()
     assert all("==" in line for line in pinned)
