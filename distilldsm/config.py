@@ -10,16 +10,13 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distilldsm.config_export import ExportConfig
+from distilldsm.config_export import Int8Config as Int8Config  # for users of this module
 from distilldsm.errors import ConfigError
 from distilldsm.models.registry import MODEL_NAMES
-from distilldsm.params import from_mapping, load_yaml, set_values
+from distilldsm.params import from_mapping, load_yaml, require, set_values
 
 Modality = Literal["MRI", "CT", "PET", "US", "other"]
-
-
-def _require(condition: bool, key: str, seen: object, rule: str) -> None:
-    if not condition:
-        raise ConfigError(f"'{key}' has an impossible value", seen=repr(seen), rule=rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +29,7 @@ class SampleConfig:
     """Seed of every random draw."""
 
     def __post_init__(self) -> None:
-        _require(self.subjects >= 5, "subjects", self.subjects, "at least 5, one per fold")
+        require(self.subjects >= 5, "subjects", self.subjects, "at least 5, one per fold")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,15 +48,15 @@ class PatternConfig:
 
     def __post_init__(self) -> None:
         for pattern in (*self.images, self.label):
-            _require("{case}" in pattern, "images/label", pattern, "each pattern holds {case}")
-        _require(
+            require("{case}" in pattern, "images/label", pattern, "each pattern holds {case}")
+        require(
             len(self.images) == len(self.channels) > 0,
             "channels",
             dict(self.channels),
             f"as many as image patterns ({len(self.images)}), at least one",
         )
-        _require(self.labels.get("background") == 0, "labels", dict(self.labels), "must hold 'background: 0'")
-        _require(
+        require(self.labels.get("background") == 0, "labels", dict(self.labels), "must hold 'background: 0'")
+        require(
             len(set(self.labels.values())) == len(self.labels) >= 2
             and all(0 <= v <= 255 for v in self.labels.values()),
             "labels",
@@ -101,15 +98,15 @@ class DownloadConfig:
     def __post_init__(self) -> None:
         import re
 
-        _require(bool(self.source.strip()), "source", self.source, "must not be empty")
-        _require(
+        require(bool(self.source.strip()), "source", self.source, "must not be empty")
+        require(
             (self.layout == "pattern") == (self.pattern is not None),
             "pattern",
             self.pattern,
             "is given with, and only with, 'layout: pattern'",
         )
         if self.sha256 is not None:
-            _require(
+            require(
                 re.fullmatch(r"[0-9a-fA-F]{64}", self.sha256) is not None,
                 "sha256",
                 self.sha256,
@@ -123,7 +120,7 @@ class DownloadConfig:
                     "'patient_pattern' is no regular expression",
                     seen=f"{self.patient_pattern!r}: {error}",
                 ) from None
-            _require(groups >= 1, "patient_pattern", self.patient_pattern, "holds one (group): the patient")
+            require(groups >= 1, "patient_pattern", self.patient_pattern, "holds one (group): the patient")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,17 +168,17 @@ class PreprocessConfig:
     """Memory that all workers together may take, GB."""
 
     def __post_init__(self) -> None:
-        _require(self.folds >= 2, "folds", self.folds, "at least 2")
+        require(self.folds >= 2, "folds", self.folds, "at least 2")
         if self.target_spacing_mm is not None:
-            _require(min(self.target_spacing_mm) > 0, "target_spacing_mm", self.target_spacing_mm, "above 0")
+            require(min(self.target_spacing_mm) > 0, "target_spacing_mm", self.target_spacing_mm, "above 0")
         if self.patch_size is not None:
-            _require(
+            require(
                 min(self.patch_size) >= 1 and self.patch_size[1] % 16 == 0 and self.patch_size[2] % 16 == 0,
                 "patch_size",
                 self.patch_size,
                 "positive; height and width multiples of 16",
             )
-        _require(self.max_patch_voxels >= 4096, "max_patch_voxels", self.max_patch_voxels, "at least 4096")
+        require(self.max_patch_voxels >= 4096, "max_patch_voxels", self.max_patch_voxels, "at least 4096")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,10 +222,10 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         for key in ("spatial_probability", "intensity_probability"):
-            _require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "from 0 to 1")
-        _require(0 <= self.scale < 0.9, "scale", self.scale, "from 0 to below 0.9")
+            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "from 0 to 1")
+        require(0 <= self.scale < 0.9, "scale", self.scale, "from 0 to below 0.9")
         for key in ("rotation_deg", "tilt_deg"):
-            _require(0 <= getattr(self, key) <= 180, key, getattr(self, key), "from 0 to 180 degrees")
+            require(0 <= getattr(self, key) <= 180, key, getattr(self, key), "from 0 to 180 degrees")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,27 +279,27 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         for key in ("epochs", "samples_per_case", "accumulate", "validate_every"):
-            _require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
+            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         for key in ("early_stopping", "workers", "gradient_clip_norm", "weight_decay", "checkpoint_minutes"):
-            _require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
+            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         if self.batch_size is not None:
-            _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-            _require(
+            require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+            require(
                 self.batch_size % self.accumulate == 0,
                 "accumulate",
                 self.accumulate,
                 f"divides batch_size ({self.batch_size})",
             )
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        _require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
-        _require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "from 0 to below 1")
-        _require(
+        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
+        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
+        require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "from 0 to below 1")
+        require(
             0 <= self.foreground_oversampling <= 1,
             "foreground_oversampling",
             self.foreground_oversampling,
             "from 0 to 1",
         )
-        _require(
+        require(
             self.dice_weight >= 0
             and self.cross_entropy_weight >= 0
             and self.dice_weight + self.cross_entropy_weight > 0,
@@ -326,54 +323,7 @@ class EvaluateConfig:
     """Processes for the metrics; 0 takes one per core."""
 
     def __post_init__(self) -> None:
-        _require(self.nsd_tolerance_mm > 0, "nsd_tolerance_mm", self.nsd_tolerance_mm, "above 0")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Int8Config:
-    """The INT8 IR: made by post-training quantisation, shipped where it is worth it."""
-
-    enabled: bool = True
-    calibration_cases: int = 8
-    """Training cases to calibrate with."""
-    min_speedup: float = 1.3
-    """How many times as fast as the IR at OpenVINO's own precision it has to be."""
-    max_dice_loss: float = 0.002
-    """Mean Dice over labels that it may lose on the held-out fold."""
-
-    def __post_init__(self) -> None:
-        _require(self.calibration_cases >= 1, "int8.calibration_cases", self.calibration_cases, "at least 1")
-        _require(self.min_speedup > 0, "int8.min_speedup", self.min_speedup, "above 0")
-        _require(0 <= self.max_dice_loss <= 1, "int8.max_dice_loss", self.max_dice_loss, "0 to 1")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ExportConfig:
-    """ONNX and OpenVINO IR, and how closely they must agree with the network."""
-
-    checkpoint: Literal["last", "best"] = "last"
-    parity_cases: int = 3
-    """Held-out cases on which the exported models are compared with the network."""
-    max_voxel_difference: float = 1e-4
-    """Largest fraction of voxels whose label may differ; above it the stage fails."""
-    int8: Int8Config = field(default_factory=Int8Config)
-    register_model: bool = True
-    """Register the exported model in the MLflow model registry."""
-    min_dice: float = 0.0
-    """Lowest mean Dice over labels and folds with which Kubeflow exports and registers; 0: always."""
-    gate_metric: Literal["dice", "nsd", "hd95_mm"] = "dice"
-    """What a new model must be better in, on the same held-out cases, to take the alias `champion` from another."""
-    gate_margin: float = 0.0
-    """How much better: its mean difference per case must be above this, in the metric's unit (a fraction, or mm)."""
-    gate_p: float | None = None
-    """Largest p-value (one-sided Wilcoxon signed-rank test over the cases) with which it may; null: any."""
-
-    def __post_init__(self) -> None:
-        _require(self.parity_cases >= 1, "parity_cases", self.parity_cases, "at least 1")
-        _require(0 <= self.max_voxel_difference <= 1, "max_voxel_difference", self.max_voxel_difference, "0 to 1")
-        _require(0 <= self.min_dice <= 1, "min_dice", self.min_dice, "0 to 1")
-        _require(0 <= self.gate_margin < float("inf"), "gate_margin", self.gate_margin, "0 or more")
-        _require(self.gate_p is None or 0 < self.gate_p <= 1, "gate_p", self.gate_p, "null, or above 0 and at most 1")
+        require(self.nsd_tolerance_mm > 0, "nsd_tolerance_mm", self.nsd_tolerance_mm, "above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -393,7 +343,7 @@ class CrossValidationConfig:
     folds: tuple[int, ...] = (0,)
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             len(set(self.folds)) == len(self.folds) >= 1 and min(self.folds, default=0) >= 0,
             "folds",
             self.folds,
@@ -415,13 +365,13 @@ class Params:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             max(self.cv.folds) < self.preprocess.folds,
             "cv.folds",
             self.cv.folds,
             f"below preprocess.folds ({self.preprocess.folds})",
         )
-        _require(
+        require(
             self.download.source != "sample" or self.preprocess.folds <= self.download.sample.subjects,
             "preprocess.folds",
             self.preprocess.folds,

@@ -76,6 +76,12 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
         raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend) from None
 
 
+def require(condition: bool, key: str, seen: object, rule: str) -> None:
+    """Raise ConfigError, naming the parameter, the value and the rule, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"'{key}' has an impossible value", seen=repr(seen), rule=rule)
+
+
 def set_values(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
     """A copy of nested `values` with `section.key=value` assignments carried out; values are read as YAML.
 
