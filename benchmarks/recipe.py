@@ -1,0 +1,139 @@
+"""Tries variants of a recipe on one fold, several at a time, each resumable; prints and keeps a table of the scores.
+
+    python -m benchmarks.recipe dataset=hippocampus download.source=PATH/Task04_Hippocampus.tar train.epochs=12 \\
+        --variant base --variant "lr-8e-3: train.learning_rate=0.008" --fold 0 --jobs 2
+
+The arguments are Hydra overrides over conf/; a variant adds its own. A stage whose parameters two variants share runs
+once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row a variant. What is
+chosen by this must be reported on other folds, or on all of them (docs/recipe.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from benchmarks.pipeline import ROOT, machine
+
+_LOCK = Lock()
+
+
+def digest(*values: Any) -> str:
+    """A short name for parameters."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def compose(work: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
+    """Parameters of a variant: their file and their values."""
+    import yaml
+
+    target = work / f"params-{digest(overrides)}.yaml"
+    command = [sys.executable, "-m", "distilldsm", "compose", *overrides, "-o", str(target)]
+    subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
+    return target, yaml.safe_load(target.read_text())
+
+
+def stage(work: Path, name: str, arguments: list[str], output: Path, threads: int) -> float:
+    """Run a stage unless its output is there; returns its seconds (0: it was there)."""
+    if (output / "manifest.json").exists():
+        return 0.0
+    started = time.perf_counter()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    log = work / "logs" / f"{name}-{output.name}.log"
+    log.parent.mkdir(exist_ok=True)
+    with open(log, "a") as stream:
+        command = [sys.executable, "-m", f"components.{name}", *arguments]
+        finished = subprocess.run(command, cwd=work, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    if finished.returncode:
+        raise SystemExit(f"{name} failed; see {log}")
+    return time.perf_counter() - started
+
+
+def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads: int) -> dict[str, Any]:
+    """All stages of one variant up to the scores."""
+    path, params = compose(work, [*overrides, "tracking.enabled=false", "evaluate.save_masks=false"])
+    raw = work / f"raw-{digest(params['download'])}"
+    checked = work / f"validation-{digest(params['download'], params['validate'])}"
+    prepared_key = digest(params["download"], params["validate"], params["preprocess"])
+    prepared = work / f"preprocessed-{prepared_key}"
+    trained = work / f"model-{digest(prepared_key, params['train'], fold)}"
+    scored = work / f"evaluation-{digest(prepared_key, params['train'], params['evaluate'], fold)}"
+    common = ["--params", str(path)]
+    with _LOCK:  # what variants share is made once, by the first
+        stage(work, "download", [*common, "--output", str(raw)], raw, threads)
+        stage(work, "validate", [*common, "--dataset", str(raw), "--output", str(checked)], checked, threads)
+        arguments = ["--dataset", str(raw), "--validation", str(checked), "--output", str(prepared)]
+        stage(work, "preprocess", [*common, *arguments], prepared, threads)
+    of_fold = ["--fold", str(fold)]
+    arguments = [*of_fold, "--preprocessed", str(prepared), "--output", str(trained)]
+    seconds = stage(work, "train", [*common, *arguments], trained, threads)
+    arguments = [*of_fold, "--dataset", str(raw), "--preprocessed", str(prepared), "--model", str(trained)]
+    stage(work, "evaluate", [*common, *arguments, "--output", str(scored)], scored, threads)
+    metrics = json.loads((scored / "metrics.json").read_text())
+    history = json.loads((trained / "history.json").read_text())
+    epochs = sorted(record["seconds"] for record in history)
+    row = {
+        "variant": name,
+        "fold": fold,
+        **{f"dice_{label}": value for label, value in metrics["dice"].items()},
+        "hd95_mm": metrics["hd95_mm"]["mean"],
+        "epochs": len(history),
+        "seconds_per_epoch": epochs[len(epochs) // 2],
+        "train_seconds": round(seconds),
+        "overrides": " ".join(overrides),
+    }
+    with _LOCK:
+        keep(work / "results.csv", row)
+        print("  ".join(f"{k}={v}" for k, v in row.items() if k not in ("overrides", "train_seconds")), flush=True)
+    return row
+
+
+def keep(path: Path, row: dict[str, Any]) -> None:
+    """Append a row to a table that may not exist yet."""
+    new = not path.exists()
+    with open(path, "a", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides of all variants")
+    parser.add_argument("--variant", action="append", default=[], metavar="NAME[: KEY=VALUE ...]")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="variants at a time; they share the cores")
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "recipe")
+    args = parser.parse_args()
+    work = args.work.resolve()
+    work.mkdir(parents=True, exist_ok=True)
+    if not (work / "conf").exists():
+        (work / "conf").symlink_to(ROOT / "conf")
+    shared = [
+        f"{key}={Path(value).resolve()}" if key == "download.source" and Path(value).exists() else o
+        for o in args.overrides
+        for key, _, value in [o.partition("=")]
+    ]
+    variants = []
+    for text in args.variant or ["base"]:
+        name, _, own = text.partition(":")
+        variants.append((name.strip(), [*shared, *own.split()]))
+    threads = max(len(os.sched_getaffinity(0)) // args.jobs, 1)
+    print(f"{machine()}, {args.jobs} at a time with {threads} thread(s) each")
+    with ThreadPoolExecutor(args.jobs) as pool:
+        list(pool.map(lambda v: run_variant(work, v[0], v[1], args.fold, threads), variants))
+
+
+if __name__ == "__main__":
+    main()
