@@ -17,7 +17,9 @@ from components._main import stage_main
 from distilldsm.config import EvaluateConfig, TrackingConfig, load_params
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.geometry import reorient, spacing_along
+from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
+from distilldsm.data.targets import Targets
 from distilldsm.data.volume import read_image, read_label, spacing_of, write_label
 from distilldsm.evaluation import figures, tables
 from distilldsm.evaluation.metrics import confusion, score_case
@@ -53,18 +55,19 @@ def run(
     with output_directory(
         outputs["evaluation"], stage="evaluate", config=config, inputs=hashed, extra={"fold": fold}, resumable=True
     ) as work:
+        targets = Plan.load(inputs["model"] / "plan.json").targets
         for name in ("scores", "predictions", "plots", "figures"):
             (work / name).mkdir(exist_ok=True)
-        score_all(config, inputs, work, cases, index)
+        score_all(config, inputs, work, cases, index, targets)
         scores = {case.id: read_json(work / "scores" / f"{case.id}.json") for case in cases}
         rows = [{"case": case, **row} for case, one in scores.items() for row in one["rows"]]
-        summary = tables.summarise(rows, [n for n in index.labels if index.labels[n]])
+        summary = tables.summarise(rows, targets.structures)
         tables.write_csv(work / "cases.csv", rows)
         write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary})
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
         history = read_json(inputs["model"] / "history.json")
         _write_plots(work / "plots", rows, history, scores, index)
-        pictures = _draw(work, inputs["dataset"], cases, rows, history, index)
+        pictures = _draw(work, inputs["dataset"], cases, rows, history, index, list(targets.structures))
         facts = _facts(config, inputs, index, fold)
         notes = [index.note]
         if config.checkpoint == "best":
@@ -93,7 +96,12 @@ def _predictor(model: Path, checkpoint: str) -> Any:
 
 
 def score_all(
-    config: EvaluateConfig, inputs: Mapping[str, Path], work: Path, cases: Sequence[Case], index: DatasetIndex
+    config: EvaluateConfig,
+    inputs: Mapping[str, Path],
+    work: Path,
+    cases: Sequence[Case],
+    index: DatasetIndex,
+    targets: Targets,
 ) -> None:
     """Predict here, score in worker processes; a case whose scores are there is done."""
     todo = [case for case in cases if not (work / "scores" / f"{case.id}.json").exists()]
@@ -112,7 +120,7 @@ def score_all(
             task = (
                 inputs["dataset"] / case.label,
                 path,
-                index,
+                targets,
                 config.nsd_tolerance_mm,
                 work / "scores" / f"{case.id}.json",
             )
@@ -125,12 +133,14 @@ def score_all(
             future.result()
 
 
-def score_file(truth_path: Path, mask_path: Path, index: DatasetIndex, tolerance_mm: float, output: Path) -> None:
+def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm: float, output: Path) -> None:
     """Score one predicted mask file and write the result as JSON."""
     truth, affine = read_label(truth_path)
     mask, _ = read_label(mask_path)
-    scores = score_case(truth, mask, spacing_mm=spacing_of(affine), labels=index.labels, tolerance_mm=tolerance_mm)
-    table = confusion(truth, mask, index.class_values)
+    scores = score_case(
+        truth, mask, spacing_mm=spacing_of(affine), labels=targets.structures, tolerance_mm=tolerance_mm
+    )
+    table = confusion(truth, mask, targets.class_values)
     write_json(output, {"rows": [asdict(score) for score in scores], "confusion": table.tolist()})
 
 
@@ -164,9 +174,9 @@ def _draw(
     rows: Sequence[Mapping],
     history: Sequence[Mapping],
     index: DatasetIndex,
+    labels: Sequence[str],
 ) -> list[tuple[str, Path]]:
     """All figures: caption and file."""
-    labels = [name for name in index.labels if index.labels[name]]
     folder = work / "figures"
     figures.save_figure(figures.dice_boxes(rows, labels), folder / "dice.png")
     figures.save_figure(figures.training_curves(history), folder / "training.png")

@@ -152,6 +152,10 @@ class PreprocessConfig:
     normalisation: Literal["auto", "zscore", "zscore_foreground", "ct", "none"] = "auto"
     """`auto`: CT is clipped to the foreground's 0.5 and 99.5 percentiles (HU) and standardised by the data set's
     mean and sd; everything else is z-scored per case."""
+    regions: Mapping[str, tuple[str, ...]] | None = None
+    """Overlapping regions to segment instead of the labels, each with a sigmoid: name to label names, e.g.
+    `TC: [necrotic_core, enhancing_tumour]`. A mask shows a region as the one label that no smaller region holds.
+    null: the data set's own (BraTS 2020, nnU-Net with regions); {}: none."""
     max_patch_voxels: int = 655_360
     """Upper bound of a training patch, in voxels (memory)."""
     patch_size: tuple[int, int, int] | None = None

@@ -252,7 +252,7 @@ def _predict_one(
         with ExitStack() as stack:
             maps = None
             if args.probabilities:
-                shape = (*scan.shape, len(plan.class_values))
+                shape = (*scan.shape, plan.targets.channels)
                 maps = stack.enter_context(scratch_array(job.probabilities, shape))
             counts = predict_scan(
                 predictor.engine,
@@ -323,7 +323,7 @@ def _plan_memory(
 
     assert predictor.metadata is not None
     network, stride = predictor.metadata.network, predictor.geometry.stride
-    channels, classes = len(predictor.plan.channels), len(predictor.plan.class_values)
+    channels, classes = len(predictor.plan.channels), predictor.plan.targets.channels
     kind = "openvino-auto" if engine == "openvino" and args.precision != "f32" else engine
     voxels = int(scan.channels[0].raw.size)
     plane = image.cropped[1] * image.cropped[2]

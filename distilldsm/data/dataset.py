@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from distilldsm.config import Modality
+from distilldsm.data.targets import Region
 from distilldsm.errors import DataError
 from distilldsm.params import from_mapping, to_mapping
 from distilldsm.stage import read_json, write_json
@@ -42,6 +43,8 @@ class DatasetIndex:
     channels: tuple[Channel, ...]
     labels: Mapping[str, int]
     """Label name to value in the files; background is 0."""
+    regions: tuple[Region, ...] = ()
+    """Overlapping unions of labels that this data set is meant to be scored by, in the order masks are written."""
     cases: tuple[Case, ...]
     licence: str = "unknown"
     reference: str = "unknown"

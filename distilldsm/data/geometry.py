@@ -16,6 +16,7 @@ import numpy.typing as npt
 from distilldsm.data.fingerprint import ras_orientation
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
 from distilldsm.data.resampling import CubicSlices
+from distilldsm.data.targets import Targets
 from distilldsm.data.volume import Volume, spacing_of
 
 Float32 = npt.NDArray[np.float32]
@@ -208,10 +209,10 @@ def label_to_network_space(
     return np.argmax(maps, axis=0).astype(np.uint8)
 
 
-def scores_to_scan(scores: Float32, record: GeometryRecord) -> npt.NDArray[np.uint8]:
-    """Class scores (K, D, H, W) in network space to classes (X, Y, Z) in the scan's grid.
+def scores_to_scan(scores: Float32, record: GeometryRecord, targets: Targets) -> npt.NDArray[np.uint8]:
+    """Scores (K, D, H, W) in network space to classes (X, Y, Z) in the scan's grid.
 
-    Scores are resampled linearly, the largest wins; what was cropped away is background.
+    Scores are resampled linearly, then `targets` decides; what was cropped away is background.
     """
     cropped = tuple(b - a for a, b in zip(record.crop_start, record.crop_stop, strict=True))
     if scores.shape[1:] != record.resampled:
@@ -219,7 +220,7 @@ def scores_to_scan(scores: Float32, record: GeometryRecord) -> npt.NDArray[np.ui
     classes = np.zeros((1, *_reoriented_shape(record)), dtype=np.uint8)
     (d0, h0, w0), (d1, h1, w1) = record.crop_start, record.crop_stop
     restored = resample(scores, cropped, order=1, coarse_slices=record.coarse_slices)
-    classes[0, d0:d1, h0:h1, w0:w1] = restored.argmax(axis=0)
+    classes[0, d0:d1, h0:h1, w0:w1] = targets.classes(restored)
     return np.ascontiguousarray(undo_reorient(classes, np.array(record.affine), record.axis_order)[0])
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,13 +9,21 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from distilldsm.config import DownloadConfig, Modality, PatternConfig
+from distilldsm.data import descriptions
 from distilldsm.data.archive import find_root, wrapped
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.patterns import Files, find_cases, some
+from distilldsm.data.targets import Region, regions_from_labels
 from distilldsm.errors import ConfigError, DataError
 
 _BRATS_CHANNELS = ("flair", "t1", "t1ce", "t2")
 _BRATS_LABELS = {"background": 0, "necrotic_core": 1, "oedema": 2, "enhancing_tumour": 4}
+_BRATS_REGIONS = {
+    "WT": ("necrotic_core", "oedema", "enhancing_tumour"),
+    "TC": ("necrotic_core", "enhancing_tumour"),
+    "ET": ("enhancing_tumour",),
+}
+"""Whole tumour, tumour core, enhancing tumour: what BraTS scores."""
 _BRATS_TOP = "MICCAI_BraTS2020_TrainingData"
 _SUFFIXES = (".nii.gz", ".nii")
 
@@ -34,6 +41,7 @@ class Found:
     licence: str | None = None
     reference: str | None = None
     note: str | None = None
+    regions: tuple[Region, ...] = ()
 
 
 def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> DatasetIndex:
@@ -66,6 +74,7 @@ def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> Dataset
         name=config.name or found.name or _name(inner.name if inner != root else source),
         channels=_with_modalities(found.channels, config.modalities),
         labels=found.labels,
+        regions=found.regions,
         cases=tuple(
             Case(
                 id=files.id,
@@ -97,7 +106,7 @@ def recognise(root: Path) -> tuple[Layout, Path]:
     inner = find_root(root)
     description = inner / "dataset.json"
     if description.is_file():
-        return ("nnunet" if "channel_names" in _read(description) else "msd"), inner
+        return ("nnunet" if "channel_names" in descriptions.read(description) else "msd"), inner
     brats = _brats_root(root)
     if brats is not None:
         return "brats2020", brats
@@ -140,74 +149,37 @@ def _with_modalities(channels: tuple[Channel, ...], wanted: Mapping[str, Modalit
     return tuple(Channel(name=c.name, modality=wanted.get(c.name, c.modality)) for c in channels)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
-    except (OSError, ValueError, RecursionError) as error:
-        raise DataError(
-            "cannot be read as JSON", where=path, seen=str(error), mend="correct it, or get the data set again"
-        ) from None
-    if not isinstance(value, dict):
-        raise DataError("must hold a JSON object", where=path, seen=type(value).__name__)
-    return value
-
-
-def _need(description: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    value = description.get(key)
-    if not isinstance(value, kind) or not value:
-        form = "an object" if kind is dict else "a list"
-        raise DataError(
-            f"'{key}' is missing or has the wrong form",
-            where=path,
-            seen=repr(value)[:100],
-            rule=f"{form} with one entry at least",
-            mend=f"add '{key}' as the format's description says",
-        )
-    return value
-
-
-def _text(description: Mapping[str, Any], *keys: str) -> str | None:
-    return next((str(description[key]) for key in keys if description.get(key)), None)
-
-
-def _channels(numbered: Mapping[str, Any], path: Path, key: str) -> tuple[Channel, ...]:
-    """Channels from {"0": "T2", "1": "ADC"}; equal names get their number added."""
-    if {str(number) for number in numbered} != {str(k) for k in range(len(numbered))}:
-        raise DataError(
-            f"'{key}' must number the channels from 0", where=path, seen=", ".join(map(str, numbered)) or "nothing"
-        )
-    names = [str(numbered[str(k)]) for k in range(len(numbered))]
-    return tuple(
-        Channel(name=name if names.count(name) == 1 else f"{name}_{k}", modality=modality_of(name))
-        for k, name in enumerate(names)
-    )
+def _numbered(description: Mapping[str, Any], key: str, path: Path) -> tuple[Channel, ...]:
+    return descriptions.channels_of(descriptions.need(description, key, dict, path), path, key)
 
 
 def _msd(root: Path) -> Found:
     path = root / "dataset.json"
-    description = _read(path)
-    channels = _channels(_need(description, "modality", dict, path), path, "modality")
+    description = descriptions.read(path)
+    channels = _numbered(description, "modality", path)
     cases = []
-    for entry in _need(description, "training", list, path):
+    for entry in descriptions.need(description, "training", list, path):
         if not isinstance(entry, dict) or not all(isinstance(entry.get(k), str) for k in ("image", "label")):
             raise DataError("each entry of 'training' names image and label", where=path, seen=repr(entry)[:100])
         image, label = (_inside(entry[k], path) for k in ("image", "label"))
         cases.append(Files(_stem(image), (image,), label))
     return Found(
-        name=_text(description, "name"),
+        name=descriptions.text(description, "name"),
         channels=channels,
-        labels=_labels(_need(description, "labels", dict, path), path),
+        labels=descriptions.labels_of(descriptions.need(description, "labels", dict, path), path),
         cases=cases,
-        licence=_text(description, "licence", "license"),
-        reference=_text(description, "reference"),
-        note=_text(description, "note"),
+        licence=descriptions.text(description, "licence", "license"),
+        reference=descriptions.text(description, "reference"),
+        note=descriptions.text(description, "note"),
     )
 
 
 def _nnunet(root: Path) -> Found:
     path = root / "dataset.json"
-    description = _read(path)
-    channels = _channels(_need(description, "channel_names", dict, path), path, "channel_names")
+    description = descriptions.read(path)
+    channels = descriptions.channels_of(
+        descriptions.need(description, "channel_names", dict, path), path, "channel_names"
+    )
     ending = str(description.get("file_ending", ".nii.gz"))
     if ending not in _SUFFIXES:
         raise DataError(
@@ -229,14 +201,18 @@ def _nnunet(root: Path) -> Found:
             seen=f"{listed}, and {len(cases)} in imagesTr and labelsTr",
             mend="complete the data set, or correct numTraining",
         )
+    labels, regions = descriptions.split_regions(
+        descriptions.need(description, "labels", dict, path), description, path
+    )
     return Found(
-        name=_text(description, "name"),
+        name=descriptions.text(description, "name"),
         channels=channels,
-        labels=_labels(_need(description, "labels", dict, path), path),
+        labels=descriptions.labels_of(labels, path),
         cases=cases,
-        licence=_text(description, "licence", "license"),
-        reference=_text(description, "reference"),
-        note=_text(description, "note"),
+        licence=descriptions.text(description, "licence", "license"),
+        reference=descriptions.text(description, "reference"),
+        note=descriptions.text(description, "note"),
+        regions=regions,
     )
 
 
@@ -274,6 +250,7 @@ def _brats2020(root: Path) -> Found:
         name="BraTS2020",
         channels=tuple(Channel(name=c, modality="MRI") for c in _BRATS_CHANNELS),
         labels=dict(_BRATS_LABELS),
+        regions=regions_from_labels(_BRATS_REGIONS, _BRATS_LABELS),
         cases=cases,
         licence="BraTS 2020 data usage agreement (registration)",
         reference="Menze et al. 2015; Bakas et al. 2017, 2018",
@@ -284,47 +261,6 @@ def _pattern(root: Path, pattern: PatternConfig) -> tuple[Path, Found]:
     inner, cases = find_cases(root, pattern)
     channels = tuple(Channel(name=name, modality=modality) for name, modality in pattern.channels.items())
     return inner, Found(channels=channels, labels=dict(pattern.labels), cases=cases)
-
-
-def _labels(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Name to value, from either {"0": "background"} or {"background": 0}."""
-    found: dict[str, int] = {}
-    for key, value in labels.items():
-        if isinstance(value, list):
-            raise DataError(
-                "region-based labels are not supported", where=path, seen=f"{key}: {value}", mend="name single labels"
-            )
-        name, number = (value, key) if isinstance(value, str) and not value.isdigit() else (key, value)
-        if not re.fullmatch(r"\d{1,9}", str(number)):
-            raise DataError("'labels' must pair names and whole numbers", where=path, seen=f"{key}: {value}")
-        if str(name) in found:
-            raise DataError("a name appears twice in 'labels'", where=path, seen=name)
-        found[str(name)] = int(number)
-    zero = next((name for name, value in found.items() if value == 0), None)
-    if zero is None:
-        found = {"background": 0, **found}
-    elif zero != "background":
-        found["background"] = found.pop(zero)
-    found.pop("ignore", None)
-    if len(set(found.values())) != len(found) or len(found) < 2 or not all(0 <= v <= 255 for v in found.values()):
-        raise DataError(
-            "'labels' are impossible", where=path, seen=found, rule="distinct values 0 to 255, one besides background"
-        )
-    return found
-
-
-def modality_of(name: str) -> Modality:
-    """What kind of image a channel's name speaks of: decides the normalisation."""
-    lowered = name.lower()
-    if re.search(r"\bct\b|^ct", lowered):
-        return "CT"
-    if re.search(r"pet", lowered):
-        return "PET"
-    if re.search(r"ultrasound|\bus\b", lowered):
-        return "US"
-    if re.search(r"mr|t1|t2|flair|adc|dwi", lowered):
-        return "MRI"
-    return "other"
 
 
 def _inside(name: str, path: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from distilldsm.config import PreprocessConfig
 from distilldsm.data.dataset import Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint
+from distilldsm.data.targets import Region, Targets, regions_from_labels
 from distilldsm.errors import ConfigError
 from distilldsm.params import from_mapping
 from distilldsm.stage import read_json, write_json
@@ -49,6 +50,8 @@ class Plan:
     class_names: tuple[str, ...]
     class_values: tuple[int, ...]
     """The network's class k is written into masks as class_values[k]."""
+    regions: tuple[Region, ...] = ()
+    """What the output channels stand for where they are not the classes, in the order masks are written."""
     depth_axis: Literal["x", "y", "z"]
     """Scanner axis (RAS) that becomes D of (C, D, H, W)."""
     target_spacing_mm: tuple[float, float, float]
@@ -75,6 +78,12 @@ class Plan:
             raise ConfigError("'class_values' must start with 0, one per class", seen=self.class_values)
         if min(self.target_spacing_mm) <= 0 or min(self.patch_size) < 1 or self.batch_size < 1:
             raise ConfigError("spacing, patch and batch sizes must be positive")
+        _ = self.targets  # regions must fit the labels
+
+    @property
+    def targets(self) -> Targets:
+        """What the network's output channels stand for."""
+        return Targets(self.class_names, self.class_values, self.regions)
 
     @property
     def depth_index(self) -> int:
@@ -141,12 +150,16 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
     normalisation = tuple(
         _normalisation(k, channel, cases, config, reasons) for k, channel in enumerate(index.channels)
     )
+    regions = index.regions if config.regions is None else regions_from_labels(config.regions, index.labels)
+    if regions:
+        reasons["regions"] = "the data set's" if config.regions is None else "set in preprocess.regions"
     return Plan(
         name=index.name,
         channels=index.channels,
         normalisation=normalisation,
         class_names=index.class_names,
         class_values=index.class_values,
+        regions=regions,
         depth_axis=AXES[depth],  # type: ignore[arg-type]
         target_spacing_mm=(spacing_dhw[0], spacing_dhw[1], spacing_dhw[2]),
         crop_to_nonzero=config.crop_to_nonzero,

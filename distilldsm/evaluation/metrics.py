@@ -53,15 +53,15 @@ def score_case(
     prediction: npt.NDArray[np.integer],
     *,
     spacing_mm: Sequence[float],
-    labels: Mapping[str, int],
+    labels: Mapping[str, int | Sequence[int]],
     tolerance_mm: float = 1.0,
 ) -> list[LabelScore]:
-    """Score every foreground label.
+    """Score every foreground label, or region of several labels.
 
     Args:
         truth, prediction: (X, Y, Z) label values on one grid.
         spacing_mm: voxel size along the three axes.
-        labels: name to value; the value 0 (background) is not scored.
+        labels: name to value, or to the values of a region; the value 0 (background) is not scored.
         tolerance_mm: of the NSD.
 
     Raises:
@@ -70,7 +70,7 @@ def score_case(
     if truth.shape != prediction.shape:
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} lie on different grids")
     return [
-        score_label(name, truth == value, prediction == value, spacing_mm, tolerance_mm)
+        score_label(name, np.isin(truth, value), np.isin(prediction, value), spacing_mm, tolerance_mm)
         for name, value in labels.items()
         if value != 0
     ]

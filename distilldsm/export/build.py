@@ -100,7 +100,7 @@ def build_package(
             cases,
             stride=network.stride,
             depth_halo=network.depth_halo,
-            labels=plan.class_names,
+            targets=plan.targets,
             sizes=PARITY_SIZES,
         )
 
@@ -123,7 +123,7 @@ def build_package(
         held_out=held_out,
         stride=network.stride,
         depth_halo=network.depth_halo,
-        classes=len(plan.class_names),
+        targets=plan.targets,
     )
     # Faster, and not the same: what they differ by is reported, Dice decides.
     faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, precision="auto")}
@@ -187,6 +187,7 @@ def _metadata(
             for c, rule in zip(plan.channels, plan.normalisation, strict=True)
         ),
         labels=dict(zip(plan.class_names, plan.class_values, strict=True)),
+        regions=plan.regions,
         network=NetworkInfo(
             name=spec["name"],
             options=spec["options"],

@@ -52,6 +52,7 @@ def model_card(
         "| label | value in the mask |",
         "|---|---|",
         *(f"| {_cell(label)} | {value} |" for label, value in metadata.labels.items()),
+        *_regions(metadata),
         "",
         "## Network",
         "",
@@ -98,6 +99,23 @@ def model_card(
         "",
     ]
     return "\n".join(lines)
+
+
+def _regions(metadata: ModelMetadata) -> list[str]:
+    if not metadata.regions:
+        return []
+    names = {value: label for label, value in metadata.labels.items()}
+    return [
+        "",
+        "The network segments overlapping regions; masks show them as labels.",
+        "",
+        "| region | labels in it | shown as |",
+        "|---|---|---|",
+        *(
+            f"| {_cell(r.name)} | {', '.join(_cell(names[v]) for v in r.values)} | {_cell(names[r.written_as])} |"
+            for r in metadata.regions
+        ),
+    ]
 
 
 def _count(number: int, noun: str) -> str:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from distilldsm.config import Int8Config
 from distilldsm.data.patches import open_array
+from distilldsm.data.targets import Targets
 from distilldsm.export.package import Int8Report
 from distilldsm.export.parity import choose_cases
 from distilldsm.inference.engines import Engine, OpenVINOEngine, openvino_core
@@ -42,14 +43,14 @@ def make_int8(
     held_out: Sequence[str],
     stride: Sequence[int],
     depth_halo: int | None,
-    classes: int,
+    targets: Targets,
 ) -> Int8Report:
     """Quantise an IR; `target` (.xml, .bin beside it) stays only where the report says `shipped`.
 
     Args:
         source: the IR to quantise, and to compare with.
         preprocessed: holds `images/<case>.npy` (C, D, H, W) and `labels/<case>.npy` (D, H, W).
-        classes: background included.
+        targets: what the logits stand for.
     """
     if not config.enabled:
         return Int8Report(shipped=False, reason="not asked for (export.int8.enabled)")
@@ -58,7 +59,7 @@ def make_int8(
     chosen = choose_cases(preprocessed, training_cases, config.calibration_cases)
     windows = [_window(preprocessed, case, stride) for case in chosen]
     try:
-        quantised = _quantise(source, windows, config.max_dice_loss, classes)
+        quantised = _quantise(source, windows, config.max_dice_loss, targets)
     except ImportError:
         return Int8Report(shipped=False, reason="NNCF is not installed (the optional group 'export')")
     except Exception as error:  # NNCF and OpenVINO raise errors of many kinds
@@ -69,7 +70,7 @@ def make_int8(
     openvino.save_model(quantised, os.fspath(target), compress_to_fp16=False)
     exact = OpenVINOEngine(source, precision="f32")
     loss = _dice_loss(
-        exact, OpenVINOEngine(target, precision="auto"), preprocessed, held_out, stride, depth_halo, classes
+        exact, OpenVINOEngine(target, precision="auto"), preprocessed, held_out, stride, depth_halo, targets
     )
     largest = choose_cases(preprocessed, held_out, len(held_out))[-1]
     seconds = _seconds(source, target, _window(preprocessed, largest, stride, MAX_VOXELS)[0])
@@ -109,14 +110,14 @@ def _window(
 
 
 def _quantise(
-    source: Path, windows: Sequence[tuple[Float32, npt.NDArray[np.integer]]], max_loss: float, classes: int
+    source: Path, windows: Sequence[tuple[Float32, npt.NDArray[np.integer]]], max_loss: float, targets: Targets
 ) -> Any:
     """The quantised model; layers that cost accuracy on the calibration volumes stay as they are."""
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry
     with _quiet():
         import nncf
 
-        from distilldsm.training.validation import class_dice
+        from distilldsm.training.validation import structure_dice
 
         def validate(
             compiled: Any, items: Iterator[tuple[Float32, npt.NDArray[np.integer]]]
@@ -124,7 +125,7 @@ def _quantise(
             scores = []
             for image, truth in items:
                 result = compiled([image], share_inputs=False, share_outputs=False)
-                scores.append(float(np.mean(class_dice(result[0][0].argmax(axis=0), truth, classes))))
+                scores.append(float(np.mean(structure_dice(targets.classes_of_logits(result[0][0]), truth, targets))))
             return float(np.mean(scores)), scores
 
         def image_of(item: tuple[Float32, Any]) -> Float32:
@@ -162,9 +163,9 @@ def _dice_loss(
     cases: Sequence[str],
     stride: Sequence[int],
     depth_halo: int | None,
-    classes: int,
+    targets: Targets,
 ) -> float:
-    from distilldsm.training.validation import class_dice
+    from distilldsm.training.validation import structure_dice
 
     losses = []
     for case in cases:
@@ -173,7 +174,7 @@ def _dice_loss(
 
         def dice(engine: Engine, image: Float32 = image, truth: npt.NDArray[Any] = truth) -> float:
             logits = predict_logits(engine, image, stride=stride, depth_halo=depth_halo)
-            return float(np.mean(class_dice(logits.argmax(axis=0), truth, classes)))
+            return float(np.mean(structure_dice(targets.classes_of_logits(logits), truth, targets)))
 
         losses.append(dice(exact) - dice(int8))
     return float(np.mean(losses))

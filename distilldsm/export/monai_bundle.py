@@ -41,7 +41,6 @@ def write_monai_bundle(export: Path, metadata: ModelMetadata, plan: Plan) -> lis
 def _metadata(model: ModelMetadata) -> dict[str, Any]:
     """Bundle metadata as MONAI's schema asks for it."""
     versions = dict(model.versions)
-    labels = {str(value): name for name, value in model.labels.items()}
     d, h, w = model.network.stride
     image: dict[str, Any] = {
         "type": "image",
@@ -54,8 +53,8 @@ def _metadata(model: ModelMetadata) -> dict[str, Any]:
         "is_patch_data": False,
         "channel_def": {str(k): c.name for k, c in enumerate(model.channels)},
     }
-    output = {**image, "format": "segmentation", "num_channels": len(labels), "channel_def": {}}
-    output["channel_def"] = {str(k): name for k, name in enumerate(model.labels)}
+    output = {**image, "format": "segmentation", "num_channels": model.targets.channels, "channel_def": {}}
+    output["channel_def"] = {str(k): name for k, name in enumerate(model.targets.channel_names)}
     return {
         "schema": SCHEMA,
         "version": "1.0.0",
@@ -105,7 +104,7 @@ def _inference(model: ModelMetadata) -> dict[str, Any]:
             "_target_": "distilldsm.models.registry.build_model",
             "name": network.name,
             "in_channels": len(model.channels),
-            "out_channels": len(model.labels),
+            "out_channels": model.targets.channels,
             **network.options,
         },
         "network": "$load_weights(@network_def, @bundle_root + '/models/model.safetensors').to(@device)",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from distilldsm.config import Modality
+from distilldsm.data.targets import Region, Targets
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.params import from_mapping
 from distilldsm.stage import MANIFEST, read_json, sha256_file
@@ -119,7 +120,9 @@ class ModelMetadata:
     outputs: tuple[TensorInfo, ...]
     channels: tuple[ChannelInfo, ...]
     labels: Mapping[str, int]
-    """Label name to value in the masks, in the order of the network's classes."""
+    """Label name to value in the masks, ascending from background."""
+    regions: tuple[Region, ...] = ()
+    """What the output channels stand for (with a sigmoid each); where there are none, the labels (with a softmax)."""
     network: NetworkInfo
     openvino_weights: Literal["FP16", "FP32"]
     """How model.bin stores the weights."""
@@ -137,6 +140,12 @@ class ModelMetadata:
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the metadata", seen=self.schema_version, rule="1")
+        _ = self.targets  # regions must fit the labels
+
+    @property
+    def targets(self) -> Targets:
+        """What the network's output channels stand for."""
+        return Targets(tuple(self.labels), tuple(self.labels.values()), self.regions)
 
 
 def model_name(dataset: str) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from distilldsm.data.patches import open_array
+from distilldsm.data.targets import Targets
 from distilldsm.errors import UserError
 from distilldsm.export.package import Int8Report
 from distilldsm.inference.engines import Engine
@@ -81,7 +82,7 @@ def compare(
     *,
     stride: Sequence[int],
     depth_halo: int | None,
-    labels: Sequence[str],
+    targets: Targets,
     sizes: int = 1,
 ) -> list[CaseParity]:
     """Run network and runtimes over whole cases; memory holds one case at a time.
@@ -90,14 +91,14 @@ def compare(
         network: the reference.
         runtimes: name to engine.
         preprocessed: holds `images/<case>.npy` and `labels/<case>.npy`.
-        labels: names of the classes, background first.
+        targets: what the logits stand for.
         sizes: how many different sizes at least; where the cases have fewer, the last one is compared again with
             slices, rows and columns cut off.
 
     Raises:
         UserError: the network or a runtime gives values that are not finite.
     """
-    from distilldsm.training.validation import class_dice
+    from distilldsm.training.validation import structure_dice
 
     found: list[CaseParity] = []
     shapes = [open_array(preprocessed / "labels" / f"{case}.npy").shape for case in case_ids]
@@ -120,13 +121,13 @@ def compare(
             return logits, seconds
 
         def dice(classes: np.ndarray, truth: np.ndarray = truth) -> dict[str, float]:
-            return dict(zip(labels[1:], class_dice(classes, truth, len(labels)), strict=True))
+            return dict(zip(targets.structures, structure_dice(classes, truth, targets), strict=True))
 
         reference, seconds_network = run(NETWORK, network)
-        expected = reference.argmax(axis=0)
+        expected = targets.classes_of_logits(reference)
         for name, engine in runtimes.items():
             logits, seconds = run(name, engine)
-            classes = logits.argmax(axis=0)
+            classes = targets.classes_of_logits(logits)
             differing = int((classes != expected).sum())
             d, h, w = (int(n) for n in expected.shape)
             found.append(

@@ -22,7 +22,7 @@ from distilldsm.data.plan import Plan
 from distilldsm.data.volume import read_image, write_label
 from distilldsm.errors import DataError
 from distilldsm.inference.inputs import find_inputs
-from distilldsm.inference.windows import MAX_VOXELS, predict_logits, softmax
+from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 from distilldsm.params import from_mapping, to_mapping
 
 Case = Mapping[Hashable, Any]
@@ -96,7 +96,7 @@ class SaveMaskd(Transform):
     def __call__(self, data: Case) -> dict[Hashable, Any]:
         record = from_mapping(GeometryRecord, json.loads(data["geometry"]))
         logits = np.asarray(data["pred"].cpu(), dtype=np.float32)
-        classes = scores_to_scan(softmax(logits), record)
+        classes = scores_to_scan(self.plan.targets.scores(logits), record, self.plan.targets)
         mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
         self.output.mkdir(parents=True, exist_ok=True)
         write_label(self.output / f"{data['source']}.nii.gz", mask, np.array(record.affine))

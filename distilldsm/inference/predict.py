@@ -15,7 +15,7 @@ from distilldsm.data.volume import Volume
 from distilldsm.errors import DataError
 from distilldsm.export.package import INT8_FILES, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
-from distilldsm.inference.windows import MAX_VOXELS, predict_logits, softmax
+from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 
 Runtime = Literal["openvino", "onnx", "torch"]
 Precision = Literal["f32", "auto", "int8"]
@@ -58,8 +58,7 @@ class Predictor:
     def predict(self, volume: Volume) -> npt.NDArray[np.uint8]:
         """The mask of a scan: (X, Y, Z) uint8 label values on the scan's grid."""
         image, record = to_network_space(volume, self.plan)
-        scores = softmax(self.logits(image))
-        classes = scores_to_scan(scores, record)
+        classes = scores_to_scan(self.plan.targets.scores(self.logits(image)), record, self.plan.targets)
         return np.array(self.plan.class_values, dtype=np.uint8)[classes]
 
     def logits(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -145,7 +144,7 @@ def _exported_network(model_dir: Path, metadata: ModelMetadata) -> TorchEngine:
     network = build_model(
         metadata.network.name,
         in_channels=len(metadata.channels),
-        out_channels=len(metadata.labels),
+        out_channels=metadata.targets.channels,
         **metadata.network.options,
     )
     load_weights(network, load_tensors(path)[0], path)

@@ -17,16 +17,17 @@ import numpy.typing as npt
 from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record, reorient
 from distilldsm.data.plan import Plan
 from distilldsm.data.resampling import CubicSlices, LinearSlices
+from distilldsm.data.targets import Targets
 from distilldsm.errors import DataError
 from distilldsm.inference.engines import Engine
 from distilldsm.inference.scan import Scan
-from distilldsm.inference.windows import UNBOUNDED_HALO, softmax
+from distilldsm.inference.windows import UNBOUNDED_HALO
 
 Float32 = npt.NDArray[np.float32]
 Clock = Callable[[str], AbstractContextManager[object]]
 """Measures a phase: `with clock("network"): ...`."""
 Piece = tuple[int, list[Float32]]
-"""Number of the first slice, and the softmax scores (K, H, W) of it and the following ones."""
+"""Number of the first slice, and the scores (K, H, W) of it and the following ones."""
 
 OVERLAP = 0.5
 """Of neighbouring tiles, where slices do not fit in memory."""
@@ -123,6 +124,7 @@ class NetworkImage:
 def network_scores(
     engine: Engine,
     image: NetworkImage,
+    targets: Targets,
     *,
     stride: Sequence[int],
     depth_halo: int | None,
@@ -130,7 +132,7 @@ def network_scores(
     tile: tuple[int, int] | None,
     clock: Clock,
 ) -> Iterator[Piece]:
-    """Softmax scores of consecutive slices in ascending order: (number of the first, [(K, H, W), ...]).
+    """Scores (see `Targets`) of consecutive slices in ascending order: (number of the first, [(K, H, W), ...]).
 
     Raises:
         DataError: scores that are not finite; a mask made from them would be garbage.
@@ -154,7 +156,7 @@ def network_scores(
             start, stop = max(part.start, d), min(part.stop, d + shape[0])
             kept = logits[:, start - part.low : stop - part.low, h : h + shape[1], w : w + shape[2]]
             with np.errstate(over="ignore", invalid="ignore"):
-                scores = softmax(kept)
+                scores = targets.scores(kept)
             if not np.isfinite(scores).all():
                 raise DataError(
                     "the network's scores are not finite",
@@ -223,7 +225,7 @@ def predict_scan(
     """Fill `mask` (X, Y, Z), zeros on entry, with label values; returns the voxels per class.
 
     Args:
-        probabilities: (X, Y, Z, K), filled with round(255 p) where given.
+        probabilities: (X, Y, Z, K), zeros on entry, filled with round(255 p) where given.
         clock: told which phase is running.
         track: goes through the pieces, e.g. to show progress.
     """
@@ -233,16 +235,19 @@ def predict_scan(
     out = reorient(mask[None], affine, record.axis_order)[0]
     maps = None
     if probabilities is not None:
-        probabilities[..., 0] = 255  # what is cropped away is background
+        if not plan.regions:
+            probabilities[..., 0] = 255  # what is cropped away is background
         maps = reorient(np.moveaxis(probabilities, -1, 0), affine, record.axis_order)
-    values = np.array(plan.class_values, dtype=np.uint8)
+    targets, values = plan.targets, np.array(plan.class_values, dtype=np.uint8)
     counts = np.zeros(len(values), dtype=np.int64)
     counts[0] = mask.size - (d1 - d0) * (h1 - h0) * (w1 - w0)
 
     kept: dict[int, Float32] = {}
     restored = LinearSlices(kept.__getitem__, image.shape, image.cropped, coarse_slices=plan.coarse_slices)
     done = 0
-    pieces = network_scores(engine, image, stride=stride, depth_halo=depth_halo, window=window, tile=tile, clock=clock)
+    pieces = network_scores(
+        engine, image, targets, stride=stride, depth_halo=depth_halo, window=window, tile=tile, clock=clock
+    )
     for first, planes in track(pieces):
         with clock("restore"):
             stop = first + len(planes)
@@ -250,7 +255,7 @@ def predict_scan(
             planes.clear()
             while done < d1 - d0 and restored.last_needed(done) < stop:
                 plane = restored(done)
-                classes = plane.argmax(axis=0)
+                classes = targets.classes(plane)
                 counts += np.bincount(classes.ravel(), minlength=len(values))
                 out[d0 + done, h0:h1, w0:w1] = values[classes]
                 if maps is not None:

@@ -55,14 +55,3 @@ def _in_chunks(engine: Engine, image: Float32, core: int, halo: int) -> Float32:
         logits = engine(image[None, :, low:high])[0]
         pieces.append(logits[:, start - low : stop - low].copy())
     return np.concatenate(pieces, axis=1)
-
-
-def softmax(logits: Float32) -> Float32:
-    """Softmax over the first axis."""
-    shifted = np.exp(logits - logits.max(axis=0, keepdims=True))
-    # Added up class by class: numpy's own sum takes another order for some shapes, and pieces must equal the whole.
-    total = shifted[0].copy()
-    for row in shifted[1:]:
-        total += row
-    shifted /= total
-    return shifted

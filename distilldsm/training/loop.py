@@ -86,6 +86,8 @@ class Trainer:
         self.bf16 = choose_bf16(config.precision, self.device)
         seed_everything(config.seed, deterministic=config.deterministic)
 
+        targets = self.plan.targets
+        self.regions = torch.from_numpy(targets.membership()) if targets.regions else None
         self.network = self._build_network()
         self.cost = self.network.cost()
         self.average = WeightAverage(self.network, config.ema_decay)
@@ -104,7 +106,7 @@ class Trainer:
         network = build_model(
             model.name,
             in_channels=len(self.plan.channels),
-            out_channels=len(self.plan.class_names),
+            out_channels=self.plan.targets.channels,
             **dict(model.options),
         ).to(self.device)
         if self.config.channels_last and network.depth_halo is not None:
@@ -231,6 +233,7 @@ class Trainer:
                     part_y,
                     dice_weight=self.config.dice_weight,
                     cross_entropy_weight=self.config.cross_entropy_weight,
+                    regions=self.regions,
                 )
                 loss_sum += loss.detach() / parts
                 (loss / parts).backward()
@@ -287,7 +290,7 @@ class Trainer:
             self.average.network,
             self.preprocessed,
             self.held_out,
-            self.plan.class_names,
+            self.plan.targets,
             device=self.device,
             bf16=self.bf16,
             processes=self.processes,

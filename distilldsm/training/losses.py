@@ -7,27 +7,44 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1.0) -> Tensor:
+def soft_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1.0, *, regions: Tensor | None = None) -> Tensor:
     """1 minus the mean soft Dice of the foreground classes, each over all voxels of the batch.
 
     Milletari et al., "V-Net", 3DV 2016, with plain sums in the denominator (Drozdzal et al., 2016):
     dice_k = (2 sum p_k g_k + s) / (sum p_k + sum g_k + s). Pooling over the batch keeps the loss defined for classes
     that a single patch lacks.
+
+    Args:
+        regions: (K, classes) membership: the K channels are regions, with sigmoids, and all of them count.
     """
-    probabilities = logits.float().softmax(dim=1)
-    truth = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(probabilities.dtype)
+    if regions is None:
+        probabilities = logits.float().softmax(dim=1)
+        truth = F.one_hot(labels, logits.shape[1]).movedim(-1, 1).to(probabilities.dtype)
+    else:
+        probabilities, truth = logits.float().sigmoid(), region_targets(labels, regions)
     axes = (0, 2, 3, 4)
     overlap = (probabilities * truth).sum(axes)
     total = probabilities.sum(axes) + truth.sum(axes)
     dice = (2 * overlap + smooth) / (total + smooth)
-    return 1 - dice[1:].mean()
+    return 1 - (dice[1:] if regions is None else dice).mean()
 
 
-def segmentation_loss(logits: Tensor, labels: Tensor, *, dice_weight: float, cross_entropy_weight: float) -> Tensor:
-    """Weighted sum of soft Dice loss and cross-entropy, a float32 scalar."""
+def region_targets(labels: Tensor, regions: Tensor) -> Tensor:
+    """Zeros and ones (B, K, D, H, W): which regions the class of each voxel belongs to."""
+    return regions.to(labels.device, torch.float32)[:, labels].transpose(0, 1)
+
+
+def segmentation_loss(
+    logits: Tensor, labels: Tensor, *, dice_weight: float, cross_entropy_weight: float, regions: Tensor | None = None
+) -> Tensor:
+    """Weighted sum of soft Dice loss and cross-entropy (binary for regions), a float32 scalar."""
     loss = torch.zeros((), device=logits.device)
     if dice_weight:
-        loss = loss + dice_weight * soft_dice_loss(logits, labels)
+        loss = loss + dice_weight * soft_dice_loss(logits, labels, regions=regions)
     if cross_entropy_weight:
-        loss = loss + cross_entropy_weight * F.cross_entropy(logits.float(), labels)
+        if regions is None:
+            entropy = F.cross_entropy(logits.float(), labels)
+        else:
+            entropy = F.binary_cross_entropy_with_logits(logits.float(), region_targets(labels, regions))
+        loss = loss + cross_entropy_weight * entropy
     return loss

@@ -10,6 +10,7 @@ import numpy.typing as npt
 import torch
 
 from distilldsm.data.patches import open_array
+from distilldsm.data.targets import Targets
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.windows import predict_logits
 from distilldsm.models.base import SegmentationNetwork
@@ -20,13 +21,13 @@ def validate(
     network: SegmentationNetwork,
     preprocessed: Path,
     case_ids: Sequence[str],
-    class_names: Sequence[str],
+    targets: Targets,
     *,
     device: torch.device,
     bf16: bool,
     processes: Processes | None = None,
 ) -> dict[str, float]:
-    """Mean Dice per foreground class over the cases; the cases are shared among the processes.
+    """Mean Dice per structure over the cases; the cases are shared among the processes.
 
     The figure is for watching a run: the reported scores are those of the evaluate stage, in the scan's geometry.
     """
@@ -37,16 +38,18 @@ def validate(
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
         logits = predict_logits(engine, image, stride=network.stride, depth_halo=network.depth_halo)
-        scores[case] = class_dice(logits.argmax(axis=0), truth, len(class_names))
+        scores[case] = structure_dice(targets.classes_of_logits(logits), truth, targets)
     table = np.array([row for _, row in sorted(processes.gather(scores).items())])
-    return {name: float(table[:, k].mean()) for k, name in enumerate(class_names[1:])}
+    return {name: float(table[:, k].mean()) for k, name in enumerate(targets.structures)}
 
 
-def class_dice(prediction: npt.NDArray[np.integer], truth: npt.NDArray[np.integer], classes: int) -> list[float]:
-    """Hard Dice of each foreground class; 1 where it is in neither."""
+def structure_dice(
+    prediction: npt.NDArray[np.integer], truth: npt.NDArray[np.integer], targets: Targets
+) -> list[float]:
+    """Hard Dice of each structure (foreground class or region), of two arrays of classes; 1 where it is in neither."""
     values = []
-    for k in range(1, classes):
-        a, b = prediction == k, truth == k
+    for members in targets.membership():
+        a, b = members[prediction], members[truth]
         total = int(a.sum() + b.sum())
         values.append(2 * int((a & b).sum()) / total if total else 1.0)
     return values

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from distilldsm.config import DownloadConfig, PatternConfig
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.layouts import _labels, index_dataset, modality_of, needed_files
+from distilldsm.data.descriptions import labels_of, modality_of
+from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.data.patterns import matches
 from distilldsm.errors import ConfigError, DataError
 from tests.data.volumes import write_case
@@ -101,7 +102,7 @@ def test_what_the_user_says_comes_before_what_the_data_set_says(tmp_path):
     ("change", "words"),
     [
         ({"labels": {"0": "background"}}, "'labels' are impossible"),
-        ({"labels": {"background": 0, "both": [1, 2]}}, "region"),
+        ({"labels": {"background": 0, "both": [1, 2]}}, "several values"),
         ({"labels": {"background": 0, "a": 1, "b": 1}}, "'labels' are impossible"),
         ({"labels": {"0": "background", "1": "a", "2": "a"}}, "twice"),
         ({"labels": {"background": 0, "a": 1.5}}, "whole numbers"),
@@ -299,15 +300,15 @@ def test_any_case_id_comes_back_from_its_file_name(case):
 )  # fmt: skip
 def test_both_ways_to_write_labels_mean_the_same(names):
     wanted = {"background": 0} | {name: k for k, name in enumerate(names, 1)}
-    assert _labels(wanted, Path()) == wanted
-    assert _labels({str(v): k for k, v in wanted.items()}, Path()) == wanted
-    assert _labels({k: str(v) for k, v in wanted.items()}, Path()) == wanted
-    assert _labels({k: v for k, v in wanted.items() if v}, Path()) == wanted
-    assert _labels({"nothing": 0} | {k: v for k, v in wanted.items() if v}, Path()) == wanted
+    assert labels_of(wanted, Path()) == wanted
+    assert labels_of({str(v): k for k, v in wanted.items()}, Path()) == wanted
+    assert labels_of({k: str(v) for k, v in wanted.items()}, Path()) == wanted
+    assert labels_of({k: v for k, v in wanted.items() if v}, Path()) == wanted
+    assert labels_of({"nothing": 0} | {k: v for k, v in wanted.items() if v}, Path()) == wanted
 
 
 def test_the_ignore_label_of_nnunet_is_no_class():
-    assert _labels({"background": 0, "x": 1, "ignore": 2}, Path()) == PEEKED
+    assert labels_of({"background": 0, "x": 1, "ignore": 2}, Path()) == PEEKED
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from filelock import FileLock
 
 from distilldsm.config import ExportConfig, Int8Config, PreprocessConfig
 from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.data.targets import Targets
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
 from distilldsm.stage import write_json
@@ -20,6 +21,7 @@ from tests.data.volumes import write_dataset
 FOLD = 1
 CHANNELS = 2
 CLASSES = 3
+TARGETS = Targets(("background", "a", "b"), (0, 1, 2))
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from distilldsm.export.package import load_metadata
 from distilldsm.inference.engines import OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.windows import predict_logits
-from distilldsm.training.validation import class_dice
-from tests.export.fake import CLASSES, FOLD, Exported, exported
+from distilldsm.training.validation import structure_dice
+from tests.export.fake import FOLD, TARGETS, Exported, exported
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def make(made: Exported, target, **config):
         held_out=held_out,
         stride=load_metadata(made.export).network.stride,
         depth_halo=load_metadata(made.export).network.depth_halo,
-        classes=CLASSES,
+        targets=TARGETS,
     )
 
 
@@ -59,7 +59,7 @@ def test_the_shipped_model_is_quantised_and_its_numbers_are_true(made):
             truth = np.asarray(open_array(made.preprocessed / "labels" / f"{case}.npy"))
             network = load_metadata(made.export).network
             logits = predict_logits(engine, image, stride=network.stride, depth_halo=network.depth_halo)
-            scores.append(np.mean(class_dice(logits.argmax(axis=0), truth, CLASSES)))
+            scores.append(np.mean(structure_dice(logits.argmax(axis=0), truth, TARGETS)))
         return float(np.mean(scores))
 
     loss = dice(OpenVINOEngine(made.export / "model.xml")) - dice(

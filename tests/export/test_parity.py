@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distilldsm.data.targets import Targets
 from distilldsm.errors import UserError
 from distilldsm.export import parity
 from distilldsm.export.package import Int8Report
 from distilldsm.stage import write_json
 
-LABELS = ("background", "inside")
+TARGETS = Targets(("background", "inside"), (0, 1))
 
 
 @pytest.fixture
@@ -46,7 +47,7 @@ def wrong_in(voxels: int):
 
 
 def compare(preprocessed, runtimes, cases=("b", "a", "c")):
-    return parity.compare(network, runtimes, preprocessed, cases, stride=(1, 4, 4), depth_halo=0, labels=LABELS)
+    return parity.compare(network, runtimes, preprocessed, cases, stride=(1, 4, 4), depth_halo=0, targets=TARGETS)
 
 
 def test_cases_span_the_sizes(preprocessed):
@@ -74,7 +75,7 @@ def test_every_difference_is_counted(preprocessed):
 
 def test_cases_of_one_size_are_also_compared_smaller(preprocessed):
     rows = parity.compare(
-        network, {"same": network}, preprocessed, ["c"], stride=(1, 4, 4), depth_halo=0, labels=LABELS, sizes=3
+        network, {"same": network}, preprocessed, ["c"], stride=(1, 4, 4), depth_halo=0, targets=TARGETS, sizes=3
     )
     assert [r.shape for r in rows] == [(6, 8, 8), (5, 5, 3), (4, 2, 1)]
     assert {r.case for r in rows} == {"c"}
@@ -105,7 +106,7 @@ def test_values_that_are_not_finite_are_refused(preprocessed, who, monkeypatch):
             ["a"],
             stride=(1, 4, 4),
             depth_halo=0,
-            labels=LABELS,
+            targets=TARGETS,
         )
 
 

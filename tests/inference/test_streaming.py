@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from distilldsm.data.dataset import Channel as PlanChannel
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Normalisation, Plan
+from distilldsm.data.targets import softmax
 from distilldsm.data.volume import Volume
 from distilldsm.errors import DataError
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.scan import Channel, Scan
 from distilldsm.inference.streaming import NetworkImage, blend_tiles, depth_windows, predict_scan, tile_starts
-from distilldsm.inference.windows import predict_logits, softmax
+from distilldsm.inference.windows import predict_logits
 from tests.data.volumes import affine
 from tests.export.fake import exported
 from tests.inference.test_predict import PLAN
@@ -99,7 +100,7 @@ def test_pieces_give_the_labels_of_the_whole_volume(
     # The whole volume at once, by the functions that training and evaluation use.
     array, record = to_network_space(Volume(data.astype(np.float32), matrix, Path("scan.nii")), plan)
     logits = predict_logits(neighbours, array, stride=(1, 4, 4), depth_halo=HALO, max_voxels=10**9)
-    classes = scores_to_scan(softmax(logits), record)
+    classes = scores_to_scan(softmax(logits), record, plan.targets)
     expected = np.array(plan.class_values, dtype=np.uint8)[classes]
 
     found, counts = in_pieces(neighbours, stored(data, matrix), plan, window=window)
@@ -164,7 +165,7 @@ def test_a_network_of_unbounded_reach_is_cut_as_before():
     plan = replace(PLAN, target_spacing_mm=(1.0, 1.0, 1.0), crop_to_nonzero=False)
     array, record = to_network_space(Volume(data, affine(), Path("scan.nii")), plan)
     logits = predict_logits(engine, array, stride=(16, 16, 16), depth_halo=None, max_voxels=96 * 16 * 16)
-    expected = np.array(plan.class_values)[scores_to_scan(softmax(logits), record)]
+    expected = np.array(plan.class_values)[scores_to_scan(softmax(logits), record, plan.targets)]
     found, _ = in_pieces(engine, stored(data, affine()), plan, window=96, stride=(16, 16, 16), halo=None)
     np.testing.assert_array_equal(found, expected)
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilldsm.inference.windows import predict_logits, softmax
+from distilldsm.data.targets import softmax
+from distilldsm.inference.windows import predict_logits
 from tests.export.fake import CHANNELS, CLASSES, random_network
 
 

@@ -16,6 +16,7 @@ from distilldsm.config import AugmentConfig, PreprocessConfig, TrainConfig
 from distilldsm.data.augment import augment, centre_crop, change_intensities
 from distilldsm.data.patches import PatchSampler, _cut, open_array
 from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.data.targets import Targets
 from distilldsm.errors import DataError
 from distilldsm.models.registry import build_model
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
@@ -23,7 +24,7 @@ from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
 from distilldsm.training.setup import choose_bf16, hash_seed, make_optimizer
-from distilldsm.training.validation import class_dice
+from distilldsm.training.validation import structure_dice
 from tests.data.volumes import write_dataset
 
 
@@ -158,11 +159,13 @@ def test_bf16_choice():
     assert isinstance(choose_bf16("auto", torch.device("cpu")), bool)
 
 
-def test_class_dice_on_empty_classes():
+def test_structure_dice_on_empty_classes():
     truth = np.array([[0, 1], [1, 0]])
-    assert class_dice(truth, truth, 3) == [1.0, 1.0]
-    assert class_dice(np.zeros_like(truth), truth, 2) == [0.0]
-    assert class_dice(np.array([[0, 1], [0, 0]]), truth, 2) == [pytest.approx(2 / 3)]
+    three = Targets(("background", "a", "b"), (0, 1, 2))
+    two = Targets(("background", "a"), (0, 1))
+    assert structure_dice(truth, truth, three) == [1.0, 1.0]
+    assert structure_dice(np.zeros_like(truth), truth, two) == [0.0]
+    assert structure_dice(np.array([[0, 1], [0, 0]]), truth, two) == [pytest.approx(2 / 3)]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,146 @@
+"""What a data set's `dataset.json` says: channels, labels, regions. Its mistakes are told with file and mend."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distilldsm.config import Modality
+from distilldsm.data.dataset import Channel
+from distilldsm.data.targets import Region
+from distilldsm.errors import ConfigError, DataError
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        DataError: it cannot be read, or is none.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            "cannot be read as JSON", where=path, seen=str(error), mend="correct it, or get the data set again"
+        ) from None
+    if not isinstance(value, dict):
+        raise DataError("must hold a JSON object", where=path, seen=type(value).__name__)
+    return value
+
+
+def need(description: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
+    """The entry `key`, a dictionary or list (`kind`) that is not empty.
+
+    Raises:
+        DataError: it is missing or of another form.
+    """
+    value = description.get(key)
+    if not isinstance(value, kind) or not value:
+        form = "an object" if kind is dict else "a list"
+        raise DataError(
+            f"'{key}' is missing or has the wrong form",
+            where=path,
+            seen=repr(value)[:100],
+            rule=f"{form} with one entry at least",
+            mend=f"add '{key}' as the format's description says",
+        )
+    return value
+
+
+def text(description: Mapping[str, Any], *keys: str) -> str | None:
+    """The first of the entries that says something."""
+    return next((str(description[key]) for key in keys if description.get(key)), None)
+
+
+def channels_of(numbered: Mapping[str, Any], path: Path, key: str) -> tuple[Channel, ...]:
+    """Channels from {"0": "T2", "1": "ADC"}; equal names get their number added."""
+    if {str(number) for number in numbered} != {str(k) for k in range(len(numbered))}:
+        raise DataError(
+            f"'{key}' must number the channels from 0", where=path, seen=", ".join(map(str, numbered)) or "nothing"
+        )
+    names = [str(numbered[str(k)]) for k in range(len(numbered))]
+    return tuple(
+        Channel(name=name if names.count(name) == 1 else f"{name}_{k}", modality=modality_of(name))
+        for k, name in enumerate(names)
+    )
+
+
+def labels_of(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
+    """Name to value, from either {"0": "background"} or {"background": 0}."""
+    found: dict[str, int] = {}
+    for key, value in labels.items():
+        if isinstance(value, list):
+            raise DataError("names several values for one label", where=path, seen=f"{key}: {value}")
+        name, number = (value, key) if isinstance(value, str) and not value.isdigit() else (key, value)
+        if not re.fullmatch(r"\d{1,9}", str(number)):
+            raise DataError("'labels' must pair names and whole numbers", where=path, seen=f"{key}: {value}")
+        if str(name) in found:
+            raise DataError("a name appears twice in 'labels'", where=path, seen=name)
+        found[str(name)] = int(number)
+    zero = next((name for name, value in found.items() if value == 0), None)
+    if zero is None:
+        found = {"background": 0, **found}
+    elif zero != "background":
+        found["background"] = found.pop(zero)
+    found.pop("ignore", None)
+    if len(set(found.values())) != len(found) or len(found) < 2 or not all(0 <= v <= 255 for v in found.values()):
+        raise DataError(
+            "'labels' are impossible", where=path, seen=found, rule="distinct values 0 to 255, one besides background"
+        )
+    return found
+
+
+def modality_of(name: str) -> Modality:
+    """What kind of image a channel's name speaks of: decides the normalisation."""
+    lowered = name.lower()
+    if re.search(r"\bct\b|^ct", lowered):
+        return "CT"
+    if re.search(r"pet", lowered):
+        return "PET"
+    if re.search(r"ultrasound|\bus\b", lowered):
+        return "US"
+    if re.search(r"mr|t1|t2|flair|adc|dwi", lowered):
+        return "MRI"
+    return "other"
+
+
+def split_regions(
+    labels: Mapping[str, Any], description: Mapping[str, Any], path: Path
+) -> tuple[dict[str, Any], tuple[Region, ...]]:
+    """Plain labels and regions of nnU-Net's `labels`, where some name lists of values.
+
+    `regions_class_order` says, region by region, which value masks hold for it. Values that have no name of their own
+    are called `label_<value>`.
+
+    Raises:
+        DataError: lists that hold no values, or a `regions_class_order` that does not fit them.
+    """
+    if not any(isinstance(value, list) for value in labels.values()):
+        return dict(labels), ()
+    unions = {
+        name: tuple(value) if isinstance(value, list) else (value,)
+        for name, value in labels.items()
+        if name not in ("background", "ignore")
+    }
+    order = description.get("regions_class_order")
+    whole = all(isinstance(v, int) and not isinstance(v, bool) and v > 0 for values in unions.values() for v in values)
+    if not whole or not isinstance(order, list) or len(order) != len(unions):
+        raise DataError(
+            "'regions_class_order' does not fit the regions in 'labels'",
+            where=path,
+            seen=f"labels {dict(labels)}, regions_class_order {order}",
+            rule="labels hold whole numbers above 0; the order holds one of them per region",
+        )
+    named = {values[0]: name for name, values in unions.items() if len(values) == 1}
+    values = sorted({value for union in unions.values() for value in union})
+    try:
+        regions = tuple(
+            Region(name=name, values=union, written_as=value)
+            for (name, union), value in zip(unions.items(), order, strict=True)
+        )
+    except ConfigError as error:
+        raise DataError(error.problem, where=path, seen=error.seen, rule=error.rule) from None
+    return {"background": 0} | {named.get(value, f"label_{value}"): value for value in values}, regions
