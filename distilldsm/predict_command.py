@@ -107,7 +107,7 @@ def _predict(args: argparse.Namespace) -> None:
     budget = budget_bytes(args.max_memory)
     engine: Runtime = args.engine or _installed_engine()
     predictor = Predictor.from_export(Path(args.model_dir), runtime=engine, precision=args.precision, fixed_size=True)
-    jobs, many = _plan_jobs(args, len(predictor.plan.channels))
+    jobs, many = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
     done: list[dict[str, Any]] = []
     failures: list[tuple[_Job, UserError]] = []
     for job in _tracked(jobs) if many else jobs:
@@ -169,13 +169,13 @@ def _installed_engine() -> Runtime:
     raise UserError("no engine is installed", rule=" or ".join(ENGINES.values()), mend="pip install openvino")
 
 
-def _plan_jobs(args: argparse.Namespace, channels: int) -> tuple[list[_Job], bool]:
+def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[_Job], bool]:
     """Everything that can be refused before any scan is read."""
     from distilldsm.inference.inputs import check_output, find_inputs, output_path, refuse_input
 
     output = Path(args.output)
     given = [Path(path) for path in args.inputs]
-    found, many = find_inputs(given, channels)
+    found, many = find_inputs(given, len(names), names)
     parent = output if many and output.exists() else output.parent
     if not parent.is_dir():
         raise ConfigError(

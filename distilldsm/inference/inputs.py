@@ -53,8 +53,14 @@ class Input:
         return Scan(tuple(scan.channels[0] for scan in scans), first.affine, first.path, first.source)
 
 
-def find_inputs(arguments: Sequence[Path], channels: int) -> tuple[list[Input], bool]:
+def find_inputs(arguments: Sequence[Path], channels: int, names: Sequence[str] = ()) -> tuple[list[Input], bool]:
     """The scans that the arguments stand for.
+
+    Args:
+        arguments: files and folders.
+        channels: of the model.
+        names: of the channels: where there are several, `CASE_<name>.nii.gz` of all names, in whatever order, are one
+            scan, and what else is called after that case (its `_seg`) is left alone. So are BraTS cases laid out.
 
     Returns:
         The scans by name, and whether the output is a directory: for several scans, or a folder of scans.
@@ -75,26 +81,26 @@ def find_inputs(arguments: Sequence[Path], channels: int) -> tuple[list[Input], 
             continue
         nifti, folders = _look_into(path)
         if nifti:
-            found += _group(nifti, channels)
+            found += _by_channel_name(nifti, names) or _group(nifti, channels)
             many = True
         elif folders == [path]:
             series.append(path)
         else:
             found += [Input(_series_name(folder, path), (folder,), "dicom") for folder in folders]
             many = True
-    found += _series(series, channels) + _files(files, channels)
+    found += _series(series, channels) + (_by_channel_name(files, names) or _files(files, channels))
     many = many or len(found) > 1
-    names: dict[str, Input] = {}
+    named: dict[str, Input] = {}
     for one in found:
-        if one.name in names:
+        if one.name in named:
             raise ConfigError(
                 f"two scans are called '{one.name}'",
                 where=one.paths[0],
-                seen=str(names[one.name].paths[0]),
+                seen=str(named[one.name].paths[0]),
                 rule="one output file per name",
                 mend="predict them one by one, or rename one",
             )
-        names[one.name] = one
+        named[one.name] = one
     return sorted(found, key=lambda one: one.name), many
 
 
@@ -157,8 +163,30 @@ def _group(files: Sequence[Path], channels: int) -> list[Input]:
     return out
 
 
+def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]:
+    """Scans whose files end in the channels' names; nothing where the files are named in another way.
+
+    Of a case that lacks a file the others are kept: reading it tells that a channel is missing.
+    """
+    if len(names) < 2:
+        return []
+    cases: dict[tuple[Path, str], dict[str, Path]] = {}
+    for path in files:
+        for name in names:
+            if stem(path).lower().endswith(f"_{name.lower()}"):
+                cases.setdefault((path.parent, stem(path)[: -len(name) - 1]), {})[name] = path
+    if not any(len(found) == len(names) for found in cases.values()):
+        return []
+    if any(all(f.parent != folder or not f.name.startswith(f"{case}_") for folder, case in cases) for f in files):
+        return []
+    return [
+        Input(case, tuple(found[name] for name in names if name in found), "nifti")
+        for (_, case), found in cases.items()
+    ]
+
+
 def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
-    """NIfTI files directly in a folder, else the folders at or below it that hold DICOM files."""
+    """NIfTI files directly in a folder, or in its folders, else the folders at or below it that hold DICOM files."""
     from distilldsm.inference.dicom import is_dicom
 
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
@@ -172,6 +200,9 @@ def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
         inner.sort()
         if any(is_dicom(Path(directory, name)) for name in sorted(names) if not name.startswith(".")):
             folders.append(Path(directory))
+    below = [p for p in sorted(folder.glob("*/*.nii*")) if is_nifti_name(p) and not p.name.startswith(".")]
+    if below and not folders:
+        return below, []
     if not folders:
         raise DataError("holds no scan", where=folder, rule=".nii or .nii.gz files, or DICOM series")
     return [], folders
