@@ -12,8 +12,10 @@ from typing import Literal
 
 from distilldsm.config_export import ExportConfig
 from distilldsm.config_export import Int8Config as Int8Config  # for users of this module
+from distilldsm.config_train import AugmentConfig as AugmentConfig
+from distilldsm.config_train import ModelConfig as ModelConfig
+from distilldsm.config_train import TrainConfig
 from distilldsm.errors import ConfigError
-from distilldsm.models.registry import MODEL_NAMES
 from distilldsm.params import from_mapping, load_yaml, require, set_values
 
 Modality = Literal["MRI", "CT", "PET", "US", "other"]
@@ -152,10 +154,10 @@ class PreprocessConfig:
     normalisation: Literal["auto", "zscore", "zscore_foreground", "ct", "none"] = "auto"
     """`auto`: CT is clipped to the foreground's 0.5 and 99.5 percentiles (HU) and standardised by the data set's
     mean and sd; everything else is z-scored per case."""
-    regions: Mapping[str, tuple[str, ...]] | None = None
+    regions: Literal["labels"] | Mapping[str, tuple[str, ...]] | None = None
     """Overlapping regions to segment instead of the labels, each with a sigmoid: name to label names, e.g.
     `TC: [necrotic_core, enhancing_tumour]`. A mask shows a region as the one label that no smaller region holds.
-    null: the data set's own (BraTS 2020, nnU-Net with regions); {}: none."""
+    null: the data set's own (BraTS 2020, nnU-Net with regions); {}: none; labels: each label by itself."""
     max_patch_voxels: int = 655_360
     """Upper bound of a training patch, in voxels (memory)."""
     patch_size: tuple[int, int, int] | None = None
@@ -183,134 +185,6 @@ class PreprocessConfig:
                 "positive; height and width multiples of 16",
             )
         require(self.max_patch_voxels >= 4096, "max_patch_voxels", self.max_patch_voxels, "at least 4096")
-
-
-@dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """Which network."""
-
-    name: str = "distill_dsm"
-    """A name from the registry (`distilldsm info --models`)."""
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """Options of that network, e.g. `alpha: 0.5`."""
-
-    def __post_init__(self) -> None:
-        import difflib
-
-        if self.name not in MODEL_NAMES:
-            close = difflib.get_close_matches(self.name, MODEL_NAMES, n=1)
-            raise ConfigError(
-                "'name' is no known model",
-                seen=repr(self.name),
-                rule="one of " + ", ".join(MODEL_NAMES),
-                mend=f"did you mean '{close[0]}'?" if close else None,
-            )
-
-
-@dataclass(frozen=True, kw_only=True)
-class AugmentConfig:
-    """Random changes of a training patch; each is drawn anew per sample."""
-
-    spatial_probability: float = 0.8
-    """Share of samples that are rotated and scaled."""
-    rotation_deg: float = 15.0
-    """Largest rotation about the depth axis, degrees."""
-    tilt_deg: float = 10.0
-    """Largest rotation about the two in-plane axes, degrees; keep small for coarse slices."""
-    scale: float = 0.2
-    """Largest relative change of size: 0.2 draws factors from 0.8 to 1.2."""
-    intensity_probability: float = 0.5
-    """Share of samples whose contrast, brightness, gamma, noise and blur change (each on its own)."""
-    mirror_axes: tuple[Literal["depth", "height", "width"], ...] = ()
-    """Axes to flip at random; only where anatomy allows."""
-
-    def __post_init__(self) -> None:
-        for key in ("spatial_probability", "intensity_probability"):
-            require(0 <= getattr(self, key) <= 1, key, getattr(self, key), "from 0 to 1")
-        require(0 <= self.scale < 0.9, "scale", self.scale, "from 0 to below 0.9")
-        for key in ("rotation_deg", "tilt_deg"):
-            require(0 <= getattr(self, key) <= 180, key, getattr(self, key), "from 0 to 180 degrees")
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """The training loop."""
-
-    model: ModelConfig = ModelConfig()
-    augment: AugmentConfig = AugmentConfig()
-    epochs: int = 30
-    """Passes over the training cases."""
-    samples_per_case: int = 1
-    """Patches drawn from each case in one epoch."""
-    batch_size: int | None = None
-    """Patches per optimizer step over all processes; by default the plan's."""
-    accumulate: int = 1
-    """Splits each step's batch into so many smaller ones, for little memory."""
-    foreground_oversampling: float = 0.33
-    """Share of patches centred on a voxel of a foreground label."""
-    optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
-    learning_rate: float = 4e-3
-    """Peak learning rate."""
-    weight_decay: float = 1e-2
-    momentum: float = 0.99
-    """For sgd (Nesterov)."""
-    schedule: Literal["one_cycle", "cosine", "poly", "plateau", "constant"] = "one_cycle"
-    warmup_fraction: float = 0.2
-    """Share of all steps with a rising rate (one_cycle, cosine)."""
-    dice_weight: float = 1.0
-    cross_entropy_weight: float = 1.0
-    gradient_clip_norm: float = 12.0
-    """Largest norm of the gradient; 0 switches clipping off."""
-    ema_decay: float = 0.98
-    """Decay per step of the averaged weights, which are what is validated and exported; 0 switches it off."""
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """`auto`: bf16 autocast where the hardware has it (GPU, AVX-512 BF16, AMX)."""
-    channels_last: bool = True
-    compile: bool = False
-    """torch.compile; worth it on GPUs for long runs."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    workers: int = 0
-    """Loader processes per training process; 0 loads in the training process."""
-    validate_every: int = 5
-    """Epochs between validations on the fold's held-out volumes (the last epoch is always validated)."""
-    early_stopping: int = 0
-    """Stop after so many validations without a better mean Dice; 0 never stops. Chooses on the held-out fold."""
-    checkpoint_minutes: float = 2.0
-    """A resumable checkpoint is written at the end of an epoch, at most this often, minutes."""
-    deterministic: bool = True
-    """Same seed, same machine, same weights."""
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        for key in ("epochs", "samples_per_case", "accumulate", "validate_every"):
-            require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
-        for key in ("early_stopping", "workers", "gradient_clip_norm", "weight_decay", "checkpoint_minutes"):
-            require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
-        if self.batch_size is not None:
-            require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-            require(
-                self.batch_size % self.accumulate == 0,
-                "accumulate",
-                self.accumulate,
-                f"divides batch_size ({self.batch_size})",
-            )
-        require(self.learning_rate > 0, "learning_rate", self.learning_rate, "above 0")
-        require(0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "from 0 to below 1")
-        require(0 <= self.warmup_fraction < 1, "warmup_fraction", self.warmup_fraction, "from 0 to below 1")
-        require(
-            0 <= self.foreground_oversampling <= 1,
-            "foreground_oversampling",
-            self.foreground_oversampling,
-            "from 0 to 1",
-        )
-        require(
-            self.dice_weight >= 0
-            and self.cross_entropy_weight >= 0
-            and self.dice_weight + self.cross_entropy_weight > 0,
-            "dice_weight, cross_entropy_weight",
-            (self.dice_weight, self.cross_entropy_weight),
-            "0 or more, not both 0",
-        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,9 @@ from distilldsm.config import AugmentConfig
 
 ONE_HOT_LIMIT = 8
 """Up to so many classes, labels are warped as class maps (smooth borders); above, by nearest neighbour (memory)."""
+CONTROL_POINTS = 5
+COARSE_RATIO = 3.0
+"""As `plan.ANISOTROPY_THRESHOLD`."""
 _AXES = {"depth": 2, "height": 3, "width": 4}
 
 
@@ -26,7 +29,7 @@ def augment(
     spacing_mm: Sequence[float],
     generator: torch.Generator,
 ) -> tuple[Tensor, Tensor]:
-    """Rotate, scale, mirror and change the intensities of a batch.
+    """Rotate, scale, bend, mirror and change the intensities of a batch.
 
     Args:
         images: (B, C, D', H', W') float; labels: (B, D', H', W') integer; larger than `size` by a margin.
@@ -39,6 +42,8 @@ def augment(
     """
     matrices = _draw_matrices(len(images), config, spacing_mm, generator).to(images.device)
     grid = _sampling_grid(matrices, images.shape[2:], size)
+    if config.elastic_probability:
+        grid += _bend(len(images), config, spacing_mm, images.shape[2:], size, generator).to(grid.device)
     images = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     if classes <= ONE_HOT_LIMIT:
         maps = F.one_hot(labels.long(), classes).movedim(-1, 1)[:, 1:].float()
@@ -53,7 +58,10 @@ def augment(
         for k in torch.nonzero(flip).flatten().tolist():
             images[k] = images[k].flip(_AXES[axis] - 1)
             labels[k] = labels[k].flip(_AXES[axis] - 2)
-    return change_intensities(images, config.intensity_probability, generator), labels
+    images = change_intensities(images, config.intensity_probability, generator)
+    if config.low_resolution_probability:
+        images = coarsen(images, config.low_resolution_probability, spacing_mm, generator)
+    return images, labels
 
 
 def centre_crop(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -106,6 +114,46 @@ def _sampling_grid(matrices: Tensor, grown: Sequence[int], size: Sequence[int]) 
     centre = torch.tensor([n // 2 for n in grown], device=device, dtype=torch.float32)
     extent = torch.tensor([max(n - 1, 1) for n in grown], device=device, dtype=torch.float32)
     return ((moved + centre) / extent * 2 - 1).flip(-1)
+
+
+def _bend(
+    batch: int,
+    config: AugmentConfig,
+    spacing_mm: Sequence[float],
+    grown: Sequence[int],
+    size: Sequence[int],
+    generator: torch.Generator,
+) -> Tensor:
+    """(B, D, H, W, 3) displacements for the sampling grid: smooth between random ones at CONTROL_POINTS^3 points."""
+    drawn = torch.randn((batch, 3, *(CONTROL_POINTS,) * 3), generator=generator) * config.elastic_mm
+    drawn *= (torch.rand(batch, 1, 1, 1, 1, generator=generator) < config.elastic_probability).float()
+    # From mm along (D, H, W) to the grid's unit: the whole input is two units long.
+    unit = [2 / (max(n - 1, 1) * mm) for n, mm in zip(grown, spacing_mm, strict=True)]
+    drawn *= torch.tensor(unit)[None, :, None, None, None]
+    smooth = F.interpolate(drawn, size=tuple(size), mode="trilinear", align_corners=True)
+    return smooth.movedim(1, -1).flip(-1)
+
+
+def coarsen(images: Tensor, probability: float, spacing_mm: Sequence[float], generator: torch.Generator) -> Tensor:
+    """Images as a coarser scan would show them: sampled at 1/2 to 1 of the resolution, brought back linearly.
+
+    images: (B, C, D, H, W); drawn for each channel. Coarse slices (see the plan) stay: only the plane is coarsened.
+    """
+    depth_too = spacing_mm[0] < COARSE_RATIO * max(spacing_mm[1:])
+    out = images.clone()
+    for b in range(images.shape[0]):
+        for c in range(images.shape[1]):
+            chosen, share = torch.rand(2, generator=generator).tolist()
+            if chosen >= probability:
+                continue
+            factor = 0.5 + 0.5 * share
+            sizes = images.shape[2:]
+            small = [max(round(n * factor), 1) for n in sizes]
+            if not depth_too:
+                small[0] = sizes[0]
+            low = F.interpolate(images[b : b + 1, c : c + 1], size=small, mode="nearest-exact")
+            out[b, c] = F.interpolate(low, size=sizes, mode="trilinear", align_corners=False)[0, 0]
+    return out
 
 
 def change_intensities(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:

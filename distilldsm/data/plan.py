@@ -150,7 +150,7 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
     normalisation = tuple(
         _normalisation(k, channel, cases, config, reasons) for k, channel in enumerate(index.channels)
     )
-    regions = index.regions if config.regions is None else regions_from_labels(config.regions, index.labels)
+    regions = _regions(index, config)
     if regions:
         reasons["regions"] = "the data set's" if config.regions is None else "set in preprocess.regions"
     return Plan(
@@ -170,6 +170,13 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
         training_memory_gb=round(float(np.prod(patch)) * batch * TRAINING_BYTES_PER_VOXEL / 1e9 + 0.4, 2),
         reasons=reasons,
     )
+
+
+def _regions(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, ...]:
+    if config.regions is None:
+        return index.regions
+    each = {name: (name,) for name, value in index.labels.items() if value}
+    return regions_from_labels(each if config.regions == "labels" else config.regions, index.labels)
 
 
 def resampled_shape(

@@ -24,11 +24,13 @@ class SegmentationNetwork(nn.Module):
     """A network from (B, C, D, H, W) images to (B, K, D, H, W) logits, for any B and D.
 
     stride: what D, H and W must be multiples of; depth_halo: how many slices beyond a slice its logits depend on
-    (None where the whole depth takes part).
+    (None where the whole depth takes part). `forward` takes the image and, in training, a list that it fills with the
+    decoder's outputs (B, decoder_widths[k], d, h, w), from the coarsest to the finest.
     """
 
     stride: tuple[int, int, int] = (1, 1, 1)
     depth_halo: int | None = 0
+    decoder_widths: tuple[int, ...] = ()
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

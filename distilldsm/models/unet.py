@@ -84,22 +84,25 @@ class UNet2D(SegmentationNetwork):
             decoder.append(Block(joined, joined // 2, out, make_shift(joined // 2)))
             below = out
         self.decoder = nn.ModuleList(decoder)
+        self.decoder_widths = tuple(widths[max(level - 1, 0)] for level in range(len(widths) - 2, -1, -1))
         self.head = nn.Conv2d(below, out_channels, kernel_size=1)
         in_plane = 2 ** (len(widths) - 1)
         self.stride = (1, in_plane, in_plane)
         # Each module looks one slice further, so that many slices beyond a slice take part in its logits.
         self.depth_halo = sum(isinstance(m, DepthModule) for m in self.modules())
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) image to (B, K, D, H, W) logits."""
+    def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Tensor:
+        """(B, C, D, H, W) image to (B, K, D, H, W) logits; `features`: see `SegmentationNetwork`."""
         if not torch.compiler.is_compiling():
             self.check_input(x)
         batch, channels, depth, height, width = x.shape
         slices = x.transpose(1, 2).reshape(batch * depth, channels, height, width)
-        logits = self.forward_slices(slices, depth)
+        logits = self.forward_slices(slices, depth, features)
+        if features is not None:
+            features[:] = [f.unflatten(0, (batch, depth)).transpose(1, 2) for f in features]
         return logits.unflatten(0, (batch, depth)).transpose(1, 2)
 
-    def forward_slices(self, x: Tensor, depth: int) -> Tensor:
+    def forward_slices(self, x: Tensor, depth: int, features: list[Tensor] | None = None) -> Tensor:
         """(B*D, C, H, W) slices of volumes with `depth` slices each to (B*D, K, H, W) logits."""
         skips = []
         for level, block in enumerate(self.encoder):
@@ -111,4 +114,6 @@ class UNet2D(SegmentationNetwork):
         for block in self.decoder:
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
             x = block(torch.cat((skips.pop(), x), dim=1), depth)
+            if features is not None:
+                features.append(x)
         return self.head(x)

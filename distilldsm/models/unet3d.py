@@ -76,18 +76,20 @@ class UNet3D(SegmentationNetwork):
         self.bottom = ResidualBlock(widths[-1], widths[-1])
         self.reduce = nn.ModuleList()
         self.decoder = nn.ModuleList()
-        below = widths[-1]
+        below, decoder_widths = widths[-1], []
         for width in reversed(widths[:-1]):
             self.reduce.append(nn.Conv3d(below, width, kernel_size=1, bias=False))
             out = 2 * width if width != base_width else width
             self.decoder.append(ResidualBlock(2 * width, out))
             below = out
+            decoder_widths.append(out)
+        self.decoder_widths = tuple(decoder_widths)
         self.head = nn.Conv3d(below, out_channels, kernel_size=1, bias=False)
         self.stride = (16, 16, 16)
         self.depth_halo = None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, D, H, W) image to (B, K, D, H, W) logits."""
+    def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Tensor:
+        """(B, C, D, H, W) image to (B, K, D, H, W) logits; `features`: see `SegmentationNetwork`."""
         if not torch.compiler.is_compiling():
             self.check_input(x)
         skips = []
@@ -100,4 +102,6 @@ class UNet3D(SegmentationNetwork):
         for reduce, block in zip(self.reduce, self.decoder, strict=True):
             x = F.interpolate(reduce(x), scale_factor=2, mode="trilinear", align_corners=False)
             x = block(torch.cat((x, skips.pop()), dim=1))
+            if features is not None:
+                features.append(x)
         return self.head(x)

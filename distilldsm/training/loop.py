@@ -26,6 +26,7 @@ from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
 from distilldsm.stage import write_json
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
+from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss
@@ -91,7 +92,10 @@ class Trainer:
         self.network = self._build_network()
         self.cost = self.network.cost()
         self.average = WeightAverage(self.network, config.ema_decay)
-        self.optimizer = make_optimizer(config, self.network)
+        self.trained: nn.Module = self.network
+        if config.deep_supervision:
+            self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
+        self.optimizer = make_optimizer(config, self.trained)
         self.plateau = Plateau()
         self.state = TrainingState()
         train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
@@ -125,7 +129,7 @@ class Trainer:
                 seen=batch,
                 rule=f"a multiple of processes x accumulate ({unit})",
             )
-        spatial = self.config.augment.spatial_probability > 0
+        spatial = self.config.augment.spatial_probability + self.config.augment.elastic_probability > 0
         return PatchSampler(
             self.preprocessed,
             train_ids,
@@ -139,7 +143,7 @@ class Trainer:
         )
 
     def _wrap(self) -> nn.Module:
-        network: nn.Module = self.network
+        network = self.trained
         if self.processes.world > 1:
             if self.device.type == "cuda":
                 network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
@@ -227,14 +231,8 @@ class Trainer:
             sync = nullcontext() if last or self.processes.world == 1 else self.parallel.no_sync()  # type: ignore[operator]
             with sync:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
-                    logits = self.parallel(part_x)
-                loss = segmentation_loss(
-                    logits,
-                    part_y,
-                    dice_weight=self.config.dice_weight,
-                    cross_entropy_weight=self.config.cross_entropy_weight,
-                    regions=self.regions,
-                )
+                    outputs = self.parallel(part_x)
+                loss = supervised_loss(outputs, part_y, self._loss)
                 loss_sum += loss.detach() / parts
                 (loss / parts).backward()
         mean = float(self.processes.sum(loss_sum)) / self.processes.world
@@ -247,10 +245,19 @@ class Trainer:
                 mend="lower train.learning_rate, or set train.precision: fp32; look at the data's intensities",
             )
         if self.config.gradient_clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.gradient_clip_norm)
+            nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.gradient_clip_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return mean
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return segmentation_loss(
+            logits,
+            labels,
+            dice_weight=self.config.dice_weight,
+            cross_entropy_weight=self.config.cross_entropy_weight,
+            regions=self.regions,
+        )
 
     def _augment(
         self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], generator: torch.Generator
@@ -258,7 +265,13 @@ class Trainer:
         x = torch.from_numpy(images).to(self.device, torch.float32, non_blocking=True)
         y = torch.from_numpy(labels).to(self.device, non_blocking=True)
         settings = self.config.augment
-        if settings.spatial_probability == settings.intensity_probability == 0 and not settings.mirror_axes:
+        shares = (
+            settings.spatial_probability,
+            settings.elastic_probability,
+            settings.intensity_probability,
+            settings.low_resolution_probability,
+        )
+        if not any(shares) and not settings.mirror_axes:
             return centre_crop(x, y, size)
         return augment(
             x,
@@ -314,7 +327,7 @@ class Trainer:
 
     def _save_resume(self) -> None:
         tensors, optimizer = pack_optimizer(self.optimizer)
-        tensors |= {f"network.{k}": v for k, v in self.network.state_dict().items()}
+        tensors |= {f"network.{k}": v for k, v in self.trained.state_dict().items()}
         tensors |= {f"average.{k}": v for k, v in self.average.network.state_dict().items()}
         tensors["rng.torch"] = torch.get_rng_state()
         self.state.plateau = self.plateau.state()
@@ -327,7 +340,7 @@ class Trainer:
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
-        load_weights(self.network, part("network."), path)
+        load_weights(self.trained, part("network."), path)
         load_weights(self.average.network, part("average."), path)
         optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
         unpack_optimizer(self.optimizer, optimizer, meta["optimizer"])

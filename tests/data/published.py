@@ -51,7 +51,7 @@ def made_case(name: str, seed: int, channels: int, values: tuple[int, ...]) -> t
 
 def write_published(name: str, root: Path, cases: int = 4) -> Path:
     """Write the data set `name` below `root`; returns what `download.source` is to name."""
-    shape, spacing = SHAPES[name]
+    _, spacing = SHAPES[name]
     affine = np.diag([*spacing, 1.0])
     if name == "brats2020":
         top = root / "MICCAI_BraTS2020_TrainingData"

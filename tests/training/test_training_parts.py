@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from monai.losses import DiceLoss
 
 from distilldsm.config import AugmentConfig, PreprocessConfig, TrainConfig
-from distilldsm.data.augment import augment, centre_crop, change_intensities
+from distilldsm.data.augment import augment, centre_crop, change_intensities, coarsen
 from distilldsm.data.patches import PatchSampler, _cut, open_array
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
@@ -317,6 +318,41 @@ def test_scale_changes_size_as_told():
     original = float(ball_batch()[1][0].sum())
     assert 0.8**3 * 0.8 < min(sizes) / original < 0.85
     assert 1.2 < max(sizes) / original < 1.2**3 * 1.2
+
+
+def test_bending_moves_image_and_label_together_by_so_many_mm():
+    bent = replace(NOTHING, elastic_probability=1.0, elastic_mm=2.0)
+    images = torch.zeros(2, 1, 24, 36, 36)
+    images[:, :, 8:16, 12:24, 12:24] = 1
+    labels = images[:, 0].long()
+    generator = torch.Generator().manual_seed(0)
+    x, y = augment(images, labels, (20, 30, 30), bent, classes=2, spacing_mm=(1, 1, 1), generator=generator)
+    assert ((x[:, 0] > 0.5) == (y == 1)).float().mean() > 0.995
+    _, straight = centre_crop(images, labels, (20, 30, 30))
+    assert not torch.equal(y, straight)
+    assert not torch.equal(y[0], y[1])
+    # In a ramp of 1 per voxel along an axis, what a voxel changes by is how far it was moved.
+    ramp = torch.arange(120.0).reshape(1, 1, 1, 1, 120).expand(60, 1, 40, 40, 120).clone()
+    empty = torch.zeros(60, 40, 40, 120, dtype=torch.long)
+    size = (20, 20, 60)
+    moved, _ = augment(ramp, empty, size, bent, classes=2, spacing_mm=(1, 1, 0.5), generator=generator)
+    still, _ = centre_crop(ramp, empty, size)
+    corner = (moved - still)[:, 0, 0, 0, 0] * 0.5  # a control point
+    assert float(corner.std()) == pytest.approx(2.0, rel=0.25)
+    assert abs(float(corner.mean())) < 0.9
+
+
+def test_coarsening_keeps_coarse_slices_and_the_mean():
+    torch.manual_seed(0)
+    images = torch.randn(3, 2, 6, 32, 32)
+    generator = torch.Generator().manual_seed(1)
+    assert torch.equal(coarsen(images, 0.0, (1, 1, 1), generator), images)
+    constant_in_plane = torch.randn(1, 1, 6, 1, 1).expand(1, 1, 6, 32, 32)
+    kept = coarsen(constant_in_plane, 1.0, (5.0, 1.0, 1.0), generator)
+    torch.testing.assert_close(kept, constant_in_plane.contiguous())
+    coarse = coarsen(images, 1.0, (1, 1, 1), generator)
+    assert float(coarse.std()) < 0.9 * float(images.std())
+    assert not torch.equal(coarse[:, 0], images[:, 0])
 
 
 def test_intensity_changes_are_finite_and_optional():

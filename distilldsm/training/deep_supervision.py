@@ -1,0 +1,53 @@
+"""Losses on the decoder's lower levels, too (Lee et al., "Deeply-supervised nets", AISTATS 2015).
+
+The heads exist in training only: what is averaged, saved and exported is the network without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distilldsm.models.base import SegmentationNetwork
+
+
+class DeeplySupervised(nn.Module):
+    """A network with a 1x1x1 convolution as head on each of the `levels` decoder levels below the last.
+
+    Its output is a list: logits of the network, then those of the heads from the finest level to the coarsest.
+    """
+
+    def __init__(self, network: SegmentationNetwork, levels: int) -> None:
+        super().__init__()
+        self.network = network
+        below = network.decoder_widths[-2::-1][:levels]
+        self.heads = nn.ModuleList(nn.Conv3d(width, network.out_channels, kernel_size=1) for width in below)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """(B, C, D, H, W) to a list of (B, K, d, h, w)."""
+        features: list[Tensor] = []
+        logits = self.network(x, features)
+        return [logits, *(head(f) for head, f in zip(self.heads, features[-2::-1], strict=False))]
+
+
+def supervised_loss(
+    outputs: Tensor | Sequence[Tensor], labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`loss` of the logits; with several levels the mean of theirs, each with half the weight of the one above.
+
+    labels: (B, D, H, W) classes at full resolution; for lower levels the nearest voxel's class counts.
+    """
+    if isinstance(outputs, Tensor):
+        return loss(outputs, labels)
+    total, weights = torch.zeros((), device=labels.device), 0.0
+    for level, logits in enumerate(outputs):
+        size = logits.shape[2:]
+        truth = labels
+        if size != labels.shape[1:]:
+            truth = F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+        total = total + 0.5**level * loss(logits, truth)
+        weights += 0.5**level
+    return total / weights
