@@ -195,7 +195,7 @@ def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
     return {str(key): value for key, value in values.items()}
 
 
-FREE_FORM = ("options", "modalities", "bounds", "sample")
+FREE_FORM = ("options", "modalities", "bounds", "sample", "regions")
 """Mappings that a preset replaces as a whole: the options of one network mean nothing to another."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -10,7 +11,8 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from distilldsm.config import Params, load_params
-from distilldsm.models.registry import MODELS
+from distilldsm.data.plan import regions_of
+from distilldsm.models.registry import MODELS, build_model
 from distilldsm.params import from_mapping, to_mapping
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -43,6 +45,19 @@ def test_params_yaml_lists_every_parameter():
 def test_every_preset_composes_to_valid_parameters(dataset, model):
     params = from_mapping(Params, composed(f"dataset={dataset}", f"model={model}"), where="composed")
     assert params.train.model.name == model
+
+
+def test_the_papers_recipe_gives_the_papers_network():
+    params = from_mapping(Params, composed("dataset=hippocampus", "recipe=paper"))
+    assert params.preprocess.regions == "labels"
+    index = SimpleNamespace(regions=(), labels={"background": 0, "Anterior": 1, "Posterior": 2})
+    regions = regions_of(index, params.preprocess)
+    model = params.train.model
+    network = build_model(model.name, in_channels=1, out_channels=len(regions), **model.options)
+    assert network.cost().parameters == 1_216_266
+    assert (params.train.optimizer, params.train.schedule) == ("adam", "plateau")
+    assert (params.train.dice_weight, params.train.cross_entropy_weight) == (1.0, 0.0)
+    assert params.train.epochs == from_mapping(Params, composed("dataset=hippocampus")).train.epochs
 
 
 def test_every_model_has_a_preset_with_known_options():

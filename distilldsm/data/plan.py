@@ -150,7 +150,7 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
     normalisation = tuple(
         _normalisation(k, channel, cases, config, reasons) for k, channel in enumerate(index.channels)
     )
-    regions = _regions(index, config)
+    regions = regions_of(index, config)
     if regions:
         reasons["regions"] = "the data set's" if config.regions is None else "set in preprocess.regions"
     return Plan(
@@ -172,7 +172,12 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
     )
 
 
-def _regions(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, ...]:
+def regions_of(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, ...]:
+    """What the output channels stand for besides the labels, see `preprocess.regions`.
+
+    Raises:
+        ConfigError: regions that name unknown labels or that no mask can show.
+    """
     if config.regions is None:
         return index.regions
     each = {name: (name,) for name, value in index.labels.items() if value}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.inference.windows import UNBOUNDED_HALO
+from distilldsm.models.registry import MODELS
 
 DEFAULT_GB = 3.0
 BASE_BYTES = 400_000_000
@@ -85,6 +86,7 @@ def budget_bytes(max_memory_gb: float | None) -> int:
 def activation_bytes(name: str, options: Mapping[str, object], engine: str) -> float:
     """Memory that a network takes while it runs, per voxel that goes in at once."""
     family = "unet3d" if name == "unet3d" else "unet2d"
+    options = {**(MODELS[name].options if name in MODELS else {}), **options}
     width = float(str(options.get("base_width", 8))) / 8 if family == "unet3d" else float(str(options.get("width", 1)))
     return BYTES_PER_VOXEL[family][engine] * max(width, 0.25)
 

@@ -46,6 +46,18 @@ MODELS: Mapping[str, ModelEntry] = {
         fixed={"shift": "distill"},
         options={"width": 1.0, "alpha": 0.5},
     ),
+    "distill_dsm_m": ModelEntry(
+        summary="Distill DSM with 1.5 times the paper's widths",
+        family="unet2d",
+        fixed={"shift": "distill"},
+        options={"width": 1.5, "alpha": 0.5},
+    ),
+    "distill_dsm_l": ModelEntry(
+        summary="Distill DSM with twice the paper's widths",
+        family="unet2d",
+        fixed={"shift": "distill"},
+        options={"width": 2.0, "alpha": 0.5},
+    ),
     "unet3d": ModelEntry(
         summary="the paper's 3-D baseline: residual, pre-activation, GroupNorm",
         family="unet3d",
