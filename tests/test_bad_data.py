@@ -1,0 +1,141 @@
+"""Unusual and broken data sets, through the stages: docs/data.md says what happens to each."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from components import download, evaluate, preprocess, train, validate
+from distilldsm.config import DownloadConfig as Source
+from distilldsm.config import EvaluateConfig, ModelConfig, Params, PreprocessConfig, TrainConfig, ValidateConfig
+from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.stage import read_json
+from tests.data.published import write_published
+
+SMALL = ModelConfig(name="distill_dsm", options={"width": 0.25})
+
+
+def stages(source: Path, root: Path, *, until: str = "evaluate", folds: int = 2, on_invalid: str = "fail"):
+    """Run the stages; returns their directories."""
+    at = SimpleNamespace(**{k: root / k for k in ("raw", "validation", "arrays", "model", "scores")})
+    params = Params(
+        download=Source(source=str(source)),
+        validate=ValidateConfig(on_invalid=on_invalid, suite="conf/expectations.yaml", workers=1),
+        preprocess=PreprocessConfig(folds=folds, workers=1),
+        train=TrainConfig(model=SMALL, epochs=1, batch_size=2),
+        evaluate=EvaluateConfig(workers=1),
+    )
+    download.run(params.download, {}, {"dataset": at.raw})
+    validate.run(params.validate, {"dataset": at.raw}, {"validation": at.validation})
+    if until == "validate":
+        return at
+    preprocess.run(params.preprocess, {"dataset": at.raw, "validation": at.validation}, {"preprocessed": at.arrays})
+    if until == "preprocess":
+        return at
+    train.run(params.train, {"preprocessed": at.arrays}, {"model": at.model}, fold=0)
+    inputs = {"dataset": at.raw, "preprocessed": at.arrays, "model": at.model}
+    evaluate.run(params.evaluate, inputs, {"evaluation": at.scores}, fold=0)
+    return at
+
+
+@pytest.fixture(autouse=True)
+def _at_home(monkeypatch, repository):
+    monkeypatch.chdir(repository)
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_published("hippocampus", tmp_path / "source")
+
+
+def change(path: Path, function, dtype=None) -> None:
+    """Write a label anew with its values changed."""
+    image = nib.load(path)
+    data = function(np.asarray(image.dataobj))
+    nib.save(nib.Nifti1Image(data.astype(dtype or data.dtype), image.affine), path)
+
+
+def labels(source: Path) -> list[Path]:
+    return sorted((source / "labelsTr").glob("*.nii.gz"))
+
+
+def warned(at: SimpleNamespace, rule: str) -> set[str]:
+    findings = read_json(at.validation / "report.json")["findings"]
+    return {f["case"] for f in findings if f["rule"] == rule and f["severity"] == "warning"}
+
+
+def test_a_class_that_some_cases_lack_is_scored_where_it_is(source, tmp_path):
+    for path in labels(source)[:3]:
+        change(path, lambda a: np.where(a == 2, 1, a))
+    at = stages(source, tmp_path)
+    assert warned(at, "every_label_present") == {f"hippocampus_0{k}" for k in range(3)}
+    summary = read_json(at.scores / "summary.json")["labels"]["Posterior"]
+    assert summary["sensitivity"]["defined"] < summary["sensitivity"]["cases"]  # undefined without truth
+    assert summary["dice"]["defined"] == summary["dice"]["cases"]
+
+
+def test_an_empty_mask_is_an_error_or_left_out(source, tmp_path):
+    change(labels(source)[0], np.zeros_like)
+    with pytest.raises(UserError, match="some_foreground"):
+        stages(source, tmp_path / "a", until="validate")
+    at = stages(source, tmp_path / "b", until="preprocess", on_invalid="exclude")
+    splits = read_json(at.arrays / "splits.json")["folds"]
+    assert "hippocampus_00" not in {c for fold in splits for c in fold["held_out"]}
+
+
+def test_one_case_only_is_refused(tmp_path):
+    source = write_published("hippocampus", tmp_path / "source", cases=1)
+    with pytest.raises(UserError, match="a split needs at least 2"):
+        stages(source, tmp_path)
+
+
+def test_fewer_patients_than_folds(source, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"fewer patients than folds(.|\n)*4 patients, 5 folds(.|\n)*preprocess.folds to 4"
+    ):
+        stages(source, tmp_path, folds=5)
+
+
+def test_a_modality_that_one_case_lacks_is_named(tmp_path):
+    source = write_published("brats2020", tmp_path / "source")
+    (source / "BraTS20_Training_002" / "BraTS20_Training_002_t1ce.nii.gz").unlink()
+    with pytest.raises(DataError, match=r"missing(.|\n)*BraTS20_Training_002_t1ce"):
+        stages(source, tmp_path)
+
+
+def test_float_labels_are_read_where_they_are_whole(source, tmp_path):
+    plain = stages(source, tmp_path / "plain", until="preprocess")
+    change(labels(source)[0], lambda a: a + 0.0, np.float32)
+    change(labels(source)[1], lambda a: a + 1e-4 * (a > 0), np.float64)
+    at = stages(source, tmp_path / "float", until="preprocess")
+    for case in ("hippocampus_00", "hippocampus_01"):
+        same = [np.load(x.arrays / "labels" / f"{case}.npy") for x in (plain, at)]
+        np.testing.assert_array_equal(*same)
+    change(labels(source)[2], lambda a: a * 0.7, np.float32)
+    with pytest.raises(UserError, match="whole_number_labels"):
+        stages(source, tmp_path / "broken", until="validate")
+
+
+def test_values_that_are_not_declared_are_an_error(source, tmp_path):
+    change(labels(source)[0], lambda a: np.where(a == 2, 7, a))
+    with pytest.raises(UserError, match="declared_labels"):
+        stages(source, tmp_path, until="validate")
+
+
+def test_files_that_store_left_to_right_the_other_way_give_the_same_arrays(source, tmp_path):
+    plain = stages(source, tmp_path / "plain", until="preprocess")
+    for path in [*labels(source)[:2], *sorted((source / "imagesTr").glob("*.nii.gz"))[:2]]:
+        image = nib.load(path)
+        affine = image.affine.copy()
+        affine[0, 3] += affine[0, 0] * (image.shape[0] - 1)
+        affine[0, 0] *= -1
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1].copy(), affine), path)
+    at = stages(source, tmp_path / "flipped", until="preprocess")
+    for kind in ("images", "labels"):
+        for case in ("hippocampus_00", "hippocampus_02"):
+            same = [np.load(x.arrays / kind / f"{case}.npy") for x in (plain, at)]
+            np.testing.assert_allclose(*same, atol=1e-3)
