@@ -3,7 +3,7 @@
     python -m benchmarks.full_size pancreas       # CT 512 x 512 x 120 at 0.8 x 0.8 x 2.5 mm
     python -m benchmarks.full_size brats2020      # four channels of 240 x 240 x 155 at 1 mm
 
-The volumes show ellipsoids in noise, in the layout of the published data set: right for time and memory, not for scores.
+The volumes show ellipsoids in noise in the layout of the published data set: right for time and memory, not for scores.
 """
 
 from __future__ import annotations

@@ -23,7 +23,8 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     """Write a network as ONNX: `image` (1, C, D, H, W) float32 to `logits` (1, K, D, H, W) float32.
 
     Depth, height and width are free (multiples of the network's stride); the batch is 1, as prediction goes volume
-    by volume. The network is traced on the CPU, in evaluation mode.
+    by volume. A `VolumetricNetwork` around a classifier gives (1, K, D). The network is traced on the CPU, in
+    evaluation mode.
 
     Raises:
         UserError: the file is not valid, has a fixed size or keeps weights outside.
@@ -69,12 +70,12 @@ def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
         raise UserError("is no valid ONNX model", where=path, seen=str(error)[:300]) from None
     for value in (*model.graph.input, *model.graph.output):
         sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        if sizes[0] != 1 or not isinstance(sizes[1], int) or tuple(sizes[2:]) != SPATIAL_AXES:
+        if sizes[0] != 1 or not isinstance(sizes[1], int) or tuple(sizes[2:]) != SPATIAL_AXES[: len(sizes) - 2]:
             raise UserError(
                 f"the exporter fixed a size of '{value.name}'",
                 where=path,
                 seen=sizes,
-                rule="(1, channels, depth, height, width) with the last three free",
+                rule="(1, channels, depth, height, width) with the last three free; a classifier's ends with the depth",
             )
     outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
@@ -91,7 +92,7 @@ def _tidy(model: Any) -> None:
     import onnx
 
     for value in (*model.graph.input, *model.graph.output):
-        for axis, name in enumerate(SPATIAL_AXES, start=2):
+        for axis, name in zip(range(2, len(value.type.tensor_type.shape.dim)), SPATIAL_AXES, strict=False):
             size = value.type.tensor_type.shape.dim[axis]
             # The exporter calls them s53, 16*height or worse. A fixed size stays as it is, for the check to find.
             if size.HasField("dim_param"):
