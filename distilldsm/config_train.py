@@ -97,7 +97,7 @@ class TrainConfig:
     """Share of all steps with a rising rate (one_cycle, cosine)."""
     dice_weight: float = 1.0
     cross_entropy_weight: float = 1.0
-    deep_supervision: int = 0
+    deep_supervision: int = 2
     """Decoder levels below the full resolution that are trained with a head and a loss of their own, each with half the
     weight of the one above; the heads are not part of the model."""
     gradient_clip_norm: float = 12.0

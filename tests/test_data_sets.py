@@ -70,7 +70,7 @@ def test_preset_runs_end_to_end(name, tmp_path):
     at = run_stages(name, tmp_path)
     plan, summary = Plan.load(at.arrays / "plan.json"), read_json(at.scores / "summary.json")
     assert list(summary["labels"]) == STRUCTURES[name]
-    assert plan.depth_axis == ("x" if name == "hippocampus" else "z")
+    assert plan.depth_axis == ("y" if name == "hippocampus" else "z")
     spacing = sorted(SHAPES[name][1])
     assert plan.target_spacing_mm[0] == pytest.approx(spacing[-1])
     assert plan.coarse_slices == (spacing[-1] / spacing[0] >= 3)
