@@ -17,6 +17,7 @@ from distilldsm.models.registry import MODEL_NAMES
 from distilldsm.params import from_mapping, load_yaml, require, set_values
 
 Modality = Literal["MRI", "CT", "PET", "US", "other"]
+MirrorAxis = Literal["depth", "height", "width"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,7 +218,7 @@ class AugmentConfig:
     """Largest relative change of size: 0.2 draws factors from 0.8 to 1.2."""
     intensity_probability: float = 0.5
     """Share of samples whose contrast, brightness, gamma, noise and blur change (each on its own)."""
-    mirror_axes: tuple[Literal["depth", "height", "width"], ...] = ()
+    mirror_axes: tuple[MirrorAxis, ...] = ()
     """Axes to flip at random; only where anatomy allows."""
 
     def __post_init__(self) -> None:
@@ -315,6 +316,8 @@ class EvaluateConfig:
 
     checkpoint: Literal["last", "best"] = "last"
     """`last` chooses nothing on the held-out cases; `best` was chosen on them, so its score is optimistic."""
+    mirror: bool = False
+    """Average the scores over flips of the axes of `train.augment.mirror_axes`; takes 2^axes times as long."""
     nsd_tolerance_mm: float = 1.0
     """Tolerance of the normalised surface Dice, mm."""
     save_masks: bool = True
