@@ -17,7 +17,7 @@ def keep_largest(mask: npt.NDArray[np.uint8], value: int) -> int:
     """Set all but the largest connected component of `value` in a mask to 0, in place.
 
     Of components of the same size the one stays that holds the first voxel in the order of the array's axes (the last
-    axis runs fastest), whatever the order in memory is.
+    axis runs fastest), whatever the order in memory is. (nnU-Net keeps them all.)
 
     Args:
         mask: (X, Y, Z) label values.

@@ -126,6 +126,10 @@ def parse_mirror(text: str | None) -> Mirror:
     axes = tuple(axis for axis in AXES if axis in named)
     if len(axes) != len(named):
         raise ConfigError(
-            "names no axes", where="--mirror", seen=text, rule=f"trained, or some of {','.join(AXES)}", mend=None
+            "names no axes",
+            where="--mirror",
+            seen=text,
+            rule=f"trained, or some of {','.join(AXES)}, each once",
+            mend="e.g. --mirror depth,height",
         )
     return axes
