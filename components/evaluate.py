@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from distilldsm.data.targets import Targets
 from distilldsm.data.volume import read_image, read_label, spacing_of, write_label
 from distilldsm.evaluation import figures, tables
 from distilldsm.evaluation.metrics import confusion, score_case
+from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessing
 from distilldsm.evaluation.report import render_report
+from distilldsm.inference.postprocess import keep_largest
 from distilldsm.progress import progress
 from distilldsm.stage import content_hash, output_directory, package_versions, read_json, worker_count, write_json
 
@@ -41,7 +44,8 @@ def run(
     Args:
         inputs: `dataset` (scans and truth), `preprocessed` (splits), `model` (of this fold).
         outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `report.html`, `figures/`, `plots/`,
-            `predictions/`.
+            `predictions/`: all of the predictions as they are; `postprocessed.csv` and `postprocessing.json`: what
+            keeping the largest component of each label would change.
     """
     index = DatasetIndex.load(inputs["dataset"])
     _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
@@ -63,6 +67,8 @@ def run(
         rows = [{"case": case, **row} for case, one in scores.items() for row in one["rows"]]
         summary = tables.summarise(rows, targets.structures)
         tables.write_csv(work / "cases.csv", rows)
+        largest = [{"case": case, **row} for case, one in scores.items() for row in one["largest"]]
+        decided = write_postprocessing(work, rows, largest)
         write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary})
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
         history = read_json(inputs["model"] / "history.json")
@@ -72,6 +78,8 @@ def run(
         notes = [index.note]
         if config.checkpoint == "best":
             notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
+        if config.mirror:
+            notes.append("The scores are of predictions averaged over mirrored views.")
         page = render_report(
             title=f"{index.name}, {facts['network']}, fold {fold}",
             summary=summary,
@@ -86,13 +94,15 @@ def run(
             shutil.rmtree(work / "predictions")
             (work / "predictions").mkdir()
     print(tables.format_table(summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
+    for label in decided.kept:
+        print(f"{label}, largest component only: {decided.labels[label].reason} ({POSTPROCESSING})")
     _track(tracking, inputs, outputs["evaluation"], summary, rows)
 
 
-def _predictor(model: Path, checkpoint: str) -> Any:
+def _predictor(model: Path, config: EvaluateConfig) -> Any:
     from distilldsm.inference.predict import Predictor
 
-    return Predictor.from_training(model, checkpoint)
+    return Predictor.from_training(model, config.checkpoint, mirror="trained" if config.mirror else ())
 
 
 def score_all(
@@ -107,7 +117,7 @@ def score_all(
     todo = [case for case in cases if not (work / "scores" / f"{case.id}.json").exists()]
     if not todo:
         return
-    predictor = _predictor(inputs["model"], config.checkpoint)
+    predictor = _predictor(inputs["model"], config)
     workers = worker_count(config.workers, len(todo))
     # spawn: forking a process that holds torch's threads may hang.
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -134,14 +144,19 @@ def score_all(
 
 
 def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm: float, output: Path) -> None:
-    """Score one predicted mask file and write the result as JSON."""
+    """Score one predicted mask file, as it is and with only the largest component of each label; written as JSON."""
     truth, affine = read_label(truth_path)
     mask, _ = read_label(mask_path)
-    scores = score_case(
-        truth, mask, spacing_mm=spacing_of(affine), labels=targets.structures, tolerance_mm=tolerance_mm
-    )
+    score = partial(score_case, truth, spacing_mm=spacing_of(affine), tolerance_mm=tolerance_mm)
+    scores = score(mask, labels=targets.structures)
     table = confusion(truth, mask, targets.class_values)
-    write_json(output, {"rows": [asdict(score) for score in scores], "confusion": table.tolist()})
+    # Regions overlap: what should become of a removed part is another region's to say. They stay as they are.
+    labels = {} if targets.regions else {name: values[0] for name, values in targets.structures.items()}
+    changed = {name: value for name, value in labels.items() if keep_largest(mask, value)}
+    again = {one.label: one for one in score(mask, labels=changed)}
+    largest = [again.get(one.label, one) for one in scores]
+    rows = {"rows": [asdict(one) for one in scores], "largest": [asdict(one) for one in largest]}
+    write_json(output, {**rows, "confusion": table.tolist()})
 
 
 def _write_plots(
@@ -241,6 +256,7 @@ def _track(
         mlflow_run.log_metrics(metrics)
         mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
         mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
+        mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
         mlflow_run.log_table([dict(row) for row in rows], "evaluation/cases.json")
         validation = inputs["dataset"].parent / "validation" / "report.html"
         if validation.exists():

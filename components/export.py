@@ -29,6 +29,7 @@ def run(
         fold: the fold that was held out.
         tracking: attaches to the training run; None leaves MLflow out.
     """
+    from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
     from distilldsm.export.build import build_package
     from distilldsm.export.scores import SCORES, collect_scores
 
@@ -42,6 +43,9 @@ def run(
         scores = collect_scores(
             inputs["model"], inputs["preprocessed"], inputs.get("evaluation"), fold=fold, checkpoint=config.checkpoint
         )
+        # Only an evaluation of this very model decides.
+        scored = scores.source == "evaluation"
+        decided = load_postprocessing(inputs["evaluation"] / POSTPROCESSING) if scored else None
         built = build_package(
             inputs["model"],
             inputs["preprocessed"],
@@ -51,6 +55,7 @@ def run(
             parity_cases=config.parity_cases,
             max_voxel_difference=config.max_voxel_difference,
             int8=config.int8,
+            postprocessing=None if decided is None else decided.kept,
         )
         write_json(work / SCORES, scores)
     for name, row in built.summary.items():

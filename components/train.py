@@ -115,6 +115,7 @@ def _train_as_main(
                 "out_channels": trainer.network.out_channels,
                 "stride": trainer.network.stride,
                 "depth_halo": trainer.network.depth_halo,
+                "mirror_axes": config.augment.mirror_axes,
                 "parameters": trainer.cost.parameters,
                 "macs_per_voxel": trainer.cost.macs_per_voxel,
                 "fold": fold,

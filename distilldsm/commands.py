@@ -63,11 +63,19 @@ def _print_model(metadata: Any) -> None:
         ("note", data.note),
         ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
         ("INT8", f"{'shipped' if metadata.int8.shipped else 'not shipped'}: {metadata.int8.reason}"),
+        ("mirroring", ", ".join(network.mirror_axes) or "trained without"),
+        ("largest part", _postprocessing(metadata.postprocessing)),
         ("files", f"{len(metadata.files)}, unchanged since the export"),
     ]
     for key, value in rows:
         if value:
             print(f"{key:12}{value}")
+
+
+def _postprocessing(labels: tuple[str, ...] | None) -> str:
+    if labels is None:
+        return "not decided (exported without an evaluation)"
+    return f"only, with --postprocess, of {', '.join(labels)}" if labels else "only: no label gained by it"
 
 
 def plan(args: argparse.Namespace) -> None:

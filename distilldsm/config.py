@@ -13,6 +13,7 @@ from typing import Literal
 from distilldsm.config_export import ExportConfig
 from distilldsm.config_export import Int8Config as Int8Config  # for users of this module
 from distilldsm.config_train import AugmentConfig as AugmentConfig
+from distilldsm.config_train import MirrorAxis as MirrorAxis
 from distilldsm.config_train import ModelConfig as ModelConfig
 from distilldsm.config_train import TrainConfig
 from distilldsm.errors import ConfigError
@@ -193,6 +194,8 @@ class EvaluateConfig:
 
     checkpoint: Literal["last", "best"] = "last"
     """`last` chooses nothing on the held-out cases; `best` was chosen on them, so its score is optimistic."""
+    mirror: bool = False
+    """Average the scores over flips of the axes of `train.augment.mirror_axes`; takes 2^axes times as long."""
     nsd_tolerance_mm: float = 1.0
     """Tolerance of the normalised surface Dice, mm."""
     save_masks: bool = True

@@ -10,6 +10,8 @@ from distilldsm.errors import ConfigError
 from distilldsm.models.registry import MODEL_NAMES
 from distilldsm.params import require
 
+MirrorAxis = Literal["depth", "height", "width"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -53,7 +55,7 @@ class AugmentConfig:
     """Share of samples whose contrast, brightness, gamma, noise and blur change (each on its own)."""
     low_resolution_probability: float = 0.0
     """Share of samples, channel by channel, that are coarsened by up to a factor of two and brought back."""
-    mirror_axes: tuple[Literal["depth", "height", "width"], ...] = ()
+    mirror_axes: tuple[MirrorAxis, ...] = ()
     """Axes to flip at random; only where anatomy allows."""
 
     def __post_init__(self) -> None:

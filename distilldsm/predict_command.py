@@ -8,19 +8,15 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.errors import ConfigError, UserError
 
 if TYPE_CHECKING:
-    from distilldsm.inference.inputs import Format, Input
-    from distilldsm.inference.memory import Pieces
+    from distilldsm.inference.job import Job
     from distilldsm.inference.predict import Predictor, Runtime
-    from distilldsm.inference.scan import Scan
-    from distilldsm.inference.streaming import NetworkImage, Piece
 
 ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 """Engine to the package it needs, in the order of preference."""
@@ -57,6 +53,24 @@ def add_predict(commands: Any) -> None:
     )
     predict.add_argument("--volumes", metavar="FILE", help="write the volume of each label, ml: .json or .csv")
     predict.add_argument(
+        "--ensemble",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="a further model, e.g. another fold; may be given several times; scores are averaged",
+    )
+    predict.add_argument(
+        "--mirror",
+        metavar="AXES",
+        help="also average over mirrored views: 'trained' for the axes that the model was trained with flips of, or "
+        "some of depth,height,width; takes 2^axes times as long",
+    )
+    predict.add_argument(
+        "--postprocess",
+        action="store_true",
+        help="keep only the largest connected component of the labels that gained by it on the held-out cases",
+    )
+    predict.add_argument(
         "--engine", choices=tuple(ENGINES), help="runs the network (default: openvino, else onnx, else torch)"
     )
     predict.add_argument(
@@ -75,21 +89,6 @@ def add_predict(commands: Any) -> None:
     predict.add_argument("--json", action="store_true", help="print a JSON report")
 
 
-@dataclass(frozen=True)
-class _Job:
-    """One scan and where its results go."""
-
-    input: Input
-    output: Path
-    format: Format
-
-    @property
-    def probabilities(self) -> Path:
-        from distilldsm.inference.inputs import stem
-
-        return self.output.with_name(f"{stem(self.output).removesuffix('.dcm')}_probabilities.nii.gz")
-
-
 def predict(args: argparse.Namespace) -> None:
     """Run the command.
 
@@ -101,18 +100,37 @@ def predict(args: argparse.Namespace) -> None:
 
 
 def _predict(args: argparse.Namespace) -> None:
+    from distilldsm.inference.job import Settings, run_job
     from distilldsm.inference.memory import budget_bytes
     from distilldsm.inference.predict import Predictor
+    from distilldsm.inference.scores import parse_mirror
 
     budget = budget_bytes(args.max_memory)
     engine: Runtime = args.engine or _installed_engine()
-    predictor = Predictor.from_export(Path(args.model_dir), runtime=engine, precision=args.precision, fixed_size=True)
+    predictor = Predictor.from_export(
+        Path(args.model_dir),
+        runtime=engine,
+        precision=args.precision,
+        fixed_size=True,
+        ensemble=[Path(folder) for folder in args.ensemble],
+        mirror=parse_mirror(args.mirror),
+        postprocess=args.postprocess,
+    )
+    _remark(predictor, args)
     jobs, many = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
+    settings = Settings(
+        engine=engine,
+        precision=args.precision,
+        budget=budget,
+        default_budget=args.max_memory is None,
+        probabilities=args.probabilities,
+        alone=not many,
+    )
     done: list[dict[str, Any]] = []
-    failures: list[tuple[_Job, UserError]] = []
+    failures: list[tuple[Job, UserError]] = []
     for job in _tracked(jobs) if many else jobs:
         try:
-            done.append(_predict_one(job, predictor, args, engine, budget, alone=not many))
+            done.append(run_job(job, predictor, settings))
             if not args.json:
                 _print_line(done[-1], engine)
         except UserError as error:
@@ -124,11 +142,14 @@ def _predict(args: argparse.Namespace) -> None:
 
         write_volumes(Path(args.volumes), {row["scan"]: row["volume_ml"] for row in done})
     if args.json:
-        plan = predictor.plan
+        labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
         report = {
             "model": str(args.model_dir),
+            "ensemble": args.ensemble,
             "engine": engine,
-            "labels": dict(zip(plan.class_names, plan.class_values, strict=True)),
+            "mirror": [list(member.mirror_axes) for member in predictor.scorer.members],
+            "labels": labels,
+            "keep_largest": [label for label, value in labels.items() if value in predictor.keep_largest],
             "scans": done,
             "failures": [_failure(job, error) for job, error in failures],
         }
@@ -141,6 +162,18 @@ def _predict(args: argparse.Namespace) -> None:
             seen=", ".join(job.input.name for job, _ in failures),
             mend="see the errors above; the others are done",
         )
+
+
+def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
+    """What was asked for and may not be what was meant."""
+    for folder, metadata, member in zip(
+        (args.model_dir, *args.ensemble), predictor.models, predictor.scorer.members, strict=True
+    ):
+        unseen = [axis for axis in member.mirror_axes if axis not in metadata.network.mirror_axes]
+        if unseen:
+            print(f"{folder}: was not trained with flips along {', '.join(unseen)}", file=sys.stderr)
+    if args.postprocess and not predictor.keep_largest:
+        print("--postprocess changes nothing: no label gained by it on the held-out cases", file=sys.stderr)
 
 
 @contextmanager
@@ -169,9 +202,10 @@ def _installed_engine() -> Runtime:
     raise UserError("no engine is installed", rule=" or ".join(ENGINES.values()), mend="pip install openvino")
 
 
-def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[_Job], bool]:
+def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
     """Everything that can be refused before any scan is read."""
     from distilldsm.inference.inputs import check_output, find_inputs, output_path, refuse_input
+    from distilldsm.inference.job import Job
 
     output = Path(args.output)
     given = [Path(path) for path in args.inputs]
@@ -190,7 +224,7 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[_Job], 
     jobs = []
     for one in found:
         path, kind = output_path(one, output, many, args.format)
-        job = _Job(one, path, kind)
+        job = Job(one, path, kind)
         check_output(one, path, kind, every)
         if args.probabilities:
             refuse_input(job.probabilities, every, "is an input")
@@ -207,174 +241,13 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[_Job], 
     return jobs, many
 
 
-def _tracked(jobs: Sequence[_Job]) -> Iterator[_Job]:
+def _tracked(jobs: Sequence[Job]) -> Iterator[Job]:
     from distilldsm.progress import progress
 
     return progress(jobs, total=len(jobs), title="predict", unit="scan")
 
 
-def _predict_one(
-    job: _Job, predictor: Predictor, args: argparse.Namespace, engine: str, budget: int, *, alone: bool
-) -> dict[str, Any]:
-    """Read, predict, write; what the report says about it.
-
-    Raises:
-        UserError: anything that is wrong with this scan, or with where it goes.
-    """
-    import numpy as np
-
-    from distilldsm.data.geometry import spacing_along
-    from distilldsm.inference.output import scratch_array, write_nifti
-    from distilldsm.inference.report import Stopwatch, peak_memory_mb
-    from distilldsm.inference.scan import check_scale
-    from distilldsm.inference.streaming import NetworkImage, depth_windows, predict_scan
-
-    plan, geometry, clock = predictor.plan, predictor.geometry, Stopwatch()
-    try:
-        with clock("read"):
-            scan = job.input.read(len(plan.channels), budget)
-        check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
-        with clock("preprocess"):
-            image = NetworkImage(scan, plan)
-        pieces = _plan_memory(job, scan, image, predictor, args, engine, budget)
-        padded = -(-image.shape[0] // geometry.stride[0]) * geometry.stride[0]
-        windows = len(depth_windows(padded, pieces.window, geometry.depth_halo, geometry.stride[0]))
-        _announce(job, pieces, windows, budget)
-
-        def track(stream: Iterator[Piece]) -> Iterator[Piece]:
-            if not (alone and windows > 1):
-                return stream
-            from distilldsm.progress import progress
-
-            return progress(stream, total=windows, title=job.input.name, unit="piece")
-
-        mask = np.zeros(scan.shape, dtype=np.uint8, order="F")
-        with ExitStack() as stack:
-            maps = None
-            if args.probabilities:
-                shape = (*scan.shape, plan.targets.channels)
-                maps = stack.enter_context(scratch_array(job.probabilities, shape))
-            counts = predict_scan(
-                predictor.engine,
-                image,
-                plan,
-                mask,
-                stride=geometry.stride,
-                depth_halo=geometry.depth_halo,
-                window=pieces.window,
-                tile=pieces.tile,
-                probabilities=maps,
-                clock=clock,
-                track=track,
-            )
-            with clock("write"):
-                if maps is not None:
-                    write_nifti(job.probabilities, maps, scan, slope=1 / 255)
-                try:
-                    _write_mask(job, mask, scan, predictor)
-                except BaseException:
-                    if maps is not None:
-                        job.probabilities.unlink(missing_ok=True)
-                    raise
-    except UserError as error:
-        if error.where is None:
-            error = _located(error, job.input.paths[0])
-        raise error from None
-    except MemoryError:
-        raise DataError(
-            "needs more memory than there is", where=job.input.paths[0], mend="lower --max-memory, or free memory"
-        ) from None
-    except OSError as error:
-        raise UserError(
-            "cannot be read or written", where=error.filename or job.input.paths[0], seen=error.strerror or str(error)
-        ) from None
-    voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
-    return {
-        "scan": job.input.name,
-        "inputs": [str(path) for path in job.input.paths],
-        "mask": str(job.output),
-        "format": job.format,
-        **({"probabilities": str(job.probabilities)} if args.probabilities else {}),
-        "shape": list(scan.shape),
-        "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
-        "volume_ml": {
-            name: round(int(count) * voxel_ml, 4)
-            for name, value, count in zip(plan.class_names, plan.class_values, counts, strict=True)
-            if value != 0
-        },
-        "exact": pieces.exact,
-        "pieces": windows,
-        "estimated_memory_mb": round(pieces.estimate_bytes / 1e6, 1),
-        "peak_memory_mb": peak_memory_mb(),
-        "seconds": clock.rounded(),
-    }
-
-
-def _plan_memory(
-    job: _Job,
-    scan: Scan,
-    image: NetworkImage,
-    predictor: Predictor,
-    args: argparse.Namespace,
-    engine: str,
-    budget: int,
-) -> Pieces:
-    from distilldsm.inference.memory import DEFAULT_PIECE_VOXELS, activation_bytes, plan_pieces
-
-    assert predictor.metadata is not None
-    network, stride = predictor.metadata.network, predictor.geometry.stride
-    channels, classes = len(predictor.plan.channels), predictor.plan.targets.channels
-    kind = "openvino-auto" if engine == "openvino" and args.precision != "f32" else engine
-    voxels = int(scan.channels[0].raw.size)
-    plane = image.cropped[1] * image.cropped[2]
-    held = scan.nbytes + voxels * (5 if job.format == "seg" else 1) + plane * (160 * channels + 40 * classes)
-    return plan_pieces(
-        [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)],
-        stride=stride,
-        depth_halo=predictor.geometry.depth_halo,
-        per_voxel=activation_bytes(network.name, network.options, kind),
-        channels=channels,
-        classes=classes,
-        held_bytes=held,
-        budget=budget,
-        where=job.input.paths[0],
-        limit_voxels=DEFAULT_PIECE_VOXELS if args.max_memory is None else None,
-        engine=engine,
-    )
-
-
-def _announce(job: _Job, pieces: Pieces, windows: int, budget: int) -> None:
-    size = f"about {pieces.estimate_bytes / 1e9:.1f} of {budget / 1e9:.1f} GB"
-    how = "in one piece" if windows == 1 else f"in {windows} pieces of {pieces.window} slices"
-    print(f"{job.input.name}: {size}, {how}", file=sys.stderr)
-    if pieces.tile is not None:
-        print(
-            f"{job.input.name}: whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are blended: "
-            "labels may differ from those of whole slices; a larger --max-memory avoids that",
-            file=sys.stderr,
-        )
-
-
-def _write_mask(job: _Job, mask: Any, scan: Scan, predictor: Predictor) -> None:
-    if job.format == "nifti":
-        from distilldsm.inference.output import write_nifti
-
-        write_nifti(job.output, mask, scan)
-        return
-    from distilldsm.inference.dicom import write_segmentation
-    from distilldsm.inference.output import replacing
-
-    assert predictor.metadata is not None
-    labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
-    with replacing(job.output) as temporary:
-        write_segmentation(temporary, mask, scan.source, labels, model=predictor.metadata.name)
-
-
-def _located(error: UserError, path: Path) -> UserError:
-    return type(error)(error.problem, where=path, seen=error.seen, rule=error.rule, mend=error.mend)
-
-
-def _failure(job: _Job, error: UserError) -> dict[str, Any]:
+def _failure(job: Job, error: UserError) -> dict[str, Any]:
     return {
         "scan": job.input.name,
         "where": error.where,

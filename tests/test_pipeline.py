@@ -77,6 +77,8 @@ def test_every_output_is_there(clone: Path):
         "data/preprocessed/plan.json",
         "models/fold0/last.safetensors",
         "evaluation/fold0/metrics.json",
+        "evaluation/fold0/postprocessed.csv",
+        "evaluation/fold0/postprocessing.json",
         "evaluation/fold0/report.html",
         "evaluation/fold0/plots/history.csv",
         "export/fold0/model.onnx",

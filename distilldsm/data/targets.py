@@ -108,7 +108,8 @@ class Targets:
 
 def softmax(logits: Float32) -> Float32:
     """Softmax over the first axis."""
-    shifted = np.exp(logits - logits.max(axis=0, keepdims=True))
+    shifted = logits - logits.max(axis=0, keepdims=True)
+    np.exp(shifted, out=shifted)
     # Added up class by class: numpy's own sum takes another order for some shapes, and pieces must equal the whole.
     total = shifted[0].copy()
     for row in shifted[1:]:

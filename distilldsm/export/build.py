@@ -64,11 +64,13 @@ def build_package(
     parity_cases: int = 3,
     max_voxel_difference: float = 1e-4,
     int8: Int8Config | None = None,
+    postprocessing: tuple[str, ...] | None = None,
 ) -> Built:
     """Export a trained network into the empty directory `output`, and compare it with the network.
 
     The IR stores its weights in half precision; where that alone changes more voxels than allowed, in float32. An IR in
-    INT8 comes with it where it is worth it, see int8.py; by default none is made.
+    INT8 comes with it where it is worth it, see int8.py; by default none is made. `postprocessing` goes into the
+    metadata as it is.
 
     Raises:
         DataError: an input is missing, damaged, or of another fold or plan than the model.
@@ -134,7 +136,8 @@ def build_package(
     summary = parity.summary(rows)
     write_json(output / "parity.json", parity.report(rows, max_voxel_difference, weights, quantised))
     write_json(output / "metrics.json", _metrics(summary, output))
-    metadata = replace(_metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint), int8=quantised)
+    metadata = _metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint)
+    metadata = replace(metadata, int8=quantised, postprocessing=postprocessing)
     card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary)
     (output / "README.md").write_text(card, encoding="utf-8")
     weights_file = "model.safetensors"
@@ -195,6 +198,7 @@ def _metadata(
             depth_halo=spec["depth_halo"],
             parameters=spec["parameters"],
             macs_per_voxel=spec["macs_per_voxel"],
+            mirror_axes=tuple(spec.get("mirror_axes", ())),
         ),
         openvino_weights=weights,
         data=DataInfo(

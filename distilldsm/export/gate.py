@@ -130,6 +130,12 @@ def why_not_comparable(challenger: Scores | None, champion: Scores | None, metri
             f"not comparable: version {version} was scored on {len(champion.cases)} cases, this one on "
             f"{len(challenger.cases)}, {shared} of them the same; {again}"
         )
+    if challenger.mirror != champion.mirror:
+        seen = "with mirroring, this one without" if champion.mirror else "without mirroring, this one with it"
+        return (
+            f"not comparable: version {version} was scored {seen}; "
+            f"evaluate both with the same evaluate.mirror, {by_hand}"
+        )
     if metric == "nsd" and challenger.nsd_tolerance_mm != champion.nsd_tolerance_mm:
         return (
             f"not comparable: the NSD of version {version} has a tolerance of {champion.nsd_tolerance_mm} mm, this one "

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from distilldsm.config import Modality
+from distilldsm.config import MirrorAxis, Modality
 from distilldsm.data.targets import Region, Targets
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.params import from_mapping
@@ -78,6 +78,8 @@ class NetworkInfo:
     """Slices beyond a slice that take part in its logits; null: the whole depth."""
     parameters: int
     macs_per_voxel: float
+    mirror_axes: tuple[MirrorAxis, ...] = ()
+    """Axes along which it was trained with random flips."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +130,9 @@ class ModelMetadata:
     """How model.bin stores the weights."""
     int8: Int8Report = Int8Report(shipped=False, reason="not made")
     """Whether there is a `model_int8.xml`, and why, or why not."""
+    postprocessing: tuple[str, ...] | None = None
+    """Labels of which `distilldsm predict --postprocess` keeps the largest component only, decided on the held-out
+    cases; null: not decided, the fold was not evaluated."""
     data: DataInfo
     fold: int
     """The fold that was held out from training."""
@@ -140,6 +145,8 @@ class ModelMetadata:
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the metadata", seen=self.schema_version, rule="1")
+        if not set(self.postprocessing or ()) <= {name for name, value in self.labels.items() if value}:
+            raise ConfigError("'postprocessing' names no label", seen=self.postprocessing, rule=", ".join(self.labels))
         _ = self.targets  # regions must fit the labels
 
     @property

@@ -33,6 +33,8 @@ class Scores:
     split_hash: str
     """SHA-256 of splits.json."""
     nsd_tolerance_mm: float | None = None
+    mirror: bool = False
+    """Whether the predictions that were scored were averaged over flips."""
     labels: tuple[str, ...] = ()
     mean: Mapping[str, float] = field(default_factory=dict)
     """Under the names of the run's metrics, e.g. `test_dice_mean`."""
@@ -100,6 +102,7 @@ def collect_scores(
         return Scores(
             source="evaluation",
             nsd_tolerance_mm=float(settings["nsd_tolerance_mm"]),
+            mirror=bool(settings.get("mirror", False)),
             labels=tuple(next(iter(cases.values()), {})),
             mean=_means(read_json(evaluation / "summary.json")),
             cases=cases,

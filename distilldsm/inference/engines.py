@@ -41,6 +41,13 @@ class Engine(Protocol):
     def __call__(self, image: Float32) -> Float32: ...
 
 
+def release(engine: Engine) -> None:
+    """Have an engine give back the memory it runs in, where it holds any; its next call takes it again."""
+    give_back = getattr(engine, "release", None)
+    if give_back is not None:
+        give_back()
+
+
 class TorchEngine:
     """Runs the network itself, on the CPU or a GPU."""
 
@@ -61,18 +68,27 @@ class OnnxEngine:
     """Runs model.onnx with ONNX Runtime on the CPU."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = _existing(path)
+        self.session: Any = self._load()
+
+    def _load(self) -> Any:
         import onnxruntime
 
-        path = _existing(path)
         options = onnxruntime.SessionOptions()
         try:
-            self.session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise DataError("cannot be loaded by ONNX Runtime", where=path, seen=str(error)[:300]) from None
-        self.name = self.session.get_inputs()[0].name
+            raise DataError("cannot be loaded by ONNX Runtime", where=self.path, seen=str(error)[:300]) from None
+
+    def release(self) -> None:
+        """Drop the session: its arena keeps the memory of the largest image so far."""
+        self.session = None
 
     def __call__(self, image: Float32) -> Float32:
-        return self.session.run(None, {self.name: np.ascontiguousarray(image, dtype=np.float32)})[0]
+        if self.session is None:
+            self.session = self._load()
+        name = self.session.get_inputs()[0].name
+        return self.session.run(None, {name: np.ascontiguousarray(image, dtype=np.float32)})[0]
 
 
 class OpenVINOEngine:
@@ -115,6 +131,10 @@ class OpenVINOEngine:
         except Exception as error:
             raise self._unloadable(error) from None
         self._shape = shape
+
+    def release(self) -> None:
+        """Drop the compiled network, with the buffers between its layers."""
+        self._compiled = None
 
     def __call__(self, image: Float32) -> Float32:
         shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None

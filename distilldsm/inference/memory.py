@@ -15,6 +15,8 @@ BASE_BYTES = 400_000_000
 """Python, the runtime, its compiled network and scratch memory, slices on their way."""
 TORCH_BYTES = 250_000_000
 """What PyTorch takes besides."""
+MODEL_BYTES = 30_000_000
+"""What each further network of an ensemble takes besides its weights while another one runs."""
 USABLE = 0.95
 """Share of the budget that is planned with; estimates are no promises."""
 DEFAULT_PIECE_VOXELS = 26 * 512 * 512
@@ -104,6 +106,9 @@ def plan_pieces(
     where: object,
     limit_voxels: int | None = None,
     engine: str = "openvino",
+    mirrored: bool = False,
+    averaged: bool = False,
+    after_bytes: int = 0,
 ) -> Pieces:
     """Choose the pieces for a volume of padded `size` (D, H, W) in network space.
 
@@ -113,16 +118,21 @@ def plan_pieces(
         stride: the network's; per_voxel: see `activation_bytes`.
         held_bytes: image, mask and what else stays in memory.
         budget: bytes for the whole process; limit_voxels: largest piece even if more would fit.
+        mirrored: views of the piece are mirrored and their scores added up; averaged: those of several networks are,
+            of which one at a time holds activations.
+        after_bytes: what is taken when the networks have given their memory back.
 
     Raises:
-        DataError: not even the smallest tile fits.
+        DataError: not even the smallest tile fits, or what comes after it does not.
     """
     depth, height, width = size
     base = BASE_BYTES + (TORCH_BYTES if engine == "torch" else 0) + held_bytes
     halo = UNBOUNDED_HALO if depth_halo is None else depth_halo
     smallest = min(depth, 2 * halo + stride[0])
     # The piece itself, twice while it is handed over; its logits and their copy; for tiles, their sum too.
-    whole_slices, in_tiles = 4 * (2 * channels + 2 * classes), 4 * (2 * channels + 3 * classes)
+    sums = 4 * ((channels + classes) * mirrored + classes * averaged)
+    whole_slices, in_tiles = 4 * (2 * channels + 2 * classes) + sums, 4 * (2 * channels + 3 * classes) + sums
+    after = base + after_bytes
 
     def estimate(window: int, tile: Sequence[int] | None) -> float:
         area = height * width
@@ -131,6 +141,9 @@ def plan_pieces(
         return base + in_tiles * window * area + (per_voxel + whole_slices) * window * tile[0] * tile[1]
 
     usable = budget * USABLE
+    least = [min(4 * s, n) for s, n in zip(stride[1:], (height, width), strict=True)]
+    if after_bytes and after > usable:
+        raise _too_little(budget, max(after, estimate(smallest, least)), held_bytes, where)
     voxels = (usable - base) / (per_voxel + whole_slices)
     if limit_voxels is not None:
         voxels = min(voxels, limit_voxels)
@@ -141,23 +154,26 @@ def plan_pieces(
         return Pieces(
             window=window,
             tile=None,
-            estimate_bytes=int(estimate(window, None)),
+            estimate_bytes=int(max(estimate(window, None), after)),
             exact=depth_halo is not None or window >= depth,
         )
-    least = [min(4 * s, n) for s, n in zip(stride[1:], (height, width), strict=True)]
     tile = [height, width]
     while estimate(smallest, tile) > usable:
         axis = 0 if tile[0] >= tile[1] else 1
         if tile[axis] <= least[axis]:
             axis = 1 - axis
         if tile[axis] <= least[axis]:
-            raise DataError(
-                "needs more memory than allowed",
-                where=None if where is None else str(where),
-                seen=f"{budget / 1e9:.2f} GB allowed",
-                rule=f"at least {estimate(smallest, least) / USABLE / 1e9:.2f} GB, {held_bytes / 1e9:.2f} of it for "
-                "image and mask",
-                mend="raise --max-memory, or use a machine with more memory",
-            )
+            raise _too_little(budget, estimate(smallest, least), held_bytes, where)
         tile[axis] -= stride[axis + 1]
-    return Pieces(window=smallest, tile=(tile[0], tile[1]), estimate_bytes=int(estimate(smallest, tile)), exact=False)
+    peak = int(max(estimate(smallest, tile), after))
+    return Pieces(window=smallest, tile=(tile[0], tile[1]), estimate_bytes=peak, exact=False)
+
+
+def _too_little(budget: int, needed: float, held_bytes: int, where: object) -> DataError:
+    return DataError(
+        "needs more memory than allowed",
+        where=None if where is None else str(where),
+        seen=f"{budget / 1e9:.2f} GB allowed",
+        rule=f"at least {needed / USABLE / 1e9:.2f} GB, {held_bytes / 1e9:.2f} of it for image and mask",
+        mend="raise --max-memory, or use a machine with more memory",
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -15,7 +16,11 @@ from distilldsm.data.volume import Volume
 from distilldsm.errors import DataError
 from distilldsm.export.package import INT8_FILES, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
-from distilldsm.inference.windows import MAX_VOXELS, predict_logits
+from distilldsm.inference.ensemble import check_same_task, common_postprocessing
+from distilldsm.inference.postprocess import keep_largest
+from distilldsm.inference.scores import Member, Mirror, Scorer, mirror_axes
+from distilldsm.inference.windows import MAX_VOXELS, predict_logits, predict_scores
+from distilldsm.stage import read_json
 
 Runtime = Literal["openvino", "onnx", "torch"]
 Precision = Literal["f32", "auto", "int8"]
@@ -30,14 +35,16 @@ class NetworkGeometry:
 
 
 class Predictor:
-    """A trained model, ready for scans.
+    """A trained model, or an ensemble, ready for scans.
 
     Args:
         engine: runs the network.
         plan: how scans are brought into network space.
         geometry: the network's stride and depth reach.
         max_voxels: largest piece that goes through the network at once.
-        metadata: of an exported model.
+        metadata: of the exported models, those of the first one first.
+        scorer: how scores are computed; by default by `engine` alone.
+        keep_largest: label values of which masks keep the largest connected component only.
     """
 
     def __init__(
@@ -47,22 +54,41 @@ class Predictor:
         geometry: NetworkGeometry,
         *,
         max_voxels: int = MAX_VOXELS,
-        metadata: ModelMetadata | None = None,
+        metadata: Sequence[ModelMetadata] = (),
+        scorer: Scorer | None = None,
+        keep_largest: Sequence[int] = (),
     ) -> None:
         self.engine = engine
         self.plan = plan
         self.geometry = geometry
         self.max_voxels = max_voxels
-        self.metadata = metadata
+        self.models = tuple(metadata)
+        self.scorer = scorer or Scorer([Member(engine)], activation=plan.targets.scores)
+        self.keep_largest = tuple(keep_largest)
+
+    @property
+    def metadata(self) -> ModelMetadata | None:
+        """Of an exported model; of the first one of an ensemble."""
+        return self.models[0] if self.models else None
 
     def predict(self, volume: Volume) -> npt.NDArray[np.uint8]:
         """The mask of a scan: (X, Y, Z) uint8 label values on the scan's grid."""
         image, record = to_network_space(volume, self.plan)
-        classes = scores_to_scan(self.plan.targets.scores(self.logits(image)), record, self.plan.targets)
-        return np.array(self.plan.class_values, dtype=np.uint8)[classes]
+        scores = predict_scores(
+            self.scorer,
+            image,
+            stride=self.geometry.stride,
+            depth_halo=self.geometry.depth_halo,
+            max_voxels=self.max_voxels,
+        )
+        classes = scores_to_scan(scores, record, self.plan.targets)
+        mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
+        for value in self.keep_largest:
+            keep_largest(mask, value)
+        return mask
 
     def logits(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits (K, D, H, W) of an image (C, D, H, W) in network space."""
+        """Logits (K, D, H, W) of an image (C, D, H, W) in network space: of the (first) network, not averaged."""
         return predict_logits(
             self.engine,
             image,
@@ -72,21 +98,28 @@ class Predictor:
         )
 
     @classmethod
-    def from_training(cls, model_dir: Path, checkpoint: str = "last", *, device: str = "auto") -> Predictor:
+    def from_training(
+        cls, model_dir: Path, checkpoint: str = "last", *, device: str = "auto", mirror: Mirror = ()
+    ) -> Predictor:
         """The network of a training directory (`models/foldK`) in PyTorch, float32 on a CPU.
 
+        mirror: axes to average over the flips of; `trained`: those of the training.
+
         Raises:
-            DataError: the checkpoint is missing or does not fit.
+            DataError: the checkpoint is missing or does not fit, or mirroring is wanted that was not trained with.
         """
         import torch
 
         from distilldsm.training.checkpoint import load_network
 
+        axes = mirror_axes(mirror, read_json(model_dir / "model.json").get("mirror_axes", ()), model_dir)
         network = load_network(model_dir, checkpoint)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         geometry = NetworkGeometry(stride=network.stride, depth_halo=network.depth_halo)
-        return cls(TorchEngine(network, device=device), Plan.load(model_dir / "plan.json"), geometry)
+        engine = TorchEngine(network, device=device)
+        plan = Plan.load(model_dir / "plan.json")
+        return cls(engine, plan, geometry, scorer=Scorer([Member(engine, axes)], activation=plan.targets.scores))
 
     @classmethod
     def from_export(
@@ -96,32 +129,61 @@ class Predictor:
         runtime: Runtime = "openvino",
         precision: Precision = "f32",
         fixed_size: bool = False,
+        ensemble: Sequence[Path] = (),
+        mirror: Mirror = (),
+        postprocess: bool = False,
     ) -> Predictor:
         """An exported model directory, its files checked against their hashes; only `torch` needs torch.
 
         precision: of OpenVINO: `f32`, `auto` (see `OpenVINOEngine`) or `int8`, the quantised IR.
         fixed_size: compile OpenVINO for each size that comes (half the memory, see `OpenVINOEngine`).
+        ensemble: further models of the same task, e.g. other folds; scores are averaged.
+        mirror: axes to average over the flips of; `trained`: those that each model was trained with.
+        postprocess: keep the largest component of the labels for which the model was exported with that decision; of
+            an ensemble, of those for which every model was.
 
         Raises:
-            DataError: a file is missing, damaged or changed, or the model has no INT8 IR.
+            DataError: a file is missing, damaged or changed, the model has no INT8 IR, was not trained with mirroring
+                or carries no decision on post-processing; models of an ensemble do not fit together.
         """
-        if runtime == "openvino" and precision == "int8":
-            metadata = _require_int8(model_dir)
-        else:
-            metadata = verify(model_dir, RUNTIME_FILES[runtime])
-        network = metadata.network
-        geometry = NetworkGeometry(stride=network.stride, depth_halo=network.depth_halo)
-        engine: Engine
-        if runtime == "onnx":
-            engine = OnnxEngine(model_dir / "model.onnx")
-        elif runtime == "torch":
-            engine = _exported_network(model_dir, metadata)
-        else:
-            name = "model_int8.xml" if precision == "int8" else "model.xml"
-            engine = OpenVINOEngine(
-                model_dir / name, precision="f32" if precision == "f32" else "auto", fixed_size=fixed_size
-            )
-        return cls(engine, Plan.load(model_dir / "plan.json"), geometry, metadata=metadata)
+        folders = [model_dir, *ensemble]
+        found = [_metadata(folder, runtime, precision) for folder in folders]
+        plans = [Plan.load(folder / "plan.json") for folder in folders]
+        for folder, plan, metadata in zip(folders[1:], plans[1:], found[1:], strict=True):
+            check_same_task((model_dir, plans[0], found[0]), (folder, plan, metadata))
+        axes = [mirror_axes(mirror, m.network.mirror_axes, f) for f, m in zip(folders, found, strict=True)]
+        kept = common_postprocessing(list(zip(folders, found, strict=True))) if postprocess else ()
+        engines = [_engine(f, m, runtime, precision, fixed_size) for f, m in zip(folders, found, strict=True)]
+        halos = [m.network.depth_halo for m in found]
+        reach = None if None in halos else max(halo for halo in halos if halo is not None)
+        return cls(
+            engines[0],
+            plans[0],
+            NetworkGeometry(stride=found[0].network.stride, depth_halo=reach),
+            metadata=found,
+            scorer=Scorer(
+                [Member(engine, own) for engine, own in zip(engines, axes, strict=True)],
+                activation=plans[0].targets.scores,
+            ),
+            keep_largest=[found[0].labels[label] for label in kept],
+        )
+
+
+def _metadata(model_dir: Path, runtime: Runtime, precision: Precision) -> ModelMetadata:
+    if runtime == "openvino" and precision == "int8":
+        return _require_int8(model_dir)
+    return verify(model_dir, RUNTIME_FILES[runtime])
+
+
+def _engine(
+    model_dir: Path, metadata: ModelMetadata, runtime: Runtime, precision: Precision, fixed_size: bool
+) -> Engine:
+    if runtime == "onnx":
+        return OnnxEngine(model_dir / "model.onnx")
+    if runtime == "torch":
+        return _exported_network(model_dir, metadata)
+    name = "model_int8.xml" if precision == "int8" else "model.xml"
+    return OpenVINOEngine(model_dir / name, precision="f32" if precision == "f32" else "auto", fixed_size=fixed_size)
 
 
 def _require_int8(model_dir: Path) -> ModelMetadata:

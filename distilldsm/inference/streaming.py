@@ -17,10 +17,10 @@ import numpy.typing as npt
 from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record, reorient
 from distilldsm.data.plan import Plan
 from distilldsm.data.resampling import CubicSlices, LinearSlices
-from distilldsm.data.targets import Targets
 from distilldsm.errors import DataError
 from distilldsm.inference.engines import Engine
 from distilldsm.inference.scan import Scan
+from distilldsm.inference.scores import Scorer
 from distilldsm.inference.windows import UNBOUNDED_HALO
 
 Float32 = npt.NDArray[np.float32]
@@ -122,9 +122,8 @@ class NetworkImage:
 
 
 def network_scores(
-    engine: Engine,
+    scorer: Scorer,
     image: NetworkImage,
-    targets: Targets,
     *,
     stride: Sequence[int],
     depth_halo: int | None,
@@ -132,11 +131,15 @@ def network_scores(
     tile: tuple[int, int] | None,
     clock: Clock,
 ) -> Iterator[Piece]:
-    """Scores (see `Targets`) of consecutive slices in ascending order: (number of the first, [(K, H, W), ...]).
+    """Scores of consecutive slices in ascending order: (number of the first, [(K, H, W), ...]).
 
     Raises:
         DataError: scores that are not finite; a mask made from them would be garbage.
     """
+
+    def run(engine: Engine, piece: Float32) -> Float32:
+        return engine(piece)[0] if tile is None else blend_tiles(engine, piece, tile)
+
     shape = image.shape
     padded = [-(-n // s) * s for n, s in zip(shape, stride, strict=True)]
     d, h, w = ((p - n) // 2 for p, n in zip(padded, shape, strict=True))
@@ -150,13 +153,12 @@ def network_scores(
                 piece[0, :, k, h : h + shape[1], w : w + shape[2]] = plane
             assert piece is not None
         with clock("network"):
-            logits = engine(piece)[0] if tile is None else blend_tiles(engine, piece, tile)
-            del piece
             # What the depth was padded by is cut away here.
             start, stop = max(part.start, d), min(part.stop, d + shape[0])
-            kept = logits[:, start - part.low : stop - part.low, h : h + shape[1], w : w + shape[2]]
+            keep = (slice(start - part.low, stop - part.low), slice(h, h + shape[1]), slice(w, w + shape[2]))
             with np.errstate(over="ignore", invalid="ignore"):
-                scores = targets.scores(kept)
+                scores = scorer(piece, keep, run)
+            del piece
             if not np.isfinite(scores).all():
                 raise DataError(
                     "the network's scores are not finite",
@@ -166,7 +168,7 @@ def network_scores(
                 )
             # One array per slice: each can go as soon as it has been used.
             planes = [scores[:, k].copy() for k in range(stop - start)]
-            del logits, kept, scores
+            del scores
         yield start - d, planes
 
 
@@ -209,7 +211,7 @@ def _gaussian(size: int) -> npt.NDArray[np.float64]:
 
 
 def predict_scan(
-    engine: Engine,
+    scorer: Scorer,
     image: NetworkImage,
     plan: Plan,
     mask: npt.NDArray[np.uint8],
@@ -245,9 +247,7 @@ def predict_scan(
     kept: dict[int, Float32] = {}
     restored = LinearSlices(kept.__getitem__, image.shape, image.cropped, coarse_slices=plan.coarse_slices)
     done = 0
-    pieces = network_scores(
-        engine, image, targets, stride=stride, depth_halo=depth_halo, window=window, tile=tile, clock=clock
-    )
+    pieces = network_scores(scorer, image, stride=stride, depth_halo=depth_halo, window=window, tile=tile, clock=clock)
     for first, planes in track(pieces):
         with clock("restore"):
             stop = first + len(planes)

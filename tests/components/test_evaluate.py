@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 from pathlib import Path
 
 import nibabel as nib
@@ -13,8 +14,14 @@ import components.evaluate as stage
 from components.evaluate import main, run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.stage import file_hashes, read_json
+from distilldsm.data.volume import read_image
+from distilldsm.errors import DataError
+from distilldsm.evaluation.postprocess import load_postprocessing
+from distilldsm.inference.engines import TorchEngine
+from distilldsm.inference.predict import Predictor
+from distilldsm.stage import file_hashes, read_json, write_json
 from tests.data.volumes import write_dataset
+from tests.inference.test_scores import slanted
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +73,59 @@ def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
         assert (tmp_path / "e" / name).is_file()
     assert not (tmp_path / "e" / "scores").exists()
     assert file_hashes(trained["dataset"]) == before
+    # Ellipsoids and a shell have one component each: nothing to gain.
+    decided = load_postprocessing(tmp_path / "e" / "postprocessing.json")
+    assert (decided.kept, decided.cases, list(decided.labels)) == ((), len(held_out), ["shell", "core"])
+    assert (tmp_path / "e" / "postprocessed.csv").read_text() == (tmp_path / "e" / "cases.csv").read_text()
+
+
+def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_path, monkeypatch, capsys):
+    class Specks(Oracle):
+        def predict(self, volume):
+            mask = super().predict(volume)
+            core = mask == 2
+            mask[:2, :2, :2] = 2  # in a corner, far from the ellipsoid
+            assert core.sum() > 8
+            return mask
+
+    monkeypatch.setattr(stage, "_predictor", lambda *_: Specks(trained["dataset"]))
+    run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "specks"}, fold=0)
+    monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
+    run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "clean"}, fold=0)
+    decided = load_postprocessing(tmp_path / "specks" / "postprocessing.json")
+    assert decided.kept == ("core",)
+    core = decided.labels["core"]
+    assert core.dice_kept > core.dice_raw + 1e-4
+    assert (core.cases_changed, decided.labels["shell"].cases_changed) == (3, 0)
+    assert "core, largest component only: mean Dice +" in capsys.readouterr().out
+    table = {name: (tmp_path / name).read_text() for name in ("specks/cases.csv", "specks/postprocessed.csv")}
+    assert table["specks/cases.csv"] != table["specks/postprocessed.csv"]
+    assert table["specks/postprocessed.csv"] == (tmp_path / "clean" / "cases.csv").read_text()
+    # Reported are the predictions as they are.
+    summary = read_json(tmp_path / "specks" / "summary.json")
+    assert summary["labels"]["core"]["dice"]["mean"] == pytest.approx(core.dice_raw)
+    mask = nib.load(next((tmp_path / "specks" / "predictions").iterdir()))
+    assert np.asarray(mask.dataobj)[0, 0, 0] == 2
+
+
+def test_mirroring_is_for_models_that_were_trained_with_it(trained, tmp_path, monkeypatch):
+    config = EvaluateConfig(mirror=True, workers=1)
+    with pytest.raises(DataError, match=r"model: was not trained with mirroring"):
+        run(config, trained, {"evaluation": tmp_path / "e"}, fold=0)
+    model = Path(shutil.copytree(trained["model"], tmp_path / "model"))
+    spec = read_json(model / "model.json")
+    assert spec["mirror_axes"] == []
+    write_json(model / "model.json", spec | {"mirror_axes": ["height", "depth"]})
+    # So short a training sees background everywhere: no flip would show.
+    monkeypatch.setattr(TorchEngine, "__call__", lambda self, image: slanted(image))
+    run(config, trained | {"model": model}, {"evaluation": tmp_path / "e"}, fold=0)
+    assert "averaged over mirrored views" in (tmp_path / "e" / "report.html").read_text()
+    case = read_json(trained["preprocessed"] / "splits.json")["folds"][0]["held_out"][0]
+    predictor = Predictor.from_training(model, device="cpu", mirror=("depth", "height"))
+    scan = read_image([trained["dataset"] / "imagesTr" / f"{case}_0000.nii.gz"], 1)
+    found = np.asarray(nib.load(tmp_path / "e" / "predictions" / f"{case}.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, predictor.predict(scan))
+    assert (found != Predictor.from_training(model, device="cpu").predict(scan)).any()
 
 
 def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):

@@ -19,10 +19,12 @@ import distilldsm
 from components.export import main, run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
 from distilldsm.errors import DataError, UserError
+from distilldsm.evaluation.postprocess import write_postprocessing
+from distilldsm.evaluation.tables import write_csv
 from distilldsm.export import build
 from distilldsm.export.package import verify
 from distilldsm.inference.predict import Predictor
-from distilldsm.stage import read_json, write_json
+from distilldsm.stage import content_hash, read_json, write_json
 from tests.export.fake import FOLD, Exported, exported
 
 # One voxel of these tiny volumes is a larger share than the default limit allows.
@@ -181,6 +183,41 @@ def test_inputs_that_do_not_belong_together_are_refused(made, traced, tmp_path):
     with pytest.raises(DataError, match="not the plan the model was trained with"):
         export(made, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_training_and_evaluation_decided_travels_with_the_model(made, traced, tmp_path):
+    assert verify(made.export).postprocessing is None, "it was not evaluated"
+    assert verify(made.export).network.mirror_axes == ()
+    model = copy_model(made, tmp_path / "model")
+    write_json(model / "model.json", read_json(model / "model.json") | {"mirror_axes": ["depth", "width"]})
+    evaluation = tmp_path / "evaluation"
+    evaluation.mkdir()
+    facts = {"dice": 0.5, "nsd": 0.5, "hd95_mm": 3.0, "volume_predicted_ml": 2.0}
+    rows = [{"case": c, "label": label, **facts} for c in ("one", "two") for label in ("shell", "core")]
+    better = {"dice": 0.6, "volume_predicted_ml": 1.0}
+    write_csv(evaluation / "cases.csv", rows)
+    write_postprocessing(evaluation, rows, [r | better if r["label"] == "core" else r for r in rows])
+    write_json(evaluation / "summary.json", {"mean": {"dice": 0.5, "nsd": 0.5, "hd95_mm": 3.0}, "labels": {}})
+    manifest = {
+        "fold": FOLD,
+        "files": {},
+        "config": {"checkpoint": "last", "nsd_tolerance_mm": 1.0, "mirror": True},
+        "inputs": {"model": content_hash(model), "dataset": "d", "splits": "s"},
+    }
+    write_json(evaluation / "manifest.json", manifest)
+    inputs = {"model": model, "preprocessed": made.preprocessed, "evaluation": evaluation}
+    run(LOOSE, inputs, {"export": tmp_path / "out"}, fold=FOLD)
+    metadata = verify(tmp_path / "out")
+    assert metadata.postprocessing == ("core",)
+    assert metadata.network.mirror_axes == ("depth", "width")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "largest connected component of core" in card
+    assert "flips along depth, width, in 4 times the time" in card
+    assert read_json(tmp_path / "out" / "scores.json")["mirror"] is True
+    # An evaluation of another training decides nothing.
+    write_json(evaluation / "manifest.json", manifest | {"inputs": manifest["inputs"] | {"model": "another"}})
+    run(LOOSE, inputs, {"export": tmp_path / "out"}, fold=FOLD)
+    assert verify(tmp_path / "out").postprocessing is None
 
 
 def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch, capsys):

@@ -113,6 +113,15 @@ def test_a_tolerance_matters_to_the_nsd_alone():
     assert decide(one, two, Gate(), version="1").promoted
 
 
+def test_scores_with_mirroring_are_none_of_a_model_without():
+    one, two = scored(0.9, mirror=True), scored(0.1)
+    for challenger, champion, words in ((one, two, "without mirroring, this one with"), (two, one, "this one without")):
+        decision = decide(challenger, champion, Gate(), version="1")
+        assert decision.outcome == "not_comparable"
+        assert words in decision.reason
+    assert decide(one, scored(0.1, mirror=True), Gate(), version="1").promoted
+
+
 def test_a_challenger_without_evaluation_says_why():
     decision = decide(scored(source="validation", note="it was not evaluated"), scored(0.1), Gate(), version="1")
     assert decision.outcome == "not_comparable"

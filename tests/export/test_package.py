@@ -94,6 +94,18 @@ def test_a_damaged_manifest_is_an_error(package, content):
         verify(package)
 
 
+def test_metadata_from_before_mirroring_and_post_processing_load(package):
+    path = package / "metadata.json"
+    content = read_json(path)
+    del content["postprocessing"], content["network"]["mirror_axes"]
+    write_json(path, content)
+    metadata = load_metadata(package)
+    assert (metadata.network.mirror_axes, metadata.postprocessing) == ((), None)
+    write_json(path, content | {"postprocessing": ["background"]})
+    with pytest.raises(DataError, match="'postprocessing' names no label"):
+        load_metadata(package)
+
+
 @pytest.mark.parametrize(
     "change", [{"schema_version": 2}, {"labels": ["a"]}, {"surprise": 1}, {"network": {"name": "distill_dsm"}}]
 )

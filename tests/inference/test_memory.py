@@ -72,6 +72,35 @@ def test_pieces_stay_within_the_budget(size, halo, gigabytes, held, limited):
         assert all(0 < t <= n and (t % 16 == 0 or t == n) for t, n in zip(pieces.tile, padded[1:], strict=True))
 
 
+def test_averages_and_what_comes_after_are_in_the_estimate():
+    def plan(budget: int = 10**12, **more):
+        return plan_pieces(
+            (100, 512, 512),
+            stride=(1, 16, 16),
+            depth_halo=8,
+            per_voxel=235.0,
+            channels=2,
+            classes=3,
+            held_bytes=10**8,
+            budget=budget,
+            where="scan.nii",
+            **more,
+        )
+
+    voxels = 100 * 512 * 512
+    plain = plan().estimate_bytes
+    # Sums of scores, and the piece turned round; one network at a time holds activations.
+    assert plan(mirrored=True).estimate_bytes - plain == pytest.approx(4 * (2 + 3) * voxels, abs=1)
+    assert plan(averaged=True).estimate_bytes - plain == pytest.approx(4 * 3 * voxels, abs=1)
+    assert plan(3 * 10**9, mirrored=True).window < plan(3 * 10**9).window
+    assert plan(after_bytes=10**9).estimate_bytes == plain, "the networks have given their memory back by then"
+    assert plan(after_bytes=10**11).estimate_bytes == pytest.approx(10**11 + memory.BASE_BYTES + 10**8)
+    with pytest.raises(DataError, match=r"at least 2\.6") as caught:
+        plan(2 * 10**9, after_bytes=2 * 10**9)
+    needed = float(str(caught.value.rule).split()[2])
+    assert plan(int((needed + 0.01) * 1e9), after_bytes=2 * 10**9).exact
+
+
 def test_a_budget_too_small_says_what_would_do():
     def plan(budget: int):
         return plan_pieces(

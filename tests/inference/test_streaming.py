@@ -20,6 +20,7 @@ from distilldsm.errors import DataError
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.scan import Channel, Scan
+from distilldsm.inference.scores import Member, Scorer
 from distilldsm.inference.streaming import NetworkImage, blend_tiles, depth_windows, predict_scan, tile_starts
 from distilldsm.inference.windows import predict_logits
 from tests.data.volumes import affine
@@ -56,8 +57,9 @@ def in_pieces(engine, scan: Scan, plan: Plan, *, window: int, stride=(1, 4, 4), 
     mask = np.zeros(scan.shape, dtype=np.uint8, order="F")
     image = NetworkImage(scan, plan)
     depth = -(-image.shape[0] // stride[0]) * stride[0]
+    scorer = engine if isinstance(engine, Scorer) else Scorer([Member(engine)])
     counts = predict_scan(
-        engine, image, plan, mask, stride=stride, depth_halo=halo, window=min(window, depth), **options
+        scorer, image, plan, mask, stride=stride, depth_halo=halo, window=min(window, depth), **options
     )
     return mask, counts
 

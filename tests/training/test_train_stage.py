@@ -72,6 +72,11 @@ def test_it_learns(preprocessed, tmp_path):
     )
 
 
+def test_the_axes_of_the_flips_are_written_down(preprocessed, tmp_path):
+    train(preprocessed, tmp_path / "m", config(epochs=1, augment=AugmentConfig(mirror_axes=("width", "depth"))))
+    assert json.loads((tmp_path / "m" / "model.json").read_text())["mirror_axes"] == ["width", "depth"]
+
+
 def test_same_seed_same_weights_other_seed_other_weights(preprocessed, tmp_path):
     first = train(preprocessed, tmp_path / "a", config(epochs=1))
     assert same(first, train(preprocessed, tmp_path / "b", config(epochs=1)))

@@ -1,0 +1,165 @@
+"""Which labels gain by keeping only their largest connected component: decided on scores of held-out cases.
+
+Two tables of the same rows (case, label, scores): the predictions as they are, and with only the largest component of
+every label. A label's own voxels are all that changes its scores, so that one such table serves for all labels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distilldsm.errors import ConfigError, DataError
+from distilldsm.params import from_mapping
+from distilldsm.stage import read_json, write_json
+
+POSTPROCESSING = "postprocessing.json"
+POSTPROCESSED = "postprocessed.csv"
+MIN_DICE_GAIN = 1e-4
+"""Mean Dice must rise by more than this: the last digit in which Dice is reported."""
+
+Row = Mapping[str, Any]
+"""`case`, `label`, `dice`, `hd95_mm`, `volume_predicted_ml` and more; numbers, or text as csv gives them."""
+Fold = TypeVar("Fold", bound=Hashable)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelDecision:
+    """Whether only the largest component of a label is kept, and what that rests on."""
+
+    keep_largest: bool
+    dice_raw: float
+    """Mean over the cases, as predicted."""
+    dice_kept: float
+    """The same with only the largest component."""
+    hd95_raw: float
+    """mm."""
+    hd95_kept: float
+    cases_changed: int
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Postprocessing:
+    """The contents of `postprocessing.json`."""
+
+    schema_version: int = 1
+    cases: int
+    """Held-out cases it was decided on."""
+    labels: Mapping[str, LabelDecision]
+
+    def __post_init__(self) -> None:
+        if self.schema_version != 1:
+            raise ConfigError("unknown version of the post-processing", seen=self.schema_version, rule="1")
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """The labels of which only the largest component is kept."""
+        return tuple(label for label, decision in self.labels.items() if decision.keep_largest)
+
+
+def decide(raw: Sequence[Row], kept: Sequence[Row]) -> Postprocessing:
+    """Keep only the largest component where mean Dice rises by more than MIN_DICE_GAIN and mean HD95 does not rise.
+
+    Args:
+        raw, kept: rows of the same cases and labels.
+
+    Raises:
+        ValueError: they are not.
+    """
+    before, after = ({(r["case"], r["label"]): r for r in rows} for rows in (raw, kept))
+    if before.keys() != after.keys():
+        raise ValueError("the tables hold different cases or labels")
+    decisions = {}
+    for label in dict.fromkeys(label for _, label in before):
+        keys = [key for key in before if key[1] == label]
+
+        def mean(rows: Mapping[Any, Row], metric: str, keys: Sequence[Any] = keys) -> float:
+            return math.fsum(float(rows[key][metric]) for key in keys) / len(keys)
+
+        decisions[label] = _decision(
+            dice=(mean(before, "dice"), mean(after, "dice")),
+            hd95=(mean(before, "hd95_mm"), mean(after, "hd95_mm")),
+            changed=sum(_volume(before[key]) != _volume(after[key]) for key in keys),
+        )
+    return Postprocessing(cases=len({case for case, _ in before}), labels=decisions)
+
+
+def _volume(row: Row) -> float:
+    return float(row["volume_predicted_ml"])
+
+
+def _decision(*, dice: tuple[float, float], hd95: tuple[float, float], changed: int) -> LabelDecision:
+    gain, further = dice[1] - dice[0], hd95[1] - hd95[0]
+    keep = False
+    if not changed:
+        reason = "no case has a second component"
+    elif not gain > MIN_DICE_GAIN:
+        reason = f"mean Dice {gain:+.5f}: not more than {MIN_DICE_GAIN:g} better"
+    elif further > 0:
+        reason = f"mean Dice {gain:+.5f}, but HD95 {further:+.3f} mm"
+    else:
+        keep, reason = True, f"mean Dice {gain:+.5f}, HD95 {further:+.3f} mm"
+    return LabelDecision(
+        keep_largest=keep,
+        dice_raw=dice[0],
+        dice_kept=dice[1],
+        hd95_raw=hd95[0],
+        hd95_kept=hd95[1],
+        cases_changed=changed,
+        reason=reason,
+    )
+
+
+def nested(folds: Mapping[Fold, tuple[Sequence[Row], Sequence[Row]]]) -> dict[Fold, list[Row]]:
+    """Post-processed rows of every fold, decided for each by the other folds: nothing is chosen on what is reported.
+
+    Args:
+        folds: fold to its rows as predicted and with only the largest component of every label.
+
+    Returns:
+        Fold to rows in the order of the predicted ones, each from one of the two tables.
+
+    Raises:
+        ValueError: fewer than two folds, or tables of a fold that do not fit together.
+    """
+    if len(folds) < 2:
+        raise ValueError("nothing is left to decide on: nested reporting needs two folds at least")
+    reported: dict[Fold, list[Row]] = {}
+    for fold, (raw, kept) in folds.items():
+        others = [tables for other, tables in folds.items() if other != fold]
+        chosen = decide([r for t in others for r in t[0]], [r for t in others for r in t[1]]).kept
+        after = {(r["case"], r["label"]): r for r in kept}
+        if after.keys() != {(r["case"], r["label"]) for r in raw}:
+            raise ValueError(f"the tables of fold {fold} hold different cases or labels")
+        reported[fold] = [after[r["case"], r["label"]] if r["label"] in chosen else r for r in raw]
+    return reported
+
+
+def write_postprocessing(folder: Path, raw: Sequence[Row], kept: Sequence[Row]) -> Postprocessing:
+    """Decide, and write POSTPROCESSING and the table POSTPROCESSED of every label with its largest component only."""
+    from distilldsm.evaluation.tables import write_csv
+
+    found = decide(raw, kept)
+    write_csv(folder / POSTPROCESSED, kept)
+    write_json(folder / POSTPROCESSING, found)
+    return found
+
+
+def load_postprocessing(path: Path) -> Postprocessing | None:
+    """Read `postprocessing.json`; None where there is none, as in evaluations from before it was written.
+
+    Raises:
+        DataError: it is damaged or of an unknown version.
+    """
+    if not path.is_file():
+        return None
+    try:
+        return from_mapping(Postprocessing, read_json(path), where=str(path))
+    except ConfigError as error:
+        raise DataError(
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="evaluate the fold again"
+        ) from None

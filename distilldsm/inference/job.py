@@ -1,0 +1,205 @@
+"""One scan of `distilldsm predict`: read, predicted in pieces within a budget, written, reported."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distilldsm.data.geometry import spacing_along
+from distilldsm.errors import DataError, UserError
+from distilldsm.inference.inputs import Format, Input, stem
+from distilldsm.inference.memory import DEFAULT_PIECE_VOXELS, MODEL_BYTES, Pieces, activation_bytes, plan_pieces
+from distilldsm.inference.output import replacing, scratch_array, write_nifti
+from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
+from distilldsm.inference.predict import Precision, Predictor, Runtime
+from distilldsm.inference.report import Stopwatch, peak_memory_mb
+from distilldsm.inference.scan import Scan, check_scale
+from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan
+
+
+@dataclass(frozen=True)
+class Job:
+    """One scan and where its results go."""
+
+    input: Input
+    output: Path
+    format: Format
+
+    @property
+    def probabilities(self) -> Path:
+        """Where its class probabilities go."""
+        return self.output.with_name(f"{stem(self.output).removesuffix('.dcm')}_probabilities.nii.gz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What all scans of a run share."""
+
+    engine: Runtime
+    precision: Precision
+    budget: int
+    """Memory for the whole process, bytes."""
+    default_budget: bool
+    """Nobody asked for it: pieces need be no larger than is worth while."""
+    probabilities: bool
+    alone: bool
+    """The only scan: its pieces are what progress is shown of."""
+
+
+def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
+    """Read, predict, write; returns what the report says about it.
+
+    Raises:
+        UserError: anything that is wrong with this scan, or with where it goes.
+    """
+    try:
+        return _run(job, predictor, settings)
+    except UserError as error:
+        if error.where is None:
+            error = _located(error, job.input.paths[0])
+        raise error from None
+    except MemoryError:
+        raise DataError(
+            "needs more memory than there is", where=job.input.paths[0], mend="lower --max-memory, or free memory"
+        ) from None
+    except OSError as error:
+        raise UserError(
+            "cannot be read or written", where=error.filename or job.input.paths[0], seen=error.strerror or str(error)
+        ) from None
+
+
+def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
+    plan, geometry, clock = predictor.plan, predictor.geometry, Stopwatch()
+    with clock("read"):
+        scan = job.input.read(len(plan.channels), settings.budget)
+    check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
+    with clock("preprocess"):
+        image = NetworkImage(scan, plan)
+    pieces = _plan_memory(job, scan, image, predictor, settings)
+    padded = -(-image.shape[0] // geometry.stride[0]) * geometry.stride[0]
+    windows = len(depth_windows(padded, pieces.window, geometry.depth_halo, geometry.stride[0]))
+    _announce(job, pieces, windows, settings.budget)
+
+    def track(stream: Iterator[Piece]) -> Iterator[Piece]:
+        if not (settings.alone and windows > 1):
+            return stream
+        from distilldsm.progress import progress
+
+        return progress(stream, total=windows, title=job.input.name, unit="piece")
+
+    mask = np.zeros(scan.shape, dtype=np.uint8, order="F")
+    with ExitStack() as stack:
+        maps = None
+        if settings.probabilities:
+            shape = (*scan.shape, plan.targets.channels)
+            maps = stack.enter_context(scratch_array(job.probabilities, shape))
+        counts = predict_scan(
+            predictor.scorer,
+            image,
+            plan,
+            mask,
+            stride=geometry.stride,
+            depth_halo=geometry.depth_halo,
+            window=pieces.window,
+            tile=pieces.tile,
+            probabilities=maps,
+            clock=clock,
+            track=track,
+        )
+        with clock("restore"):
+            if predictor.keep_largest:
+                predictor.scorer.release()
+            for value in predictor.keep_largest:
+                removed = keep_largest(mask, value)
+                counts[plan.class_values.index(value)] -= removed
+                counts[0] += removed
+        with clock("write"):
+            if maps is not None:
+                write_nifti(job.probabilities, maps, scan, slope=1 / 255)
+            try:
+                _write_mask(job, mask, scan, predictor)
+            except BaseException:
+                if maps is not None:
+                    job.probabilities.unlink(missing_ok=True)
+                raise
+    voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+    return {
+        "scan": job.input.name,
+        "inputs": [str(path) for path in job.input.paths],
+        "mask": str(job.output),
+        "format": job.format,
+        **({"probabilities": str(job.probabilities)} if settings.probabilities else {}),
+        "shape": list(scan.shape),
+        "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
+        "volume_ml": {
+            name: round(int(count) * voxel_ml, 4)
+            for name, value, count in zip(plan.class_names, plan.class_values, counts, strict=True)
+            if value != 0
+        },
+        "exact": pieces.exact,
+        "pieces": windows,
+        "estimated_memory_mb": round(pieces.estimate_bytes / 1e6, 1),
+        "peak_memory_mb": peak_memory_mb(),
+        "seconds": clock.rounded(),
+    }
+
+
+def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor, settings: Settings) -> Pieces:
+    networks, stride = [model.network for model in predictor.models], predictor.geometry.stride
+    channels, classes = len(predictor.plan.channels), predictor.plan.targets.channels
+    engine = settings.engine
+    kind = "openvino-auto" if engine == "openvino" and settings.precision != "f32" else engine
+    voxels = int(scan.channels[0].raw.size)
+    plane = image.cropped[1] * image.cropped[2]
+    held = scan.nbytes + voxels * (5 if job.format == "seg" else 1) + plane * (160 * channels + 40 * classes)
+    held += sum(MODEL_BYTES + 4 * network.parameters for network in networks[1:])
+    return plan_pieces(
+        [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)],
+        stride=stride,
+        depth_halo=predictor.geometry.depth_halo,
+        per_voxel=max(activation_bytes(network.name, network.options, kind) for network in networks),
+        channels=channels,
+        classes=classes,
+        held_bytes=held,
+        budget=settings.budget,
+        where=job.input.paths[0],
+        limit_voxels=DEFAULT_PIECE_VOXELS if settings.default_budget else None,
+        engine=engine,
+        mirrored=predictor.scorer.mirrored,
+        averaged=len(networks) > 1,
+        after_bytes=BYTES_PER_VOXEL * voxels if predictor.keep_largest else 0,
+    )
+
+
+def _announce(job: Job, pieces: Pieces, windows: int, budget: int) -> None:
+    size = f"about {pieces.estimate_bytes / 1e9:.1f} of {budget / 1e9:.1f} GB"
+    how = "in one piece" if windows == 1 else f"in {windows} pieces of {pieces.window} slices"
+    print(f"{job.input.name}: {size}, {how}", file=sys.stderr)
+    if pieces.tile is not None:
+        print(
+            f"{job.input.name}: whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are blended: "
+            "labels may differ from those of whole slices; a larger --max-memory avoids that",
+            file=sys.stderr,
+        )
+
+
+def _write_mask(job: Job, mask: Any, scan: Scan, predictor: Predictor) -> None:
+    if job.format == "nifti":
+        write_nifti(job.output, mask, scan)
+        return
+    from distilldsm.inference.dicom import write_segmentation
+
+    assert predictor.metadata is not None
+    labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
+    with replacing(job.output) as temporary:
+        write_segmentation(temporary, mask, scan.source, labels, model=predictor.metadata.name)
+
+
+def _located(error: UserError, path: Path) -> UserError:
+    return type(error)(error.problem, where=path, seen=error.seen, rule=error.rule, mend=error.mend)

@@ -1,0 +1,60 @@
+"""Post-processing of masks: only the largest connected component of a label.
+
+As in nnU-Net (Isensee et al., 2021), voxels are connected over faces, edges and corners (26 neighbours), and what is
+removed becomes background.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+BYTES_PER_VOXEL = 7
+"""Memory for the search, per voxel of the box around a label: the label's voxels, component numbers, comparisons."""
+
+
+def keep_largest(mask: npt.NDArray[np.uint8], value: int) -> int:
+    """Set all but the largest connected component of `value` in a mask to 0, in place.
+
+    Of components of the same size the one stays that holds the first voxel in the order of the array's axes (the last
+    axis runs fastest), whatever the order in memory is. (nnU-Net keeps them all.)
+
+    Args:
+        mask: (X, Y, Z) label values.
+        value: the label's, above 0.
+
+    Returns:
+        How many voxels were removed.
+    """
+    from scipy import ndimage
+
+    box = _box(mask, value)
+    if box is None:
+        return 0
+    part = mask[box]
+    components, count = ndimage.label(np.ascontiguousarray(part == value), np.ones((3, 3, 3)), output=np.int32)
+    if count < 2:
+        return 0
+    # In blocks of slices: numpy counts 64-bit numbers only, and would make them of the whole box.
+    sizes = np.zeros(count + 1, dtype=np.int64)
+    step = 1 + count // components[0].size
+    for start in range(0, len(components), step):
+        sizes += np.bincount(components[start : start + step].ravel(), minlength=count + 1)
+    sizes[0] = 0
+    largest = sizes == sizes.max()
+    first = components.ravel()[largest[components].argmax()] if largest.sum() > 1 else sizes.argmax()
+    for plane, numbers in zip(part, components, strict=True):
+        plane[(numbers != first) & (numbers != 0)] = 0
+    return int(sizes.sum() - sizes[first])
+
+
+def _box(mask: npt.NDArray[np.uint8], value: int) -> tuple[slice, ...] | None:
+    """The smallest box around a label's voxels; None if there are none. No array of the mask's size is made."""
+    hits = [np.zeros(n, dtype=bool) for n in mask.shape]
+    for z in range(mask.shape[2]):
+        plane = mask[:, :, z] == value
+        hits[0] |= plane.any(axis=1)
+        hits[1] |= plane.any(axis=0)
+        hits[2][z] = plane.any()
+    found = [np.flatnonzero(hit) for hit in hits]
+    return tuple(slice(int(f[0]), int(f[-1]) + 1) for f in found) if found[0].size else None

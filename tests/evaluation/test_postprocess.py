@@ -1,0 +1,100 @@
+"""The decision to keep the largest component only, and that nested reporting never looks at its own fold."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from distilldsm.errors import DataError
+from distilldsm.evaluation.postprocess import decide, load_postprocessing, nested, write_postprocessing
+from distilldsm.stage import read_json, write_json
+
+
+def row(case: str, label: str, dice: float, hd95: float = 2.0, volume: float = 1.0) -> dict:
+    return {"case": case, "label": label, "dice": dice, "hd95_mm": hd95, "volume_predicted_ml": volume}
+
+
+def rows(label: str, *dice: float, hd95: float = 2.0, volume: float = 1.0, prefix: str = "c") -> list[dict]:
+    return [row(f"{prefix}{k}", label, value, hd95, volume) for k, value in enumerate(dice)]
+
+
+@pytest.mark.parametrize(
+    ("dice", "hd95", "volume", "keep", "words"),
+    [
+        ((0.8, 0.9), 1.0, 0.9, True, "mean Dice \\+0.05000, HD95 -1.000 mm"),
+        ((0.8, 0.8002), 2.0, 0.9, False, "not more than 0.0001 better"),
+        ((0.8, 0.8003), 2.0, 0.9, True, "HD95 \\+0.000 mm"),
+        ((0.8, 0.9), 2.001, 0.9, False, "but HD95 \\+0.001 mm"),
+        ((0.7, 0.9), 1.0, 0.9, True, "mean Dice"),
+        ((0.7, 0.8), 1.0, 0.9, False, "mean Dice \\+0.00000"),
+        ((0.8, 0.8), 2.0, 1.0, False, "no case has a second component"),
+    ],
+)
+def test_what_is_decided_and_why(dice, hd95, volume, keep, words):
+    raw = rows("a", 0.7 if dice[0] == 0.7 else 0.8, 0.8) + rows("b", 0.5, 0.5)
+    found = decide(raw, rows("a", *dice, hd95=hd95, volume=volume) + rows("b", 0.5, 0.5))
+    assert found.kept == (("a",) if keep else ())
+    assert found.cases == 2
+    decision = found.labels["a"]
+    assert decision.cases_changed == (0 if volume == 1.0 else 2)
+    assert decision.dice_kept == pytest.approx(sum(dice) / 2)
+    assert (decision.hd95_raw, decision.hd95_kept) == (2.0, pytest.approx(hd95))
+    import re
+
+    assert re.search(words, decision.reason)
+
+
+def test_text_as_csv_gives_it_and_tables_that_do_not_fit():
+    raw, kept = rows("a", 0.8, 0.8), rows("a", 0.9, 0.9, volume=0.5)
+    text = [[{k: str(v) for k, v in r.items()} for r in table] for table in (raw, kept)]
+    assert decide(*text) == decide(raw, kept)
+    with pytest.raises(ValueError, match="different cases"):
+        decide(raw, kept[:1])
+
+
+def fold(name: str, gain: float) -> tuple[list[dict], list[dict]]:
+    return rows("a", 0.5, 0.7, prefix=name), rows("a", 0.5 + gain, 0.7 + gain, volume=0.9, prefix=name)
+
+
+def test_each_fold_is_reported_as_the_others_decide():
+    # Fold 0 alone would keep, folds 1 and 2 alone would not; only for fold 1 and 2 do the others gain on average.
+    folds = {0: fold("x", 0.1), 1: fold("y", -0.01), 2: fold("z", -0.02)}
+    reported = nested(folds)
+    assert [r["dice"] for r in reported[0]] == [0.5, 0.7], "its own gain must not count"
+    assert reported[1] == folds[1][1]
+    assert reported[2] == folds[2][1]
+
+
+@given(gains=st.lists(st.floats(-0.2, 0.2), min_size=2, max_size=5), own=st.floats(-0.2, 0.2))
+def test_what_a_fold_scores_does_not_change_what_is_chosen_for_it(gains, own):
+    folds = {k: fold(f"f{k}_", gain) for k, gain in enumerate(gains)}
+
+    def chosen(tables):
+        return [r["volume_predicted_ml"] for r in nested(tables)[0]]
+
+    assert chosen(folds) == chosen(folds | {0: fold("f0_", own)})
+
+
+def test_nested_needs_folds_that_fit():
+    with pytest.raises(ValueError, match="two folds at least"):
+        nested({0: fold("x", 0.1)})
+    raw, kept = fold("x", 0.1)
+    with pytest.raises(ValueError, match="tables of fold 0"):
+        nested({0: (raw, kept[:1]), 1: fold("y", 0.1)})
+
+
+def test_files(tmp_path):
+    raw, kept = fold("x", 0.1)
+    found = write_postprocessing(tmp_path, raw, kept)
+    path = tmp_path / "postprocessing.json"
+    assert load_postprocessing(path) == found
+    written = read_json(path)
+    assert written["schema_version"] == 1
+    assert written["labels"]["a"]["keep_largest"] is True
+    assert (tmp_path / "postprocessed.csv").read_text().splitlines()[0] == ",".join(raw[0])
+    assert load_postprocessing(tmp_path / "none.json") is None
+    for change in ({"schema_version": 2}, {"labels": []}, {"more": 1}):
+        write_json(path, written | change)
+        with pytest.raises(DataError, match="evaluate the fold again"):
+            load_postprocessing(path)
