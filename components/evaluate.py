@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from components._main import stage_main
+from distilldsm import cost
 from distilldsm.config import EvaluateConfig, TrackingConfig, load_params
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.geometry import reorient, spacing_along
@@ -31,6 +32,16 @@ from distilldsm.progress import progress
 from distilldsm.stage import content_hash, output_directory, package_versions, read_json, worker_count, write_json
 
 
+def key(config: EvaluateConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`."""
+    hashed = {
+        "dataset": inputs["dataset"],
+        "splits": inputs["preprocessed"] / "splits.json",
+        "model": inputs["model"],
+    }
+    return {"stage": "evaluate", "config": config, "inputs": hashed, "extra": {"fold": fold}}
+
+
 def run(
     config: EvaluateConfig,
     inputs: Mapping[str, Path],
@@ -43,24 +54,17 @@ def run(
 
     Args:
         inputs: `dataset` (scans and truth), `preprocessed` (splits), `model` (of this fold).
-        outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `report.html`, `figures/`, `plots/`,
-            `predictions/`: all of the predictions as they are; `postprocessed.csv` and `postprocessing.json`: what
-            keeping the largest component of each label would change.
+        outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `timing.json`, `report.html`, `figures/`,
+            `plots/`, `predictions/`: all of the predictions as they are; `postprocessed.csv` and
+            `postprocessing.json`: what keeping the largest component of each label would change.
     """
     index = DatasetIndex.load(inputs["dataset"])
     _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
     wanted = set(held_out)
     cases = [case for case in index.cases if case.id in wanted]
-    hashed = {
-        "dataset": inputs["dataset"],
-        "splits": inputs["preprocessed"] / "splits.json",
-        "model": inputs["model"],
-    }
-    with output_directory(
-        outputs["evaluation"], stage="evaluate", config=config, inputs=hashed, extra={"fold": fold}, resumable=True
-    ) as work:
+    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True) as work:
         targets = Plan.load(inputs["model"] / "plan.json").targets
-        for name in ("scores", "predictions", "plots", "figures"):
+        for name in ("scores", "timing", "predictions", "plots", "figures"):
             (work / name).mkdir(exist_ok=True)
         score_all(config, inputs, work, cases, index, targets)
         scores = {case.id: read_json(work / "scores" / f"{case.id}.json") for case in cases}
@@ -89,7 +93,10 @@ def run(
             facts=facts,
         )
         (work / "report.html").write_text(page, encoding="utf-8")
-        shutil.rmtree(work / "scores")
+        taken = cost.prediction_cost(work / "timing")
+        write_json(work / cost.TIMING, {**taken, "training": cost.training_cost(inputs["model"])})
+        for name in ("scores", "timing"):
+            shutil.rmtree(work / name)
         if not config.save_masks:
             shutil.rmtree(work / "predictions")
             (work / "predictions").mkdir()
@@ -124,7 +131,8 @@ def score_all(
         running: set[Future[None]] = set()
         for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
             volume = read_image([inputs["dataset"] / p for p in case.images], len(index.channels))
-            mask = predictor.predict(volume)
+            with cost.measured(work / "timing" / f"{case.id}.json"):
+                mask = predictor.predict(volume)
             path = work / "predictions" / f"{case.id}.nii.gz"
             write_label(path, mask, volume.affine)
             task = (
@@ -266,6 +274,7 @@ def _track(
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distilldsm evaluate", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. evaluate.checkpoint=best")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
@@ -274,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
 
     def stage() -> None:
-        params = load_params(args.params)
+        params = load_params(args.params, args.set)
         run(
             params.evaluate,
             {

@@ -13,6 +13,16 @@ from distilldsm.config import TrackingConfig, TrainConfig, load_params
 from distilldsm.stage import content_hash, output_directory, write_json
 
 
+def key(config: TrainConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`."""
+    return {
+        "stage": "train",
+        "config": config,
+        "inputs": {"preprocessed": inputs["preprocessed"]},
+        "extra": {"fold": fold},
+    }
+
+
 def run(
     config: TrainConfig,
     inputs: Mapping[str, Path],
@@ -26,7 +36,7 @@ def run(
     Args:
         inputs: `preprocessed`.
         outputs: `model`: `last.safetensors`, `best.safetensors`, `model.json`, `plan.json`, `history.json`,
-            `mlflow_run.json`.
+            `cost.json`, `mlflow_run.json`.
         fold: the fold that is held out.
         tracking: how the run is tracked; None leaves MLflow out.
 
@@ -39,14 +49,7 @@ def run(
         if not processes.is_main:
             _train_as_peer(config, inputs, outputs, fold, processes)
             return
-        with output_directory(
-            outputs["model"],
-            stage="train",
-            config=config,
-            inputs={"preprocessed": inputs["preprocessed"]},
-            extra={"fold": fold},
-            resumable=True,
-        ) as work:
+        with output_directory(outputs["model"], **key(config, inputs, fold), resumable=True) as work:
             _train_as_main(config, inputs, work, fold, processes, tracking or TrackingConfig(enabled=False))
 
 
@@ -61,6 +64,7 @@ def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold:
 def _train_as_main(
     config: TrainConfig, inputs: Mapping, work: Path, fold: int, processes: Any, tracking: TrackingConfig
 ) -> None:
+    from distilldsm.cost import TrainingCost, machine
     from distilldsm.data.dataset import DatasetIndex
     from distilldsm.params import to_mapping
     from distilldsm.tracking import start_run
@@ -77,10 +81,19 @@ def _train_as_main(
                 metrics["val_dice_mean"] = record["val_dice_mean"]
                 metrics |= {f"val_dice_{label}": value for label, value in record["val_dice"].items()}
             mlflow_run.log_metrics(metrics, step=record["epoch"])
+            taken.write(trainer.state.history)  # now, for what is killed later was measured too
 
         trainer = Trainer(
             config, preprocessed=preprocessed, work=work, fold=fold, processes=processes, on_epoch=log_epoch
         )
+        facts = {
+            "parameters": trainer.cost.parameters,
+            "macs_per_voxel": trainer.cost.macs_per_voxel,
+            **machine(trainer.device.type),
+            "processes": processes.world,
+            "precision": "bf16" if trainer.bf16 else "float32",
+        }
+        taken = TrainingCost(work, facts)
         print(f"{config.model.name}: {trainer.cost}; {trainer.device}, {'bf16' if trainer.bf16 else 'float32'}")
         index = DatasetIndex.load(preprocessed)
         mlflow_run.log_params(
@@ -104,6 +117,7 @@ def _train_as_main(
         mlflow_run.log_artifact(preprocessed / "plan.json", "plan")
         mlflow_run.log_artifact(preprocessed / "fingerprint.json", "plan")
         state = trainer.run()
+        taken.write(state.history)
         shutil.copyfile(preprocessed / "plan.json", work / "plan.json")
         write_json(
             work / "model.json",

@@ -1,4 +1,4 @@
-"""The command `distilldsm`: one sub-command a stage, plus predict, info, plan, compose, summary and compare.
+"""The command `distilldsm`: one sub-command a stage, plus those of `_parser` and `UPPER`.
 
 Imports of this file are light, so that `--help` answers at once and `predict` never loads torch; what a command needs
 is imported when it runs.
@@ -25,10 +25,11 @@ STAGES = {
 
 
 UPPER = {
+    "cross-validate": ("components.all_folds", "main", "train and evaluate every fold, and put them into one table"),
     "pipeline": ("pipeline.cli", "main", "the same pipeline on Kubeflow: compile, run, submit, status"),
     "lineage": ("pipeline.cli", "lineage_main", "from a DVC, MLflow or Kubeflow id to the others"),
 }
-"""Commands of the pipeline package: module, function, help."""
+"""Commands of several stages, and of the pipeline package: module, function, help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -100,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     compose.add_argument("--keep", action="store_true", help="change what the file holds instead of the defaults")
     compose.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
 
-    summary = commands.add_parser("summary", help="Dice, HD95 and NSD per label of the evaluated folds")
+    summary = commands.add_parser("summary", help="scores per label of the evaluated folds and of the cross-validation")
     summary.add_argument("directories", metavar="DIR", nargs="*", help="default: evaluation/fold*")
     summary.add_argument("--json", action="store_true", help="print a JSON object")
 
@@ -111,8 +112,11 @@ def _parser() -> argparse.ArgumentParser:
         "one, Holm-corrected, over the cases that all were scored on.",
     )
     compare.add_argument(
-        "trainings", metavar="NAME=DIR[,DIR...]", nargs="+", help="e.g. distill=evaluation/fold0,evaluation/fold1"
+        "trainings",
+        metavar="NAME=DIR[,DIR...]",
+        nargs="+",
+        help="a cross_validation, an evaluated fold, or a folder of them, e.g. distill=runs/distill/cross_validation",
     )
-    compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.csv and comparison.png")
-    compare.add_argument("--json", action="store_true", help="print a JSON list")
+    compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.csv, costs.csv, comparison.png")
+    compare.add_argument("--json", action="store_true", help="print a JSON object")
     return parser

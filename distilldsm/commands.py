@@ -250,23 +250,43 @@ def summary(args: argparse.Namespace) -> None:
     for directory, table in found.items():
         if not (isinstance(table, dict) and {"labels", "mean"} <= table.keys()):
             raise DataError("is no summary of an evaluation", where=Path(directory) / "summary.json")
+    together = Path("cross_validation")
+    summed_up = None if args.directories or not (together / "summary.json").is_file() else _summed_up(together)
     if args.json:
-        _print_json(found)
+        _print_json(found if summed_up is None else {**found, str(together): summed_up})
         return
     for directory, table in found.items():
         print(format_table(table, directory))
-    if len(found) > 1:
+    if summed_up is not None and len(summed_up["folds"]) > 1:
+        from distilldsm.crossval.table import format_table as format_folds
+
+        print(format_folds(summed_up, str(together)))
+    elif len(found) > 1:
         print(_over_folds(list(found.values())))
 
 
-def _over_folds(tables: list[dict[str, Any]]) -> str:
-    """Mean and sample standard deviation of the folds' mean Dice, per label."""
-    from distilldsm.evaluation.tables import over_folds
+def _summed_up(directory: Path) -> dict[str, Any] | None:
+    """The table over the folds; None where a fold was evaluated again, or is gone, since it was made."""
+    from distilldsm.stage import MANIFEST, content_hash, read_json
 
-    rows = over_folds(tables)
-    width = max(len(label) for label in [*(row[0] for row in rows), "label"]) + 2
+    table = read_json(directory / "summary.json")
+    inputs = read_json(directory / MANIFEST)["inputs"]
+    folds = {fold: Path(f"evaluation/fold{fold}") for fold in table["folds"]}
+    same = all(path.is_dir() and inputs[f"evaluation{fold}"] == content_hash(path) for fold, path in folds.items())
+    return table if same else None
+
+
+def _over_folds(tables: list[dict[str, Any]]) -> str:
+    """Mean and sample standard deviation of the folds' mean Dice, per label that all folds have."""
+    from distilldsm.crossval.table import number, spread
+
+    labels = [label for label in tables[0]["labels"] if all(label in table["labels"] for table in tables)]
+    width = max(len(label) for label in [*labels, "label"]) + 2
     lines = [f"over {len(tables)} folds", f"{'label':{width}}{'Dice':>8}{'sd':>8}"]
-    return "\n".join(lines + [f"{label:{width}}{mean:8.4f}{sd:8.4f}" for label, mean, sd, _ in rows])
+    for label in labels:
+        mean, sd, _ = spread(table["labels"][label]["dice"]["mean"] for table in tables)
+        lines.append(f"{label:{width}}{number(mean):>8}{number(sd):>8}")
+    return "\n".join(lines)
 
 
 def _print_json(value: object) -> None:

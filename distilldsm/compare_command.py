@@ -18,6 +18,7 @@ def compare(args: argparse.Namespace) -> None:
         UserError: a folder is no evaluated fold, or the trainings share no case.
     """
     from distilldsm.evaluation import comparison
+    from distilldsm.evaluation.tables import write_csv
 
     named = [_named(text) for text in args.trainings]
     names = [name for name, _ in named]
@@ -26,16 +27,18 @@ def compare(args: argparse.Namespace) -> None:
     if len(named) < 2:
         raise ConfigError("there is nothing to compare", seen=names[0], rule="two trainings or more")
     trainings = [comparison.load_training(name, directories) for name, directories in named]
-    rows = comparison.compare(trainings)
+    rows, costs = comparison.compare(trainings), comparison.cost_rows(trainings)
     if args.output:
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)
         comparison.write_comparison(rows, output / "comparison.csv")
+        write_csv(output / "costs.csv", costs)
         comparison.draw(trainings, output / "comparison.png")
     if args.json:
-        print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
+        print(json.dumps({"scores": [dataclasses.asdict(row) for row in rows], "costs": costs}, indent=2))
     else:
         print(comparison.format_comparison(rows))
+        print(comparison.format_costs(costs))
 
 
 def _named(text: str) -> tuple[str, list[Path]]:

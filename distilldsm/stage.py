@@ -158,6 +158,33 @@ def output_directory(
         lock.release()
 
 
+def is_current(
+    path: str | os.PathLike[str],
+    *,
+    stage: str,
+    config: Any,
+    inputs: Mapping[str, str | os.PathLike[str]],
+    extra: Mapping[str, Any] | None = None,
+) -> bool:
+    """Whether `output_directory`, called with the same arguments, has already made what lies in `path`.
+
+    Raises:
+        UserError: an input is missing, or the manifest cannot be read.
+    """
+    path = Path(path)
+    if not (path / MANIFEST).is_file():
+        return False
+    made = read_json(path / MANIFEST)
+    wanted = {
+        "stage": stage,
+        "config": to_mapping(config),
+        "inputs": {name: content_hash(p) for name, p in inputs.items()},
+        **(extra or {}),
+    }
+    same = all(made.get(name) == value for name, value in wanted.items())
+    return same and all((path / name).is_file() for name in made["files"])
+
+
 def _prepare(work: Path, key: str, resumable: bool) -> None:
     stamp = work / _STAMP
     if work.exists():

@@ -126,7 +126,7 @@ def build_pipeline(params: Params, cluster: Cluster, images: Images) -> "GraphCo
                     model=trained.outputs["model"],
                 )  # fmt: skip
             verdict = step(
-                "cross_validate", "Sum up the folds", config=export,
+                "cross_validate", "Sum up the folds", config=export, tracking=tracking,
                 evaluations=dsl.Collected(scored.outputs["evaluation"]), models=dsl.Collected(trained.outputs["model"]),
             )  # fmt: skip
             with dsl.If(verdict.outputs["Output"] == True, name="quality"):  # noqa: E712, SIM117

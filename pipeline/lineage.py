@@ -48,8 +48,9 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
         root: the repository, whose dvc.lock is compared with what the runs carry.
 
     Returns:
-        `{"identifier", "kind", "runs": [{mlflow_run_id, name, status, fold, kfp_run_id, dvc_lock_sha256, git_commit,
-        datasets: [{name, digest, source}], models: [{name, version, aliases}]}], "dvc_lock": {...} or None}`.
+        `{"identifier", "kind", "runs": [{mlflow_run_id, name, status, fold, parent, kfp_run_id, dvc_lock_sha256,
+        git_commit, datasets: [{name, digest, source}], models: [{name, version, aliases}]}], "dvc_lock": {...} or
+        None}`; `parent` is the MLflow run of a cross-validation.
 
     Raises:
         DataError: no run carries the identifier.
@@ -128,6 +129,7 @@ def _describe(mlflow: Any, run: Any) -> dict[str, Any]:
         "name": run.info.run_name,
         "status": run.info.status,
         "fold": tags.get("fold"),
+        "parent": tags.get("mlflow.parentRunId"),
         "kfp_run_id": tags.get(TAGS["kfp"]),
         "dvc_lock_sha256": tags.get(TAGS["dvc"]),
         "git_commit": tags.get(TAGS["git"]),
@@ -168,7 +170,12 @@ def format_lineage(found: Mapping[str, Any]) -> str:
     lines = [f"{found['identifier']} ({found['kind']})"]
     for run in found["runs"]:
         lines.append(f"MLflow run   {run['mlflow_run_id']}  {run['name']}  {run['status']}")
-        rows = [("KFP run", run["kfp_run_id"]), ("dvc.lock", run["dvc_lock_sha256"]), ("git commit", run["git_commit"])]
+        rows = [
+            ("parent", run["parent"]),
+            ("KFP run", run["kfp_run_id"]),
+            ("dvc.lock", run["dvc_lock_sha256"]),
+            ("git commit", run["git_commit"]),
+        ]
         rows += [("data", f"{d['name']}  {d['digest']}") for d in run["datasets"]]
         rows += [("model", f"{m['name']}/{m['version']} {' '.join(m['aliases'])}".rstrip()) for m in run["models"]]
         lines += [f"  {key:11}{value}" for key, value in rows if value]

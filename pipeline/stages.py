@@ -18,6 +18,7 @@ from typing import Any, Protocol, TypeVar
 
 from distilldsm import __version__
 from distilldsm.config import (
+    CrossValidationConfig,
     DownloadConfig,
     EvaluateConfig,
     ExportConfig,
@@ -273,6 +274,7 @@ def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:
 
 def cross_validate(
     config: Mapping[str, Any],
+    tracking: Mapping[str, Any],
     evaluations: Sequence[Artifact],
     models: Sequence[Artifact],
     folds: Artifact,
@@ -281,36 +283,45 @@ def cross_validate(
 ) -> bool:
     """Component `cross_validate`: the table over the folds, and whether it passes the threshold of `export.min_dice`.
 
-    The models of all folds go to one artifact `folds`, `fold0`, `fold1` ..., and what their exports need of the
-    evaluations to `evaluation/fold0` ...: kfp cannot pass collected artifacts on into the loop that exports them.
+    The models of all folds go to one artifact `folds`, `fold0`, `fold1` ..., what their exports need of the evaluations
+    to `evaluation/fold0` ..., and the stage's output to `cross_validation`: kfp cannot pass collected artifacts on into
+    the loop that exports them.
 
     Returns:
         Whether the models may leave. (One output only: kfp's local runner cannot tell several apart in a condition.)
     """
-    import statistics
-
-    from distilldsm.evaluation.tables import over_folds
+    from components import cross_validate as stage
+    from distilldsm.crossval.table import number
 
     with component("cross_validate"):
         threshold = section(ExportConfig, config, "export").min_dice
-        tables = [read_json(Path(one.path) / "summary.json") for one in evaluations]
-        rows = over_folds(tables)
-        means = [t["mean"]["dice"] for t in tables]
-        dice = statistics.fmean(m for m in means if m is not None) if any(m is not None for m in means) else 0.0
+        target = Path(folds.path)
+        for model in models:
+            shutil.copytree(model.path, target / f"fold{read_json(Path(model.path) / 'model.json')['fold']}")
+        heavy = shutil.ignore_patterns("predictions", "figures", "plots")
+        numbers = [int(read_json(Path(one.path) / "summary.json")["fold"]) for one in evaluations]
+        for one, fold in zip(evaluations, numbers, strict=True):
+            shutil.copytree(one.path, target / "evaluation" / f"fold{fold}", ignore=heavy)
+        stage.run(
+            CrossValidationConfig(folds=tuple(numbers)),
+            {"evaluation": target / "evaluation", "models": target},
+            {"cross_validation": target / "cross_validation"},
+            tracking=section(TrackingConfig, tracking, "tracking"),
+        )
+        table = read_json(target / "cross_validation" / "summary.json")
+        dice = table["mean"]["dice"]["mean_folds"] or 0.0
         passed = dice >= threshold
         verdict = "passed" if passed else "not passed: nothing is exported or registered"
-        lines = ["| label | Dice | sd over folds | folds |", "|---|---|---|---|"]
-        lines += [f"| {label} | {mean:.4f} | {sd:.4f} | {n} |" for label, mean, sd, n in rows]
-        numbers = ", ".join(str(table["fold"]) for table in tables)
-        lines += ["", f"Folds {numbers}. Mean Dice {dice:.4f}, threshold {threshold:g}: **{verdict}**."]
+        rows = [(label, of_label["dice"]) for label, of_label in table["labels"].items()]
+        lines = ["| label | Dice | sd over folds | sd over cases | folds |", "|---|---|---|---|---|"]
+        for label, score in rows:
+            cells = (number(score[key]) for key in ("mean_folds", "sd_folds", "sd_cases"))
+            lines.append(f"| {label} | {' | '.join(cells)} | {score['folds']} |")
+        listed = ", ".join(str(fold) for fold in table["folds"])
+        lines += ["", f"Folds {listed}. Mean Dice {dice:.4f}, threshold {threshold:g}: **{verdict}**."]
         Path(summary.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
-        log_metrics(metrics, {f"dice_{label}": mean for label, mean, _, _ in rows} | {"dice": dice})
-        for model in models:
-            shutil.copytree(model.path, Path(folds.path) / f"fold{read_json(Path(model.path) / 'model.json')['fold']}")
-        heavy = shutil.ignore_patterns("predictions", "figures", "plots")
-        for one, table in zip(evaluations, tables, strict=True):
-            shutil.copytree(one.path, Path(folds.path) / "evaluation" / f"fold{table['fold']}", ignore=heavy)
-        folds.metadata.update(dice=dice, folds=[table["fold"] for table in tables])
+        log_metrics(metrics, {f"dice_{label}": score["mean_folds"] for label, score in rows} | {"dice": dice})
+        folds.metadata.update(dice=dice, folds=table["folds"])
         print("\n".join(lines))
         return passed
 

@@ -110,6 +110,7 @@ def evaluate(
 
 def cross_validate(
     config: dict,
+    tracking: dict,
     evaluations: Input[List[Dataset]],
     models: Input[List[Model]],
     folds: Output[Model],
@@ -119,7 +120,7 @@ def cross_validate(
     """The folds' models in one place, the table over the folds, and whether it passes the quality threshold."""
     from pipeline import stages
 
-    return stages.cross_validate(config, evaluations, models, folds, summary, metrics)
+    return stages.cross_validate(config, tracking, evaluations, models, folds, summary, metrics)
 
 
 def export(

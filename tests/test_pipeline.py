@@ -24,6 +24,8 @@ TINY = [
     "export.parity_cases=1",
 ]
 
+ORDER = ["train@0", "evaluate@0", "cross_validate", "export@0"]
+
 pytestmark = pytest.mark.slow
 
 
@@ -84,6 +86,7 @@ def test_every_output_is_there(clone: Path):
         "export/fold0/model.onnx",
         "export/fold0/model.xml",
         "export/fold0/metadata.json",
+        "cross_validation/report.html",
         "dvc.lock",
         "mlflow.db",
     ):
@@ -97,7 +100,7 @@ def test_every_output_is_there(clone: Path):
 
 def test_nothing_to_do_runs_nothing(clone: Path):
     done = run("dvc", "repro", cwd=clone)
-    assert stages_that_ran(done) == []
+    assert sorted(stages_that_ran(done), key=ORDER.index) == []
 
 
 def test_metrics_plots_and_experiments_are_useful(clone: Path):
@@ -105,6 +108,7 @@ def test_metrics_plots_and_experiments_are_useful(clone: Path):
     files = shown[""]["data"]
     assert 0 <= files["evaluation/fold0/metrics.json"]["data"]["dice"]["mean"] <= 1
     assert "export/fold0/metrics.json" in files
+    assert files["cross_validation/metrics.json"]["data"]["cost"]["seconds_per_epoch"] > 0
     run("dvc", "plots", "show", "-o", "plots_html", cwd=clone)
     assert "dice_by_case" in (clone / "plots_html" / "index.html").read_text()
     assert "evaluation/fold0/metrics.json" in run("dvc", "exp", "show", "--json", cwd=clone).stdout
@@ -148,7 +152,7 @@ def test_a_training_parameter_reruns_from_train(clone: Path):
     params["train"]["learning_rate"] = 0.002
     (clone / "params.yaml").write_text(yaml.safe_dump(params))
     done = run("dvc", "repro", cwd=clone)
-    assert stages_that_ran(done) == ["train@0", "evaluate@0", "export@0"]
+    assert sorted(stages_that_ran(done), key=ORDER.index) == ORDER
 
 
 def test_an_experiment_changes_what_is_named_and_nothing_else(clone: Path):
@@ -157,11 +161,44 @@ def test_an_experiment_changes_what_is_named_and_nothing_else(clone: Path):
     before = yaml.safe_load((clone / "params.yaml").read_text())
     run("distilldsm", "compose", "--keep", "model=unet2d", cwd=clone)
     done = run("dvc", "exp", "run", "-S", "train.weight_decay=0.02", cwd=clone)
-    assert stages_that_ran(done) == ["train@0", "evaluate@0", "export@0"]
+    assert sorted(stages_that_ran(done), key=ORDER.index) == ORDER
     assert json.loads((clone / "models/fold0/model.json").read_text())["name"] == "unet2d"
     before["train"]["model"] = {"name": "unet2d", "options": {"width": 1.0}}
     before["train"]["weight_decay"] = 0.02
     assert yaml.safe_load((clone / "params.yaml").read_text()) == before
+
+
+def test_several_folds_are_summed_up_whatever_else_lies_there(clone: Path):
+    """Fold 1 of other parameters is left behind by hand: it must neither disturb nor get into the table."""
+    done = run("dvc", "repro", "cross_validate", cwd=clone)
+    assert stages_that_ran(done) == []
+    for name in ("models", "evaluation"):
+        shutil.copytree(clone / name / "fold0", clone / name / "fold1")
+    run("dvc", "repro", "cross_validate", cwd=clone)
+    assert json.loads((clone / "cross_validation/summary.json").read_text())["folds"] == [0]
+    text = (clone / "params.yaml").read_text()
+    params = yaml.safe_load(text)
+    params["cv"]["folds"] = [0, 2]
+    (clone / "params.yaml").write_text(yaml.safe_dump(params))
+    done = run("dvc", "repro", "cross_validate", cwd=clone)
+    assert sorted(stages_that_ran(done)) == ["cross_validate", "evaluate@2", "train@2"]
+    (clone / "params.yaml").write_text(text)
+    summary = json.loads((clone / "cross_validation/summary.json").read_text())
+    assert summary["folds"] == [0, 2]
+    splits = json.loads((clone / "data/preprocessed/splits.json").read_text())["folds"]
+    with open(clone / "cross_validation/cases.csv") as stream:
+        found = {(int(row["fold"]), row["case"]) for row in csv.DictReader(stream)}
+    assert found == {(fold, case) for fold in (0, 2) for case in splits[fold]["held_out"]}
+    code = """
+import mlflow
+client = mlflow.MlflowClient("sqlite:///mlflow.db")
+runs = client.search_runs([e.experiment_id for e in client.search_experiments()], "tags.cv_folds = '0,2'")
+assert len(runs) == 1, runs
+children = client.search_runs([runs[0].info.experiment_id], f"tags.mlflow.parentRunId = '{runs[0].info.run_id}'")
+assert sorted(run.data.tags["fold"] for run in children) == ["0", "2"], children
+print("ok")
+"""
+    assert run(sys.executable, "-c", code, cwd=clone).stdout.strip().endswith("ok")
 
 
 def test_a_mistake_in_params_stops_with_exit_code_2(clone: Path):

@@ -69,7 +69,7 @@ def test_every_model_has_a_preset_with_known_options():
 
 def test_dvc_yaml_names_existing_code():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["download", "validate", "preprocess", "train", "evaluate", "export"]
+    assert list(stages) == ["download", "validate", "preprocess", "train", "evaluate", "export", "cross_validate"]
     for stage in stages.values():
         for dep in stage.get("do", stage)["deps"]:
             if dep.startswith(("components", "distilldsm", "conf")):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from components import all_folds
 from distilldsm.cli import _parser
 from pipeline import cli as pipeline_cli
 from tests.test_presets import composed
@@ -40,6 +41,8 @@ def test_command(command):
         check_pipeline_command(words[2:])
     elif words[:2] == ["distilldsm", "lineage"]:
         pipeline_cli._lineage_parser().parse_args(words[2:])
+    elif words[:2] == ["distilldsm", "cross-validate"]:
+        all_folds.parser().parse_args(words[2:])
     elif words[0] == "distilldsm":
         _parser().parse_args(words[1:])
     elif words[:3] == ["dvc", "exp", "run"]:

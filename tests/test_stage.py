@@ -11,7 +11,15 @@ import pytest
 
 from distilldsm.config import EvaluateConfig
 from distilldsm.errors import UserError
-from distilldsm.stage import content_hash, output_directory, read_json, sha256_file, worker_count, write_json
+from distilldsm.stage import (
+    content_hash,
+    is_current,
+    output_directory,
+    read_json,
+    sha256_file,
+    worker_count,
+    write_json,
+)
 
 
 def make(path: Path, text: str = "x", **options) -> None:
@@ -72,6 +80,23 @@ def test_resume_only_with_the_same_key(tmp_path: Path):
     assert interrupted({"a": 1}) == ["done.txt"]
     assert interrupted({"a": 2}) == []
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_current_need_not_be_made_again(tmp_path: Path):
+    source = tmp_path / "in.txt"
+    source.write_text("input")
+    key = {"stage": "s", "config": EvaluateConfig(), "inputs": {"in": source}, "extra": {"fold": 2}}
+    assert not is_current(tmp_path / "out", **key)
+    with output_directory(tmp_path / "out", **key) as work:
+        (work / "a.txt").write_text("a")
+    assert is_current(tmp_path / "out", **key)
+    assert not is_current(tmp_path / "out", **{**key, "extra": {"fold": 1}})
+    assert not is_current(tmp_path / "out", **{**key, "config": EvaluateConfig(checkpoint="best")})
+    (tmp_path / "out" / "a.txt").unlink()
+    assert not is_current(tmp_path / "out", **key)
+    (tmp_path / "out" / "a.txt").write_text("a")
+    source.write_text("changed")
+    assert not is_current(tmp_path / "out", **key)
 
 
 def test_missing_input_is_named(tmp_path: Path):

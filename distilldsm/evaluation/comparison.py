@@ -12,10 +12,14 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from distilldsm.cost import TIMING
+from distilldsm.crossval.table import COSTS, combine_costs, costs_of_fold
 from distilldsm.errors import DataError
+from distilldsm.stage import read_json
 
 COMPARED = ("dice", "hd95_mm", "nsd")
 Scores = Mapping[tuple[str, str], Mapping[str, float]]
@@ -28,6 +32,8 @@ class Training:
 
     name: str
     folds: tuple[Scores, ...]
+    costs: tuple[Mapping[str, Any], ...] = ()
+    """Of each fold, as far as they are known, see `crossval.table.costs_of_fold`."""
 
     @property
     def scores(self) -> dict[tuple[str, str], Mapping[str, float]]:
@@ -60,28 +66,65 @@ class Comparison:
 def load_training(name: str, directories: Sequence[Path]) -> Training:
     """Read `cases.csv` of evaluated folds.
 
+    Args:
+        directories: each a cross-validation, an evaluated fold, or a folder that holds `fold0`, `fold1` ...
+
     Raises:
         DataError: a table is missing or damaged, or a case was scored in two folds.
     """
     folds: list[Scores] = []
+    taken: list[dict[str, Any]] = []
     seen: dict[str, Path] = {}
-    for directory in directories:
+    for directory in _tables(directories):
         path = directory / "cases.csv"
-        if not path.is_file():
+        rows = _read(path)
+        by_fold: dict[str, list[dict[str, str]]] = {}
+        for row in rows:
+            by_fold.setdefault(row.get("fold", ""), []).append(row)
+        for of_fold in by_fold.values():
+            for case in {row["case"] for row in of_fold}:
+                if case in seen:
+                    raise DataError("a case was scored in two folds", where=path, seen=f"{case}, also in {seen[case]}")
+                seen[case] = path
+            folds.append(_scores(of_fold, path))
+        taken += _costs(directory)
+    return Training(name=name, folds=tuple(folds), costs=tuple(taken))
+
+
+def _tables(directories: Sequence[Path]) -> list[Path]:
+    """The directories that hold a `cases.csv`; of a folder of folds its folds."""
+    found: list[Path] = []
+    for directory in directories:
+        inner = sorted(path.parent for path in directory.glob("fold*/cases.csv"))
+        if not (directory / "cases.csv").is_file() and not inner:
             raise DataError("is no evaluated fold", where=directory, seen="no cases.csv", mend="dvc repro evaluate")
-        with open(path, newline="", encoding="utf-8") as stream:
-            rows = list(csv.DictReader(stream))
-        if not rows or not {"case", "label", *COMPARED} <= rows[0].keys():
-            raise DataError("is no table of scores", where=path, rule=f"columns case, label, {', '.join(COMPARED)}")
-        for case in {row["case"] for row in rows}:
-            if case in seen:
-                raise DataError("a case was scored in two folds", where=path, seen=f"{case}, also in {seen[case]}")
-            seen[case] = path
-        try:
-            folds.append({(r["case"], r["label"]): {m: float(r[m]) for m in COMPARED if r[m]} for r in rows})
-        except ValueError as error:
-            raise DataError("a score is no number", where=path, seen=str(error)) from None
-    return Training(name=name, folds=tuple(folds))
+        found += [directory] if (directory / "cases.csv").is_file() else inner
+    return found
+
+
+def _read(path: Path) -> list[dict[str, str]]:
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows = list(csv.DictReader(stream))
+    if not rows or not {"case", "label", *COMPARED} <= rows[0].keys():
+        raise DataError("is no table of scores", where=path, rule=f"columns case, label, {', '.join(COMPARED)}")
+    return rows
+
+
+def _scores(rows: Sequence[Mapping[str, str]], path: Path) -> Scores:
+    try:
+        return {(r["case"], r["label"]): {m: float(r[m]) for m in COMPARED if r[m]} for r in rows}
+    except ValueError as error:
+        raise DataError("a score is no number", where=path, seen=str(error)) from None
+
+
+def _costs(directory: Path) -> list[dict[str, Any]]:
+    """What the folds of a directory took, as far as it tells."""
+    if (directory / TIMING).is_file():
+        return [costs_of_fold(read_json(directory / TIMING))]
+    if (directory / "summary.json").is_file():
+        cost = read_json(directory / "summary.json").get("cost")
+        return list(cost["folds"]) if cost else []
+    return []
 
 
 def compare(trainings: Sequence[Training]) -> list[Comparison]:
@@ -178,6 +221,26 @@ def format_comparison(rows: Sequence[Comparison]) -> str:
                 f"{row.training:{width}}{row.label:{labels}}{row.mean:9.4f}{row.sd:10.4f}{folds:>10}{difference:>10}"
                 f"{p:>10}{row.cases:7d}"
             )
+    return "\n".join(lines)
+
+
+def cost_rows(trainings: Sequence[Training]) -> list[dict[str, Any]]:
+    """What each training costs, a row each: median seconds and largest memory over its folds; unknown ones None."""
+    return [{"training": training.name, **combine_costs(training.costs)} for training in trainings]
+
+
+def format_costs(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The costs for the terminal; columns that nobody knows are left out."""
+    columns = [key for key in COSTS if any(row[key] is not None for row in rows)]
+    if not columns:
+        return ""
+    width = max(len(str(row["training"])) for row in rows) + 2
+    lines = [" " * width + "".join(f"{key:>{len(key) + 2}}" for key in columns)]
+    for row in rows:
+        cells = ("" if row[key] is None else format(row[key], COSTS[key]) for key in columns)
+        lines.append(
+            f"{row['training']:{width}}" + "".join(f"{c:>{len(k) + 2}}" for k, c in zip(columns, cells, strict=True))
+        )
     return "\n".join(lines)
 
 

@@ -17,6 +17,13 @@ tbody tr:nth-child(even){background:#f4f4f4}
 img{max-width:100%}.note{background:#fff4d6;border-left:5px solid #e69f00;padding:.6rem 1rem;margin:1rem 0}
 .scroll{overflow-x:auto}.small{font-size:.85rem;color:#444}
 """
+HOW_TO_READ = (
+    "<h2>How to read this</h2>"
+    "<p class='small'>Dice: overlap, 1 is perfect. HD95: 95th percentile of the distance between the surfaces, mm. "
+    "NSD: share of the surfaces within the tolerance of each other. Where truth and prediction are both empty, "
+    "Dice and NSD are 1 and HD95 is 0; where only one is empty, Dice and NSD are 0 and HD95 is the volume's "
+    "diagonal; undefined values are left out.</p>"
+)
 
 
 def render_report(
@@ -38,24 +45,29 @@ def render_report(
         notes: what a reader must know before believing the numbers.
         facts: provenance, key to value.
     """
-    pictures = "".join(_figure(caption, path) for caption, path in figures)
+    pictures = "".join(figure(caption, path) for caption, path in figures)
+    return page(
+        title,
+        notes,
+        f"<h2>Scores</h2>{_headline(summary)}<h2>Figures</h2>{pictures}"
+        f"<h2>Cases, worst first</h2>{cases_table(rows)}{HOW_TO_READ}<h2>Provenance</h2>{facts_table(facts)}",
+    )
+
+
+def page(title: str, notes: Sequence[str], body: str) -> str:
+    """A whole page around the HTML `body`: heading, then the notes; empty ones are left out."""
     warnings = "".join(f'<p class="note">{escape(note)}</p>' for note in notes if note)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width,initial-scale=1">'
         f"<title>{escape(title)}</title><style>{_STYLE}</style></head><body><h1>{escape(title)}</h1>"
         "<p>Scores on whole volumes in the scan's own geometry. Research software, not a medical device.</p>"
-        f"{warnings}<h2>Scores</h2>{_headline(summary)}<h2>Figures</h2>{pictures}"
-        f"<h2>Cases, worst first</h2>{_cases(rows)}<h2>How to read this</h2>"
-        "<p class='small'>Dice: overlap, 1 is perfect. HD95: 95th percentile of the distance between the surfaces, mm. "
-        "NSD: share of the surfaces within the tolerance of each other. Where truth and prediction are both empty, "
-        "Dice and NSD are 1 and HD95 is 0; where only one is empty, Dice and NSD are 0 and HD95 is the volume's "
-        "diagonal; undefined values are left out.</p>"
-        f"<h2>Provenance</h2>{_facts(facts)}</body></html>\n"
+        f"{warnings}{body}</body></html>\n"
     )
 
 
-def _figure(caption: str, path: Path) -> str:
+def figure(caption: str, path: Path) -> str:
+    """A picture and its caption, within the page."""
     data = base64.b64encode(path.read_bytes()).decode()
     text = escape(caption)
     return (
@@ -92,7 +104,8 @@ def _headline(summary: Mapping[str, Any]) -> str:
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}<td></td></tr></tbody></table></div>"
 
 
-def _cases(rows: Sequence[Mapping[str, Any]]) -> str:
+def cases_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """All cases and labels, the lowest Dice first."""
     head = "".join(
         f"<th>{name}</th>" for name in ("case", "label", "Dice", "HD95 mm", "NSD", "true ml", "predicted ml")
     )
@@ -105,6 +118,7 @@ def _cases(rows: Sequence[Mapping[str, Any]]) -> str:
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def facts_table(facts: Mapping[str, Any]) -> str:
+    """Key and value, a row each."""
     body = "".join(f"<tr><td>{escape(k)}</td><td>{escape(str(v))}</td></tr>" for k, v in facts.items())
     return f"<div class='scroll'><table class='small'><tbody>{body}</tbody></table></div>"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import math
-import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,20 +88,3 @@ def format_table(summary: Mapping[str, Any], title: str = "") -> str:
     mean = summary["mean"]
     lines.append(f"{'mean':{width}}{mean['dice']:8.4f}{'':16}{mean['hd95_mm']:10.2f}{mean['nsd']:8.4f}")
     return "\n".join(lines)
-
-
-def over_folds(tables: Sequence[Mapping[str, Any]]) -> list[tuple[str, float, float, int]]:
-    """(label, mean, sample standard deviation, folds) of the folds' mean Dice, for labels that every fold has.
-
-    Folds in which a label's Dice is defined for no case do not count; sd is 0 for a single fold.
-    """
-    rows = []
-    for label in tables[0]["labels"]:
-        if not all(label in table["labels"] for table in tables):
-            continue
-        values = [table["labels"][label]["dice"]["mean"] for table in tables]
-        defined = [v for v in values if v is not None]
-        if defined:
-            sd = statistics.stdev(defined) if len(defined) > 1 else 0.0
-            rows.append((label, statistics.fmean(defined), sd, len(defined)))
-    return rows

@@ -70,8 +70,10 @@ def start_run(
     name: str,
     tags: Mapping[str, str] | None = None,
     run_id: str | None = None,
+    run_key: str | None = None,
+    with_system: bool = True,
 ) -> Run:
-    """Start a run, or go on with the one that `directory` (or `run_id`) names.
+    """Start a run, or go on with the one that `directory` (or `run_id`, or `run_key`) names.
 
     Returns at once whatever the state of the server. Tracks nothing where `config.enabled` is false, in every
     process of a distributed training but the first, and where the journal cannot be written (with a warning).
@@ -80,6 +82,8 @@ def start_run(
         directory: the training's work directory; `mlflow_run.json` is written into it.
         tags: added to those of the code's and the data's version.
         run_id: an MLflow run to go on with.
+        run_key: 32 hexadecimal digits that name the run, where the same work shall always be the same run.
+        with_system: sample the machine's load.
     """
     if not config.enabled or os.environ.get("RANK", "0") != "0":
         return Run()
@@ -90,11 +94,12 @@ def start_run(
             "tracking_uri": redact(uri),
             "experiment": config.experiment,
             "run_id": None,
-            "run_key": uuid.uuid4().hex,
+            "run_key": run_key or uuid.uuid4().hex,
             "started_ms": time.time_ns() // 1_000_000,
         }
     identity["run_id"] = run_id or identity["run_id"]
-    run = Run._open(identity, uri, role="train", name=name, tags={**version_tags(), **texts(tags or {}, TAG_LENGTH)})
+    all_tags = {**version_tags(), **texts(tags or {}, TAG_LENGTH)}
+    run = Run._open(identity, uri, role="train", name=name, tags=all_tags, with_system=with_system)
     if run.run_key is not None:
         with _forgiving("writing " + RUN_FILE):
             write_json(directory / RUN_FILE, identity)
@@ -113,7 +118,7 @@ def attach(model_dir: Path, config: TrackingConfig) -> Iterator[Run]:
         yield Run()
         return
     uri = _uri_to_attach(identity["tracking_uri"])
-    run = Run._open(identity, uri, role="attach", name=model_dir.name, tags={})
+    run = Run._open(identity, uri, role="attach", name=model_dir.name, tags={}, with_system=False)
     with run:
         yield run
 
@@ -142,11 +147,21 @@ class Run:
         self._role = "none"
         self._receipt: str | None = None
         self._is_local = False
+        self._uri = ""
         self.run_key: str | None = None
         """Names the run from its start, before the server has given it an id; None where nothing is tracked."""
 
     @classmethod
-    def _open(cls, identity: dict[str, Any], uri: str, *, role: str, name: str, tags: Mapping[str, str]) -> Run:
+    def _open(
+        cls,
+        identity: dict[str, Any],
+        uri: str,
+        *,
+        role: str,
+        name: str,
+        tags: Mapping[str, str],
+        with_system: bool,
+    ) -> Run:
         run = cls()
         with _forgiving("opening the journal"):
             journal = JournalWriter(tracking_directory() / identity["run_key"])
@@ -154,7 +169,8 @@ class Run:
             journal.append("open", **opening, **writer_identity())
             run._journal, run._role, run.run_key = journal, role, identity["run_key"]
             run._state_directory, run._is_local = journal.directory, sqlite_path(uri) is not None
-            run._worker = _start_worker(journal.directory, uri, with_system=role == "train")
+            run._uri = redact(uri)
+            run._worker = _start_worker(journal.directory, uri, with_system=with_system)
         return run
 
     @property
@@ -231,6 +247,25 @@ class Run:
                 target, relative = self._journal.spool(name=file)
                 figure.savefig(target, bbox_inches="tight")
                 self._record("artifact", path=relative, to=folder or None)
+
+    def add_child(self, model_dir: Path, *, name: str) -> None:
+        """Make the training run that `model_dir` belongs to a child of this one, whenever both have arrived.
+
+        A run has one parent: the last one that asked. A model trained without tracking, or into another store, is
+        left out, the latter with a warning.
+
+        Args:
+            name: of the child's run, should the store not know it yet.
+        """
+        with _forgiving(f"child {model_dir}"):
+            identity = _read_run_file(model_dir)
+            if identity is None or self._journal is None:
+                return
+            store = redact(_uri_to_attach(identity["tracking_uri"]))
+            if store != self._uri:
+                raise ValueError(f"it was tracked in {store}, not in {self._uri}")
+            fields = ("experiment", "run_id", "run_key", "started_ms")
+            self._record("child", name=name, **{key: identity[key] for key in fields})
 
     def log_exported_model(
         self,
@@ -351,6 +386,12 @@ def _forgiving(what: str) -> Iterator[None]:
         yield
     except Exception as error:
         logger.warning("MLflow: %s failed: %s: %s", what, type(error).__name__, error)
+
+
+def run_key_of(model_dir: Path) -> str | None:
+    """The key of the run that a model belongs to; None where it was trained without tracking."""
+    identity = _read_run_file(model_dir)
+    return None if identity is None else str(identity["run_key"])
 
 
 def _read_run_file(directory: Path) -> dict[str, Any] | None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
 
 RUN_KEY_TAG = "distilldsm.run_key"
+_PARENT_TAG, _PLACEHOLDER_TAG = "mlflow.parentRunId", "distilldsm.placeholder"
 METRICS_PER_BATCH = 900  # the REST API takes 1,000 items and 1 MB
 ITEMS_PER_BATCH = 90  # params or tags; it takes 100
 _TABLES_TAG = "mlflow.loggedArtifacts"
@@ -102,14 +103,18 @@ class Sink:
         The run is looked for by the id known from before, then by the id in the record, then by the run key's tag.
         """
         self._experiment_id = self._experiment(record["experiment"])
-        run = self._find_run(record, known_run_id)
+        run = self._find_run(record, known_run_id, self._experiment_id)
         if run is None:
             tags = {**record["tags"], RUN_KEY_TAG: record["run_key"]}
             run = self._client.create_run(
                 self._experiment_id, start_time=record["time_ms"], tags=tags, run_name=record["name"]
             )
         elif record["role"] == "train":
-            self._client.update_run(run.info.run_id, status="RUNNING")
+            # What was made for a parent before the training arrived gets the training's name.
+            name = record["name"] if run.data.tags.get(_PLACEHOLDER_TAG) else None
+            self._client.update_run(run.info.run_id, status="RUNNING", name=name)
+            if name is not None:
+                self._client.delete_tag(run.info.run_id, _PLACEHOLDER_TAG)
             self._tags(run.info.run_id, record["tags"])
         self._run_id, self._experiment_id = run.info.run_id, run.info.experiment_id
         return self._run_id
@@ -135,7 +140,7 @@ class Sink:
                     raise
         raise RuntimeError(f"experiment '{name}' can be neither found nor created")
 
-    def _find_run(self, record: Record, known_run_id: str | None) -> Any:
+    def _find_run(self, record: Record, known_run_id: str | None, experiment_id: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         for run_id in dict.fromkeys((known_run_id, record["run_id"])):
@@ -150,7 +155,7 @@ class Sink:
             if run.info.lifecycle_stage == "active":
                 return run
         key = record["run_key"]
-        found = self._client.search_runs([self._experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
+        found = self._client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
         return found[0] if found else None
 
     def apply(self, records: Sequence[Record], directory: Path, identity: str) -> None:
@@ -183,6 +188,8 @@ class Sink:
                     self._announce_table(first["table"])
                 case "model":
                     self._model(first, directory, identity)
+                case "child":
+                    self._child(first)
                 case "end":
                     self._client.set_terminated(self._run_id, first["status"], first["time_ms"])
                 case other:
@@ -235,6 +242,20 @@ class Sink:
         tags = [RunTag(key, value) for key, value in values.items()]
         for start in range(0, len(tags), ITEMS_PER_BATCH):
             self._client.log_batch(run_id, tags=tags[start : start + ITEMS_PER_BATCH], synchronous=True)
+
+    def _child(self, record: Record) -> None:
+        """Tag another run with the open one as its parent.
+
+        A run that has not arrived (its journal may lie on another machine) is made here, and found by its key when
+        its own records come, as that of an evaluation is that comes before its training.
+        """
+        experiment = self._experiment(record["experiment"])
+        run = self._find_run(record, None, experiment)
+        if run is not None:
+            self._tags(run.info.run_id, {_PARENT_TAG: self._run_id})
+            return
+        tags = {RUN_KEY_TAG: record["run_key"], _PARENT_TAG: self._run_id, _PLACEHOLDER_TAG: "true"}
+        self._client.create_run(experiment, start_time=record["started_ms"], tags=tags, run_name=record["name"])
 
     def _dataset(self, record: Record) -> None:
         from mlflow.entities import Dataset, DatasetInput, InputTag

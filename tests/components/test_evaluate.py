@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shutil
+import time
 from pathlib import Path
 
 import nibabel as nib
@@ -146,7 +147,11 @@ def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
     assert len(oracle.seen) == len(set(oracle.seen)) == 3
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "whole"}, fold=0)
-    assert file_hashes(tmp_path / "e") == file_hashes(tmp_path / "whole")
+    resumed, whole = file_hashes(tmp_path / "e"), file_hashes(tmp_path / "whole")
+    assert resumed.pop("timing.json") != whole.pop("timing.json")  # the only file that holds times
+    assert resumed == whole
+    cases = read_json(tmp_path / "e" / "timing.json")["cases"]
+    assert {f"{case}_0000.nii.gz" for case in cases} == set(oracle.seen), "those before the interruption count too"
 
 
 def test_network_and_best_checkpoint(trained, tmp_path, capsys):
@@ -155,6 +160,22 @@ def test_network_and_best_checkpoint(trained, tmp_path, capsys):
     assert "optimistic" in (tmp_path / "e" / "report.html").read_text()
     assert list((tmp_path / "e" / "predictions").iterdir()) == []
     assert "Ellipsoids, fold 0, 3 held-out cases" in capsys.readouterr().out
+
+
+def test_what_predictions_take_is_measured(trained, tmp_path, monkeypatch):
+    oracle = Oracle(trained["dataset"])
+    original = oracle.predict
+    slowness = iter([0.5, 0.0, 0.0])
+    oracle.predict = lambda volume: time.sleep(next(slowness)) or original(volume)
+    monkeypatch.setattr(stage, "_predictor", lambda *_: oracle)
+    run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
+    timing = read_json(tmp_path / "e" / "timing.json")
+    assert len(timing["cases"]) == 3
+    assert 0 < timing["seconds_per_volume"] < 0.5 <= timing["seconds"]
+    assert 0.05 < timing["peak_memory_gb"] < 100
+    assert timing["device_name"]
+    assert timing["training"] == read_json(trained["model"] / "cost.json")
+    assert not (tmp_path / "e" / "timing").exists()
 
 
 def test_missing_model_is_an_error(trained, tmp_path, capsys):

@@ -12,9 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
+from components import cross_validate
 from distilldsm.cli import main
+from distilldsm.config import CrossValidationConfig
 from distilldsm.errors import DataError
 from distilldsm.evaluation.comparison import compare, holm, load_training
+from tests.crossval import folds as crossval
 
 
 def write_fold(directory: Path, cases: dict[str, dict[str, float | None]]) -> Path:
@@ -113,9 +116,9 @@ def test_the_command(tmp_path, capsys):
     trainings = [f"{name}={tmp_path}/{name}/fold*" for name in "ab"]
     assert main(["compare", *trainings, "-o", str(tmp_path / "out")]) == 0
     assert "p (Holm)" in capsys.readouterr().out
-    assert {p.name for p in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.png"}
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {"comparison.csv", "comparison.png", "costs.csv"}
     assert main(["compare", *trainings, "--json"]) == 0
-    found = json.loads(capsys.readouterr().out)
+    found = json.loads(capsys.readouterr().out)["scores"]
     with open(tmp_path / "out" / "comparison.csv", newline="") as stream:
         assert [row["training"] for row in csv.DictReader(stream)] == [row["training"] for row in found]
     assert found[0]["cases"] == 4
@@ -123,3 +126,34 @@ def test_the_command(tmp_path, capsys):
     assert main(["compare", trainings[0], trainings[0]]) == 2
     assert main(["compare", "a", trainings[1]]) == 2
     assert main(["compare", f"a={tmp_path}/nowhere", trainings[1]]) == 1
+
+
+def test_cross_validations_are_compared_with_their_costs(tmp_path, capsys):
+    """As a cross-validation, as a folder of folds, and fold by fold: the same numbers."""
+    for name in "ab":
+        splits, rows = crossval.write_folds(tmp_path / name, count=2)
+        better = [{**row, "dice": row["dice"] + 0.1 * (name == "b")} for row in rows[1]]
+        crossval.write_fold(tmp_path / name, 1, better, splits=splits, seconds=5.0)
+        inputs = {"evaluation": tmp_path / name / "evaluation", "models": tmp_path / name / "models"}
+        outputs = {"cross_validation": tmp_path / name / "cv"}
+        cross_validate.run(CrossValidationConfig(folds=(0, 1)), inputs, outputs)
+    found = []
+    for form in ("{}/cv", "{}/evaluation", "{0}/evaluation/fold0,{0}/evaluation/fold1"):
+        capsys.readouterr()
+        trainings = [f"{name}={form.format(tmp_path / name)}" for name in "ab"]
+        assert main(["compare", *trainings, "-o", str(tmp_path / "out"), "--json"]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0] == found[1] == found[2]
+    dice = [row for row in found[0]["scores"] if row["metric"] == "dice" and row["training"] == "b"]
+    assert [row["difference"] for row in dice] == pytest.approx([0.1 * 5 / 9] * 2)
+    assert all(row["sd_folds"] is not None for row in found[0]["scores"])
+    assert main(["compare", *trainings]) == 0
+    text = capsys.readouterr().out
+    assert [row["seconds_per_epoch"] for row in found[0]["costs"]] == [3.5, 3.5]
+    assert "macs_per_voxel" in text
+    assert "gpu" not in text, "what nobody measured is no column"
+    with open(tmp_path / "out" / "costs.csv", newline="") as stream:
+        assert [(row["training"], row["parameters"]) for row in csv.DictReader(stream)] == [
+            ("a", "1000"),
+            ("b", "1000"),
+        ]

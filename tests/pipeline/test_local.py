@@ -17,6 +17,7 @@ from distilldsm.errors import ConfigError
 from distilldsm.export.package import MONAI_BUNDLE, verify
 from pipeline import stages
 from pipeline.lineage import lineage
+from tests.crossval import folds as folds_written
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -72,8 +73,12 @@ def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monke
     [folder] = (cwd / "kfp-runs").iterdir()
     found = lineage(folder.name)
     assert found["kind"] == "kfp"
-    assert [run["fold"] for run in sorted(found["runs"], key=lambda run: run["fold"])] == ["0", "1"]
-    assert all(run["status"] == "FINISHED" and run["models"] and run["datasets"] for run in found["runs"])
+    assert all(run["status"] == "FINISHED" for run in found["runs"])
+    [parent] = [run for run in found["runs"] if run["fold"] is None]
+    found["runs"].remove(parent)
+    assert sorted(run["fold"] for run in found["runs"]) == ["0", "1"]
+    assert all(run["models"] and run["datasets"] for run in found["runs"])
+    assert {run["parent"] for run in found["runs"]} == {parent["mlflow_run_id"]}
     outputs = [json.loads(path.read_text()) for path in artifacts(cwd, "executor_output.json")]
     models = [
         artifact["metadata"]["mlflow_run_id"]
@@ -169,31 +174,22 @@ def test_unfinished_work_is_kept_where_it_outlives_the_pod(tmp_path, monkeypatch
     assert not target.exists()
 
 
-def evaluation(path: Path, fold: int, dice: dict[str, float | None]) -> FakeArtifact:
-    path.mkdir(parents=True)
-    known = [d for d in dice.values() if d is not None]
-    mean = sum(known) / len(known) if known else None
-    labels = {label: {"dice": {"mean": value}} for label, value in dice.items()}
-    (path / "summary.json").write_text(json.dumps({"fold": fold, "labels": labels, "mean": {"dice": mean}}))
-    return FakeArtifact(path)
-
-
 @pytest.mark.parametrize(("threshold", "passed"), [(0.0, True), (0.75, True), (0.76, False)])
 def test_the_gate_is_the_mean_over_labels_and_folds(tmp_path, threshold, passed):
-    tables = [
-        evaluation(tmp_path / "a", 0, {"x": 0.8, "y": 0.6}),
-        evaluation(tmp_path / "b", 1, {"x": 0.9, "y": 0.7}),
-    ]
-    models = []
-    for fold in (0, 1):
-        (tmp_path / f"m{fold}").mkdir()
-        (tmp_path / f"m{fold}" / "model.json").write_text(json.dumps({"fold": fold}))
-        models.append(FakeArtifact(tmp_path / f"m{fold}"))
+    splits = folds_written.write_splits(tmp_path, [["a", "b"], ["c", "d"]])
+    for fold, dice in enumerate(({"x": 0.8, "y": 0.6}, {"x": 0.9, "y": 0.7})):
+        cases = "ab" if fold == 0 else "cd"
+        rows = [{**row, "dice": dice[row["label"]]} for row in folds_written.random_rows(cases, fold, ("x", "y"))]
+        folds_written.write_fold(tmp_path, fold, rows, splits=splits)
+    given = [[FakeArtifact(tmp_path / kind / f"fold{fold}") for fold in (1, 0)] for kind in ("evaluation", "models")]
     folds, summary, metrics = (FakeArtifact(tmp_path / name) for name in ("folds", "summary", "metrics"))
-    assert stages.cross_validate({"min_dice": threshold}, tables, models, folds, summary, metrics) is passed
+    config, tracking = {"min_dice": threshold}, {"enabled": False}
+    assert stages.cross_validate(config, tracking, *given, folds, summary, metrics) is passed
     assert metrics.logged == pytest.approx({"dice_x": 0.85, "dice_y": 0.65, "dice": 0.75})
-    assert "| x | 0.8500 | 0.0707 | 2 |" in Path(summary.path).read_text()
-    assert json.loads((tmp_path / "folds" / "fold1" / "model.json").read_text()) == {"fold": 1}
+    assert "| x | 0.8500 | 0.0707 | 0.0577 | 2 |" in Path(summary.path).read_text()
+    assert json.loads((tmp_path / "folds" / "fold1" / "model.json").read_text())["fold"] == 1
+    assert (tmp_path / "folds" / "evaluation" / "fold1" / "cases.csv").is_file()
+    assert (tmp_path / "folds" / "cross_validation" / "report.html").is_file()
 
 
 def test_the_confusion_matrix_counts_pairs(tmp_path):

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 
 import distilldsm.training.loop as loop
 from components.train import main, run
+from distilldsm import cost
 from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError, UserError
@@ -63,7 +64,7 @@ def test_it_learns(preprocessed, tmp_path):
     assert history[-1]["val_dice_mean"] > 0.6
     assert [h["epoch"] for h in history if "val_dice" in h] == [4, 8, 12]
     files = {p.name for p in (tmp_path / "m").iterdir()}
-    assert {"last.safetensors", "best.safetensors", "model.json", "plan.json", "manifest.json"} <= files
+    assert {"last.safetensors", "best.safetensors", "model.json", "plan.json", "manifest.json", "cost.json"} <= files
     assert not files & {loop.RESUME, ".stamp.json"}
     network = load_network(tmp_path / "m")
     assert (
@@ -90,6 +91,7 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
         settings = replace(settings, deep_supervision=2)
     whole = train(preprocessed, tmp_path / "whole", settings)
     original = Trainer._train_epoch
+    monkeypatch.setattr(cost, "peak_memory_gb", lambda: 77.0)
 
     def interrupt(self, epoch):
         if epoch == 2:
@@ -102,10 +104,17 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
     assert not (tmp_path / "m").exists()
     assert (tmp_path / ".m.partial" / loop.RESUME).exists()
     seen = []
+    monkeypatch.setattr(cost, "peak_memory_gb", lambda: 1.0)
     monkeypatch.setattr(Trainer, "_train_epoch", lambda self, epoch: seen.append(epoch) or original(self, epoch))
     resumed = train(preprocessed, tmp_path / "m", settings)
     assert seen == [2, 3]
     assert same(whole, resumed)
+    taken = json.loads((tmp_path / "m" / "cost.json").read_text())
+    seconds = [h["seconds"] for h in json.loads((tmp_path / "m" / "history.json").read_text())]
+    assert (taken["epochs"], taken["starts"], taken["peak_memory_gb"]) == (4, 2, 77.0)
+    assert taken["seconds_per_epoch"] == pytest.approx(np.median(seconds), abs=1e-3)
+    assert taken["seconds"] == pytest.approx(sum(seconds), abs=0.1)
+    assert taken["device_name"]
     history = [
         [
             {k: v for k, v in h.items() if k != "seconds"}

@@ -1,0 +1,226 @@
+"""Train and evaluate every fold, then put them into one table: the stages of dvc.yaml, without DVC.
+
+What is there already, made from the same parameters and inputs, is not made again; an interrupted training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
+from pathlib import Path
+
+from components import evaluate, train
+from components._main import stage_main
+from distilldsm.config import Params, load_params
+from distilldsm.errors import DataError, UserError
+from distilldsm.params import to_mapping
+from distilldsm.stage import MANIFEST, is_current, read_json, worker_count
+
+PREPROCESSED, RAW = Path("data/preprocessed"), Path("data/raw")
+LOGS = Path("logs/cross_validation")
+STOP_S = 30.0
+
+
+class Folds:
+    """Runs stages of several folds at a time in subprocesses; one that fails stops the others.
+
+    Args:
+        params: all parameters.
+        arguments: `--params` and `--set`, for every stage.
+        jobs: folds at a time; they share the cores.
+    """
+
+    def __init__(self, params: Params, arguments: Sequence[str], jobs: int) -> None:
+        self.params, self.arguments, self.jobs = params, list(arguments), jobs
+        self._running: dict[int, subprocess.Popen[str]] = {}
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._error: Exception | None = None
+
+    def run(self, folds: Sequence[int]) -> None:
+        """Train and evaluate the folds.
+
+        Raises:
+            UserError: a stage failed; names its log.
+        """
+        with ThreadPoolExecutor(self.jobs) as pool:
+            tasks = [pool.submit(self._fold, fold) for fold in folds]
+            try:
+                wait(tasks)
+            except KeyboardInterrupt:
+                # From a keyboard it has reached the stages too, and a second one would disturb how they end.
+                self._stop(patience_s=5.0)
+                raise
+        if self._error is not None:
+            raise self._error
+
+    def _fold(self, fold: int) -> None:
+        model, evaluation = Path(f"models/fold{fold}"), Path(f"evaluation/fold{fold}")
+        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model}
+        try:
+            if is_current(model, **train.key(self.params.train, inputs, fold)):
+                say(fold, "train: up to date")
+            else:
+                self._stage(fold, "train")
+            if self._stopped:
+                return
+            if is_current(evaluation, **evaluate.key(self.params.evaluate, inputs, fold)):
+                say(fold, "evaluate: up to date")
+            else:
+                self._stage(fold, "evaluate")
+        except Exception as error:
+            with self._lock:
+                if not self._stopped:  # what fails afterwards was stopped
+                    self._error = error
+            self._stop()
+
+    def _stage(self, fold: int, stage: str) -> None:
+        log = LOGS / f"fold{fold}-{stage}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w", encoding="utf-8") as file:
+            with self._lock:
+                if self._stopped:
+                    return
+                process = subprocess.Popen(
+                    self.command(stage, fold),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env=self._environment(),
+                )
+                self._running[fold] = process
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                say(fold, line.rstrip())
+            code = process.wait()
+        with self._lock:
+            del self._running[fold]
+            if code == 0 or self._stopped:
+                return
+        raise _failed(fold, stage, log, code)
+
+    def command(self, stage: str, fold: int) -> list[str]:
+        return [sys.executable, "-m", f"components.{stage}", *self.arguments, "--fold", str(fold)]
+
+    def _environment(self) -> dict[str, str]:
+        if self.jobs == 1:
+            return dict(os.environ)
+        return {**os.environ, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
+
+    def _stop(self, patience_s: float = 0.0) -> None:
+        """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed."""
+        with self._lock:
+            self._stopped = True
+            running = list(self._running.values())
+        for seconds, number in ((patience_s, signal.SIGINT), (STOP_S, signal.SIGKILL)):
+            deadline = time.monotonic() + seconds
+            for process in running:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(number)
+
+
+def _failed(fold: int, stage: str, log: Path, code: int) -> UserError:
+    said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    told = [line for line in said if line.startswith("error:")]
+    error = UserError(
+        f"fold {fold}: {stage} failed, exit code {code}",
+        where=log,
+        seen=(told or said or ["nothing"])[-1],
+        mend="mend it and run the same command again: what is done stays, and a training goes on where it was",
+    )
+    error.exit_code = code if code in (1, 2) else 1
+    return error
+
+
+_SAYING = threading.Lock()
+
+
+def say(fold: int, text: str) -> None:
+    """Print a line of a fold, whole."""
+    with _SAYING:
+        print(f"fold {fold} | {text}", flush=True)
+
+
+def check_preprocessed(params: Params) -> int:
+    """The number of folds there are.
+
+    Raises:
+        DataError: there is no preprocessed data, or it was made with other parameters.
+    """
+    mend = "dvc repro preprocess"
+    for path in (PREPROCESSED / MANIFEST, PREPROCESSED / "splits.json", RAW / MANIFEST):
+        if not path.is_file():
+            raise DataError("there is no preprocessed data to train on", where=path, seen="no such file", mend=mend)
+    made, wanted = read_json(PREPROCESSED / MANIFEST)["config"], to_mapping(params.preprocess)
+    other = [key for key in wanted if made.get(key) != wanted[key] and key not in ("workers", "memory_gb")]
+    if other:
+        raise DataError(
+            "was made with other parameters",
+            where=PREPROCESSED,
+            seen=f"preprocess.{other[0]}: {made.get(other[0])}; now {wanted[other[0]]}",
+            mend=mend,
+        )
+    return len(read_json(PREPROCESSED / "splits.json")["folds"])
+
+
+def run(params_file: str, assignments: Sequence[str], folds: Sequence[int] | None, jobs: int) -> None:
+    """The command.
+
+    Args:
+        params_file, assignments: the parameters, and changes to them.
+        folds: which; None: all there are.
+        jobs: folds at a time.
+
+    Raises:
+        UserError: no preprocessed data, a fold that does not exist, or a stage that failed.
+    """
+    params = load_params(params_file, assignments)
+    count = check_preprocessed(params)
+    numbers = list(range(count)) if folds is None else sorted(set(folds))
+    beyond = [fold for fold in numbers if not 0 <= fold < count]
+    if beyond:
+        raise DataError("there is no such fold", where="--folds", seen=beyond[0], rule=f"0 to {count - 1}")
+    arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
+    Folds(params, arguments, max(1, min(jobs, len(numbers)))).run(numbers)
+    from components import cross_validate
+
+    params = load_params(params_file, [*assignments, f"cv.folds={json.dumps(numbers)}"])
+    cross_validate.run(
+        params.cv,
+        {"evaluation": Path("evaluation"), "models": Path("models"), "splits": PREPROCESSED / "splits.json"},
+        {"cross_validation": Path("cross_validation")},
+        tracking=params.tracking,
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(prog="distilldsm cross-validate", description=__doc__)
+    made.add_argument("--params", default="params.yaml")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    made.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all of the split")
+    made.add_argument("--jobs", type=int, default=1, help="folds at a time; they share the cores (%(default)s)")
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

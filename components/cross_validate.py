@@ -1,0 +1,104 @@
+"""Stage cross_validate: the evaluated folds in one table, and as children of one MLflow run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from components._main import stage_main
+from distilldsm.config import CrossValidationConfig, TrackingConfig, load_params
+from distilldsm.crossval import report, table
+from distilldsm.crossval.folds import NUMBERS, Fold, load_folds
+from distilldsm.evaluation.tables import write_csv
+from distilldsm.stage import content_hash, output_directory, sha256_json, write_json
+
+
+def run(
+    config: CrossValidationConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    tracking: TrackingConfig | None = None,
+) -> None:
+    """Sum up the folds of `config`; others that lie beside them are not looked at.
+
+    Args:
+        inputs: `evaluation` and `models`, the folders that hold `fold0` ...; `splits` (of the preprocessed data) where
+            it is at hand.
+        outputs: `cross_validation`: `summary.json`, `table.csv`, `cases.csv`, `metrics.json`, `dice.png`,
+            `report.html`, and `mlflow_run.json` where it is tracked.
+        tracking: makes a run with the folds' runs as its children, unless there is one fold only.
+
+    Raises:
+        UserError: a fold is missing.
+        DataError: the folds do not belong together, see `load_folds`.
+    """
+    folds = load_folds(config.folds, inputs["evaluation"], inputs["models"], inputs.get("splits"))
+    hashed = {f"evaluation{fold.number}": fold.evaluation_directory for fold in folds}
+    hashed |= {f"model{fold.number}": fold.model_directory for fold in folds}
+    with output_directory(outputs["cross_validation"], stage="cross_validate", config=config, inputs=hashed) as work:
+        summary = table.summarise(folds)
+        write_json(work / "summary.json", summary)
+        write_json(work / "metrics.json", table.metrics_for_dvc(summary))
+        write_csv(work / "table.csv", table.table_rows(summary))
+        columns = ("case", "label", *NUMBERS)
+        rows = [{"fold": fold.number, **{key: row[key] for key in columns}} for fold in folds for row in fold.rows]
+        write_csv(work / "cases.csv", rows)
+        report.draw(folds, work / "dice.png")
+        (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
+        if len(folds) > 1 and tracking is not None:
+            _track(tracking, folds, summary, work, rows)
+    print(table.format_table(summary, "cross-validation"))
+
+
+def _track(
+    tracking: TrackingConfig, folds: Sequence[Fold], summary: Mapping[str, Any], work: Path, rows: Sequence[Mapping]
+) -> None:
+    from distilldsm.tracking import run_key_of, start_run
+
+    train, evaluate = folds[0].train["config"], folds[0].evaluate["config"]
+    # The same trainings, evaluated alike, are the same run, wherever and however often they are summed up.
+    models = [run_key_of(fold.model_directory) or content_hash(fold.model_directory) for fold in folds]
+    parts = [tracking.experiment, evaluate, models]
+    name = f"{tracking.run_name or summary['network']['name']}-cv{len(folds)}"
+    numbers = {"cv_folds": ",".join(str(fold.number) for fold in folds)}
+    with start_run(
+        tracking, directory=work, name=name, tags=numbers, run_key=sha256_json(parts)[:32], with_system=False
+    ) as parent:
+        network = {f"model.{key}": round(folds[0].model[key]) for key in ("parameters", "macs_per_voxel")}
+        parent.log_params({"train": train, "evaluate": evaluate, "folds": summary["folds"], **network})
+        parent.log_metrics(table.metrics_for_mlflow(summary))
+        for file in ("report.html", "summary.json", "table.csv", "dice.png"):
+            parent.log_artifact(work / file, "cross_validation")
+        parent.log_table(table.table_rows(summary), "cross_validation/table.json")
+        parent.log_table(list(rows), "cross_validation/cases.json")
+        for fold in folds:
+            parent.add_child(fold.model_directory, name=f"{summary['network']['name']}-fold{fold.number}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="distilldsm cross_validate", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. cv.folds=[0,1,2]")
+    parser.add_argument("--evaluation", type=Path, default=Path("evaluation"))
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--splits", type=Path, default=Path("data/preprocessed/splits.json"))
+    parser.add_argument("--output", type=Path, default=Path("cross_validation"))
+    args = parser.parse_args(argv)
+
+    def stage() -> None:
+        params = load_params(args.params, args.set)
+        run(
+            params.cv,
+            {"evaluation": args.evaluation, "models": args.models, "splits": args.splits},
+            {"cross_validation": args.output},
+            tracking=params.tracking,
+        )
+
+    return stage_main(stage)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,148 @@
+"""What a training and its predictions took: seconds, memory, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distilldsm.stage import read_json, write_json
+
+COST = "cost.json"
+"""In a model directory: what the training took."""
+TIMING = "timing.json"
+"""In an evaluation directory: what the predictions took, and the model's `cost.json`."""
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held (resident, 10^9 bytes), without its children."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: its peak is that of the process that started this one, if that was larger.
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), flags=re.MULTILINE)
+        if found:
+            return round(int(found[1]) * 1024 / 1e9, 3)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def peak_gpu_memory_gb() -> float | None:
+    """The most memory that torch has given out on this process's GPU, 10^9 bytes; None where it has used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+
+
+def machine(device: str | None = None) -> dict[str, Any]:
+    """The device (`cpu` or `cuda`, by default the GPU if there is one), its name, torch's threads and version."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "device": device,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _peaks(*others: Mapping[str, Any]) -> dict[str, float | None]:
+    """The largest of this process's peaks and those that others have measured."""
+    peaks: dict[str, float | None] = {}
+    for key, own in (("peak_memory_gb", peak_memory_gb()), ("peak_gpu_memory_gb", peak_gpu_memory_gb())):
+        known = [value for value in (own, *(other.get(key) for other in others)) if value is not None]
+        peaks[key] = max(known, default=None)
+    return peaks
+
+
+class TrainingCost:
+    """Keeps `cost.json` of a training up to date, over all processes that it was resumed in.
+
+    Args:
+        work: the training's work directory.
+        facts: what does not change: parameters, device, precision ...
+    """
+
+    def __init__(self, work: Path, facts: Mapping[str, Any]) -> None:
+        self._path, self._facts = work / COST, dict(facts)
+        self._before: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
+
+    def write(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the epochs in `history` took; the seconds are those of training, without validation."""
+        seconds = [float(record["seconds"]) for record in history]
+        cost = {
+            "schema_version": 1,
+            **self._facts,
+            "epochs": len(seconds),
+            "seconds_per_epoch": round(statistics.median(seconds), 3) if seconds else None,
+            "seconds": round(sum(seconds), 1),
+            **_peaks(self._before),
+            "starts": int(self._before.get("starts", 0)) + 1,
+        }
+        write_json(self._path, cost)
+
+
+def training_cost(model: Path) -> dict[str, Any]:
+    """What `cost.json` of a model directory says; of a model without it, what can be told from its other files.
+
+    Raises:
+        UserError: the directory holds no model.
+    """
+    if (model / COST).is_file():
+        return dict(read_json(model / COST))
+    facts, history = read_json(model / "model.json"), read_json(model / "history.json")
+    seconds = [float(record["seconds"]) for record in history]
+    return {
+        "parameters": facts["parameters"],
+        "macs_per_voxel": facts["macs_per_voxel"],
+        "epochs": len(seconds),
+        "seconds_per_epoch": round(statistics.median(seconds), 3) if seconds else None,
+        "seconds": round(sum(seconds), 1),
+    }
+
+
+@contextmanager
+def measured(path: Path) -> Iterator[None]:
+    """Write to `path` what the block took: seconds, and the process's peaks of memory until then."""
+    started = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"seconds": round(seconds, 4), **_peaks()})
+
+
+def prediction_cost(folder: Path) -> dict[str, Any]:
+    """Sum up what `measured` wrote for each case into `folder`.
+
+    Returns:
+        median (`seconds_per_volume`) and sum of the seconds, those of each case, peaks of memory, and the machine.
+    """
+    cases = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    seconds = {case: one["seconds"] for case, one in cases.items()}
+    return {
+        "schema_version": 1,
+        **machine(),
+        "seconds_per_volume": round(statistics.median(seconds.values()), 4) if seconds else None,
+        "seconds": round(sum(seconds.values()), 3),
+        **_peaks(*cases.values()),
+        "cases": seconds,
+    }

@@ -1,0 +1,1 @@
+"""Cross-validation: the folds of one recipe in one table."""

@@ -1,0 +1,150 @@
+"""`distilldsm cross-validate`: every fold trained, evaluated and summed up, resumed, and stopped where one fails."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from components import all_folds
+from distilldsm.cli import main
+from distilldsm.config import Params, PreprocessConfig, load_params
+from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.stage import output_directory, read_json
+from tests.data.volumes import write_dataset
+
+ROOT = Path(__file__).resolve().parents[2]
+PREPROCESS = {"folds": 2, "workers": 1}
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """The current directory: a tiny data set, preprocessed, and its parameters."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    with output_directory("data/raw", stage="download", config={}, inputs={}) as raw:
+        index = write_dataset(raw, cases=4)
+    config = PreprocessConfig(**PREPROCESS)
+    with output_directory("data/preprocessed", stage="preprocess", config=config, inputs={}) as work:
+        preprocess_dataset(Path("data/raw"), index, config, work)
+    train = {"model": {"name": "distill_dsm", "options": {"width": 0.25}}, "epochs": 1, "batch_size": 2}
+    params = {"preprocess": PREPROCESS, "train": train, "tracking": {"enabled": False}, "evaluate": {"workers": 1}}
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    return tmp_path
+
+
+def times(place: Path) -> dict[str, int]:
+    return {str(p.relative_to(place)): p.stat().st_mtime_ns for p in place.glob("*/fold*/manifest.json")}
+
+
+@pytest.mark.slow
+def test_all_folds_and_again_only_what_is_missing(place, capsys):
+    assert main(["cross-validate", "--jobs", "2", "--set", "train.samples_per_case=2"]) == 0
+    out = capsys.readouterr().out
+    assert "fold 0 | epoch 1/1" in out
+    assert "fold 1 | evaluate: 2 cases" in out
+    assert "cross-validation: folds 0, 1, 4 cases" in out
+    assert {"summary.json", "report.html", "table.csv"} <= {p.name for p in (place / "cross_validation").iterdir()}
+    threads = read_json(place / "models/fold0/cost.json")["threads"]
+    assert threads == max(1, len(os.sched_getaffinity(0)) // 2), "two at a time share the cores"
+    before = times(place)
+    assert len(before) == 4
+    (place / "evaluation/fold1/cases.csv").unlink()
+    assert main(["cross-validate", "--set", "train.samples_per_case=2"]) == 0
+    after = times(place)
+    assert [name for name in after if after[name] != before[name]] == ["evaluation/fold1/manifest.json"]
+    assert "fold 1 | train: up to date" in capsys.readouterr().out
+    assert main(["summary"]) == 0
+    shown = capsys.readouterr().out
+    assert "cross_validation: folds 0, 1, 4 cases" in shown
+    assert "seconds per volume" in shown
+    (place / "evaluation/fold1/manifest.json").write_text('{"files": {}}')
+    assert main(["summary"]) == 0
+    assert "over 2 folds" in capsys.readouterr().out, "a table older than a fold is not shown"
+
+
+def test_what_must_be_there_before(place, capsys):
+    assert main(["cross-validate", "--folds", "0", "2"]) == 1
+    assert "there is no such fold" in capsys.readouterr().err
+    assert main(["cross-validate", "--set", "preprocess.crop_to_nonzero=false"]) == 1
+    text = capsys.readouterr().err
+    assert "preprocess.crop_to_nonzero: True; now False" in text
+    assert "dvc repro preprocess" in text
+    assert main(["cross-validate", "--set", "train.epoch=3"]) == 2
+    (place / "data/preprocessed/manifest.json").unlink()
+    capsys.readouterr()
+    assert main(["cross-validate"]) == 1
+    assert "no preprocessed data" in capsys.readouterr().err
+    assert not (place / "models").exists()
+
+
+STAND_IN = """
+import sys, time
+stage, fold = sys.argv[1:]
+if fold == "1":
+    print("reading"); print("error: the scan is bad"); print("  mend: replace it"); sys.exit(2)
+print("begun", flush=True)
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("interrupted"); sys.exit(130)
+"""
+
+
+@pytest.fixture
+def stand_in(monkeypatch) -> list[str]:
+    """Stages of fold 1 fail, those of others take a minute."""
+    started: list[str] = []
+
+    def command(self, stage, fold):
+        started.append(f"{stage} {fold}")
+        return [sys.executable, "-c", STAND_IN, stage, str(fold)]
+
+    monkeypatch.setattr(all_folds.Folds, "command", command)
+    return started
+
+
+def test_a_failing_fold_stops_the_others_and_names_its_log(place, stand_in, capsys):
+    began = time.monotonic()
+    assert main(["cross-validate", "--jobs", "2"]) == 2
+    assert time.monotonic() - began < 40
+    captured = capsys.readouterr()
+    assert "fold 1: train failed, exit code 2" in captured.err
+    assert "logs/cross_validation/fold1-train.log" in captured.err
+    assert "the scan is bad" in captured.err
+    assert "fold 1 | reading" in captured.out
+    assert sorted(stand_in) == ["train 0", "train 1"]
+    assert not (place / "cross_validation").exists()
+
+
+def test_after_a_failure_nothing_more_is_started(place, stand_in):
+    folds = all_folds.Folds(load_params("params.yaml"), [], jobs=1)
+    with pytest.raises(all_folds.UserError, match="fold 1"):
+        folds.run([1, 0])
+    assert stand_in == ["train 1"]
+
+
+def test_an_interrupt_reaches_the_stages(place, stand_in, monkeypatch):
+    folds = all_folds.Folds(Params(), [], jobs=1)
+
+    def interrupted(tasks):
+        while not folds._running:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(all_folds, "wait", interrupted)
+    stop = all_folds.Folds._stop
+    monkeypatch.setattr(all_folds.Folds, "_stop", lambda self, patience_s=0.0: stop(self, min(patience_s, 0.1)))
+    with pytest.raises(KeyboardInterrupt):
+        folds.run([0, 2])
+    assert not folds._running
+    assert stand_in == ["train 0"]
+    assert "interrupted" in Path("logs/cross_validation/fold0-train.log").read_text()
+    assert threading.active_count() < 10
