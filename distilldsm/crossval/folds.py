@@ -11,6 +11,7 @@ from typing import Any
 from distilldsm.cost import TIMING, training_cost
 from distilldsm.errors import DataError
 from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.postprocess import POSTPROCESSED
 from distilldsm.stage import MANIFEST, content_hash, read_json, sha256_file
 from distilldsm.tracking.values import flatten
 
@@ -27,6 +28,8 @@ class Fold:
     number: int
     rows: tuple[Row, ...]
     """One per case and label; undefined scores are None."""
+    largest: tuple[Row, ...] | None = None
+    """The same with only the largest component of every label; None where it was not scored."""
     model: Mapping[str, Any]
     """`model.json`."""
     train: Mapping[str, Any]
@@ -100,10 +103,11 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             seen=f"the model in {model} has changed since",
             mend=f"dvc repro, or distilldsm evaluate --fold {number}",
         )
-    timing = evaluation / TIMING
+    timing, largest = evaluation / TIMING, evaluation / POSTPROCESSED
     return Fold(
         number=number,
         rows=tuple(read_rows(evaluation / "cases.csv")),
+        largest=tuple(read_rows(largest)) if largest.is_file() else None,
         model=read_json(model / "model.json"),
         train=train,
         evaluate=evaluate,

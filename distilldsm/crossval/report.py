@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.crossval.folds import Fold
-from distilldsm.crossval.table import COSTS, TITLES, cost_lines, lines_of, number
+from distilldsm.crossval.table import COSTS, LARGEST, TITLES, cost_lines, largest_lines, lines_of, number
 from distilldsm.evaluation.figures import dice_panels, save_figure
 from distilldsm.evaluation.report import HOW_TO_READ, cases_table, facts_table, figure, page
 from distilldsm.stage import content_hash, package_versions
@@ -43,6 +43,7 @@ def render(folds: Sequence[Fold], summary: Mapping[str, Any], picture: Path) -> 
         f"Cross-validation of {_network(summary)}, folds {numbers}",
         notes,
         f"<h2>Scores</h2><p>{summary['cases']} cases, each held out once.</p>{_scores(summary)}"
+        f"{_largest(summary)}"
         f"<h2>Dice per fold</h2>{figure('Dice per fold and label, a point a case', picture)}"
         f"<h2>Cost</h2>{facts_table(dict(cost_lines(summary)))}{_costs_by_fold(cost)}"
         f"<h2>Cases, worst first</h2>{cases_table(rows)}{HOW_TO_READ}"
@@ -74,6 +75,11 @@ def _scores(summary: Mapping[str, Any]) -> str:
         ]
         body += f"<tr><td>{escape(label)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+
+
+def _largest(summary: Mapping[str, Any]) -> str:
+    lines = largest_lines(summary)
+    return f"<h3>{LARGEST.capitalize()}</h3>{facts_table(dict(lines))}" if lines else ""
 
 
 def _costs_by_fold(cost: Mapping[str, Any]) -> str:

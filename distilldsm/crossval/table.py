@@ -13,9 +13,11 @@ from typing import Any
 
 from distilldsm.crossval.folds import Fold, Row
 from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.postprocess import nested
 
 REPORTED = (*METRICS, "volume_error_abs_ml")
 """The scores of `metrics.LabelScore`, and the size of the volume error."""
+POSTPROCESSED_METRICS = ("dice", "hd95_mm", "nsd")
 TITLES = {
     "dice": "Dice",
     "hd95_mm": "HD95 mm",
@@ -26,6 +28,7 @@ TITLES = {
     "volume_error_ml": "volume error ml",
     "volume_error_abs_ml": "|volume error| ml",
 }
+LARGEST = "largest component only, as the other folds decide"
 COSTS = {
     "parameters": ",",
     "macs_per_voxel": ",.0f",
@@ -55,8 +58,10 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
         {"folds": [number], "cases": number of cases, "cases_by_fold": {fold: number},
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
         "mean": {metric: the same of the labels' mean}, "network": its name and options,
-        "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}}. The numbers of folds and cases are those
-        where the score is defined.
+        "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
+        {"labels": as above, "chosen": {fold: [labels]}}: the same scores where, of labels that gain by it in the
+        **other** folds, only the largest component is kept}. The numbers of folds and cases are those where the score
+        is defined.
     """
     by_fold = {fold.number: [_with_size(row) for row in fold.rows] for fold in folds}
     labels = list(dict.fromkeys(row["label"] for row in folds[0].rows))
@@ -77,9 +82,34 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     for metric in REPORTED:
         summary["mean"][metric] = _of_labels(by_fold, summary["labels"], metric)
     model = folds[0].model
+    summary["largest_component"] = _largest_component(folds, labels)
     summary["network"] = {key: model[key] for key in ("name", "options")}
     summary["cost"] = _costs(folds)
     return summary
+
+
+def _largest_component(folds: Sequence[Fold], labels: Sequence[str]) -> dict[str, Any] | None:
+    """Scores after post-processing, decided for each fold by the others; None for one fold or without a change."""
+    tables = {fold.number: (fold.rows, fold.largest) for fold in folds if fold.largest is not None}
+    if len(tables) < max(len(folds), 2):
+        return None
+    rows = nested(tables)
+    changed = {
+        fold: sorted({row["label"] for row, raw in zip(rows[fold], tables[fold][0], strict=True) if row is not raw})
+        for fold in rows
+    }
+    if not any(changed.values()):
+        return None
+    return {
+        "chosen": {str(fold): chosen for fold, chosen in changed.items()},
+        "labels": {
+            label: {
+                metric: _statistics({f: [r[metric] for r in of if r["label"] == label] for f, of in rows.items()})
+                for metric in POSTPROCESSED_METRICS
+            }
+            for label in labels
+        },
+    }
 
 
 def _with_size(row: Row) -> Row:
@@ -214,7 +244,19 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
     for label, metric, entry in lines_of(summary):
         cells = [number(entry[key], metric) for key in ("mean_folds", "sd_folds", "mean_cases", "sd_cases")]
         lines.append(f"{label:{width}}{TITLES[metric]:19}{cells[0]:>10}{cells[1]:>9}{cells[2]:>10}{cells[3]:>9}")
+    lines += [f"{label}, {LARGEST}: {text}" for label, text in largest_lines(summary)]
     return "\n".join(lines + [f"{key}: {text}" for key, text in cost_lines(summary)])
+
+
+def largest_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Label and its scores after post-processing; nothing where no fold was changed."""
+    found = summary["largest_component"]
+    if not found:
+        return []
+    return [
+        (label, ", ".join(f"{TITLES[m]} {number(of_label[m]['mean_folds'], m)}" for m in POSTPROCESSED_METRICS))
+        for label, of_label in found["labels"].items()
+    ]
 
 
 def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, Any]:

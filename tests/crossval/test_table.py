@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 
 import pandas as pd
 import pytest
@@ -11,6 +12,7 @@ from distilldsm.config import EvaluateConfig, ModelConfig, TrainConfig
 from distilldsm.crossval import table
 from distilldsm.crossval.folds import load_folds
 from distilldsm.errors import DataError
+from distilldsm.evaluation import tables
 from distilldsm.stage import read_json, write_json
 from tests.crossval.folds import random_rows, write_fold, write_folds, write_splits
 
@@ -161,3 +163,38 @@ def test_folds_that_are_missing_or_damaged(tmp_path):
     cases.write_text(cases.read_text().replace("shell,0.", "shell,x0.", 1))
     with pytest.raises(DataError, match="no number"):
         load(tmp_path, numbers=(1,))
+
+
+def test_post_processing_is_reported_as_the_other_folds_decide(tmp_path):
+    splits, rows = write_folds(tmp_path)
+    gains = {0: -0.05, 1: 0.1, 2: 0.1}  # in Dice of the core: only the folds 1 and 2 would choose it
+    for fold, of_fold in enumerate(rows):
+        better = [
+            {**row, "dice": row["dice"] + gains[fold], "hd95_mm": row["hd95_mm"] / 2, "volume_predicted_ml": 2.0}
+            if row["label"] == "core"
+            else row
+            for row in of_fold
+        ]
+        tables.write_csv(tmp_path / "evaluation" / f"fold{fold}" / "postprocessed.csv", better)
+    folds = load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
+    found = table.summarise(folds)["largest_component"]
+    # Fold 0 is decided by 1 and 2 (both gain); 1 and 2 by fold 0 and another one: the mean over cases decides.
+    expected = {}
+    for fold in range(3):
+        of_others = [gains[f] for f in range(3) if f != fold for row in rows[f] if row["label"] == "core"]
+        expected[str(fold)] = ["core"] if statistics.fmean(of_others) > 1e-4 else []
+    assert found["chosen"] == expected
+    assert expected["0"] == ["core"]
+    raw = [row["dice"] for row in rows[0] if row["label"] == "core"]
+    mean = found["labels"]["core"]["dice"]["fold_means"]["0"]
+    assert mean == pytest.approx(statistics.fmean(raw) + gains[0], abs=1e-6)  # reported though it lost there
+    assert found["labels"]["shell"]["dice"] == table.summarise(folds)["labels"]["shell"]["dice"]
+    assert "largest component" in table.format_table(table.summarise(folds), "t")
+
+
+def test_without_second_components_nothing_is_said(tmp_path):
+    splits, rows = write_folds(tmp_path)
+    for fold, of_fold in enumerate(rows):
+        tables.write_csv(tmp_path / "evaluation" / f"fold{fold}" / "postprocessed.csv", of_fold)
+    folds = load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
+    assert table.summarise(folds)["largest_component"] is None
