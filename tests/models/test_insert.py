@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import re
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
 
 import numpy as np
 import onnxruntime
@@ -14,7 +13,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from distilldsm.errors import ConfigError
 from distilldsm.export.onnx_export import export_onnx
@@ -23,22 +21,7 @@ from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift, in
 from distilldsm.models.registry import build_model
 from distilldsm.models.unet import UNet2D
 from tests.models.foreign import CHANNELS, NAMES, network
-
-
-class Small(nn.Module):
-    """Three convolutions, the last two of which can have a module; in-place ReLUs in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.first = nn.Conv2d(8, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x):
-        x = torch.relu_(self.stem(x))
-        x = torch.relu_(self.first(x))
-        return self.head(torch.relu_(self.second(x)))
+from tests.models.small import Checkpointed, Heads, Many, Slices, Small
 
 
 def random_modules(volumetric, seed: int = 1) -> None:
@@ -97,17 +80,6 @@ def test_where_modules_go(name, count, some):
     inserted = insert_depth_shift(network(name)).inserted
     assert len(inserted) == count
     assert some <= set(inserted)
-
-
-class Slices(nn.Module):
-    """The paper's U-Net without its modules, for slices."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.unet = UNet2D(4, 3)
-
-    def forward(self, x):
-        return self.unet.forward_slices(x, 1)
 
 
 def test_in_the_papers_unet_it_makes_the_papers_network():
@@ -301,22 +273,6 @@ def test_threads_do_not_mix_up_their_depths():
         torch.testing.assert_close(y, expected[k % 4], rtol=1e-5, atol=1e-5)
 
 
-class Checkpointed(Small):
-    """Runs its middle once more in the backward pass."""
-
-    def __init__(self, *, reentrant: bool | None) -> None:
-        super().__init__()
-        self.reentrant = reentrant
-
-    def forward(self, x):
-        def middle(x):
-            return torch.relu_(self.second(torch.relu_(self.first(x))))
-
-        x = torch.relu_(self.stem(x))
-        x = middle(x) if self.reentrant is None else checkpoint(middle, x, use_reentrant=self.reentrant)
-        return self.head(x)
-
-
 def test_gradient_checkpointing_gives_the_same_gradients():
     gradients = []
     for reentrant in (None, False, True):
@@ -328,23 +284,6 @@ def test_gradient_checkpointing_gives_the_same_gradients():
     for others in gradients[1:]:
         for a, b in zip(gradients[0], others, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
-class Heads(NamedTuple):
-    mask: torch.Tensor
-    score: torch.Tensor
-
-
-class Many(nn.Module):
-    """Gives what networks give: nested containers, something that is no tensor, a number a slice."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.body = Small()
-
-    def forward(self, x):
-        y = self.body(x)
-        return {"out": y, "heads": Heads(y, y.mean(dim=(1, 2, 3))), "pair": (y.mean(dim=(2, 3)), None)}
 
 
 def test_what_comes_out_keeps_its_containers():
