@@ -23,8 +23,8 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     """Write a network as ONNX: `image` (1, C, D, H, W) float32 to `logits` (1, K, D, H, W) float32.
 
     Depth, height and width are free (multiples of the network's stride); the batch is 1, as prediction goes volume
-    by volume. A `VolumetricNetwork` around a classifier gives (1, K, D). The network is traced on the CPU, in
-    evaluation mode.
+    by volume. A `VolumetricNetwork` around a classifier gives (1, K, D), one that gives several tensors `logits`,
+    `logits_1` and so on. The network is traced on the CPU, in evaluation mode.
 
     Raises:
         UserError: the file is not valid, has a fixed size or keeps weights outside.
@@ -46,8 +46,9 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
         # Exported in two steps: asked for both at once, torch.onnx.export would try looser ways of tracing when a size
         # gets fixed, instead of saying so.
         program = torch.export.export(network, (image,), dynamic_shapes=(dynamic,), strict=False)
+        outputs = [f"{OUTPUT}_{k}" if k else OUTPUT for k in range(len(program.graph_signature.user_outputs))]
         exported = torch.onnx.export(
-            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=[OUTPUT], verbose=False
+            program, dynamo=True, opset_version=OPSET, input_names=[INPUT], output_names=outputs, verbose=False
         )
     assert exported is not None
     model = exported.model_proto
@@ -70,7 +71,8 @@ def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
         raise UserError("is no valid ONNX model", where=path, seen=str(error)[:300]) from None
     for value in (*model.graph.input, *model.graph.output):
         sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
-        if sizes[0] != 1 or not isinstance(sizes[1], int) or tuple(sizes[2:]) != SPATIAL_AXES[: len(sizes) - 2]:
+        free = all(size in (axis, f"{value.name}_{axis}") for size, axis in zip(sizes[2:], SPATIAL_AXES, strict=False))
+        if sizes[0] != 1 or not isinstance(sizes[1], int) or not free:
             raise UserError(
                 f"the exporter fixed a size of '{value.name}'",
                 where=path,
@@ -91,12 +93,13 @@ def _tidy(model: Any) -> None:
     """Name the free sizes, and drop what the exporter noted of the source code (paths of the machine, stack traces)."""
     import onnx
 
+    image = [size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim]
     for value in (*model.graph.input, *model.graph.output):
         for axis, name in zip(range(2, len(value.type.tensor_type.shape.dim)), SPATIAL_AXES, strict=False):
             size = value.type.tensor_type.shape.dim[axis]
             # The exporter calls them s53, 16*height or worse. A fixed size stays as it is, for the check to find.
             if size.HasField("dim_param"):
-                size.dim_param = name
+                size.dim_param = name if size.dim_param == image[axis] else f"{value.name}_{name}"
     # Shapes of what lies between hold the names replaced above; runtimes infer them anyhow.
     del model.graph.value_info[:]
     for item in (model, model.graph, *model.graph.node, *model.graph.initializer):

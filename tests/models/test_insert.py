@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import onnxruntime
@@ -14,25 +16,12 @@ from torch import nn
 
 from distilldsm.errors import ConfigError
 from distilldsm.export.onnx_export import export_onnx
-from distilldsm.models.depth_shift import DistillDepthShift
+from distilldsm.models.depth_shift import DepthModule, DistillDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift, insert_depth_shift
+from distilldsm.models.registry import build_model
+from distilldsm.models.unet import UNet2D
 from tests.models.foreign import CHANNELS, NAMES, network
-
-
-class Small(nn.Module):
-    """Three convolutions, the last two of which can have a module; in-place ReLUs in between."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.first = nn.Conv2d(8, 8, 3, padding=1)
-        self.second = nn.Conv2d(8, 8, 3, padding=1)
-        self.head = nn.Conv2d(8, 2, 1)
-
-    def forward(self, x):
-        x = torch.relu_(self.stem(x))
-        x = torch.relu_(self.first(x))
-        return self.head(torch.relu_(self.second(x)))
+from tests.models.small import Checkpointed, Heads, Many, Slices, Small
 
 
 def random_modules(volumetric, seed: int = 1) -> None:
@@ -47,14 +36,14 @@ def tensors(value) -> list[torch.Tensor]:
     return [value] if isinstance(value, torch.Tensor) else list(value)
 
 
-@pytest.mark.parametrize("kind", ["distill", "residual"])
+@pytest.mark.parametrize("kind", ["distill", "residual", "shift"])
 @pytest.mark.parametrize("name", NAMES)
 def test_at_first_it_is_the_2d_network_and_then_it_is_not(name, kind):
     flat = network(name)
     before = copy.deepcopy(flat.state_dict())
     volumetric = insert_depth_shift(flat, kind=kind)
     assert flat.state_dict().keys() == before.keys()
-    assert not flat._forward_pre_hooks
+    assert not any(m._forward_pre_hooks for m in flat.modules())
     x = torch.randn(2, CHANNELS.get(name, 1), 3, 64, 64)
     slices = x.transpose(1, 2).flatten(0, 1)
     with torch.no_grad():
@@ -73,24 +62,53 @@ def test_at_first_it_is_the_2d_network_and_then_it_is_not(name, kind):
 
 
 @pytest.mark.parametrize(
-    ("name", "some", "never"),
+    ("name", "count", "some"),
     [
-        ("torchvision resnet18", {"layer1.0.conv2", "layer4.1.conv2"}, {"conv1", "layer1.0.conv1", "layer2.0.conv1"}),
-        ("torchvision convnext", {"features.7.2.block.0"}, {"features.0.0"}),
-        ("smp U-Net", {"encoder.layer1.0.conv2", "decoder.blocks.0.conv2.0"}, {"segmentation_head.0"}),
-        ("MONAI BasicUNet", {"down_1.convs.conv_1.conv", "upcat_4.convs.conv_1.conv"}, {"final_conv"}),
+        ("torchvision resnet18", 8, {f"layer{k}.{j}.conv2" for k in range(1, 5) for j in range(2)}),
+        ("torchvision convnext", 18, {"features.1.0.block.0", "features.7.2.block.0"}),
+        ("timm resnet", 4, {f"layer{k}.0.conv2" for k in range(1, 5)}),
+        ("timm convnext", 12, {"stages.0.blocks.0.conv_dw", "stages.3.blocks.1.conv_dw"}),
+        ("smp U-Net", 13, {"encoder.layer1.0.conv2", *(f"decoder.blocks.{k}.conv2.0" for k in range(5))}),
+        (
+            "MONAI BasicUNet",
+            8,
+            {f"{part}_{k}.convs.conv_1.conv" for part in ("down", "upcat") for k in range(1, 5)},
+        ),
     ],
 )
-def test_where_modules_go(name, some, never):
-    inserted = set(insert_depth_shift(network(name)).inserted)
-    assert some <= inserted
-    assert not never & inserted
-    assert not any("downsample" in place or "shortcut" in place for place in inserted)
+def test_where_modules_go(name, count, some):
+    inserted = insert_depth_shift(network(name)).inserted
+    assert len(inserted) == count
+    assert some <= set(inserted)
+
+
+def test_in_the_papers_unet_it_makes_the_papers_network():
+    torch.manual_seed(0)
+    own = build_model("distill_dsm", in_channels=4, out_channels=3).eval()
+    flat = Slices().eval()
+    flat.unet.load_state_dict({k: v for k, v in own.state_dict().items() if ".shift." not in k})
+    volumetric = insert_depth_shift(flat, initialisation="paper", stride=16, out_channels=3)
+    for module, theirs in zip(volumetric.shifts, (m for m in own.modules() if isinstance(m, DepthModule)), strict=True):
+        module.load_state_dict(theirs.state_dict())
+    assert volumetric.cost() == own.cost()
+    assert volumetric.cost().parameters == 1_216_715
+    assert volumetric.depth_halo == own.depth_halo
+    x = torch.randn(2, 4, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(volumetric(x), own(x))
+
+
+def test_a_module_with_two_names_counts_once():
+    twice = Small()
+    twice.again = twice.second
+    twice.inner = nn.Sequential(nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 3))
+    twice.same = twice.inner
+    assert insert_depth_shift(twice).inserted == ("inner.1",)
 
 
 def test_modules_compute_what_a_loop_over_slices_computes():
     torch.manual_seed(0)
-    for module, alpha in ((AddedDistillDepthShift(8, alpha=0.5), 4), (GatedDepthShift(8, fraction=0.5), 4)):
+    for module in (AddedDistillDepthShift(8), GatedDepthShift(8), GatedDepthShift(8, add=False)):
         with torch.no_grad():
             for p in module.parameters():
                 p.normal_()
@@ -109,19 +127,19 @@ def test_modules_compute_what_a_loop_over_slices_computes():
                 expected = x[here].clone()
                 if isinstance(module, GatedDepthShift):
                     moved = torch.cat((made(k + 1)[:2], made(k - 1)[2:]))
-                    expected[4:] += module.gate[:, None, None] * moved
+                    expected[4:] += module.gate[:, None, None] * (moved if module.add else moved - made(k))
                 else:  # two stay, one comes from behind, one from before
                     expected[4:] += torch.cat((made(k)[:2], made(k + 1)[2:3], made(k - 1)[3:]))
                 torch.testing.assert_close(out[here], expected, rtol=1e-5, atol=1e-5)
-        assert alpha == 4
 
 
-@pytest.mark.parametrize("kind", ["distill", "residual"])
+@pytest.mark.parametrize("kind", ["distill", "residual", "shift"])
 @pytest.mark.parametrize("initialisation", ["identity", "paper"])
 def test_gradients(kind, initialisation):
     torch.manual_seed(0)
     volumetric = insert_depth_shift(Small().double(), kind=kind, initialisation=initialisation, stride=1)
-    random_modules(volumetric)
+    if initialisation == "identity" or kind == "distill":  # the others have no parameters
+        random_modules(volumetric)
     x = torch.randn(2, 1, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(volumetric, (x,), atol=1e-5)
 
@@ -184,6 +202,7 @@ def test_copies_and_saved_weights(tmp_path):
         again.network.load_state_dict(Small().state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["smp U-Net", "MONAI BasicUNet", "timm convnext"])
 def test_exports_keep_every_size_free(name, tmp_path):
     volumetric = insert_depth_shift(network(name), out_channels=3)
@@ -201,11 +220,101 @@ def test_exports_keep_every_size_free(name, tmp_path):
             np.testing.assert_allclose(found, expected, atol=2e-4 * max(scale, 1))
 
 
+def test_a_list_of_feature_maps_is_exported_as_one_output_each(tmp_path):
+    volumetric = insert_depth_shift(network("timm resnet"))
+    random_modules(volumetric)
+    export_onnx(volumetric, tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    x = torch.randn(1, 1, 3, 96, 64)
+    with torch.no_grad():
+        expected = volumetric(x)
+    assert [o.name for o in session.get_outputs()] == ["logits", *(f"logits_{k}" for k in range(1, len(expected)))]
+    for found, feature in zip(session.run(None, {"image": x.numpy()}), expected, strict=True):
+        np.testing.assert_allclose(found, feature.numpy(), rtol=0, atol=2e-4 * max(1, float(feature.abs().max())))
+
+
+def test_batch_and_depth_may_both_be_free_in_an_export(tmp_path):
+    volumetric = insert_depth_shift(Small(), stride=1).eval()
+    random_modules(volumetric)
+    free = dict.fromkeys((0, 2, 3, 4), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(volumetric, (torch.zeros(2, 1, 3, 4, 5),), dynamic_shapes=(free,), strict=False)
+    torch.onnx.export(program, dynamo=True, opset_version=20, verbose=False).save(tmp_path / "model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for size in ((3, 5, 8, 6), (1, 2, 7, 9), (2, 1, 4, 4)):
+        x = torch.randn(size[0], 1, *size[1:])
+        found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+        with torch.no_grad():
+            np.testing.assert_allclose(found, volumetric(x).numpy(), rtol=0, atol=1e-5)
+
+
+def test_compiled_it_is_one_graph_for_every_depth():
+    volumetric = insert_depth_shift(Small(), stride=1).eval()
+    random_modules(volumetric)
+    compiled = torch.compile(volumetric, fullgraph=True, dynamic=True, backend="aot_eager")
+    with torch.no_grad():
+        for depth in (2, 5, 3):
+            x = torch.randn(2, 1, depth, 8, 8)
+            torch.testing.assert_close(compiled(x), volumetric(x), rtol=1e-5, atol=1e-5)
+
+
+def test_threads_do_not_mix_up_their_depths():
+    volumetric = insert_depth_shift(Small(), stride=1).eval()
+    random_modules(volumetric)
+    volumes = [torch.randn(1, 1, depth, 32, 32) for depth in (2, 3, 4, 6)]
+
+    def run(x):
+        with torch.no_grad():
+            return volumetric(x)
+
+    expected = [run(x) for x in volumes]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(run, volumes * 25))
+    for k, y in enumerate(found):
+        torch.testing.assert_close(y, expected[k % 4], rtol=1e-5, atol=1e-5)
+
+
+def test_gradient_checkpointing_gives_the_same_gradients():
+    gradients = []
+    for reentrant in (None, False, True):
+        torch.manual_seed(0)
+        volumetric = insert_depth_shift(Checkpointed(reentrant=reentrant), stride=1)
+        random_modules(volumetric)
+        volumetric(torch.randn(2, 1, 3, 8, 8)).square().sum().backward()
+        gradients.append([p.grad for p in volumetric.parameters()])
+    for others in gradients[1:]:
+        for a, b in zip(gradients[0], others, strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_what_comes_out_keeps_its_containers():
+    flat = Many().eval()
+    x = torch.randn(2, 1, 3, 8, 8)
+    with torch.no_grad():
+        found = insert_depth_shift(flat, stride=1)(x)
+        expected = flat(x.transpose(1, 2).flatten(0, 1))
+    assert isinstance(found["heads"], Heads)
+    assert found["pair"][1] is None
+    assert found["out"].shape == found["heads"].mask.shape == (2, 2, 3, 8, 8)
+    assert found["pair"][0].shape == (2, 2, 3)
+    torch.testing.assert_close(found["pair"][0][1, :, 2], expected["pair"][0][5])
+    torch.testing.assert_close(found["heads"].score, expected["heads"].score.view(2, 3))
+
+
 def test_what_cannot_be_is_refused():
     with pytest.raises(ConfigError, match="no 2-D convolution"):
         insert_depth_shift(nn.Linear(2, 2))
     with pytest.raises(ConfigError, match="no place"):
+        insert_depth_shift(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, 1)))
+    with pytest.raises(ConfigError, match="no place"):
+        insert_depth_shift(Small(), where=lambda name, convolution: False)
+    with pytest.raises(ConfigError, match=r"channels enough(.|\n)*alpha"):
         insert_depth_shift(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)))
+    with pytest.raises(ConfigError, match="already"):
+        insert_depth_shift(insert_depth_shift(Small()).network)
+    with pytest.raises(ConfigError, match="already"):
+        insert_depth_shift(UNet2D(1, 2, shift="distill"))
+    with pytest.raises(RuntimeError, match="call the VolumetricNetwork"):
+        insert_depth_shift(Small()).network(torch.zeros(2, 1, 8, 8))
     with pytest.raises(ConfigError, match=r"names no 2-D convolution(.|\n)*layer9"):
         insert_depth_shift(Small(), where=["first", "layer9.*"])
     with pytest.raises(ConfigError, match="kind"):
@@ -222,10 +331,17 @@ def test_patterns_choose_and_the_papers_module_can_be_had():
     volumetric = insert_depth_shift(Small(), where=["se*"], initialisation="paper")
     assert volumetric.inserted == ("second",)
     assert isinstance(volumetric.shifts[0], DistillDepthShift)
+    assert insert_depth_shift(Small(), where="first").inserted == ("first",)
+    flat = Small()
+    chosen = insert_depth_shift(flat, where=lambda name, m: m.kernel_size == (1, 1), in_place=True)
+    assert chosen.inserted == ("head",)
+    assert chosen.network is flat
 
 
-def test_the_documentation_runs(repository, capsys):
+def test_the_documentation_runs(repository, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = (repository / "docs" / "any-2d-network.md").read_text()
-    code = text.split("```python\n")[1].split("```")[0]
+    code = "\n".join(re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL))
     exec(compile(code, "docs/any-2d-network.md", "exec"), {})
     assert "parameters" in capsys.readouterr().out
+    assert (tmp_path / "model.xml").is_file()

@@ -1,0 +1,71 @@
+"""Small 2-D networks, each with one thing that other people's have."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from distilldsm.models.unet import UNet2D
+
+
+class Small(nn.Module):
+    """Three convolutions, the last two of which can have a module; in-place ReLUs in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(1, 8, 3, padding=1)
+        self.first = nn.Conv2d(8, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 8, 3, padding=1)
+        self.head = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        x = torch.relu_(self.stem(x))
+        x = torch.relu_(self.first(x))
+        return self.head(torch.relu_(self.second(x)))
+
+
+class Slices(nn.Module):
+    """The paper's U-Net without its modules, for slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2D(4, 3)
+
+    def forward(self, x):
+        return self.unet.forward_slices(x, 1)
+
+
+class Checkpointed(Small):
+    """Runs its middle once more in the backward pass."""
+
+    def __init__(self, *, reentrant: bool | None) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        def middle(x):
+            return torch.relu_(self.second(torch.relu_(self.first(x))))
+
+        x = torch.relu_(self.stem(x))
+        x = middle(x) if self.reentrant is None else checkpoint(middle, x, use_reentrant=self.reentrant)
+        return self.head(x)
+
+
+class Heads(NamedTuple):
+    mask: torch.Tensor
+    score: torch.Tensor
+
+
+class Many(nn.Module):
+    """Gives what networks give: nested containers, something that is no tensor, a number a slice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Small()
+
+    def forward(self, x):
+        y = self.body(x)
+        return {"out": y, "heads": Heads(y, y.mean(dim=(1, 2, 3))), "pair": (y.mean(dim=(2, 3)), None)}
