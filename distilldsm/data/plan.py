@@ -5,17 +5,19 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from distilldsm.config import PreprocessConfig
 from distilldsm.data.dataset import Channel, DatasetIndex
-from distilldsm.data.fingerprint import CaseFingerprint
 from distilldsm.data.targets import Region, Targets, regions_from_labels
 from distilldsm.errors import ConfigError
 from distilldsm.params import from_mapping
 from distilldsm.stage import read_json, write_json
+
+if TYPE_CHECKING:  # it reads scans, which training has no need to
+    from distilldsm.data.fingerprint import CaseFingerprint
 
 AXES = ("x", "y", "z")
 IN_PLANE_STRIDE = 16

@@ -248,3 +248,24 @@ def test_impossible_requests(preprocessed, tmp_path, capsys):
     assert main([*arguments, "--preprocessed", str(preprocessed), "--fold", "9"]) == 1
     assert "no such fold" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
+
+
+def test_training_needs_little_more_than_torch_and_numpy(preprocessed, tmp_path):
+    """On a GPU machine that holds nothing else: no package that reads scans, tracks or exports."""
+    code = """
+import sys
+for name in ("nibabel scipy mlflow openvino pandas matplotlib surface_distance requests great_expectations monai onnx "
+             "hydra dvc psutil").split():
+    sys.modules[name] = None
+from components.train import main
+raise SystemExit(main(sys.argv[1:]))
+"""
+    (tmp_path / "params.yaml").write_text("tracking: {enabled: false}\n")
+    settings = ["train.epochs=1", "train.batch_size=2", "train.model.options.width=0.25"]
+    arguments = [word for value in settings for word in ("--set", value)]
+    arguments += ["--params", "params.yaml", "--preprocessed", str(preprocessed), "--output", "model"]
+    finished = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True, timeout=300
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert (tmp_path / "model" / "last.safetensors").is_file()
