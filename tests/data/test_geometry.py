@@ -105,7 +105,7 @@ def test_a_mask_comes_back_where_it_was(codes, depth_axis, spacing, target, coar
     label = label_to_network_space(truth.astype(np.uint8), record, 2)
     assert array.shape[1:] == label.shape == record.resampled
     scores = np.stack([1.0 - label, label]).astype(np.float32)
-    back = scores_to_scan(scores, record)
+    back = scores_to_scan(scores, record, plan.targets)
     assert back.shape == shape
     overlap = 2 * (truth & (back == 1)).sum() / (truth.sum() + (back == 1).sum())
     assert overlap > 0.85
@@ -123,7 +123,7 @@ def test_without_resampling_the_way_back_is_exact():
         _, record = to_network_space(Volume(image, affine(codes), Path("x.nii")), plan)
         label = label_to_network_space(truth, record, 3)
         scores = np.eye(3, dtype=np.float32)[label].transpose(3, 0, 1, 2)
-        assert np.array_equal(scores_to_scan(scores, record), truth)
+        assert np.array_equal(scores_to_scan(scores, record, plan.targets), truth)
 
 
 def test_resampling_agrees_with_simpleitk():
