@@ -120,11 +120,14 @@ class Folds:
         return {**os.environ, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
 
     def _stop(self, patience_s: float = 0.0) -> None:
-        """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed."""
+        """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed.
+
+        Not by SIGINT, which a job in a shell's background ignores.
+        """
         with self._lock:
             self._stopped = True
             running = list(self._running.values())
-        for seconds, number in ((patience_s, signal.SIGINT), (STOP_S, signal.SIGKILL)):
+        for seconds, number in ((patience_s, signal.SIGTERM), (STOP_S, signal.SIGKILL)):
             deadline = time.monotonic() + seconds
             for process in running:
                 try:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import shutil
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -30,6 +29,7 @@ from distilldsm.evaluation.report import render_report
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.progress import progress
 from distilldsm.stage import content_hash, output_directory, package_versions, read_json, worker_count, write_json
+from distilldsm.workers import worker_pool
 
 
 def key(config: EvaluateConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
@@ -126,8 +126,7 @@ def score_all(
         return
     predictor = _predictor(inputs["model"], config)
     workers = worker_count(config.workers, len(todo))
-    # spawn: forking a process that holds torch's threads may hang.
-    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+    with worker_pool(workers, setting="evaluate.workers") as pool:
         running: set[Future[None]] = set()
         for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
             volume = read_image([inputs["dataset"] / p for p in case.images], len(index.channels))

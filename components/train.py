@@ -68,7 +68,7 @@ def _train_as_main(
     from distilldsm.data.dataset import DatasetIndex
     from distilldsm.params import to_mapping
     from distilldsm.tracking import start_run
-    from distilldsm.training.loop import Trainer
+    from distilldsm.training.loop import RESUME, Trainer
 
     preprocessed = inputs["preprocessed"]
     processes.barrier()
@@ -140,6 +140,7 @@ def _train_as_main(
         )
         # Only the best weights go to the server; the last ones stay in the stage's output.
         mlflow_run.log_artifact(work / "best.safetensors", "checkpoints")
+    (work / RESUME).unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,11 +92,6 @@ def predict(args: argparse.Namespace) -> None:
     Raises:
         UserError: a scan failed; in a run over several the others are done first.
     """
-    with _clean_up_when_terminated():
-        _predict(args)
-
-
-def _predict(args: argparse.Namespace) -> None:
     from distilldsm.inference.job import Settings, run_job
     from distilldsm.inference.memory import budget_bytes
     from distilldsm.inference.predict import Predictor
@@ -174,23 +166,6 @@ def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
             print(f"{folder}: was not trained with flips along {', '.join(unseen)}", file=sys.stderr)
     if args.postprocess and not predictor.keep_largest:
         print("--postprocess changes nothing: no label gained by it on the held-out cases", file=sys.stderr)
-
-
-@contextmanager
-def _clean_up_when_terminated() -> Iterator[None]:
-    """SIGTERM as an exception, so that temporary files go."""
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _installed_engine() -> Runtime:

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from distilldsm.errors import UserError
 
@@ -30,14 +34,35 @@ _EXTRAS = {
 """Package to the optional dependency group that brings it."""
 
 
+def interrupt(number: int, frame: object) -> None:
+    """SIGTERM ends like Ctrl-C, so that what was started is cleaned up."""
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
+    """Other signal handlers for a while; only the main thread can have any."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def run_shell(run: Callable[[], None]) -> int:
     """Run a command; print what the user must mend to stderr and return the exit code.
 
     0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. Everything that is not the
-    user's to mend keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too.
+    user's to mend keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM
+    interrupts like Ctrl-C: it is what a pod that is deleted gets, and a job of a batch system.
     """
     try:
-        run()
+        with handled({signal.SIGTERM: interrupt}):
+            run()
         # A closed pipe shows when the buffer is written, which would otherwise be after the exit code is decided.
         sys.stdout.flush()
     except UserError as error:

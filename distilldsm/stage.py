@@ -20,7 +20,6 @@ from distilldsm.params import to_mapping
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-_STAMP = ".stamp.json"
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
 
 
@@ -75,11 +74,11 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def file_hashes(root: Path) -> dict[str, str]:
-    """SHA-256 of every file below `root`, by relative POSIX path, without manifest and stamp."""
+    """SHA-256 of every file below `root`, by relative POSIX path, without the manifest."""
     return {
         file.relative_to(root).as_posix(): sha256_file(file)
         for file in sorted(root.rglob("*"))
-        if file.is_file() and file.name not in (_STAMP,) and file != root / MANIFEST
+        if file.is_file() and file != root / MANIFEST
     }
 
 
@@ -130,7 +129,6 @@ def output_directory(
         _prepare(work, sha256_json(key), resumable)
         try:
             yield work
-            (work / _STAMP).unlink()
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "stage": stage,
@@ -150,9 +148,11 @@ def output_directory(
                 ) from error
             raise
         replace_directory(work, path)
+        _stamp(work).unlink()
     except BaseException:
         if not resumable:
             shutil.rmtree(work, ignore_errors=True)
+            _stamp(work).unlink(missing_ok=True)
         raise
     finally:
         lock.release()
@@ -185,15 +185,19 @@ def is_current(
     return same and all((path / name).is_file() for name in made["files"])
 
 
+def _stamp(work: Path) -> Path:
+    """Says what a work directory is the work of. It lies beside it, for what lies in it becomes the output."""
+    return work.with_name(f"{work.name}.json")
+
+
 def _prepare(work: Path, key: str, resumable: bool) -> None:
-    stamp = work / _STAMP
+    stamp = _stamp(work)
     if work.exists():
-        same = resumable and stamp.is_file() and json.loads(stamp.read_text() or "{}").get("key") == key
+        same = resumable and stamp.is_file() and read_json(stamp).get("key") == key
         if not same:
             shutil.rmtree(work)
+    write_json(stamp, {"key": key})
     work.mkdir(exist_ok=True)
-    if not stamp.exists():
-        write_json(stamp, {"key": key})
 
 
 def replace_directory(source: Path, target: Path) -> None:

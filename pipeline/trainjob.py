@@ -22,9 +22,9 @@ from typing import Any
 from distilldsm.config import TrackingConfig, TrainConfig, load_params
 from distilldsm.errors import UserError
 from distilldsm.params import from_mapping, load_yaml, to_mapping
-from distilldsm.shell import run_shell
+from distilldsm.shell import handled, interrupt, run_shell
 from distilldsm.stage import MANIFEST, read_json, replace_directory, sha256_file, sha256_json
-from pipeline.trainjob_follow import JobApi, SdkJobApi, follow, handled, interrupt
+from pipeline.trainjob_follow import JobApi, SdkJobApi, follow
 from pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
 
 COLLECT_POLLS = 12

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from distilldsm.errors import UserError
+from distilldsm.shell import handled, interrupt
 from pipeline.trainjob_manifest import TrainJobConfig
 
 ENDED = ("Complete", "Failed")
@@ -240,22 +241,3 @@ def _delete(api: JobApi, name: str, poll_s: float, say: Callable[[str], None]) -
 
 def _failure(problem: str, name: str, seen: str, tail: Sequence[str]) -> UserError:
     return UserError(problem, where=name, seen="\n    ".join([seen, *tail]))
-
-
-def interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends like Ctrl-C, so that what was started is cleaned up."""
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Other signal handlers for a while; only the main thread can have any."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

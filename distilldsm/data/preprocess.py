@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +23,7 @@ from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.params import from_mapping
 from distilldsm.progress import progress
 from distilldsm.stage import read_json, worker_count, write_json
+from distilldsm.workers import worker_pool
 
 LOCATIONS_PER_CLASS = 2_000
 """Foreground voxels remembered per case and class, for oversampling."""
@@ -91,16 +91,10 @@ def _run(
         for task in tasks:
             yield task[1], _guard(function, task)
         return
-    # spawn: forking a process that holds threads (BLAS, torch) may hang.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_one_thread) as pool:
+    with worker_pool(workers, setting="preprocess.workers") as pool:
         futures = {pool.submit(_guard, function, task): task[1] for task in tasks}
         for future in as_completed(futures):
             yield futures[future], future.result()
-
-
-def _one_thread() -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def _guard(function: Callable[..., None], task: tuple) -> UserError | None:

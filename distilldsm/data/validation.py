@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import csv
-import multiprocessing
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,9 +21,9 @@ from distilldsm.data.case_measures import (
     voxels_of_largest_file,
 )
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.errors import UserError
 from distilldsm.progress import progress
 from distilldsm.stage import worker_count
+from distilldsm.workers import worker_pool
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -219,17 +216,8 @@ def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[Ca
     if workers == 1 or sum(sizes) < SERIAL_VOXELS:
         yield from (_measure(a) for a in arguments)
         return
-    context = multiprocessing.get_context("spawn")  # forking a process that holds threads may hang
-    try:
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            yield from pool.map(_measure, arguments, chunksize=max(1, min(8, len(arguments) // (4 * workers))))
-    except BrokenProcessPool:
-        raise UserError(
-            "a worker process was killed, most likely for want of memory",
-            where=root,
-            seen=f"{workers} workers",
-            mend="set validate.workers to a smaller number",
-        ) from None
+    with worker_pool(workers, setting="validate.workers") as pool:
+        yield from pool.map(_measure, arguments, chunksize=max(1, min(8, len(arguments) // (4 * workers))))
 
 
 def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int]]) -> CaseRow:

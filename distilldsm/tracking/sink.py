@@ -88,6 +88,7 @@ class Sink:
                 self._client.search_experiments(max_results=1)
         self._run_id = ""
         self._experiment_id = ""
+        self._last_step: dict[str, int] | None = None
 
     def reachable(self) -> bool:
         """Whether the store answers at all."""
@@ -104,6 +105,7 @@ class Sink:
         """
         self._experiment_id = self._experiment(record["experiment"])
         run = self._find_run(record, known_run_id, self._experiment_id)
+        self._last_step = {} if run is not None and record["role"] == "train" else None
         if run is None:
             tags = {**record["tags"], RUN_KEY_TAG: record["run_key"]}
             run = self._client.create_run(
@@ -206,10 +208,20 @@ class Sink:
             Metric(key, float(value), record["time_ms"], record["step"])
             for record in records
             for key, value in record["values"].items()
+            if not self._is_known(key, record["step"])
         ]
         for start in range(0, len(metrics), METRICS_PER_BATCH):
             batch = metrics[start : start + METRICS_PER_BATCH]
             self._client.log_batch(self._run_id, metrics=batch, synchronous=True)
+
+    def _is_known(self, key: str, step: int) -> bool:
+        """Whether a training that goes on after its last checkpoint repeats an epoch the run has already."""
+        if self._last_step is None or key.startswith("system/"):
+            return False
+        if key not in self._last_step:
+            history = self._client.get_metric_history(self._run_id, key)
+            self._last_step[key] = max((metric.step for metric in history), default=-1)
+        return step <= self._last_step[key]
 
     def _params(self, values: Mapping[str, str]) -> None:
         from mlflow.entities import Param

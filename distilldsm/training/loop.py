@@ -155,14 +155,18 @@ class Trainer:
         return network
 
     def run(self) -> TrainingState:
-        """Train to the end and write `last` and `best` weights and `history.json`; returns the final state."""
+        """Train to the end and write `last` and `best` weights and `history.json`; returns the final state.
+
+        `RESUME` stays, for what the caller still has to do may be interrupted too; it is the caller's to remove.
+        """
         last_saved = time.monotonic()
         for epoch in range(self.state.epoch, self.config.epochs):
+            if 0 < self.config.early_stopping <= self.state.validations_without_gain:
+                break
             record = self._train_epoch(epoch)
             final = epoch + 1 == self.config.epochs
-            stop = False
             if final or (epoch + 1) % self.config.validate_every == 0:
-                stop = self._validate(record)
+                self._validate(record)
             self.state.epoch = epoch + 1
             self.state.history.append(record)
             if self.processes.is_main:
@@ -172,14 +176,12 @@ class Trainer:
                 if time.monotonic() - last_saved >= self.config.checkpoint_minutes * 60:
                     self._save_resume()
                     last_saved = time.monotonic()
-            if stop:
-                break
         if self.processes.is_main:
             self._save_weights(LAST)
             if not (self.work / BEST).exists():
                 self._save_weights(BEST)
             write_json(self.work / "history.json", self.state.history)
-            (self.work / RESUME).unlink(missing_ok=True)
+            self._save_resume()
         self.processes.barrier()
         return self.state
 
@@ -297,8 +299,8 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _validate(self, record: dict[str, Any]) -> bool:
-        """Score the held-out volumes; returns True when early stopping says so."""
+    def _validate(self, record: dict[str, Any]) -> None:
+        """Score the held-out volumes."""
         scores = validate(
             self.average.network,
             self.preprocessed,
@@ -314,9 +316,8 @@ class Trainer:
             self.state.best_dice, self.state.validations_without_gain = mean, 0
             if self.processes.is_main:
                 self._save_weights(BEST, epoch=record["epoch"])
-            return False
-        self.state.validations_without_gain += 1
-        return 0 < self.config.early_stopping <= self.state.validations_without_gain
+        else:
+            self.state.validations_without_gain += 1
 
     def _save_weights(self, name: str, epoch: int | None = None) -> None:
         meta = {

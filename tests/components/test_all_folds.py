@@ -85,7 +85,9 @@ def test_what_must_be_there_before(place, capsys):
 
 
 STAND_IN = """
-import sys, time
+import signal, sys, time
+from distilldsm.shell import interrupt
+signal.signal(signal.SIGTERM, interrupt)
 stage, fold = sys.argv[1:]
 if fold == "1":
     print("reading"); print("error: the scan is bad"); print("  mend: replace it"); sys.exit(2)

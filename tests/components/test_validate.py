@@ -266,7 +266,7 @@ def _real(archive: Path, root: Path, wanted: Callable[[str], bool]) -> list[str]
     """Unpack the wanted files of an archive; returns their paths relative to `root`."""
     with tarfile.open(archive) as opened:
         members = [m for m in opened.getmembers() if m.isfile() and wanted(m.name)]
-        opened.extractall(root, members, filter="data")
+        opened.extractall(root, members, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     return sorted(p.relative_to(root).as_posix() for p in root.rglob("*.nii.gz"))
 
 

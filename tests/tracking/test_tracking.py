@@ -241,6 +241,7 @@ def test_a_resumed_training_goes_on_in_its_run(place, client, no_worker):
     assert the_run(client).info.status == "KILLED"
     second = start_run(CONFIG, directory=place / "work", name="n", tags={"note": "again"})
     second.log_params({"a": 1})
+    second.log_metrics({"loss": 2.0}, step=1)  # the checkpoint was older than the record: the epoch is repeated
     second.log_metrics({"loss": 1.0}, step=2)
     replay_journals()
     assert the_run(client).info.status == "RUNNING"

@@ -1,0 +1,1 @@
+"""What happens to a pipeline on laptops and clusters, done to it on purpose; see __main__."""
