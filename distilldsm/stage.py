@@ -7,6 +7,7 @@ import hashlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +21,8 @@ from distilldsm.params import to_mapping
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+_FULL_BYTES = 64 << 10
+"""An error with so little space left is taken for one of the full disk."""
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
 
 
@@ -139,14 +142,17 @@ def output_directory(
                 "files": file_hashes(work),
             }
             write_json(work / MANIFEST, manifest)
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise UserError(
-                    "no space left on the device",
-                    where=path,
-                    mend="free space, then run the same command again",
-                ) from error
+        except UserError:
             raise
+        except Exception as error:
+            if not _disk_is_full(error, work):
+                raise
+            raise UserError(
+                "no space left on the device",
+                where=path,
+                seen=str(error),
+                mend="free space, then run the same command again",
+            ) from error
         replace_directory(work, path)
         _stamp(work).unlink()
     except BaseException:
@@ -183,6 +189,16 @@ def is_current(
     }
     same = all(made.get(name) == value for name, value in wanted.items())
     return same and all((path / name).is_file() for name in made["files"])
+
+
+def _disk_is_full(error: Exception, work: Path) -> bool:
+    """Whether an error comes from a full disk: NumPy, safetensors and OpenVINO each tell it in another way."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    text = str(error)
+    if "No space left" in text or re.search(r"\d requested and \d+ written", text):
+        return True
+    return shutil.disk_usage(work).free < _FULL_BYTES
 
 
 def _stamp(work: Path) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import multiprocessing
+import shutil
 from pathlib import Path
 
 import pytest
@@ -108,13 +109,45 @@ def test_missing_input_is_named(tmp_path: Path):
     assert not (tmp_path / "out").exists()
 
 
-def test_full_disk_is_said_plainly(tmp_path: Path):
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("69120 requested and 36800 written"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["Python", "NumPy", "safetensors"],
+)
+def test_full_disk_is_said_plainly(tmp_path: Path, error: Exception):
     with (
         pytest.raises(UserError, match="no space left"),
         output_directory(tmp_path / "out", stage="s", config={}, inputs={}),
     ):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
     assert not (tmp_path / "out").exists()
+
+
+def test_what_tells_nothing_is_believed_to_be_the_full_disk_where_it_is_full(tmp_path: Path, monkeypatch):
+    for free, expected in ((1000, UserError), (10**9, RuntimeError)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(10**9, 0, free))
+        with (
+            pytest.raises(expected, match="iostream"),
+            output_directory(tmp_path / "out", stage="s", config={}, inputs={}),
+        ):
+            raise RuntimeError("basic_ios::clear: iostream error")
+
+
+def test_killed_before_the_last_step_nothing_is_begun_anew(tmp_path: Path, monkeypatch):
+    """Between the manifest and the output's appearance a resumable output keeps what says whose work it is."""
+    monkeypatch.setattr("distilldsm.stage.replace_directory", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    arguments = {"stage": "s", "config": {"a": 1}, "inputs": {}, "resumable": True}
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **arguments) as work:
+        (work / "weights").write_text("trained")
+    monkeypatch.undo()
+    with output_directory(tmp_path / "out", **arguments) as work:
+        assert (work / "weights").read_text() == "trained"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "weights"]
 
 
 def _second(path: Path, queue) -> None:

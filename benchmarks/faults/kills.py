@@ -8,6 +8,7 @@ import random
 import shutil
 import subprocess
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.faults.report import Row
@@ -28,7 +29,13 @@ IMPORTS_S = 0.8
 
 
 def stage_kills(
-    reference: Workspace, seconds: dict[str, float], work: Path, *, kills: int, rng: random.Random
+    reference: Workspace,
+    seconds: dict[str, float],
+    work: Path,
+    *,
+    kills: int,
+    rng: random.Random,
+    stages: Sequence[str] = tuple(OUTPUTS),
 ) -> list[Row]:
     """Kill each stage in turn up to three times at random moments, run it to its end, compare with the reference.
 
@@ -37,10 +44,10 @@ def stage_kills(
         seconds: of each of its stages.
         kills: at least so many in all.
     """
-    rows = {stage: Row(f"SIGKILL of {stage}, then again") for stage in OUTPUTS}
+    rows = {stage: Row(f"SIGKILL of {stage}, then again") for stage in stages}
     done = 0
-    for number, stage in enumerate(itertools.cycle(OUTPUTS)):
-        if done >= kills and number >= len(OUTPUTS):
+    for number, stage in enumerate(itertools.cycle(stages)):
+        if done >= kills and number >= len(stages):
             break
         place = Workspace(work / f"kill-{number}")
         place.copy_of(reference, stage)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks.faults.kills import repository
@@ -10,10 +11,10 @@ from benchmarks.faults.report import Row
 from benchmarks.faults.workspace import OUTPUTS, Workspace, broken, differences, environment
 
 
-def stages_twice(reference: Workspace, work: Path) -> Row:
+def stages_twice(reference: Workspace, work: Path, *, stages: Sequence[str] = tuple(OUTPUTS)) -> Row:
     """Two processes of each stage: one does the work, the other says that it is being done."""
     row = Row("two processes of one stage")
-    for stage in OUTPUTS:
+    for stage in stages:
         place = Workspace(work / f"twice-{stage}", changes=["tracking.enabled=false"])
         place.copy_of(reference, stage)
         first = place.start(stage)
