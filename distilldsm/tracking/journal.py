@@ -203,6 +203,19 @@ def pending(directory: Path) -> int:
     return count
 
 
+def spooled(directory: Path, record: Record) -> Path:
+    """The copy in the spool that a record speaks of; whatever a journal says, no other file is sent or deleted.
+
+    Raises:
+        ValueError: the record names a place outside the spool, or the spool itself.
+    """
+    root = (directory / SPOOL).resolve()
+    path = (directory / str(record["path"])).resolve()
+    if len(path.parts) < len(root.parts) + 2 or not path.is_relative_to(root):
+        raise ValueError(f"it names a file outside the spool: {record['path']}")
+    return path
+
+
 def reject(directory: Path, record: Mapping[str, Any] | None, reason: str) -> None:
     """Keep a record that cannot be delivered where a person can find it."""
     with open(directory / REJECTED, "a", encoding="utf-8") as stream:
