@@ -186,13 +186,14 @@ def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             composed = hydra.compose(config_name="config", overrides=overrides)
             _refuse_environment(OmegaConf.to_container(composed), conf)
             values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
             "cannot be composed",

@@ -50,13 +50,15 @@ def inference_service(
     }
     # Not the read-only root: what the servers write where is theirs to say.
     model["securityContext"] = {
-        "runAsNonRoot": True,
         "allowPrivilegeEscalation": False,
         "capabilities": {"drop": ["ALL"]},
         "seccompProfile": {"type": "RuntimeDefault"},
     }
     if model_format == "openvino":
         model["runtime"] = "kserve-ovms"
+    else:
+        # Kubernetes can check that only where the image's user is a number, which OpenVINO Model Server's is not.
+        model["securityContext"]["runAsNonRoot"] = True
     predictor: dict[str, Any] = {"minReplicas": 1, "model": model}
     if service_account:
         predictor["serviceAccountName"] = service_account

@@ -71,7 +71,7 @@ class State:
                 rejected=int(stored["rejected"]),
                 last_error=stored["last_error"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
     def save(self, directory: Path) -> None:
@@ -176,7 +176,7 @@ def read_entries(segment: Path, offset: int = 0) -> Iterator[Entry]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:  # of JSON and of UTF-8
+            except (ValueError, RecursionError):  # of JSON and of UTF-8
                 record = None
             yield Entry(record=record if isinstance(record, dict) and "op" in record else None, end=offset)
 
