@@ -28,8 +28,8 @@ class Case:
     """One file per channel, or one 4-D file that holds all channels along its last axis."""
     label: str
 
-    def __post_init__(self) -> None:
-        # The id becomes a file name in every output, and an index may have been changed on its way here.
+    def check_names(self) -> None:
+        """Raise DataError for an id that is no file name (it becomes one in every output), or a path that leads out."""
         if self.id in ("", ".", "..") or re.search(r"[/\\\0]", self.id):
             raise DataError("a case id is no file name", seen=self.id, rule="no slash, not '.' or '..'")
         for path in (*self.images, self.label):
@@ -89,7 +89,10 @@ class DatasetIndex:
     def load(cls, root: str | os.PathLike[str]) -> DatasetIndex:
         path = Path(root) / INDEX
         try:
-            return from_mapping(cls, read_json(path), where=str(path))
+            index = from_mapping(cls, read_json(path), where=str(path))
+            for case in index.cases:  # the file may have been changed on its way here
+                case.check_names()
+            return index
         except DataError as error:
             mend = error.mend or "run the download again (dvc repro download)"
             raise DataError(error.problem, where=path, seen=error.seen, rule=error.rule, mend=mend) from None
