@@ -16,9 +16,10 @@ from distilldsm.config import DownloadConfig, load_params
 from distilldsm.data.archive import extract
 from distilldsm.data.catalog import lookup
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.download import fetch, is_url, local_path, public_address
+from distilldsm.data.download import Credentials, fetch, is_url, local_path
 from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.errors import ConfigError, DataError
+from distilldsm.redaction import public_address
 from distilldsm.stage import output_directory, sha256_file, sha256_json
 
 
@@ -112,7 +113,8 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
     # Two addresses may end in the same name: each has a file of its own.
     target = store / f"{hashlib.sha256(config.source.encode()).hexdigest()[:8]}-{name}"
     public = public_address(config.source) if is_url(config.source) else name
-    return fetch([config.source, *config.mirrors], target, sha256=config.sha256), public
+    credentials = Credentials.from_environment(config.source) if path is None else None
+    return fetch([config.source, *config.mirrors], target, sha256=config.sha256, credentials=credentials), public
 
 
 def main(argv: Sequence[str] | None = None) -> int:

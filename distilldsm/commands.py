@@ -186,12 +186,14 @@ def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     try:
         with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
             composed = hydra.compose(config_name="config", overrides=overrides)
+            _refuse_environment(OmegaConf.to_container(composed), conf)
             values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, YAMLError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise ConfigError(
             "cannot be composed",
@@ -201,6 +203,21 @@ def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
         ) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
+
+
+def _refuse_environment(value: Any, conf: Path) -> None:
+    """No preset may bring a variable of the environment, such as a password, into params.yaml."""
+    if isinstance(value, Mapping | list):
+        for inner in value.values() if isinstance(value, Mapping) else value:
+            _refuse_environment(inner, conf)
+    elif isinstance(value, str) and "oc.env" in value:
+        raise ConfigError(
+            "a preset reads the environment",
+            where=conf,
+            seen=value,
+            rule="what params.yaml holds is written to many files",
+            mend="write the value itself; secrets stay in the environment",
+        )
 
 
 FREE_FORM = ("options", "modalities", "bounds", "sample", "regions")

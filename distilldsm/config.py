@@ -18,6 +18,7 @@ from distilldsm.config_train import ModelConfig as ModelConfig
 from distilldsm.config_train import TrainConfig
 from distilldsm.errors import ConfigError
 from distilldsm.params import from_mapping, load_yaml, require, set_values
+from distilldsm.redaction import public_address, secret_in_address
 
 Modality = Literal["MRI", "CT", "PET", "US", "other"]
 
@@ -68,6 +69,19 @@ class PatternConfig:
         )
 
 
+def _refuse_secret(key: str, address: str) -> None:
+    """Parameters are written to manifests, dvc.lock, MLflow and the compiled pipeline: no place for a password."""
+    found = secret_in_address(address)
+    if found is not None:
+        raise ConfigError(
+            f"'{key}' holds a secret",
+            seen=f"{'a user or password' if found == 'user' else found} in {public_address(address)}",
+            rule="no user, password, token or signature in an address: parameters are written to many files",
+            mend="put it in the environment: DISTILLDSM_DOWNLOAD_USERNAME and DISTILLDSM_DOWNLOAD_PASSWORD, "
+            "DISTILLDSM_DOWNLOAD_TOKEN, or DISTILLDSM_DOWNLOAD_SIGNATURE (a signed address' query)",
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
     """Where labelled volumes come from."""
@@ -102,6 +116,8 @@ class DownloadConfig:
         import re
 
         require(bool(self.source.strip()), "source", self.source, "must not be empty")
+        for key, address in (("source", self.source), *(("mirrors", mirror) for mirror in self.mirrors)):
+            _refuse_secret(key, address)
         require(
             (self.layout == "pattern") == (self.pattern is not None),
             "pattern",

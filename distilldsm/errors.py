@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 
+from distilldsm.redaction import redact
+
 
 class UserError(Exception):
     """Something the user gave (data, file, environment) cannot be used.
 
-    The message always tells the place, the value seen, the rule it broke and the mend, each where known.
+    The message always tells the place, the value seen, the rule it broke and the mend, each where known; never a
+    password of the environment or of an address.
     """
 
     exit_code = 1
@@ -34,7 +37,7 @@ class UserError(Exception):
             parts.append(f"  rule: {rule}")
         if mend:
             parts.append(f"  mend: {mend}")
-        super().__init__("\n".join(parts))
+        super().__init__(redact("\n".join(parts)))
 
 
 class ConfigError(UserError):

@@ -32,8 +32,14 @@ def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError("cannot read the parameters", where=path, seen=str(error)) from None
     try:
         loaded = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError("is not valid YAML", where=path, seen=str(error).replace("\n", " ")) from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2001-99-99
+        raise ConfigError(
+            "is not valid YAML",
+            where=path,
+            seen=str(error).replace("\n", " ")[:500],
+            rule="plain mappings, lists and values; tags such as !!python/object are never carried out",
+            mend="correct the file at the place told",
+        ) from None
     if loaded is None:
         return {}
     if not isinstance(loaded, dict):
@@ -105,8 +111,14 @@ def set_values(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[st
                 raise ConfigError(f"'{parent}' holds no parameters", where="--set", seen=assignment)
         try:
             inner[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError("the value is no YAML", where="--set", seen=assignment, rule=str(error)) from None
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ConfigError(
+                "the value is no YAML",
+                where="--set",
+                seen=assignment[:500],
+                rule=str(error)[:500],
+                mend="give a plain value, e.g. train.epochs=3",
+            ) from None
     return changed
 
 

@@ -59,8 +59,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError("is missing", where=path, mend="run the stage that writes it (dvc repro)") from None
-    except (OSError, ValueError) as error:
-        raise UserError("cannot be read as JSON", where=path, seen=str(error)) from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            "cannot be read as JSON", where=path, seen=str(error), mend="copy it again, or run the stage that writes it"
+        ) from None
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:

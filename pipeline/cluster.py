@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from distilldsm.errors import ConfigError
 from distilldsm.params import from_mapping, load_yaml
+from distilldsm.redaction import is_secret_name, public_address, secret_in_address
 
 STEPS = ("check", "download", "validate", "preprocess", "train", "evaluate", "cross_validate", "export", "finish")
 _QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(m|[KMGT]i?)?$")
@@ -60,6 +61,15 @@ class Volume:
             raise ConfigError("'path' is not absolute", seen=self.path)
 
 
+def refuse_secrets(env: Mapping[str, str], rule: str) -> None:
+    """Raise ConfigError where a plain variable, readable by everyone, looks like a secret or holds one."""
+    for key, value in env.items():
+        if is_secret_name(key):
+            raise ConfigError(f"'env.{key}' looks like a secret", rule=rule)
+        if secret_in_address(value) is not None:
+            raise ConfigError(f"'env.{key}' is an address that holds a secret", seen=public_address(value), rule=rule)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Profile:
     """What the pods of a stage get."""
@@ -102,11 +112,7 @@ class Profile:
             raise ConfigError("'shared_memory' exceeds 'memory'", seen=f"{self.shared_memory} of {self.memory}")
         if self.cpu_limit and quantity(self.cpu_limit, "cpu_limit") < quantity(self.cpu, "cpu"):
             raise ConfigError("'cpu_limit' is below 'cpu'", seen=f"{self.cpu_limit} below {self.cpu}")
-        for key in self.env:
-            if re.search(r"PASSWORD|SECRET|TOKEN|ACCESS_KEY", key.upper()):
-                raise ConfigError(
-                    f"'env.{key}' looks like a secret", rule="secrets come from Kubernetes secrets (`secrets`)"
-                )
+        refuse_secrets(self.env, "secrets come from Kubernetes secrets (`secrets`)")
         if sum(volume.work for volume in self.volumes) > 1:
             raise ConfigError("more than one volume is the work volume", rule="one 'work: true' at most")
 
@@ -135,13 +141,16 @@ class Storage:
     def __post_init__(self) -> None:
         if self.bucket is not None and not re.match(r"^(s3|gs|minio)://[^/]+", self.bucket):
             raise ConfigError("'bucket' is no address of a bucket", seen=self.bucket, rule="s3://NAME/PREFIX")
-        for key in ("endpoint_url", "mlflow_tracking_uri"):
-            if "@" in (getattr(self, key) or ""):
+        for key in ("bucket", "endpoint_url", "mlflow_tracking_uri"):
+            if secret_in_address(getattr(self, key) or "") is not None:
                 raise ConfigError(f"'{key}' holds a user or password", rule="credentials come from secrets")
 
     def address(self, service: Literal["kfp", "dvc", "mlflow"]) -> str | None:
         """Where a service keeps its files; None where no bucket is set."""
         return f"{self.bucket.rstrip('/')}/{service}" if self.bucket else None
+
+
+DOWNLOAD_KEYS = ("username", "password", "token", "signature")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +167,10 @@ class Secrets:
     s3: Mapping[str, str] = field(
         default_factory=lambda: {"accesskey": "AWS_ACCESS_KEY_ID", "secretkey": "AWS_SECRET_ACCESS_KEY"}
     )
+    download: Mapping[str, str] = field(
+        default_factory=lambda: {key: f"DISTILLDSM_DOWNLOAD_{key.upper()}" for key in DOWNLOAD_KEYS}
+    )
+    """For the server of `download.source`; only the download's pod gets it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -219,7 +232,9 @@ def load_cluster(path: str | os.PathLike[str], overrides: Mapping[str, str] | No
     return from_mapping(Cluster, values, where=os.fspath(path))
 
 
-def apply(task: Any, step: str, cluster: Cluster, *, mlflow_secret: Any, s3_secret: Any) -> Any:
+def apply(
+    task: Any, step: str, cluster: Cluster, *, mlflow_secret: Any, s3_secret: Any, download_secret: Any = None
+) -> Any:
     """Give a KFP task what its step's profile says; the secrets' names may be pipeline parameters."""
     from kfp import kubernetes
 
@@ -251,6 +266,7 @@ def apply(task: Any, step: str, cluster: Cluster, *, mlflow_secret: Any, s3_secr
     kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
+    # All of a security context that kfp-kubernetes lets a pipeline say; docs/security.md tells of the rest.
     kubernetes.set_security_context(task, run_as_non_root=True)
     if profile.timeout_s:
         kubernetes.set_timeout(task, profile.timeout_s)
@@ -262,6 +278,8 @@ def apply(task: Any, step: str, cluster: Cluster, *, mlflow_secret: Any, s3_secr
             backoff_max_duration="3600s",
         )
     _environment(task, profile, cluster, mlflow_secret, s3_secret)
+    if step == "download" and download_secret is not None:
+        kubernetes.use_secret_as_env(task, download_secret, dict(cluster.secrets.download), optional=True)
     return task
 
 

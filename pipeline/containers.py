@@ -26,7 +26,8 @@ VERSION_LABEL = "org.opencontainers.image.version"
 CALLER_LABEL = "distilldsm.caller"
 """Label of each container: the process that waits for it. Where that one was killed, its containers can be found."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "DISTILLDSM_TRACKING_DIR", "OMP_NUM_THREADS")
-"""Environment variables of the caller that every container gets, and all that begin with MLFLOW_TRACKING_."""
+"""Environment variables of the caller that every container gets, and all that begin with PASSED_ON_PREFIXES."""
+PASSED_ON_PREFIXES = ("MLFLOW_TRACKING_", "DISTILLDSM_DOWNLOAD_")
 _PROBE_TIMEOUT_S, _TIMEOUT_S = 10, 120
 
 
@@ -235,7 +236,7 @@ def _print_log(container: Any) -> None:
 def _options(
     client: docker.DockerClient, settings: ContainerSettings, environment: Mapping[str, str], volumes: Sequence[Path]
 ) -> dict[str, Any]:
-    passed = {k: v for k, v in os.environ.items() if k in PASSED_ON or k.startswith("MLFLOW_TRACKING_")}
+    passed = {k: v for k, v in os.environ.items() if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES)}
     security = client.info().get("SecurityOptions") or []
     label = ",z" if any("selinux" in option for option in security) else ""
     mounts = {str(p.absolute()): "ro" for p in settings.read_only_volumes}

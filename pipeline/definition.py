@@ -96,11 +96,13 @@ def build_pipeline(params: Params, cluster: Cluster, images: Images) -> "GraphCo
         trainjob: dict = {},  # noqa: B006
         mlflow_secret: str = "mlflow",  # noqa: S107
         s3_secret: str = "s3",  # noqa: S107
+        download_secret: str = "download",  # noqa: S107
     ) -> None:
         def step(name: str, title: str, **inputs: Any) -> Any:
             task = of[name](**inputs).set_display_name(title)
             task.set_env_variable(VERSION_VARIABLE, __version__)
-            return apply(task, name, cluster, mlflow_secret=mlflow_secret, s3_secret=s3_secret)
+            secrets = {"mlflow_secret": mlflow_secret, "s3_secret": s3_secret, "download_secret": download_secret}
+            return apply(task, name, cluster, **secrets)
 
         end = step("finish", "Say how it ended", tracking=tracking)
         end.set_caching_options(False)

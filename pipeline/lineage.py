@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.errors import DataError
+from distilldsm.params import load_yaml
 from distilldsm.stage import read_json
 from distilldsm.tracking import default_uri
 
@@ -150,13 +151,11 @@ def _source(text: str) -> Any:
 
 def _dvc_lock(root: Path) -> dict[str, Any] | None:
     """Hash of the repository's dvc.lock and what it says of the data."""
-    import yaml
-
     path = root / "dvc.lock"
     if not path.is_file():
         return None
     text = path.read_bytes()
-    outs = [out for stage in yaml.safe_load(text).get("stages", {}).values() for out in stage.get("outs", [])]
+    outs = [out for stage in load_yaml(path).get("stages", {}).values() for out in stage.get("outs", [])]
     run_files = [root / out["path"] / "mlflow_run.json" for out in outs if out["path"].startswith("models/")]
     return {
         "sha256": hashlib.sha256(text).hexdigest(),

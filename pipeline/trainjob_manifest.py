@@ -7,9 +7,10 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
-from urllib.parse import urlsplit
 
 from distilldsm.errors import ConfigError
+from distilldsm.redaction import secret_in_address
+from pipeline.cluster import refuse_secrets
 
 NODE = "node"
 """Name that Trainer's torch runtimes give to the training's pods and containers."""
@@ -74,6 +75,7 @@ class TrainJobConfig:
             raise ConfigError("'path' is not absolute", seen=self.path)
         if self.timeout_s <= 0 or self.poll_s <= 0:
             raise ConfigError("'timeout_s' and 'poll_s' are positive", seen=(self.timeout_s, self.poll_s))
+        refuse_secrets(self.env, "secrets come from Kubernetes secrets (`secrets`)")
         twice = sorted(set(self.env) & {s.name for s in self.secrets})
         if twice:
             raise ConfigError("a variable is in 'env' and in 'secrets'", seen=", ".join(twice), rule="one of them")
@@ -92,9 +94,9 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
     secret = {s.name for s in job.secrets}
     plain = {key: value for key, value in {**env, **job.env}.items() if key not in secret}
     for key, value in plain.items():
-        if "@" in urlsplit(value).netloc:
+        if secret_in_address(value) is not None:
             raise ConfigError(
-                "an address with a user name would stand in the TrainJob for all to read",
+                "an address with a secret would stand in the TrainJob for all to read",
                 where=key,
                 mend="leave it out of the address; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
             )
@@ -118,6 +120,7 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
                     "allowPrivilegeEscalation": False,
                     "readOnlyRootFilesystem": True,
                     "capabilities": {"drop": ["ALL"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
                 },
             }
         ],

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from distilldsm.config import Modality
 from distilldsm.data.targets import Region
@@ -26,6 +27,14 @@ class Case:
     images: tuple[str, ...]
     """One file per channel, or one 4-D file that holds all channels along its last axis."""
     label: str
+
+    def check_names(self) -> None:
+        """Raise DataError for an id that is no file name (it becomes one in every output), or a path that leads out."""
+        if self.id in ("", ".", "..") or re.search(r"[/\\\0]", self.id):
+            raise DataError("a case id is no file name", seen=self.id, rule="no slash, not '.' or '..'")
+        for path in (*self.images, self.label):
+            if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
+                raise DataError("an index names a file outside the data set", seen=path, rule="paths below its folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +88,14 @@ class DatasetIndex:
     @classmethod
     def load(cls, root: str | os.PathLike[str]) -> DatasetIndex:
         path = Path(root) / INDEX
-        return from_mapping(cls, read_json(path), where=str(path))
+        try:
+            index = from_mapping(cls, read_json(path), where=str(path))
+            for case in index.cases:  # the file may have been changed on its way here
+                case.check_names()
+            return index
+        except DataError as error:
+            mend = error.mend or "run the download again (dvc repro download)"
+            raise DataError(error.problem, where=path, seen=error.seen, rule=error.rule, mend=mend) from None
 
     def subset(self, ids: frozenset[str] | set[str]) -> DatasetIndex:
         """The same data set with only the named cases."""

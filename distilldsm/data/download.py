@@ -6,20 +6,23 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 
-from distilldsm.errors import DataError, UserError
+from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.redaction import public_address, redact
 from distilldsm.stage import write_json
 
 ATTEMPTS = 5
@@ -31,6 +34,8 @@ _REPORT_SECONDS = 15.0
 """How often a line tells the progress where there is no terminal."""
 _GONE = {400, 401, 403, 404, 410, 451}
 """Answers that another try will not change."""
+_QUERY = re.compile(r"\?[^\s)'\"]+=[^\s)'\"]*")
+_LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 class _GiveUpError(Exception):
@@ -67,10 +72,55 @@ def local_path(source: str) -> Path | None:
     return None if parts.scheme in ("http", "https") else Path(source).expanduser()
 
 
-def public_address(url: str) -> str:
-    """The address without user, password, query and fragment, which may be secrets (signed addresses)."""
-    parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+@dataclass(frozen=True)
+class Credentials:
+    """What a server asks for, for the server of `address` only: never a mirror's, never where a redirect leads to."""
+
+    address: str
+    username: str = ""
+    password: str = field(default="", repr=False)
+    token: str = field(default="", repr=False)
+    signature: str = field(default="", repr=False)
+    """The query of a signed address, e.g. `X-Amz-Signature=...&X-Amz-Date=...`."""
+
+    @classmethod
+    def from_environment(cls, address: str) -> Credentials:
+        """DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or _TOKEN (a bearer's), or _SIGNATURE; none of them: no secret.
+
+        Raises:
+            ConfigError: a user without a password, both a password and a token, or an address that is not encrypted.
+        """
+        names = ("username", "password", "token", "signature")
+        found = {name: os.environ.get(f"DISTILLDSM_DOWNLOAD_{name.upper()}", "") for name in names}
+        given = ", ".join(f"DISTILLDSM_DOWNLOAD_{name.upper()}" for name, value in found.items() if value)
+        if bool(found["username"]) != bool(found["password"]) or (found["password"] and found["token"]):
+            rule = "DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or DISTILLDSM_DOWNLOAD_TOKEN"
+            raise ConfigError("cannot tell how to log in for the download", seen=f"set: {given}", rule=rule)
+        parts = urlsplit(address)
+        if given and parts.scheme == "http" and parts.hostname not in _LOCAL:
+            raise ConfigError(
+                "a password would go over the network for all to read",
+                where="download.source",
+                seen=f"{public_address(address)} and {given}",
+                rule="https:// where the environment holds a secret for it",
+            )
+        return cls(address, **found)
+
+    def applied(self, url: str) -> tuple[str, dict[str, Any]]:
+        """The address to ask for, and requests' arguments."""
+        mine, other = urlsplit(self.address), urlsplit(url)
+        if (mine.scheme, mine.netloc) != (other.scheme, other.netloc):
+            return url, {}
+        if self.signature:
+            url += ("&" if other.query else "?") + self.signature.lstrip("?&")
+        if self.token:
+            return url, {"auth": self._bear}
+        return url, {"auth": (self.username, self.password)} if self.username else {}
+
+    def _bear(self, request: Any) -> Any:
+        # As `auth` and not as a header: else requests would prefer an entry of .netrc.
+        request.headers["Authorization"] = f"Bearer {self.token}"
+        return request
 
 
 def fetch(
@@ -79,6 +129,7 @@ def fetch(
     *,
     sha256: str | None = None,
     md5: str | None = None,
+    credentials: Credentials | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
     """Bring a file to `target` from the first address that serves it whole and with the right checksum.
@@ -90,6 +141,7 @@ def fetch(
     Args:
         urls: http(s):// or file:// addresses or paths, in the order to try them.
         sha256, md5: expected checksums, hex.
+        credentials: for the one server that they name.
         sleep: waits between two tries, seconds.
 
     Raises:
@@ -104,7 +156,7 @@ def fetch(
             return target
         answers = []
         for url in urls:
-            problem = _fetch_checked(url, target, checksums, sleep)
+            problem = _fetch_checked(url, target, checksums, credentials, sleep)
             if problem is None:
                 os.replace(_part(target), target)
                 _sidecar(target).unlink(missing_ok=True)
@@ -154,12 +206,14 @@ def _validator(target: Path) -> str | None:
     return found if isinstance(found, str) else None
 
 
-def _fetch_checked(url: str, target: Path, checksums: _Checksums, sleep: Callable[[float], None]) -> str | None:
+def _fetch_checked(
+    url: str, target: Path, checksums: _Checksums, credentials: Credentials | None, sleep: Callable[[float], None]
+) -> str | None:
     """Download `url` into the part file and check it; returns what went wrong."""
     problem = None
     for _ in range(2):
         try:
-            from_start = _fetch_one(url, target, sleep)
+            from_start = _fetch_one(url, target, credentials, sleep)
         except _GiveUpError as error:
             return str(error)
         problem = checksums.problem(_part(target))
@@ -172,7 +226,7 @@ def _fetch_checked(url: str, target: Path, checksums: _Checksums, sleep: Callabl
     return problem
 
 
-def _fetch_one(url: str, target: Path, sleep: Callable[[float], None]) -> bool:
+def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: Callable[[float], None]) -> bool:
     """Download `url` completely into the part file; returns whether all of it came in this call."""
     path = local_path(url)
     if path is not None:
@@ -196,7 +250,7 @@ def _fetch_one(url: str, target: Path, sleep: Callable[[float], None]) -> bool:
         if failures:
             sleep(min(2.0**failures, 60.0) * (0.5 + random.random() / 2))  # noqa: S311 - jitter, no secret
         try:
-            whole, resumed = _download(url, target)
+            whole, resumed = _download(url, target, credentials)
             from_start = from_start or not resumed
             if whole:
                 return from_start
@@ -214,16 +268,15 @@ def _fetch_one(url: str, target: Path, sleep: Callable[[float], None]) -> bool:
 
 
 def _hide_query(error: Exception, url: str) -> str:
-    message = str(error).replace(url, public_address(url))
-    query = urlsplit(url).query
-    return message.replace(f"?{query}", "") if query else message
+    """The error without the queries in it: that of a redirect's target may be a signature too."""
+    return redact(_QUERY.sub("", str(error).replace(url, public_address(url))))
 
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
 
 
-def _download(url: str, target: Path) -> tuple[bool, bool]:
+def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[bool, bool]:
     """One try; returns whether the part file is whole now, and whether it continued what was there."""
     import requests
 
@@ -234,7 +287,8 @@ def _download(url: str, target: Path) -> tuple[bool, bool]:
     if have and validator:
         # If-Range: the server sends the rest only if its file is still the one we began with.
         headers |= {"Range": f"bytes={have}-", "If-Range": validator}
-    with requests.get(url, headers=headers, stream=True, timeout=TIMEOUT_SECONDS) as answer:
+    asked, options = credentials.applied(url) if credentials else (url, {})
+    with requests.get(asked, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, **options) as answer:
         if answer.status_code in _GONE:
             raise _GiveUpError(f"HTTP {answer.status_code}")
         span = answer.headers.get("Content-Range", "")

@@ -129,9 +129,19 @@ def open_array(path: Path) -> npt.NDArray:
         DataError: missing or damaged.
     """
     try:
-        return np.load(path, mmap_mode="r", allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise DataError("cannot be read", where=path, seen=str(error), mend="run dvc repro preprocess") from None
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        if not isinstance(array, np.ndarray):  # np.load goes by the content: this one holds several
+            array.close()
+            raise ValueError("a .npz archive")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(
+            "cannot be read",
+            where=path,
+            seen=str(error),
+            rule="one array of numbers in NumPy's .npy format; nothing is unpickled",
+            mend="run dvc repro preprocess",
+        ) from None
+    return array
 
 
 def _cut(array: npt.NDArray, centre: Sequence[int], size: Sequence[int]) -> npt.NDArray:

@@ -29,13 +29,25 @@ def write_monai_bundle(export: Path, metadata: ModelMetadata, plan: Plan) -> lis
     root = export / MONAI_BUNDLE
     for folder in ("configs", "models", "docs"):
         (root / folder).mkdir(parents=True)
-    write_json(root / "configs/metadata.json", _metadata(metadata))
+    write_json(root / "configs/metadata.json", _inert(_metadata(metadata)))
     write_json(root / "configs/inference.json", _inference(metadata))
     plan.save(root / "configs/plan.json")
     shutil.copyfile(export / "model.safetensors", root / "models/model.safetensors")
     (root / "docs/README.md").write_text(_readme(metadata), encoding="utf-8")
     (root / "LICENSE").write_text(_licence(metadata), encoding="utf-8")
     return sorted(str(path.relative_to(export)) for path in root.rglob("*") if path.is_file())
+
+
+def _inert(value: Any) -> Any:
+    """The value with no text that MONAI would evaluate ($), look up (@) or read a file for (%).
+
+    Names, licence and reference come from the data set, that is from whoever made it.
+    """
+    if isinstance(value, dict):
+        return {key: _inert(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_inert(inner) for inner in value]
+    return f" {value}" if isinstance(value, str) and value[:1] in ("$", "@", "%") else value
 
 
 def _metadata(model: ModelMetadata) -> dict[str, Any]:
@@ -105,7 +117,7 @@ def _inference(model: ModelMetadata) -> dict[str, Any]:
             "name": network.name,
             "in_channels": len(model.channels),
             "out_channels": model.targets.channels,
-            **network.options,
+            **_inert(dict(network.options)),
         },
         "network": "$load_weights(@network_def, @bundle_root + '/models/model.safetensors').to(@device)",
         "preprocessing": {"_target_": "distilldsm.inference.monai.ToNetworkSpaced", "plan": "@plan"},

@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from distilldsm.errors import DataError
-from distilldsm.inference.engines import openvino_core
+from distilldsm.inference.engines import openvino_core, unloadable
 
 
 def export_openvino(onnx_path: str | os.PathLike[str], xml_path: str | os.PathLike[str], *, fp16: bool) -> None:
@@ -26,7 +25,7 @@ def export_openvino(onnx_path: str | os.PathLike[str], xml_path: str | os.PathLi
     try:
         model = openvino_core().read_model(os.fspath(onnx_path))
     except RuntimeError as error:
-        raise DataError("cannot be read by OpenVINO", where=onnx_path, seen=str(error)[:300]) from None
+        raise unloadable("OpenVINO", onnx_path, error) from None
     # OpenVINO may still map an older file of that name into memory, so it is never overwritten in place.
     for old in (Path(xml_path), Path(xml_path).with_suffix(".bin")):
         old.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from distilldsm.config import MirrorAxis, Modality
@@ -201,6 +201,9 @@ def verify(model_dir: str | os.PathLike[str], names: Iterable[str] | None = None
         if not isinstance(files, dict) or METADATA not in files:
             raise DataError("lists no file hashes", where=root / MANIFEST, mend="export the model again")
         _check(root / METADATA, files[METADATA])
+    for name in expected:
+        if PurePosixPath(name).is_absolute() or {"..", ""} & set(name.split("/")) or "\\" in name:
+            raise DataError("names a file outside the model", where=root / METADATA, seen=name, rule="a file beside it")
     for name in expected if names is None else names:
         if name not in expected:
             raise DataError(f"lists no hash of {name}", where=root / METADATA, mend="export the model again")

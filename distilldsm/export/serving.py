@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from distilldsm.errors import ConfigError
 from distilldsm.export.package import INTENDED_USE, ModelMetadata
+from distilldsm.redaction import public_address, secret_in_address
 
 PLACEHOLDER = "s3://BUCKET/PATH/OF/THE/MODEL"
 """Where the export stage cannot know the address; `distilldsm pipeline serving` fills it in."""
@@ -35,6 +36,10 @@ def inference_service(
     Raises:
         ConfigError: the address is none that KServe fetches from.
     """
+    if secret_in_address(storage_uri) is not None:
+        raise ConfigError(
+            "the model's address holds a secret", seen=public_address(storage_uri), mend="use a service account"
+        )
     if not re.match(r"^(s3|gs|pvc|https?|hf|oci)://\S+$", storage_uri):
         raise ConfigError("is no address of a model", seen=storage_uri, rule="s3://, gs://, pvc://, oci:// or https://")
     model: dict[str, Any] = {
@@ -43,8 +48,17 @@ def inference_service(
         "storageUri": storage_uri,
         "resources": {"requests": {"cpu": cpu, "memory": memory}, "limits": {"cpu": cpu, "memory": memory}},
     }
+    # Not the read-only root: what the servers write where is theirs to say.
+    model["securityContext"] = {
+        "allowPrivilegeEscalation": False,
+        "capabilities": {"drop": ["ALL"]},
+        "seccompProfile": {"type": "RuntimeDefault"},
+    }
     if model_format == "openvino":
         model["runtime"] = "kserve-ovms"
+    else:
+        # Kubernetes can check that only where the image's user is a number, which OpenVINO Model Server's is not.
+        model["securityContext"]["runAsNonRoot"] = True
     predictor: dict[str, Any] = {"minReplicas": 1, "model": model}
     if service_account:
         predictor["serviceAccountName"] = service_account

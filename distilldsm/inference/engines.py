@@ -78,7 +78,7 @@ class OnnxEngine:
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            raise DataError("cannot be loaded by ONNX Runtime", where=self.path, seen=str(error)[:300]) from None
+            raise unloadable("ONNX Runtime", self.path, error) from None
 
     def release(self) -> None:
         """Drop the session: its arena keeps the memory of the largest image so far."""
@@ -111,6 +111,7 @@ class OpenVINOEngine:
         self._compiled: Any = None
         self._core = openvino_core()
         try:
+            _require_ir(self.path)
             self._model = self._core.read_model(str(self.path))
         except Exception as error:
             raise self._unloadable(error) from None
@@ -119,7 +120,7 @@ class OpenVINOEngine:
             self._compile_for(None)
 
     def _unloadable(self, error: Exception) -> DataError:
-        return DataError("cannot be loaded by OpenVINO", where=self.path, seen=str(error)[:300])
+        return unloadable("OpenVINO", self.path, error)
 
     def _compile_for(self, shape: tuple[int, ...] | None) -> None:
         """Compile for images of one shape, or of any (None)."""
@@ -144,6 +145,25 @@ class OpenVINOEngine:
         image = np.ascontiguousarray(image, dtype=np.float32)
         result = self._compiled([image], share_inputs=False, share_outputs=True)
         return np.array(result[0], dtype=np.float32)
+
+
+def unloadable(runtime: str, path: str | os.PathLike[str], error: Exception) -> DataError:
+    """What is told when a runtime refuses a model's file."""
+    return DataError(
+        f"cannot be loaded by {runtime}",
+        where=path,
+        seen=str(error)[:300],
+        rule="the files that the export wrote, all of a model's data inside its directory",
+        mend="copy the model directory again, or export the model again",
+    )
+
+
+def _require_ir(path: Path) -> None:
+    """Refuse an `.xml` that is none: OpenVINO would hand it to its readers of every other format."""
+    with open(path, "rb") as stream:
+        begin = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
+    if path.suffix == ".xml" and not begin.startswith((b"<?xml", b"<net")):
+        raise ValueError("its content is no OpenVINO IR")
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -10,15 +10,16 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from distilldsm.config import MirrorAxis
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
 from distilldsm.data.volume import Volume
 from distilldsm.errors import DataError
-from distilldsm.export.package import INT8_FILES, RUNTIME_FILES, ModelMetadata, load_metadata, verify
+from distilldsm.export.package import INT8_FILES, METADATA, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.inference.ensemble import check_same_task, common_postprocessing
 from distilldsm.inference.postprocess import keep_largest
-from distilldsm.inference.scores import Member, Mirror, Scorer, mirror_axes
+from distilldsm.inference.scores import AXES, Member, Mirror, Scorer, mirror_axes
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits, predict_scores
 from distilldsm.stage import read_json
 
@@ -112,7 +113,7 @@ class Predictor:
 
         from distilldsm.training.checkpoint import load_network
 
-        axes = mirror_axes(mirror, read_json(model_dir / "model.json").get("mirror_axes", ()), model_dir)
+        axes = mirror_axes(mirror, _trained_axes(model_dir), model_dir)
         network = load_network(model_dir, checkpoint)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -169,6 +170,17 @@ class Predictor:
         )
 
 
+def _trained_axes(model_dir: Path) -> tuple[MirrorAxis, ...]:
+    path = model_dir / "model.json"
+    spec = read_json(path)
+    axes = spec.get("mirror_axes", ()) if isinstance(spec, dict) else None
+    if not isinstance(axes, list | tuple) or not all(isinstance(axis, str) and axis in AXES for axis in axes):
+        raise DataError(
+            "describes no network", where=path, seen=repr(axes)[:100], rule=f"mirror_axes: some of {', '.join(AXES)}"
+        )
+    return tuple(axes)
+
+
 def _metadata(model_dir: Path, runtime: Runtime, precision: Precision) -> ModelMetadata:
     if runtime == "openvino" and precision == "int8":
         return _require_int8(model_dir)
@@ -199,15 +211,12 @@ def _require_int8(model_dir: Path) -> ModelMetadata:
 
 
 def _exported_network(model_dir: Path, metadata: ModelMetadata) -> TorchEngine:
-    from distilldsm.models.registry import build_model
-    from distilldsm.training.checkpoint import load_tensors, load_weights
+    from distilldsm.training.checkpoint import described_network, load_tensors, load_weights
 
     path = model_dir / "model.safetensors"
-    network = build_model(
-        metadata.network.name,
-        in_channels=len(metadata.channels),
-        out_channels=metadata.targets.channels,
-        **metadata.network.options,
+    described = metadata.network
+    network = described_network(
+        described.name, described.options, len(metadata.channels), metadata.targets.channels, where=model_dir / METADATA
     )
     load_weights(network, load_tensors(path)[0], path)
     return TorchEngine(network)

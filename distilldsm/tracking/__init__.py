@@ -25,7 +25,7 @@ from typing import Any
 from distilldsm.config import TrackingConfig
 from distilldsm.params import to_mapping
 from distilldsm.stage import write_json
-from distilldsm.tracking.delivery import Delivery, live_uri, redact, replay_all
+from distilldsm.tracking.delivery import Delivery, clean, live_uri, redact, replay_all
 from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.journal import JournalWriter, State, encode_number, pending, writer_identity
 from distilldsm.tracking.process import start_worker as _start_worker
@@ -385,7 +385,7 @@ def _forgiving(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        logger.warning("MLflow: %s failed: %s: %s", what, type(error).__name__, error)
+        logger.warning("MLflow: %s failed: %s", what, clean(error))
 
 
 def run_key_of(model_dir: Path) -> str | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
+from distilldsm import redaction
 from distilldsm.tracking.journal import (
     Entry,
     Record,
@@ -22,6 +23,7 @@ from distilldsm.tracking.journal import (
     reject,
     remove_if_delivered,
     segments,
+    spooled,
 )
 from distilldsm.tracking.sink import RefusedError, Sink
 
@@ -119,7 +121,8 @@ class _Drain:
             self.state.save(self.directory)
             for record in records:
                 if "path" in record:
-                    shutil.rmtree((self.directory / record["path"]).parent, ignore_errors=True)
+                    with contextlib.suppress(ValueError):  # what does not lie in the spool is not ours to delete
+                        shutil.rmtree(spooled(self.directory, record).parent, ignore_errors=True)
 
     def _send(self, records: list[Record], opening: Record, identity: str) -> None:
         failures = 0
@@ -185,8 +188,7 @@ def _groups(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 def clean(error: BaseException) -> str:
     """An error's text for state and log: one line, no passwords, not endless."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return re.sub(r"://[^/@\s]*@", "://", text)[:600]
+    return redaction.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:600]
 
 
 def replay_all(

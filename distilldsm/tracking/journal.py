@@ -71,7 +71,7 @@ class State:
                 rejected=int(stored["rejected"]),
                 last_error=stored["last_error"],
             )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return cls()
 
     def save(self, directory: Path) -> None:
@@ -176,7 +176,7 @@ def read_entries(segment: Path, offset: int = 0) -> Iterator[Entry]:
                 continue
             try:
                 record = json.loads(line)
-            except ValueError:  # of JSON and of UTF-8
+            except (ValueError, RecursionError):  # of JSON and of UTF-8
                 record = None
             yield Entry(record=record if isinstance(record, dict) and "op" in record else None, end=offset)
 
@@ -201,6 +201,19 @@ def pending(directory: Path) -> int:
                 for entry in read_entries(segment, acknowledged.get(segment.name, 0))
             )
     return count
+
+
+def spooled(directory: Path, record: Record) -> Path:
+    """The copy in the spool that a record speaks of; whatever a journal says, no other file is sent or deleted.
+
+    Raises:
+        ValueError: the record names a place outside the spool, or the spool itself.
+    """
+    root = (directory / SPOOL).resolve()
+    path = (directory / str(record["path"])).resolve()
+    if len(path.parts) < len(root.parts) + 2 or not path.is_relative_to(root):
+        raise ValueError(f"it names a file outside the spool: {record['path']}")
+    return path
 
 
 def reject(directory: Path, record: Mapping[str, Any] | None, reason: str) -> None:

@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
+from distilldsm.redaction import redact
 from distilldsm.tracking.flavor import save
-from distilldsm.tracking.journal import Record
+from distilldsm.tracking.journal import Record, spooled
 from distilldsm.tracking.registry import RECORD_TAG, register, write_receipt
 
 if TYPE_CHECKING:
@@ -244,7 +245,7 @@ class Sink:
                     except MlflowException as single:
                         if single.error_code not in _REFUSALS:
                             raise
-                        logger.warning("parameter '%s' was refused: %s", param.key, single)
+                        logger.warning("parameter '%s' was refused: %s", param.key, redact(str(single)))
         if changed:
             raise RefusedError("MLflow does not let a run change its parameters: " + ", ".join(sorted(changed)))
 
@@ -377,7 +378,10 @@ class Sink:
 
 
 def _spooled(record: Record, directory: Path) -> Path:
-    path = directory / record["path"]
+    try:
+        path = spooled(directory, record)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
     if not path.exists():
         raise RefusedError(f"the spooled copy is gone: {record['path']}")
     return path

@@ -21,6 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from distilldsm.redaction import redact
 from distilldsm.tracking.delivery import Delivery, SinkFactory, clean, drain, replay_all
 from distilldsm.tracking.journal import JournalWriter, Record, head, read_entries, segments, writer_identity
 from distilldsm.tracking.sink import Sink, prepare_environment
@@ -199,6 +200,13 @@ def _ended_or_resumed(directory: Path, parent: int) -> bool:
     return not training or training[-1][0] != parent or bool({"end", "close"} & training[-1][1])
 
 
+class _Redacted(logging.Formatter):
+    """MLflow and what it calls may quote an address with its password; tracebacks may too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def main(argv: Sequence[str] | None = None, *, stream: int = 0) -> int:
     """Deliver one journal until the process at the other end of `stream` (standard input) is done."""
     parser = argparse.ArgumentParser(prog="distilldsm.tracking.worker", description=__doc__)
@@ -206,7 +214,9 @@ def main(argv: Sequence[str] | None = None, *, stream: int = 0) -> int:
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--system", type=float, default=0.0, help="seconds between two samples of the machine's load")
     args = parser.parse_args(argv)
-    logging.basicConfig(format="%(asctime)s %(name)s %(levelname)s %(message)s", level=logging.WARNING)
+    handler = logging.StreamHandler()
+    handler.setFormatter(_Redacted("%(asctime)s %(name)s %(levelname)s %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
     prepare_environment()
     worker = Worker(args.directory, args.parent, args.system)
     threading.Thread(target=worker.listen, args=(stream,), daemon=True).start()

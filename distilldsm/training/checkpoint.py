@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from distilldsm.errors import DataError
+from distilldsm.errors import ConfigError, DataError
 from distilldsm.models.base import SegmentationNetwork
+from distilldsm.params import from_mapping
 from distilldsm.stage import read_json
+
+MAX_SIZE = 4096
+"""Channels, or a multiple of widths, beyond which a model's description is taken for damaged."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
@@ -45,8 +51,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             return {k: file.get_tensor(k) for k in file.keys()}, meta  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise DataError("checkpoint not found", where=path, mend="train the model first (dvc repro)") from None
-    except (SafetensorError, OSError, ValueError) as error:
-        raise DataError("is no readable checkpoint", where=path, seen=str(error)) from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            "is no readable checkpoint",
+            where=path,
+            seen=str(error),
+            rule="safetensors; a pickle (.pt, .pth) is never loaded",
+            mend="train again, or copy the file again",
+        ) from None
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
@@ -98,13 +110,68 @@ def load_network(model_dir: Path, checkpoint: str = "last") -> SegmentationNetwo
     Raises:
         DataError: a missing, damaged or unfitting file; a network with random weights is never returned.
     """
-    from distilldsm.models.registry import build_model
-
-    spec = read_json(model_dir / "model.json")
+    spec = read_model_spec(model_dir)
     path = model_dir / f"{checkpoint}.safetensors"
     tensors, _ = load_tensors(path)
-    network = build_model(
-        spec["name"], in_channels=spec["in_channels"], out_channels=spec["out_channels"], **spec["options"]
+    network = described_network(
+        spec.name, spec.options, spec.in_channels, spec.out_channels, where=model_dir / "model.json"
     )
     load_weights(network, tensors, path)
     return network.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What `model.json` must say for the network to be built again; it says more."""
+
+    name: str
+    options: Mapping[str, bool | int | float | str]
+    in_channels: int
+    out_channels: int
+
+
+def read_model_spec(model_dir: Path) -> ModelSpec:
+    """Read `model.json` of a training directory.
+
+    Raises:
+        UserError: it is missing or no JSON.
+        DataError: it says something else than a network.
+    """
+    path = model_dir / "model.json"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DataError("describes no network", where=path, seen=type(found).__name__, rule="a mapping")
+    known = {field.name for field in fields(ModelSpec)}
+    try:
+        return from_mapping(ModelSpec, {key: value for key, value in found.items() if key in known}, where=str(path))
+    except ConfigError as error:
+        raise DataError(
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="train the model again"
+        ) from None
+
+
+def described_network(
+    name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, *, where: Path
+) -> SegmentationNetwork:
+    """The network that the file `where` describes, whatever it says.
+
+    Raises:
+        DataError: there is no such network, or it would be larger than any that is trained.
+    """
+    from distilldsm.models.registry import build_model
+
+    sizes = [in_channels, out_channels, *(value for value in options.values() if not isinstance(value, str))]
+    try:
+        if max(sizes) > MAX_SIZE:
+            raise ValueError(f"{max(sizes)} is more than {MAX_SIZE}")
+        if {"name", "in_channels", "out_channels"} & set(options):
+            raise ValueError("an option that is none")
+        return build_model(name, in_channels=in_channels, out_channels=out_channels, **options)
+    except (ConfigError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise DataError(
+            "describes no network of this version",
+            where=where,
+            seen=str(error)[:500],
+            rule="a name and options of `distilldsm info --models`",
+            mend="train the model again, or copy the file again",
+        ) from None

@@ -21,7 +21,7 @@ from distilldsm.data.augment import augment, centre_crop
 from distilldsm.data.patches import PatchSampler
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
-from distilldsm.errors import ConfigError, UserError
+from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
 from distilldsm.stage import write_json
@@ -344,9 +344,18 @@ class Trainer:
         load_weights(self.trained, part("network."), path)
         load_weights(self.average.network, part("average."), path)
         optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        unpack_optimizer(self.optimizer, optimizer, meta["optimizer"])
-        torch.set_rng_state(tensors["rng.torch"])
-        self.state = TrainingState(**meta["state"])
+        try:
+            unpack_optimizer(self.optimizer, optimizer, meta["optimizer"])
+            torch.set_rng_state(tensors["rng.torch"])
+            self.state = TrainingState(**meta["state"])
+        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
+            raise DataError(
+                "is no checkpoint of a training",
+                where=path,
+                seen=f"{type(error).__name__}: {error}"[:300],
+                rule="what an interrupted training wrote",
+                mend="remove the file to train from the start",
+            ) from None
         if self.state.plateau:
             self.plateau.load(self.state.plateau)
         if self.processes.is_main:

@@ -91,10 +91,11 @@ def test_a_second_run_replaces_the_first(tmp_path):
     assert len(get(tmp_path, source=str(write_msd(tmp_path / "two", 2))).cases) == 2
 
 
-def test_over_http_with_a_mirror_and_without_a_second_download(tmp_path, packed):
+def test_over_http_with_a_mirror_and_without_a_second_download(tmp_path, packed, monkeypatch):
+    monkeypatch.setenv("DISTILLDSM_DOWNLOAD_SIGNATURE", "signature=secret")
     with serving() as server:
         server.content = packed.read_bytes()
-        address = server.url("/gone?signature=secret")
+        address = server.url("/gone")
         index = get(tmp_path, source=address, mirrors=(server.url(),))
         assert len(index.cases) == 3
         assert index.source == server.url("/gone")

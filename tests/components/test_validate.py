@@ -284,7 +284,9 @@ def test_real_hippocampus_has_no_finding(hippocampus_archive, suite, tmp_path):
         name="Hippocampus",
         channels=(Channel(name="MRI", modality="MRI"),),
         labels={"background": 0, "Anterior": 1, "Posterior": 2},
-        cases=tuple(Case(id=f, patient=f, images=(f,), label=f.replace("imagesTr", "labelsTr")) for f in images),
+        cases=tuple(
+            Case(id=Path(f).name, patient=f, images=(f,), label=f.replace("imagesTr", "labelsTr")) for f in images
+        ),
     )
     assert _validated(tmp_path / "raw", index, suite) == []
 

@@ -36,6 +36,7 @@ def client(images: BuiltImages) -> Iterator[docker.DockerClient]:
 def run(client: docker.DockerClient, image: str, *command: str, user: str = "54321:54321") -> str:
     """A command's output, run as hardened clusters do: a user id the image does not know, read-only, no network."""
     options = {"read_only": True, "tmpfs": {"/tmp": "rw,mode=1777"}, "cap_drop": ["ALL"], "network_mode": "none"}
+    options["security_opt"] = ["no-new-privileges"]
     return client.containers.run(image, list(command), user=user, stderr=True, remove=True, **options).decode()
 
 

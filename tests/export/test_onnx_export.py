@@ -124,5 +124,5 @@ def test_check_accepts_and_refuses(tmp_path):
 
 def test_openvino_names_a_broken_model(tmp_path):
     (tmp_path / "model.onnx").write_bytes(b"no model")
-    with pytest.raises(DataError, match=r"model\.onnx: cannot be read by OpenVINO"):
+    with pytest.raises(DataError, match=r"model\.onnx: cannot be loaded by OpenVINO"):
         export_openvino(tmp_path / "model.onnx", tmp_path / "model.xml", fp16=True)

@@ -19,7 +19,7 @@ from tests.export.fake import exported
 
 # Fields and types of KServe 0.21 that a manifest of ours may use, from the models of its Python SDK
 # (V1beta1InferenceService, V1beta1PredictorSpec, V1beta1ModelSpec, V1beta1ModelFormat) and of Kubernetes' client
-# (V1ResourceRequirements, V1ObjectMeta).
+# (V1ResourceRequirements, V1ObjectMeta, V1SecurityContext).
 QUANTITIES = {"cpu": str, "memory": str}
 SCHEMA: dict[str, Any] = {
     "apiVersion": str,
@@ -35,6 +35,12 @@ SCHEMA: dict[str, Any] = {
                 "storageUri": str,
                 "runtime": str,
                 "resources": {"requests": QUANTITIES, "limits": QUANTITIES},
+                "securityContext": {
+                    "runAsNonRoot": bool,
+                    "allowPrivilegeEscalation": bool,
+                    "capabilities": {"drop": list},
+                    "seccompProfile": {"type": str},
+                },
             },
         }
     },

@@ -51,6 +51,7 @@ def test_the_golden_file_passes_kfps_schema_and_loads_again():
     loaded = components.load_component_from_file(str(GOLDEN))
     assert set(loaded.component_spec.inputs) == {
         "folds", *SECTIONS, "data_version", "trainjob", "mlflow_secret", "s3_secret",
+        "download_secret",
     }  # fmt: skip
 
 
@@ -103,9 +104,9 @@ def test_every_profile_compiles_for_every_step_and_reaches_the_pods(tmp_path):
             pod = pods[label]
             assert pod["securityContext"]["runAsNonRoot"] is True
             secrets = {s["secretNameParameter"]["componentInputParameter"] for s in pod["secretAsEnv"]}
-            assert secrets == {"pipelinechannel--mlflow_secret", "pipelinechannel--s3_secret"} or secrets == {
-                "mlflow_secret", "s3_secret",
-            }  # fmt: skip
+            own = {"download_secret"} if label == "exec-download" else set()
+            expected = {"mlflow_secret", "s3_secret"} | own
+            assert {s.removeprefix("pipelinechannel--") for s in secrets} == expected
             assert all(s["optional"] for s in pod["secretAsEnv"])
             if profile.accelerators:
                 assert resources["accelerator"]["resourceCount"] == str(profile.accelerators)

@@ -1,0 +1,226 @@
+"""YAML, archives, headers and journals that mean harm."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import pickle
+import shutil
+import tarfile
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import yaml
+
+from components import download, train, validate
+from distilldsm.cli import main
+from distilldsm.config import DownloadConfig
+from distilldsm.data.dataset import INDEX, DatasetIndex
+from distilldsm.data.volume import read_image
+from distilldsm.errors import DataError, UserError
+from distilldsm.stage import read_json, write_json
+from distilldsm.tracking.delivery import drain
+from distilldsm.tracking.journal import REJECTED, spooled
+from distilldsm.tracking.sink import RefusedError, _spooled
+from pipeline import cli as pipeline_cli
+from pipeline.compilation import check_pipeline
+from pipeline.lineage import _dvc_lock
+from tests.data.test_archive import member, tar_of
+from tests.data.volumes import write_case, write_dataset
+from tests.export.fake import CHANNELS
+from tests.faults.payloads import told
+from tests.tracking.conftest import FakeSink
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_yaml_payload_is_real(tmp_path, canary):
+    yaml.unsafe_load(canary.yaml())
+    assert canary.sings
+    canary.path.rmdir()
+
+
+@pytest.mark.parametrize(
+    "front", ["download", "stage", "set", "suite", "sweep", "trainjob", "cluster", "preset", "keep"]
+)
+def test_tags_in_yaml_are_not_carried_out(tmp_path, canary, capsys, monkeypatch, front):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    shutil.copyfile(ROOT / "params.yaml", tmp_path / "params.yaml")
+    evil = tmp_path / "evil.yaml"
+    evil.write_text(f"train:\n  epochs: {canary.yaml()}\n")
+    if front == "suite":
+        write_dataset(tmp_path / "data/raw", cases=2)
+        (tmp_path / "params.yaml").write_text("validate: {suite: evil.yaml, workers: 1}\n")
+    if front in ("preset", "keep"):
+        shutil.copyfile(evil, tmp_path / "conf/dataset/evil.yaml")
+    katib = ["sweep", "--sweep", "conf/sweep.yaml"]
+    code = {
+        "download": lambda: main(["download", "--params", "evil.yaml"]),
+        "stage": lambda: train.main(["--params", "evil.yaml"]),
+        "set": lambda: train.main(["--set", f"train.epochs={canary.yaml()}"]),
+        "suite": lambda: validate.main([]),
+        "sweep": lambda: pipeline_cli.main(["sweep", "--sweep", "evil.yaml", "local", "--dry-run"]),
+        "trainjob": lambda: pipeline_cli.main([*katib, "katib", "--job", "evil.yaml", "-o", "out.yaml"]),
+        "cluster": lambda: pipeline_cli.main(["compile", "--cluster", "evil.yaml", "-o", "out.yaml"]),
+        "preset": lambda: main(["compose", "dataset=evil", "-o", "out.yaml"]),
+        "keep": lambda: main(["compose", "--keep", "dataset=evil"]),
+    }[front]()
+    assert code == 2
+    told(capsys.readouterr().err, "conf" if front == "preset" else "--set" if front == "set" else "evil", "seen: ")
+    assert not (tmp_path / "out.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["a: 2001-99-99", "a: " + "[" * 20_000, "{a: &a [*a]}", "a: !!python/name:os.system ''"]
+)
+def test_other_yaml_that_breaks_readers(tmp_path, capsys, text):
+    (tmp_path / "p.yaml").write_text(text)
+    assert main(["download", "--params", str(tmp_path / "p.yaml"), "--output", str(tmp_path / "raw")]) == 2
+    told(capsys.readouterr().err, "p.yaml")
+
+
+def test_a_pipeline_file_and_a_lock_file(tmp_path, canary):
+    (tmp_path / "p.yaml").write_text(f"components: {canary.yaml()}\n")
+    with pytest.raises(UserError, match=r"p\.yaml"):
+        check_pipeline(tmp_path / "p.yaml")
+    (tmp_path / "dvc.lock").write_text(f"stages: {canary.yaml()}\n")
+    with pytest.raises(UserError, match=r"dvc\.lock(.|\n)*mend"):
+        _dvc_lock(tmp_path)
+
+
+def test_a_preset_cannot_bring_the_environment_into_the_parameters(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "planted-word")
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    (tmp_path / "conf/dataset/evil.yaml").write_text(
+        "# @package _global_\ntracking:\n  run_name: ${oc.env:MLFLOW_TRACKING_PASSWORD}\n"
+    )
+    target = tmp_path / "params.yaml"
+    assert main(["compose", "dataset=evil", "--conf", str(tmp_path / "conf"), "-o", str(target)]) == 2
+    told(capsys.readouterr().err, "a preset reads the environment", "mend: ")
+    assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        member("../outside.txt"),
+        member("/tmp/distilldsm-outside.txt"),
+        member("link", tarfile.SYMTYPE, "/etc/passwd"),
+        member("hard", tarfile.LNKTYPE, "/etc/passwd"),
+        member("device", tarfile.CHRTYPE),
+        member("pipe", tarfile.FIFOTYPE),
+    ],
+    ids=lambda info: info.name,
+)
+def test_a_harmful_archive_ends_the_download(tmp_path, monkeypatch, capsys, evil):
+    monkeypatch.chdir(tmp_path)
+    tar_of(tmp_path / "x.tar", [(member("good.txt"), b"good"), (evil, b"")])
+    (tmp_path / "params.yaml").write_text("download: {source: x.tar}\n")
+    assert main(["download"]) == 1
+    told(capsys.readouterr().err, "x.tar", evil.name, "rule: ")
+    assert {p.name for p in tmp_path.iterdir() if not p.name.startswith(".")} <= {"x.tar", "params.yaml", "data"}
+    assert not (tmp_path / "data/raw").exists()
+    assert not Path("/tmp/distilldsm-outside.txt").exists()
+
+
+@pytest.mark.parametrize("name", ["../../secret.nii.gz", "/etc/passwd", "imagesTr/../../secret.nii.gz"])
+def test_a_data_set_that_names_files_elsewhere(tmp_path, name):
+    write_case(tmp_path / "set", "c0")
+    secret = tmp_path / "secret.nii.gz"
+    shutil.copyfile(tmp_path / "set/imagesTr/c0_0000.nii.gz", secret)
+    case = {"image": name, "label": "labelsTr/c0.nii.gz"}
+    labels = {"0": "background", "1": "shell", "2": "core"}
+    write_json(tmp_path / "set/dataset.json", {"modality": {"0": "MRI"}, "labels": labels, "training": [case]})
+    with pytest.raises(DataError, match="names a file outside the data set"):
+        download.run(DownloadConfig(source=str(tmp_path / "set")), {}, {"dataset": tmp_path / "raw"})
+    assert secret.is_file()
+
+
+@pytest.mark.parametrize("changes", [{"id": "../../x"}, {"id": "a/b"}, {"label": "../x"}, {"images": ["/etc/passwd"]}])
+def test_an_index_that_names_files_elsewhere(tmp_path, changes):
+    write_dataset(tmp_path, cases=2)
+    index = read_json(tmp_path / INDEX)
+    index["cases"][0] |= changes
+    write_json(tmp_path / INDEX, index)
+    with pytest.raises(DataError, match=rf"{INDEX}(.|\n)*seen(.|\n)*rule(.|\n)*mend"):
+        DatasetIndex.load(tmp_path)
+
+
+def test_what_a_nifti_header_carries_is_not_looked_at(made, tmp_path, canary):
+    case = write_case(tmp_path / "scan", "one", channels=CHANNELS)
+    paths = [tmp_path / "scan" / image for image in case.images]
+    before = read_image(paths, CHANNELS).data
+    for path in paths:
+        image = nib.load(path)
+        # 16 is the code that NIfTI's registry gives to "pypickle".
+        for code in (0, 4, 6, 16):
+            image.header.extensions.append(nib.nifti1.Nifti1Extension(code, canary.pickled()))
+        image.header["descrip"] = b"$__import__('os')"
+        image.header["aux_file"] = b"../../etc/passwd"
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header), path)
+        assert canary.pickled() in gzip.decompress(path.read_bytes())
+    assert np.array_equal(before, read_image(paths, CHANNELS).data)
+    assert main(["predict", str(made.export), *map(str, paths), "-o", str(tmp_path / "mask.nii.gz")]) == 0
+
+
+@pytest.mark.parametrize("content", ["pickle", "torch"])
+def test_a_pickle_is_no_scan(made, tmp_path, canary, capsys, content):
+    for suffix in (".nii.gz", ".nii"):
+        names = [tmp_path / f"a_{k}{suffix}" for k in range(CHANNELS)]
+        for path in names:
+            data = canary.pickled(content)
+            path.write_bytes(gzip.compress(data) if suffix == ".nii.gz" else data)
+        assert main(["predict", str(made.export), *map(str, names), "-o", str(tmp_path / "mask.nii.gz")]) == 1
+        told(capsys.readouterr().err, names[0].name)
+
+
+@pytest.mark.parametrize("path", ["../../victim/x", "spool", "spool/one", "spool/../../../victim/x", "ABSOLUTE", ""])
+def test_a_journal_cannot_send_or_delete_what_is_not_its_own(tmp_path, path, canary):
+    victim = tmp_path / "victim" / "x"
+    victim.parent.mkdir()
+    victim.write_text("mine")
+    journal = tmp_path / "tracking" / ("0" * 32)
+    (journal / "spool" / "one").mkdir(parents=True)
+    path = str(victim) if path == "ABSOLUTE" else path
+    with pytest.raises(ValueError, match="outside the spool"):
+        spooled(journal, {"path": path})
+    with pytest.raises(RefusedError, match="outside the spool"):
+        _spooled({"path": path}, journal)
+    opening = {
+        "op": "open", "time_ms": 1, "tracking_uri": "http://fake", "experiment": "e", "run_id": None,
+        "run_key": "0" * 32, "started_ms": 1, "role": "train", "name": "n", "tags": {}, "pid": 1, "host": "elsewhere",
+    }  # fmt: skip
+    lines = [opening, {"op": "artifact", "time_ms": 1, "path": path, "to": None}, {"op": "close", "time_ms": 1}]
+    (journal / "00000000000000000001-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fake = FakeSink()
+    fake.plan = lambda record: "refuse"
+    assert drain(journal, sinks=lambda uri: fake).rejected == 1
+    assert victim.read_text() == "mine"
+    assert (journal / "spool" / "one").is_dir()
+
+
+def test_lines_of_a_journal_are_json_and_nothing_else(tmp_path, canary):
+    journal = tmp_path / "tracking" / ("0" * 32)
+    journal.mkdir(parents=True)
+    stream = io.BytesIO()
+    pickle.dump(canary.evil(), stream)
+    deep = b'{"op": ' + b"[" * 100_000
+    (journal / "00000000000000000001-1.jsonl").write_bytes(
+        b'{"op": "open", "tracking_uri": "http://fake", "experiment": "e", "run_id": null, "run_key": "0", "role": '
+        b'"train", "name": "n", "tags": {}}\n'
+        + stream.getvalue()
+        + b"\n"
+        + canary.yaml().encode()
+        + b"\n"
+        + deep
+        + b"\n"
+    )
+    (journal / "state.json").write_bytes(stream.getvalue())
+    fake = FakeSink()
+    assert drain(journal, sinks=lambda uri: fake).rejected >= 3
+    assert not fake.applied
+    assert len((journal / REJECTED).read_text().splitlines()) >= 3

@@ -1,0 +1,289 @@
+"""Secrets come from the environment, and end up nowhere else."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import http.server
+import json
+import logging
+import shutil
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from distilldsm import tracking
+from distilldsm.cli import main
+from distilldsm.config import DownloadConfig, TrackingConfig
+from distilldsm.data.download import Credentials
+from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.redaction import is_secret_name, redact, secret_in_address
+from distilldsm.tracking import start_run
+from distilldsm.tracking.worker import _Redacted
+from pipeline import cli as pipeline_cli
+from pipeline.cluster import Profile, Storage
+from pipeline.stages import check
+from pipeline.trainjob_manifest import TrainJobConfig, manifest
+from tests.data.volumes import write_case
+from tests.faults.payloads import told
+from tests.tracking.conftest import empty_store
+
+__all__ = ["empty_store"]
+
+ROOT = Path(__file__).resolve().parents[2]
+WORD = "pl4nted+secret/word"
+QUOTED = "pl4nted%2Bsecret%2Fword"
+TELLTALE = b"pl4nted"
+"""In every form of the secret but base64."""
+SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "KF_PIPELINES_TOKEN")
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves a file to whoever logs in; /away leads to another server."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        server = self.server
+        server.seen.append((self.path, self.headers.get("Authorization")))
+        if self.path.startswith("/away"):
+            self.send_response(302)
+            self.send_header("Location", f"{server.elsewhere}?X-Amz-Signature={QUOTED}")
+        elif server.allowed and server.allowed not in (self.headers.get("Authorization"), self.path.partition("?")[2]):
+            self.send_response(503 if self.path.startswith("/ill") else 401)
+        else:
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(server.content)))
+            self.end_headers()
+            self.wfile.write(server.content)
+            return
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+
+@contextlib.contextmanager
+def serving(content: bytes = b"", allowed: str = "", elsewhere: str = "") -> Iterator[http.server.HTTPServer]:
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.content, server.allowed, server.elsewhere, server.seen = content, allowed, elsewhere, []
+        server.address = f"http://127.0.0.1:{server.server_address[1]}"
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory) -> bytes:
+    """A data set as an archive."""
+    folder = tmp_path_factory.mktemp("packed")
+    cases = [write_case(folder / "set/T", f"c{k}", seed=k) for k in range(4)]
+    labels = {"0": "background", "1": "shell", "2": "core"}
+    training = [{"image": case.images[0], "label": case.label} for case in cases]
+    description = {"name": "T", "modality": {"0": "MRI"}, "labels": labels, "training": training}
+    (folder / "set/T/dataset.json").write_text(json.dumps(description))
+    return Path(shutil.make_archive(str(folder / "x"), "tar", folder / "set")).read_bytes()
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch) -> Path:
+    """A working directory with the shipped configuration, and every secret planted."""
+    for name in SECRETS:
+        monkeypatch.setenv(name, WORD)
+    for name in ("RANK", "DISTILLDSM_TRACKING_DIR", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def nowhere(place: Path, *texts: str) -> None:
+    """The secret is in no file below `place` and in none of the texts."""
+    encoded = [base64.b64encode(WORD.encode()), base64.b64encode(f"me:{WORD}".encode())]
+    for text in (*(t.encode() for t in texts), *(p.read_bytes() for p in place.rglob("*") if p.is_file())):
+        assert TELLTALE not in text
+        assert not any(form in text for form in encoded)
+    assert not any(TELLTALE.decode() in str(path) for path in place.rglob("*"))
+
+
+def params(place: Path, source: str, **more: object) -> Path:
+    path = place / "params.yaml"
+    small = {"epochs": 1, "batch_size": 2, "model": {"options": {"width": 0.25}}}
+    quick = {"int8": {"enabled": False}, "parity_cases": 1}
+    values = {"download": {"source": source, **more}, "preprocess": {"folds": 2, "workers": 1}, "train": small}
+    path.write_text(yaml.safe_dump({**values, "validate": {"workers": 1}, "evaluate": {"workers": 1}, "export": quick}))
+    return path
+
+
+def test_a_small_pipeline_writes_no_secret(place, packed, monkeypatch, capfd, empty_store):
+    """Download with a password, all stages, MLflow in SQLite: nothing holds any secret."""
+    monkeypatch.setenv("DISTILLDSM_DOWNLOAD_USERNAME", "me")
+    monkeypatch.setenv("DISTILLDSM_DOWNLOAD_PASSWORD", WORD)
+    # Sent once, at the end: three processes that import MLflow would take most of the time.
+    monkeypatch.setattr(tracking, "_start_worker", lambda *_, **__: None)
+    shutil.copyfile(empty_store, place / "mlflow.db")
+    allowed = "Basic " + base64.b64encode(f"me:{WORD}".encode()).decode()
+    with serving(packed, allowed) as server:
+        params(place, f"{server.address}/set.tar?version=2")
+        assert main(["download"]) == 0
+        assert server.seen == [("/set.tar?version=2", allowed)]
+    assert main(["validate"]) == 0
+    assert main(["preprocess"]) == 0
+    assert main(["train"]) == 0
+    assert main(["evaluate"]) == 0
+    assert main(["export"]) == 0
+    assert main(["pipeline", "compile", "-o", "pipeline.yaml"]) == 0
+    nowhere(place)  # the journals before they are sent
+    delivered = tracking.replay_journals()
+    assert delivered.sent > 10
+    assert (delivered.left, delivered.rejected, delivered.error) == (0, 0, None)
+    captured = capfd.readouterr()
+    assert all((place / name).is_file() for name in ("evaluation/fold0/report.html", "export/fold0/README.md"))
+    assert list((place / "mlartifacts").rglob("MLmodel"))
+    assert "c3" in captured.out + captured.err + (place / "data/raw/dataset_index.json").read_text()
+    nowhere(place, captured.out, captured.err)
+
+
+def test_an_absent_server_with_a_password_in_its_address(place, monkeypatch, capfd, caplog):
+    """The journal, its state, the worker's log and the warnings name the server, not the password."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{QUOTED}@127.0.0.1:9/base?token={QUOTED}")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (place / "work").mkdir()
+    with start_run(TrackingConfig(), directory=place / "work", name="n") as run:
+        run.log_params({"a": 1})
+        run.log_dataset("d", "1", f"https://me:{QUOTED}@host/x.tar?sig={QUOTED}")
+        run.close(timeout=25)
+    captured = capfd.readouterr()
+    text = "".join(p.read_text() for p in (place / "tracking").rglob("*") if p.is_file())
+    assert "127.0.0.1" in text
+    assert "last_error" in text
+    nowhere(place, captured.out, captured.err, caplog.text)
+
+
+@pytest.mark.parametrize("path", ["/set.tar", "/ill.tar", "/away"])
+def test_failures_of_a_download_tell_no_secret(place, monkeypatch, capsys, path):
+    monkeypatch.setattr("distilldsm.data.download.ATTEMPTS", 1)
+    monkeypatch.setattr("distilldsm.data.download.time.sleep", lambda _: None)
+    monkeypatch.setenv("DISTILLDSM_DOWNLOAD_SIGNATURE", f"X-Amz-Signature={QUOTED}&X-Amz-Date=1")
+    with serving(allowed="never", elsewhere="http://127.0.0.1:9/x") as server:
+        params(place, f"{server.address}{path}")
+        assert main(["download"]) == 1
+        assert QUOTED in server.seen[0][0]
+        message = capsys.readouterr().err
+        told(message, server.address, "could not be fetched", "mend: ")
+    nowhere(place, message)
+
+
+def test_other_servers_get_no_password(tmp_path, packed, monkeypatch):
+    from distilldsm.data.download import fetch
+
+    monkeypatch.setenv("DISTILLDSM_DOWNLOAD_TOKEN", WORD)
+    with serving(packed) as mirror, serving(allowed="never", elsewhere=f"{mirror.address}/away2") as server:
+        mirror.elsewhere = "http://127.0.0.1:9/x"
+        address = f"{server.address}/set.tar"
+        fetch([address, f"{mirror.address}/m.tar"], tmp_path / "a", credentials=Credentials.from_environment(address))
+        assert server.seen == [("/set.tar", f"Bearer {WORD}")]
+        assert mirror.seen == [("/m.tar", None)]
+        with pytest.raises(DataError):
+            # Another host by its name: what a redirect to a bucket is.
+            server.elsewhere = mirror.address.replace("127.0.0.1", "localhost") + "/away"
+            address = f"{server.address}/away"
+            fetch([address], tmp_path / "b", credentials=Credentials.from_environment(address), sleep=lambda _: None)
+        assert mirror.seen[1][1] is None
+    assert WORD not in repr(Credentials.from_environment("https://host/x"))
+
+
+def test_how_to_log_in(monkeypatch):
+    with_password = {"DISTILLDSM_DOWNLOAD_USERNAME": "me", "DISTILLDSM_DOWNLOAD_PASSWORD": WORD}
+    for name, value in with_password.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"for all to read(.|\n)*https://") as caught:
+        Credentials.from_environment("http://example.org/x?a=1")
+    assert WORD not in str(caught.value)
+    assert Credentials.from_environment("https://example.org/x").applied("https://example.org/y") == (
+        "https://example.org/y",
+        {"auth": ("me", WORD)},
+    )
+    assert Credentials.from_environment("https://example.org/x").applied("http://example.org/y")[1] == {}
+    monkeypatch.delenv("DISTILLDSM_DOWNLOAD_USERNAME")
+    with pytest.raises(ConfigError, match="cannot tell how to log in"):
+        Credentials.from_environment("https://example.org/x")
+
+
+ADDRESSES = (
+    f"https://me:{QUOTED}@host/x.tar",
+    f"https://{QUOTED}@host/x.tar",
+    f"s3://me:{QUOTED}@bucket/x.tar",
+    f"https://host/x.tar?X-Amz-Signature={QUOTED}",
+    f"https://host/x.tar?se=1&sig={QUOTED}",
+    f"https://host/x.tar?access_token={QUOTED}",
+    f"https://host/x.tar?a=1&key={QUOTED}",
+)
+
+
+@pytest.mark.parametrize("address", ADDRESSES)
+@pytest.mark.parametrize("key", ["source", "mirrors"])
+def test_an_address_with_a_secret_is_refused_in_the_parameters(place, capsys, key, address):
+    params(place, **({"source": address} if key == "source" else {"source": "x.tar", "mirrors": [address]}))
+    commands = [
+        ["download"], ["train"], ["pipeline", "compile", "-o", "out.yaml"], ["pipeline", "run", "--local"],
+        ["pipeline", "compile", "-o", "out.yaml", "--params", str(ROOT / "params.yaml"), "--set",
+         f"download.source={address}"],
+    ]  # fmt: skip
+    for command in commands if key == "source" else commands[:1]:
+        assert main(command) == 2
+        text = capsys.readouterr()
+        told(text.err, "holds a secret", "rule: ", "mend: put it in the environment: DISTILLDSM_DOWNLOAD_USERNAME")
+        assert TELLTALE.decode() not in text.out + text.err
+    assert not (place / "out.yaml").exists()
+    with pytest.raises(SystemExit):
+        check([0], {"download": {"source": address}})
+    assert TELLTALE.decode() not in capsys.readouterr().err
+
+
+def test_addresses_without_a_secret_are_taken():
+    for address in ("sample", "msd:Task04_Hippocampus", "https://host/x.tar?version=2&design=a", "a@b/x.tar", "C:\\x"):
+        assert DownloadConfig(source=address).source == address
+        assert secret_in_address(address) is None
+
+
+def test_manifests_hold_no_secret(place):
+    job = TrainJobConfig(image="i:1", claim="c")
+    written = json.dumps(manifest(job, "n", [], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}))
+    assert pipeline_cli.main(["compile", "--params", str(ROOT / "params.yaml"), "-o", "pipeline.yaml"]) == 0
+    katib = ["sweep", "--params", str(ROOT / "params.yaml"), "katib", "-o", "sweep.yaml"]
+    assert pipeline_cli.main(katib) == 0
+    nowhere(place, written)
+
+
+@pytest.mark.parametrize("address", ADDRESSES[:1] + ADDRESSES[3:4])
+def test_values_that_everyone_may_read_hold_no_secret(address):
+    refused = [
+        lambda: Profile(env={"SOME_TOKEN": WORD}),
+        lambda: Profile(env={"PROXY": address}),
+        lambda: Storage(endpoint_url=address),
+        lambda: Storage(bucket=f"s3://me:{QUOTED}@bucket/x"),
+        lambda: TrainJobConfig(image="i:1", claim="c", env={"MLFLOW_TRACKING_PASSWORD": WORD}),
+        lambda: TrainJobConfig(image="i:1", claim="c", env={"PROXY": address}),
+        lambda: manifest(TrainJobConfig(image="i:1", claim="c"), "n", [], {"MLFLOW_TRACKING_URI": address}),
+    ]
+    for build in refused:
+        with pytest.raises(ConfigError) as caught:
+            build()
+        assert TELLTALE.decode() not in str(caught.value)
+
+
+def test_what_is_struck_out(monkeypatch):
+    monkeypatch.setenv("SOME_API_KEY", WORD)
+    monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", "/var/run/token")
+    text = redact(f"a {WORD} b {QUOTED} http://u:p@h/x?a=1&sig=abc&b=2 (/var/run/token) 'x?token=t'")
+    assert text == "a *** b *** http://h/x?a=1&sig=***&b=2 (/var/run/token) 'x?token=***'"
+    assert redact(text) == text
+    assert [is_secret_name(n) for n in ("MLFLOW_TRACKING_USERNAME", "HOME", "aws_secret_access_key")] == [
+        False, False, True,
+    ]  # fmt: skip
+    assert WORD not in str(UserError("x", seen=f"server said {WORD}"))
+    record = logging.LogRecord("n", logging.WARNING, "f", 1, "to http://u:%s@h", (QUOTED,), None)
+    assert _Redacted("%(message)s").format(record) == "to http://h"
