@@ -19,6 +19,40 @@ COARSE_RATIO = 3.0
 _AXES = {"depth": 2, "height": 3, "width": 4}
 
 
+class Draws:
+    """Random numbers for one process's share of a batch: what a single process would draw for these samples.
+
+    Samples `rank`, `rank + world`, ... of a batch are this process's. Every process draws for the whole batch and keeps
+    its share; but white noise, a number a voxel, each draws for its own samples only, from another stream.
+
+    Args:
+        generator: of the CPU, in the same state in all processes.
+        noise: of the CPU, in another state in each; None: `generator`.
+    """
+
+    def __init__(
+        self, generator: torch.Generator, rank: int = 0, world: int = 1, noise: torch.Generator | None = None
+    ) -> None:
+        self._generator, self._noise = generator, noise or generator
+        self.rank, self.world = rank, world
+
+    def rand(self, batch: int, *shape: int) -> Tensor:
+        """(batch, *shape), uniform in [0, 1)."""
+        return torch.rand(batch * self.world, *shape, generator=self._generator)[self.rank :: self.world]
+
+    def randn(self, batch: int, *shape: int) -> Tensor:
+        """(batch, *shape), normal."""
+        return torch.randn(batch * self.world, *shape, generator=self._generator)[self.rank :: self.world]
+
+    def noise(self, shape: Sequence[int]) -> Tensor:
+        """Normal, of this shape."""
+        return torch.randn(tuple(shape), generator=self._noise)
+
+
+def _draws(generator: torch.Generator | Draws) -> Draws:
+    return generator if isinstance(generator, Draws) else Draws(generator)
+
+
 def augment(
     images: Tensor,
     labels: Tensor,
@@ -27,7 +61,7 @@ def augment(
     *,
     classes: int,
     spacing_mm: Sequence[float],
-    generator: torch.Generator,
+    generator: torch.Generator | Draws,
 ) -> tuple[Tensor, Tensor]:
     """Rotate, scale, bend, mirror and change the intensities of a batch.
 
@@ -35,15 +69,16 @@ def augment(
         images: (B, C, D', H', W') float; labels: (B, D', H', W') integer; larger than `size` by a margin.
         size: (D, H, W) of what is cut out of the middle.
         spacing_mm: (D, H, W) voxel size: rotations happen in mm, not in voxels.
-        generator: of the CPU; the same state gives the same result.
+        generator: of the CPU; the same state gives the same result. `Draws` where the batch is a share of one.
 
     Returns:
         images (B, C, D, H, W) float32 and labels (B, D, H, W) int64.
     """
-    matrices = _draw_matrices(len(images), config, spacing_mm, generator).to(images.device)
+    draws = _draws(generator)
+    matrices = _draw_matrices(len(images), config, spacing_mm, draws).to(images.device)
     grid = _sampling_grid(matrices, images.shape[2:], size)
     if config.elastic_probability:
-        grid += _bend(len(images), config, spacing_mm, images.shape[2:], size, generator).to(grid.device)
+        grid += _bend(len(images), config, spacing_mm, images.shape[2:], size, draws).to(grid.device)
     images = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
     if classes <= ONE_HOT_LIMIT:
         maps = F.one_hot(labels.long(), classes).movedim(-1, 1)[:, 1:].float()
@@ -54,13 +89,13 @@ def augment(
         nearest = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
         labels = nearest[:, 0].long()
     for axis in config.mirror_axes:
-        flip = torch.rand(len(images), generator=generator) < 0.5
+        flip = draws.rand(len(images)) < 0.5
         for k in torch.nonzero(flip).flatten().tolist():
             images[k] = images[k].flip(_AXES[axis] - 1)
             labels[k] = labels[k].flip(_AXES[axis] - 2)
-    images = change_intensities(images, config.intensity_probability, generator)
+    images = change_intensities(images, config.intensity_probability, draws)
     if config.low_resolution_probability:
-        images = coarsen(images, config.low_resolution_probability, spacing_mm, generator)
+        images = coarsen(images, config.low_resolution_probability, spacing_mm, draws)
     return images, labels
 
 
@@ -75,19 +110,17 @@ def _offset(grown: int, size: int) -> int:
     return grown // 2 - size // 2
 
 
-def _draw_matrices(
-    batch: int, config: AugmentConfig, spacing_mm: Sequence[float], generator: torch.Generator
-) -> Tensor:
+def _draw_matrices(batch: int, config: AugmentConfig, spacing_mm: Sequence[float], draws: Draws) -> Tensor:
     """(B, 3, 3) matrices from output to input voxel offsets, in the order (D, H, W)."""
 
     def uniform(limit: float) -> Tensor:
-        return (torch.rand(batch, generator=generator) * 2 - 1) * limit
+        return (draws.rand(batch) * 2 - 1) * limit
 
     about_depth = uniform(math.radians(config.rotation_deg))
     about_height = uniform(math.radians(config.tilt_deg))
     about_width = uniform(math.radians(config.tilt_deg))
     scale = 1 + uniform(config.scale)
-    keep = torch.rand(batch, generator=generator) >= config.spatial_probability
+    keep = draws.rand(batch) >= config.spatial_probability
     rotation = _rotation(about_depth, 1, 2) @ _rotation(about_height, 0, 2) @ _rotation(about_width, 0, 1)
     spacing = torch.tensor(list(spacing_mm), dtype=torch.float32)
     matrices = torch.diag(1 / spacing) @ rotation @ torch.diag(spacing) / scale[:, None, None]
@@ -122,11 +155,11 @@ def _bend(
     spacing_mm: Sequence[float],
     grown: Sequence[int],
     size: Sequence[int],
-    generator: torch.Generator,
+    draws: Draws,
 ) -> Tensor:
     """(B, D, H, W, 3) displacements for the sampling grid: smooth between random ones at CONTROL_POINTS^3 points."""
-    drawn = torch.randn((batch, 3, *(CONTROL_POINTS,) * 3), generator=generator) * config.elastic_mm
-    drawn *= (torch.rand(batch, 1, 1, 1, 1, generator=generator) < config.elastic_probability).float()
+    drawn = draws.randn(batch, 3, *(CONTROL_POINTS,) * 3) * config.elastic_mm
+    drawn *= (draws.rand(batch, 1, 1, 1, 1) < config.elastic_probability).float()
     # From mm along (D, H, W) to the grid's unit: the whole input is two units long.
     unit = [2 / (max(n - 1, 1) * mm) for n, mm in zip(grown, spacing_mm, strict=True)]
     drawn *= torch.tensor(unit)[None, :, None, None, None]
@@ -134,16 +167,19 @@ def _bend(
     return smooth.movedim(1, -1).flip(-1)
 
 
-def coarsen(images: Tensor, probability: float, spacing_mm: Sequence[float], generator: torch.Generator) -> Tensor:
+def coarsen(
+    images: Tensor, probability: float, spacing_mm: Sequence[float], generator: torch.Generator | Draws
+) -> Tensor:
     """Images as a coarser scan would show them: sampled at 1/2 to 1 of the resolution, brought back linearly.
 
     images: (B, C, D, H, W); drawn for each channel. Coarse slices (see the plan) stay: only the plane is coarsened.
     """
     depth_too = spacing_mm[0] < COARSE_RATIO * max(spacing_mm[1:])
     out = images.clone()
+    drawn = _draws(generator).rand(*images.shape[:2], 2).tolist()
     for b in range(images.shape[0]):
         for c in range(images.shape[1]):
-            chosen, share = torch.rand(2, generator=generator).tolist()
+            chosen, share = drawn[b][c]
             if chosen >= probability:
                 continue
             factor = 0.5 + 0.5 * share
@@ -156,7 +192,7 @@ def coarsen(images: Tensor, probability: float, spacing_mm: Sequence[float], gen
     return out
 
 
-def change_intensities(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
+def change_intensities(images: Tensor, probability: float, generator: torch.Generator | Draws) -> Tensor:
     """Contrast, brightness, gamma, in-plane blur and noise, each on its own share of the samples, per channel.
 
     images: (B, C, D, H, W), normalised intensities; zero-mean assumptions are not made. Returns a new tensor.
@@ -164,10 +200,11 @@ def change_intensities(images: Tensor, probability: float, generator: torch.Gene
     if probability == 0:
         return images
     batch, channels = images.shape[:2]
+    draws = _draws(generator)
 
     def factor(low: float, high: float, neutral: float) -> Tensor:
-        drawn = low + (high - low) * torch.rand(batch, channels, generator=generator)
-        apply = torch.rand(batch, 1, generator=generator) < probability
+        drawn = low + (high - low) * draws.rand(batch, channels)
+        apply = draws.rand(batch, 1) < probability
         return torch.where(apply, drawn, torch.tensor(neutral)).to(images.device)[:, :, None, None, None]
 
     mean = images.mean(dim=(2, 3, 4), keepdim=True)
@@ -175,15 +212,15 @@ def change_intensities(images: Tensor, probability: float, generator: torch.Gene
     low = images.amin(dim=(2, 3, 4), keepdim=True)
     extent = (images.amax(dim=(2, 3, 4), keepdim=True) - low).clamp_min(1e-6)
     images = ((images - low) / extent).clamp(0, 1) ** factor(0.7, 1.5, 1.0) * extent + low
-    images = _blur_some(images, probability / 2, generator)
+    images = _blur_some(images, probability / 2, draws)
     deviation = factor(0.0, 0.15, 0.0)
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    noise = draws.noise(images.shape).to(images.device)
     return images + noise * deviation
 
 
-def _blur_some(images: Tensor, probability: float, generator: torch.Generator) -> Tensor:
-    chosen = torch.rand(len(images), generator=generator) < probability
-    sigmas = 0.5 + 0.7 * torch.rand(len(images), generator=generator)
+def _blur_some(images: Tensor, probability: float, draws: Draws) -> Tensor:
+    chosen = draws.rand(len(images)) < probability
+    sigmas = 0.5 + 0.7 * draws.rand(len(images))
     out = images
     for k in torch.nonzero(chosen).flatten().tolist():
         if out is images:

@@ -81,7 +81,7 @@ class PatchSampler:
         positions = range(first + rank, first + self.batch_size, world)
         cases = self.epoch_order(epoch)
         share = cases[list(positions)]
-        depth = min(int(self.patch_size[0]), int(self.depths[share].min()))
+        depth = min(int(self.patch_size[0]), int(self.depths[cases[first : first + self.batch_size]].min()))
         depth = max(depth // self.depth_stride, 1) * self.depth_stride
         size = (depth, int(self.patch_size[1]), int(self.patch_size[2]))
         drawn = [self._draw(int(case), epoch, position, size) for case, position in zip(share, positions, strict=True)]

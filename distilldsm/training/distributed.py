@@ -1,17 +1,29 @@
-"""Several training processes, started by torchrun; a single one otherwise."""
+"""Several training processes, started by torchrun; a single one otherwise.
+
+They compute what a single process would of the whole batch: batch statistics, soft Dice and gradients are those of all
+shares together, up to the order of sums.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+
+from distilldsm.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
+_LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+"""In messages of the back ends when another process is gone."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +48,10 @@ class Processes:
             dist.all_reduce(values)
         return values
 
+    def differentiable_sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over all processes, as a new tensor with a gradient: that of the sum of all processes' losses."""
+        return _Sum.apply(values) if self.world > 1 else values
+
     def gather(self, value: dict[str, list[float]]) -> dict[str, list[float]]:
         """Merge the processes' dictionaries. Uses JSON bytes: nothing that is received is unpickled."""
         if self.world == 1:
@@ -56,6 +72,64 @@ class Processes:
         return merged
 
 
+class _Sum(torch.autograd.Function):
+    """Each process's loss depends on each process's values; so gradients are summed as the values were."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        total = values.detach().clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        total = gradient.contiguous().clone()
+        dist.all_reduce(total)
+        return total
+
+
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm with the statistics of all processes' shares; PyTorch's own SyncBatchNorm needs a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) to the same shape."""
+        if not self.training:
+            return super().forward(x)
+        values = x.float()
+        count = float(values.numel() // values.shape[1]) * dist.get_world_size()
+        mean = _Sum.apply(values.sum((0, 2, 3))) / count
+        centred = values - mean[:, None, None]
+        variance = _Sum.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            assert self.running_mean is not None
+            assert self.running_var is not None
+            assert self.num_batches_tracked is not None
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum or 0.0)
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), self.momentum or 0.0)
+        normal = centred * torch.rsqrt(variance + self.eps)[:, None, None]
+        return (normal * self.weight[:, None, None] + self.bias[:, None, None]).to(x.dtype)
+
+
+def share_batch_statistics(network: nn.Module, device_type: str) -> nn.Module:
+    """Let every BatchNorm of a network use the whole batch, which the processes share evenly."""
+    if device_type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for module in network.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = GlobalBatchNorm2d
+    return network
+
+
+def _join(backend: str, world: int) -> None:
+    store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
+        # torchrun keeps its store over a restart, and with it the addresses of processes that are gone (PyTorch issue
+        # 135712). Several nodes do not agree on the number of restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
+
+
 @contextmanager
 def training_processes(device_type: str) -> Iterator[Processes]:
     """Join the group torchrun describes in the environment; a group of one without it."""
@@ -66,8 +140,22 @@ def training_processes(device_type: str) -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if device_type == "cuda" else "gloo", timeout=TIMEOUT)
+    # A process that waits for another inside a collective runs no handler of ours: it must end at once when told to.
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    _join("nccl" if device_type == "cuda" else "gloo", world)
+    rank = dist.get_rank()
     try:
-        yield Processes(rank=dist.get_rank(), world=world, local_rank=local_rank)
+        yield Processes(rank=rank, world=world, local_rank=local_rank)
+    except (dist.DistError, RuntimeError) as error:
+        if not isinstance(error, dist.DistError) and not any(word in str(error) for word in _LOST):
+            raise
+        if rank:
+            raise SystemExit(1) from None  # one message is enough
+        raise UserError(
+            "another process of this training has ended",
+            seen=str(error).splitlines()[0],
+            mend="its own message says why; the same command again goes on after the last checkpoint",
+        ) from error
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distilldsm.config import TrainConfig
-from distilldsm.data.augment import augment, centre_crop
+from distilldsm.data.augment import Draws, augment, centre_crop
 from distilldsm.data.patches import PatchSampler
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
@@ -27,7 +27,7 @@ from distilldsm.models.registry import build_model
 from distilldsm.stage import write_json
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
-from distilldsm.training.distributed import Processes
+from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
@@ -145,8 +145,8 @@ class Trainer:
     def _wrap(self) -> nn.Module:
         network = self.trained
         if self.processes.world > 1:
+            network = share_batch_statistics(network, self.device.type)
             if self.device.type == "cuda":
-                network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
                 network = DistributedDataParallel(network, device_ids=[self.processes.local_rank])
             else:
                 network = DistributedDataParallel(network)
@@ -223,8 +223,7 @@ class Trainer:
 
     def _step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
         """One optimizer step; returns the mean loss over all processes."""
-        generator = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, step, self.processes.rank))
-        x, y = self._augment(images, labels, size, generator)
+        x, y = self._augment(images, labels, size, self._draws(epoch, step))
         parts = self.config.accumulate
         loss_sum = torch.zeros(1, device=self.device)
         for k, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
@@ -252,6 +251,13 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return mean
 
+    def _draws(self, epoch: int, step: int) -> Draws:
+        """Random numbers of this process's share of a step's batch."""
+        rank, world = self.processes.rank, self.processes.world
+        common = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, step, 0))
+        own = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, step, rank, world))
+        return Draws(common, rank, world, noise=own if world > 1 else None)
+
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
         return segmentation_loss(
             logits,
@@ -259,10 +265,11 @@ class Trainer:
             dice_weight=self.config.dice_weight,
             cross_entropy_weight=self.config.cross_entropy_weight,
             regions=self.regions,
+            over_processes=self.processes.differentiable_sum if self.processes.world > 1 else None,
         )
 
     def _augment(
-        self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], generator: torch.Generator
+        self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], draws: Draws
     ) -> tuple[Tensor, Tensor]:
         x = torch.from_numpy(images).to(self.device, torch.float32, non_blocking=True)
         y = torch.from_numpy(labels).to(self.device, non_blocking=True)
@@ -282,7 +289,7 @@ class Trainer:
             settings,
             classes=len(self.plan.class_names),
             spacing_mm=self.plan.target_spacing_mm,
-            generator=generator,
+            generator=draws,
         )
 
     def _set_learning_rate(self) -> float:

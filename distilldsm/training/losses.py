@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def soft_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1.0, *, regions: Tensor | None = None) -> Tensor:
+def soft_dice_loss(
+    logits: Tensor,
+    labels: Tensor,
+    smooth: float = 1.0,
+    *,
+    regions: Tensor | None = None,
+    over_processes: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """1 minus the mean soft Dice of the foreground classes, each over all voxels of the batch.
 
     Milletari et al., "V-Net", 3DV 2016, with plain sums in the denominator (Drozdzal et al., 2016):
@@ -16,6 +25,7 @@ def soft_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1.0, *, regio
 
     Args:
         regions: (K, classes) membership: the K channels are regions, with sigmoids, and all of them count.
+        over_processes: a differentiable sum over the processes that share the batch.
     """
     if regions is None:
         probabilities = logits.float().softmax(dim=1)
@@ -25,6 +35,8 @@ def soft_dice_loss(logits: Tensor, labels: Tensor, smooth: float = 1.0, *, regio
     axes = (0, 2, 3, 4)
     overlap = (probabilities * truth).sum(axes)
     total = probabilities.sum(axes) + truth.sum(axes)
+    if over_processes is not None:
+        overlap, total = over_processes(torch.stack((overlap, total)))
     dice = (2 * overlap + smooth) / (total + smooth)
     return 1 - (dice[1:] if regions is None else dice).mean()
 
@@ -35,12 +47,18 @@ def region_targets(labels: Tensor, regions: Tensor) -> Tensor:
 
 
 def segmentation_loss(
-    logits: Tensor, labels: Tensor, *, dice_weight: float, cross_entropy_weight: float, regions: Tensor | None = None
+    logits: Tensor,
+    labels: Tensor,
+    *,
+    dice_weight: float,
+    cross_entropy_weight: float,
+    regions: Tensor | None = None,
+    over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """Weighted sum of soft Dice loss and cross-entropy (binary for regions), a float32 scalar."""
     loss = torch.zeros((), device=logits.device)
     if dice_weight:
-        loss = loss + dice_weight * soft_dice_loss(logits, labels, regions=regions)
+        loss = loss + dice_weight * soft_dice_loss(logits, labels, regions=regions, over_processes=over_processes)
     if cross_entropy_weight:
         if regions is None:
             entropy = F.cross_entropy(logits.float(), labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 from torch import nn
@@ -18,6 +20,8 @@ def hash_seed(*parts: int) -> int:
 def seed_everything(seed: int, *, deterministic: bool) -> None:
     """Seed torch; with `deterministic`, ask for algorithms that repeat (where a GPU lacks one, torch warns)."""
     torch.manual_seed(seed)
+    if deterministic:  # matrix products on a GPU: read when CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # Filling every new tensor costs a tenth of a step on a CPU and only matters to code that reads what it never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
