@@ -26,7 +26,7 @@ from distilldsm.data.layouts import index_dataset
 from distilldsm.data.validation import build_case_table, table_columns
 from distilldsm.data.validation_report import make_report
 from tests.data.volumes import write_dataset
-from tests.faults import DAMAGES, Planted, by_case, copies, index_of, plant_all
+from tests.faults.bad_data import DAMAGES, Planted, by_case, copies, index_of, plant_all
 
 SUITE = ROOT / "conf" / "expectations.yaml"
 

@@ -62,12 +62,6 @@ def image_scrambled(root: Path, cases: Sequence[Case], rng: np.random.Generator)
     voxels(root / cases[0].images[0], lambda a: rng.permutation(a.ravel()).reshape(a.shape))
 
 
-@damage("warning", neighbours_alike="image")
-def image_axes_in_the_wrong_order(root: Path, cases: Sequence[Case], rng: np.random.Generator) -> None:
-    """Written slowest axis first, as numpy does, under a header that means fastest first."""
-    voxels(root / cases[0].images[0], lambda a: np.ravel(a, order="C").reshape(a.shape, order="F"))
-
-
 @damage(image_is_no_label="image")
 def label_as_image(root: Path, cases: Sequence[Case], rng: np.random.Generator) -> None:
     replace_content(root / cases[0].images[0], root / cases[0].label)
