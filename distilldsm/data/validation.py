@@ -12,14 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from distilldsm.data.case_measures import (
-    PERCENTILES,
-    CaseRow,
-    Detail,
-    Value,
-    measure_case,
-    voxels_of_largest_file,
-)
+from distilldsm.data.case_measures import PERCENTILES, measure_case, voxels_of_largest_file
+from distilldsm.data.case_row import CaseRow, Detail, Value
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.progress import progress
 from distilldsm.stage import worker_count
@@ -57,6 +51,10 @@ COLUMNS: tuple[Column, ...] = (
     _column("image", "text", "image", "first image file"),
     _column("label", "text", "label", "label file"),
     _column("read_error", "text", "image", "why a file of the case cannot be read; empty if all can"),
+    _column("surplus_bytes", "number", "image", "bytes behind the last voxel that the header declares, image or label"),
+    _column("scaling_finite", "number", "image", "1 if scale and offset of image and label are finite, else 0"),
+    _column("geometry_told", "number", "image", "1 if image and label have a qform or an sform, else 0"),
+    _column("header_flaws", "text", "image", "other flaws of the headers of image and label"),
     _column("dimensions", "number", "image", "dimensions of each channel, 3 for a volume"),
     _column("channel_count", "number", "image", "channels found"),
     _column("channel_difference", "number", "image", "channels found minus channels declared"),
@@ -88,7 +86,15 @@ COLUMNS: tuple[Column, ...] = (
         for p, q in PERCENTILES.items()
         for end in ("min", "max")
     ),
-    _column("image_sha256", "text", "image", "hash of the image's voxels, whatever the geometry"),
+    _column("largest_intensity", "number", "image", "largest absolute voxel"),
+    _column("label_like_channels", "number", "image", "channels that hold nothing but declared label values"),
+    _column(
+        "neighbour_correlation",
+        "number",
+        "image",
+        "correlation of neighbours, smallest over axes and channels",
+    ),
+    _column("image_sha256", "text", "image", "hash of the image's voxels, whatever the geometry and orientation"),
     _column("same_image_other_patient", "text", "image", "cases of other patients with the same image"),
     _column("same_image_same_patient", "text", "image", "other cases of this patient with the same image"),
     _column("label_dtype", "text", "label", "stored number type of the label"),
@@ -103,6 +109,7 @@ COLUMNS: tuple[Column, ...] = (
     _column("absent_labels", "text", "label", "declared labels without a voxel"),
     _column("foreground_fraction", "number", "label", "share of voxels that are not background"),
     _column("border_fraction", "number", "label", "share of foreground voxels on the volume's border"),
+    _column("blank_foreground_fraction", "number", "label", "share of foreground voxels where the image is 0"),
     _column("label_sha256", "text", "label", "hash of the label's values"),
     _column("same_label_as", "text", "label", "other cases with the same label map on another image"),
 )

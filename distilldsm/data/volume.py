@@ -171,7 +171,8 @@ def corner_distance_mm(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], s
     """Largest distance, mm, between where two affines put the corners of a volume of this shape."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
     homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
-    return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())
+    with np.errstate(all="ignore"):  # a broken header may hold infinity; the distance then is no number
+        return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())
 
 
 def write_label(path: str | os.PathLike[str], mask: npt.NDArray[np.integer], affine: npt.NDArray[np.float64]) -> None:

@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import pytest
 import yaml
 
-from distilldsm.data.case_measures import CaseRow, Detail
+from distilldsm.data.case_row import CaseRow, Detail
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.expectations import BETWEEN, Rule, check_table, load_suite
 from distilldsm.data.validation import CaseTable, table_columns

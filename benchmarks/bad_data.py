@@ -1,0 +1,122 @@
+"""Plants at least a thousand damages in copies of good cases and tells which of them validation finds.
+
+    python -m benchmarks.bad_data                                    # made cases
+    python -m benchmarks.bad_data --real PATH/Task04_Hippocampus     # a folder or its .tar
+
+Every damaged case is a copy of a good one, changed a little so that it is nobody's twin, then damaged. Undamaged copies
+stand beside them, and the good data set is validated as it is: any finding there is a false alarm. Prints a table in
+Markdown; the exit code is 1 if a damage was missed, told wrongly, or a good case accused of an error.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from benchmarks.pipeline import ROOT, machine
+from distilldsm.config import DownloadConfig
+from distilldsm.data.archive import extract, find_root
+from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.expectations import Finding, check_table, load_suite
+from distilldsm.data.layouts import index_dataset
+from distilldsm.data.validation import build_case_table, table_columns
+from distilldsm.data.validation_report import make_report
+from tests.data.volumes import write_dataset
+from tests.faults.bad_data import DAMAGES, Planted, by_case, copies, index_of, plant_all
+
+SUITE = ROOT / "conf" / "expectations.yaml"
+
+
+def processor_seconds() -> float:
+    """What this process and its finished workers have computed so far: unlike the clock not lengthened by others."""
+    return sum(os.times()[:4])
+
+
+def validated(root: Path, index: DatasetIndex, workers: int = 0) -> tuple[tuple[Finding, ...], float, float]:
+    """What the stage `validate` does with a data set; findings, seconds and processor seconds."""
+    started, computed = time.perf_counter(), processor_seconds()
+    suite = load_suite(SUITE, table_columns(index), {})
+    table = build_case_table(root, index, workers=workers)
+    findings = check_table(table, suite)
+    make_report(index, table, suite, findings)
+    return findings, time.perf_counter() - started, processor_seconds() - computed
+
+
+def base_cases(real: Path | None, work: Path) -> tuple[Path, DatasetIndex]:
+    """Good cases: the real data set, unpacked where it is an archive, or made ones."""
+    if real is None:
+        return work, write_dataset(work, 40)
+    root = real
+    if real.is_file():
+        root = find_root(extract(real, work))
+    return root, index_dataset(root, DownloadConfig(source=str(real)), source=real.name)
+
+
+def table_of(planted: Sequence[Planted], findings: Sequence[Finding]) -> tuple[list[str], int]:
+    """Lines of a Markdown table, one kind of damage each, and how many were missed or told wrongly."""
+    told = by_case(findings)
+    counts: dict[str, Counter[str]] = {name: Counter() for name in DAMAGES}
+    for one in planted:
+        found, named = one.outcome(told)
+        counts[one.damage.name].update(planted=1, found=int(found), named=int(named))
+    lines = ["| damage | rules | planted | found | file and rule right | missed |", "|---|---|---|---|---|---|"]
+    total: Counter[str] = Counter()
+    for name, count in counts.items():
+        total.update(count)
+        rules = ", ".join(DAMAGES[name].rules)
+        missed = count["planted"] - count["found"]
+        lines.append(f"| {name} | {rules} | {count['planted']} | {count['found']} | {count['named']} | {missed} |")
+    missed = total["planted"] - total["found"]
+    lines.append(f"| all | | {total['planted']} | {total['found']} | {total['named']} | {missed} |")
+    return lines, total["planted"] - total["named"]
+
+
+def alarms(findings: Sequence[Finding], cases: set[str]) -> list[str]:
+    """The findings on these cases, one line each."""
+    return [f"{f.severity}: {f.file}: {f.rule}: {f.seen}" for f in findings if f.case in cases]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--real", type=Path, help="a data set of one channel, as a folder or .tar")
+    parser.add_argument("--damaged", type=int, default=1100, help="damaged cases")
+    parser.add_argument("--undamaged", type=int, default=200, help="good cases beside them")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0)
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bad-data-") as folder:
+        work = Path(folder)
+        root, index = base_cases(args.real, work / "good")
+        cases = copies(root, index, work / "damaged", args.damaged + args.undamaged, args.seed)
+        planted = plant_all(work / "damaged", cases[: args.damaged], args.seed)
+        hit = [case for one in planted for case in one.cases]
+        good = cases[args.damaged :]
+        findings, seconds, computed = validated(work / "damaged", index_of([*hit, *good], index.labels), args.workers)
+        lines, wrong = table_of(planted, findings)
+        false_alarms = alarms(findings, {case.id for case in good})
+        checked, real_seconds, real_computed = validated(root, index, args.workers)
+        real_alarms = alarms(checked, {case.id for case in index.cases})
+    total = len(hit) + len(good)
+    print("\n".join(lines))
+    print(f"\n{machine()}")
+    print(f"{len(planted)} damages in {len(hit)} cases, {wrong} of them missed or told wrongly")
+    print(f"{len(good)} undamaged cases beside them: {len(false_alarms)} false alarms")
+    print(f"{len(index.cases)} cases of {index.name} as they are: {len(real_alarms)} alarms")
+    for number, clock, cores in ((total, seconds, computed), (len(index.cases), real_seconds, real_computed)):
+        print(
+            f"{number} cases in {clock:.1f} s ({cores:.1f} processor seconds): for 1,000 cases "
+            f"{1000 * clock / number:.1f} s ({1000 * cores / number:.1f})"
+        )
+    for line in (*false_alarms[:20], *real_alarms[:20]):
+        print(line)
+    errors = [line for line in (*false_alarms, *real_alarms) if line.startswith("error")]
+    return 1 if wrong or errors else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
