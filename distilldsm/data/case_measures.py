@@ -267,6 +267,7 @@ def _quiet_nibabel() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.CRITICAL + 1)
     try:
-        yield
+        with np.errstate(all="ignore"):  # a broken header may hold infinity
+            yield
     finally:
         logger.setLevel(level)

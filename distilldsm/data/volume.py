@@ -78,8 +78,10 @@ def read_voxels(image: nib.Nifti1Image, path: str | os.PathLike[str]) -> npt.NDA
     """The voxels with the header's scaling applied.
 
     Raises:
-        DataError: the file is truncated or damaged.
+        DataError: the file is truncated or damaged, or holds colours or complex numbers.
     """
+    if image.get_data_dtype().kind not in "biuf":
+        raise DataError("is no volume of real numbers", where=path, seen=str(image.get_data_dtype()))
     try:
         return np.asanyarray(image.dataobj)
     except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
@@ -115,7 +117,8 @@ def read_image(paths: Sequence[str | os.PathLike[str]], channels: int) -> Volume
             check_same_geometry(base, image, first, path)
             arrays.append(_three_dimensional(read_voxels(image, path), path))
         stacked = np.stack(arrays)
-    voxels = np.ascontiguousarray(stacked, dtype=np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused as such
+        voxels = np.ascontiguousarray(stacked, dtype=np.float32)
     if not np.isfinite(voxels).all():
         bad = int((~np.isfinite(voxels)).sum())
         raise DataError("holds voxels that are not finite", where=first, seen=f"{bad} voxels NaN or infinite")
@@ -168,8 +171,9 @@ def check_same_geometry(
 
 
 def corner_distance_mm(a: npt.NDArray[np.float64], b: npt.NDArray[np.float64], shape: Sequence[int]) -> float:
-    """Largest distance, mm, between where two affines put the corners of a volume of this shape."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+    """Largest distance, mm, between where two affines put the corners of a volume of this shape; axes that it lacks
+    count one voxel."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in (*shape, 1, 1, 1)[:3]])).reshape(3, -1)
     homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
     with np.errstate(all="ignore"):  # a broken header may hold infinity; the distance then is no number
         return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())

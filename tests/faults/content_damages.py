@@ -45,7 +45,12 @@ def _nearly_blank(data: Array) -> Array:
 simple("image_nan", "image", _change(_some(np.nan), np.float32), finite_voxels="image")
 simple("image_infinite", "image", _change(_some(np.inf), np.float32), finite_voxels="image")
 simple("image_all_nan", "image", _change(lambda a: np.full(a.shape, np.nan), np.float32), finite_voxels="image")
-simple("image_too_large_for_float32", "image", _change(lambda a: a * 1e60 + 1e60, np.float64), finite_voxels="image")
+simple(
+    "image_too_large_for_float32",
+    "image",
+    _change(lambda a: a.astype(np.float64) * 1e60 + 1e60, np.float64),
+    finite_voxels="image",
+)
 simple("image_zero", "image", _change(np.zeros_like), something_to_see="image")
 simple("image_constant", "image", _change(lambda a: np.full_like(a, 7)), something_to_see="image")
 simple("image_fill_value", "image", _change(_some(1e20), np.float32), severity="warning", plausible_intensities="image")

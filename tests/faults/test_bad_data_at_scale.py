@@ -112,7 +112,7 @@ def volumes(tmp_path_factory) -> SimpleNamespace:
 FLIPS = st.lists(st.tuples(st.booleans(), st.integers(0, 347), st.integers(0, 255)), min_size=1, max_size=5)
 
 
-@settings(deadline=None, max_examples=12, suppress_health_check=[HealthCheck.too_slow])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(flips=st.lists(FLIPS, min_size=4, max_size=4))
 def test_random_header_bytes_are_told_or_harmless(volumes, flips):
     """What validation accepts the next stages can read: no third way, and never a crash."""
