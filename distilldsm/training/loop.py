@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +29,7 @@ from distilldsm.training.checkpoint import load_tensors, load_weights, pack_opti
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
+from distilldsm.training.loading import batches
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
 from distilldsm.training.setup import choose_bf16, choose_device, hash_seed, make_optimizer, seed_everything
@@ -190,7 +191,7 @@ class Trainer:
         started = time.perf_counter()
         total = torch.zeros(2, dtype=torch.float64)
         rate = self.config.learning_rate
-        for images, labels, size, step in self._batches(epoch):
+        for images, labels, size, step in batches(self.sampler, epoch, self.config.workers, self.processes):
             rate = self._set_learning_rate()
             loss = self._step(images, labels, size, epoch, step)
             total += torch.tensor([loss, 1.0], dtype=torch.float64)
@@ -204,22 +205,6 @@ class Trainer:
             "learning_rate": float(f"{rate:.4g}"),
             "seconds": round(time.perf_counter() - started, 3),
         }
-
-    def _batches(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]]:
-        """This process's share of each batch, read ahead by worker processes if there are any."""
-        steps = range(self.sampler.steps_per_epoch)
-        share = {"rank": self.processes.rank, "world": self.processes.world}
-        if not self.config.workers:
-            for step in steps:
-                yield (*self.sampler.batch(epoch, step, **share), step)
-            return
-        from torch.utils.data import DataLoader
-
-        dataset = _Steps(self.sampler, epoch, share)
-        loader = DataLoader(
-            dataset, batch_size=None, num_workers=self.config.workers, prefetch_factor=4, collate_fn=_keep
-        )
-        yield from loader
 
     def _step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
         """One optimizer step; returns the mean loss over all processes."""
@@ -378,20 +363,3 @@ class Trainer:
             file=sys.stderr,
             flush=True,
         )
-
-
-class _Steps(torch.utils.data.Dataset):
-    """The steps of one epoch, for worker processes."""
-
-    def __init__(self, sampler: PatchSampler, epoch: int, share: dict[str, int]) -> None:
-        self.sampler, self.epoch, self.share = sampler, epoch, share
-
-    def __len__(self) -> int:
-        return self.sampler.steps_per_epoch
-
-    def __getitem__(self, step: int) -> tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]:
-        return (*self.sampler.batch(self.epoch, step, **self.share), step)
-
-
-def _keep(item: Any) -> Any:
-    return item

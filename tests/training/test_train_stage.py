@@ -24,6 +24,8 @@ from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import to_mapping
 from distilldsm.training.checkpoint import load_network
+from distilldsm.training.distributed import Processes
+from distilldsm.training.loading import batches
 from distilldsm.training.loop import Trainer
 from distilldsm.training.setup import choose_device
 from tests.data.volumes import write_dataset
@@ -211,11 +213,9 @@ def test_accumulation_gives_the_same_gradient_without_batch_statistics(preproces
 
 
 def test_loader_processes_do_not_change_the_batches(preprocessed, tmp_path):
-    batches = []
-    for workers in (0, 2):
-        trainer = Trainer(config(workers=workers), preprocessed=preprocessed, work=tmp_path, fold=0)
-        batches.append(list(trainer._batches(0)))
-    for a, b in zip(*batches, strict=True):
+    trainer = Trainer(config(), preprocessed=preprocessed, work=tmp_path, fold=0)
+    read = [list(batches(trainer.sampler, 0, workers, Processes())) for workers in (0, 2)]
+    for a, b in zip(*read, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
