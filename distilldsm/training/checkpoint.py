@@ -29,7 +29,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
     try:
         # Shared storage is not allowed in the file; clones also free it from a GPU and from odd memory formats.
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        save_file(plain, temporary, metadata={"json": json.dumps(meta, allow_nan=False)})
+        save_file(plain, temporary, metadata={"json": json.dumps(meta, sort_keys=True, allow_nan=False)})
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
         os.replace(temporary, path)

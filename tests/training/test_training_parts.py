@@ -109,6 +109,12 @@ def test_weight_average_follows_the_formula():
         torch.testing.assert_close(v, expected[k])
 
 
+def test_the_order_of_parameters_changes_no_byte(tmp_path: Path):
+    for name, options in (("a", {"width": 1, "alpha": 2}), ("b", {"alpha": 2, "width": 1})):
+        save_tensors(tmp_path / name, {"w": torch.zeros(2)}, {"options": options})
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
 def test_checkpoints_keep_everything_and_hold_no_pickle(tmp_path: Path):
     network = build_model("distill_dsm", in_channels=1, out_channels=2, width=0.25)
     optimizer = make_optimizer(TrainConfig(), network)
