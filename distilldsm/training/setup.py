@@ -20,13 +20,13 @@ def hash_seed(*parts: int) -> int:
 def seed_everything(seed: int, *, deterministic: bool) -> None:
     """Seed torch; with `deterministic`, ask for algorithms that repeat (where a GPU lacks one, torch warns)."""
     torch.manual_seed(seed)
-    if deterministic:  # matrix products on a GPU: read when CUDA starts
+    if deterministic:  # for the matrix products of a GPU, which read it once
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
     # Filling every new tensor costs a tenth of a step on a CPU and only matters to code that reads what it never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    if torch.cuda.is_available():
-        torch.backends.cudnn.benchmark = not deterministic
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = torch.cuda.is_available() and not deterministic
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
