@@ -105,15 +105,33 @@ def _as_default_store(uri: str) -> Iterator[None]:
 
 
 def _name_challenger(client: MlflowClient, name: str, number: str) -> None:
-    """The newest version is the challenger; an older record delivered again does not take the name back."""
-    now = _aliases(client, name).get(CHALLENGER)
-    if now is None or int(now) < int(number):
-        client.set_registered_model_alias(name, CHALLENGER, number)
+    """The newest version is the challenger; an older record delivered again does not take the name back.
+
+    Several may register at once, and a server has no "set if unchanged": what was set is looked at again.
+    """
+    for _ in range(_ATTEMPTS):
+        newest = max([int(number), *(int(version.version) for version in _registered_here(client, name))])
+        now = _aliases(client, name).get(CHALLENGER)
+        if now is not None and int(now) >= newest:
+            return
+        client.set_registered_model_alias(name, CHALLENGER, str(newest))
+
+
+def _registered_here(client: MlflowClient, name: str) -> list[Any]:
+    """The model's versions that were registered by this module, newest first."""
+    found, page = [], None
+    while True:
+        versions = client.search_model_versions(f'name = "{name}"', order_by=["version_number DESC"], page_token=page)
+        found += [version for version in versions if RECORD_TAG in (version.tags or {})]
+        page = versions.token
+        if not page:
+            return found
 
 
 def _judge(client: MlflowClient, record: Record, number: str, run_id: str, scores: Scores | None) -> Mapping[str, str]:
     """Decide, write it down, name the champion: in this order, so that what is interrupted can be taken up again."""
     name = record["registered_name"]
+    settled = {str(v.version) for v in _registered_here(client, name) if JUDGED_TAG in (v.tags or {})}
     for _ in range(_ATTEMPTS):
         champion = _champion(client, name)
         if champion is not None and str(champion.version) == number:
@@ -128,7 +146,10 @@ def _judge(client: MlflowClient, record: Record, number: str, run_id: str, score
             break
         if _aliases(client, name).get(CHAMPION) == decision.champion:  # nobody else became champion meanwhile
             client.set_registered_model_alias(name, CHAMPION, number)
-            break
+            rival = _rival(client, record, number, decision, scores, settled)
+            if rival is None:
+                break
+            client.set_registered_model_alias(name, CHAMPION, rival)
     else:
         raise RuntimeError(f"the champion of '{name}' changes faster than it can be compared with")
     told = {key: value for key, value in tags.items() if key.startswith("gate.")}
@@ -136,6 +157,29 @@ def _judge(client: MlflowClient, record: Record, number: str, run_id: str, score
         client.set_tag(run_id, key, value)
     client.set_model_version_tag(name, number, JUDGED_TAG, "true")
     return told
+
+
+def _rival(
+    client: MlflowClient, record: Record, number: str, decision: Decision, scores: Scores | None, settled: set[str]
+) -> str | None:
+    """The version that is to be champion instead, where others became it at the same moment in the same one's place.
+
+    The oldest of them counts as champion, and each later one is judged against it: all who look come to one result.
+    """
+    tied = {"gate.decision": CHAMPION, "gate.champion": decision.champion or "none"}.items()
+    rivals = [
+        version
+        for version in _registered_here(client, record["registered_name"])
+        if str(version.version) not in {*settled, number} and tied <= dict(version.tags or {}).items()
+    ]
+    if not rivals:
+        return None
+    carried = {str(version.version): registered_scores(client, version) for version in rivals} | {number: scores}
+    best, *others = sorted(carried, key=int)
+    for other in others:
+        if decide(carried[other], carried[best], gate_from(record.get("gate")), version=best).promoted:
+            best = other
+    return None if best == number else best
 
 
 def _decide(client: MlflowClient, record: Record, scores: Scores | None, champion: Any) -> Decision:
