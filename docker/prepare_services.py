@@ -1,4 +1,4 @@
-"""Make what the servers expect to find, if it is not there: `prepare_services.py --databases NAME ... --buckets NAME ...`.
+"""Make what the servers expect to find, if it is not there.
 
 Databases by PostgreSQL's own variables (PGHOST, PGUSER, PGPASSWORD ...), buckets by those of AWS (AWS_ENDPOINT_URL,
 AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY). Nothing that exists is changed.

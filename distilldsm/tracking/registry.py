@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ RECORD_TAG = "distilldsm.record"
 JUDGED_TAG = "gate.judged"
 RECEIPT = "registered.json"
 _ATTEMPTS = 5
+_TURN_S, _GLANCE_S = 15.0, 0.5
 
 
 def register(
@@ -44,7 +46,7 @@ def register(
         record: of the journal: `registered_name`, `gate`, `version_tags`.
         identity: names the record for ever: a second delivery finds the first one's version by it.
         source: the exported model's directory; holds `scores.json`, or the model is not comparable.
-        lock: held while judging, where all who register share one.
+        lock: held while judging, where all who register share one; else each waits for the versions before it.
 
     Returns:
         What became of it, one line.
@@ -61,6 +63,8 @@ def register(
     number = str(version.version)
     tags: Mapping[str, str] = dict(version.tags or {})
     if JUDGED_TAG not in tags:
+        if lock is None:
+            _wait_for_turn(client, name, number)
         with lock or nullcontext():
             _name_challenger(client, name, number)
             tags = _judge(client, record, number, run_id, load_scores(source / SCORES))
@@ -104,34 +108,37 @@ def _as_default_store(uri: str) -> Iterator[None]:
             os.environ[variable] = before
 
 
-def _name_challenger(client: MlflowClient, name: str, number: str) -> None:
-    """The newest version is the challenger; an older record delivered again does not take the name back.
+def _wait_for_turn(client: MlflowClient, name: str, number: str) -> None:
+    """Wait until the versions registered just before this one have been judged, so that no two are judged at once.
 
-    Several may register at once, and a server has no "set if unchanged": what was set is looked at again.
+    A server has no lock and no "set if unchanged", but it numbers the versions: that is the order. One that stays
+    unjudged (its process was killed) is waited for by those that come within `_TURN_S` seconds, and only so long.
     """
-    for _ in range(_ATTEMPTS):
-        newest = max([int(number), *(int(version.version) for version in _registered_here(client, name))])
-        now = _aliases(client, name).get(CHALLENGER)
-        if now is not None and int(now) >= newest:
+    for _ in range(round(_TURN_S / _GLANCE_S)):
+        found = client.search_model_versions(f'name = "{name}"', max_results=100, order_by=["version_number DESC"])
+        own = next((version.creation_timestamp for version in found if str(version.version) == number), 0)
+        ahead = any(
+            int(version.version) < int(number)
+            and RECORD_TAG in version.tags
+            and JUDGED_TAG not in version.tags
+            and own - version.creation_timestamp < 1000 * _TURN_S
+            for version in found
+        )
+        if not ahead:
             return
-        client.set_registered_model_alias(name, CHALLENGER, str(newest))
+        time.sleep(_GLANCE_S)
 
 
-def _registered_here(client: MlflowClient, name: str) -> list[Any]:
-    """The model's versions that were registered by this module, newest first."""
-    found, page = [], None
-    while True:
-        versions = client.search_model_versions(f'name = "{name}"', order_by=["version_number DESC"], page_token=page)
-        found += [version for version in versions if RECORD_TAG in (version.tags or {})]
-        page = versions.token
-        if not page:
-            return found
+def _name_challenger(client: MlflowClient, name: str, number: str) -> None:
+    """The newest version is the challenger; an older record delivered again does not take the name back."""
+    now = _aliases(client, name).get(CHALLENGER)
+    if now is None or int(now) < int(number):
+        client.set_registered_model_alias(name, CHALLENGER, number)
 
 
 def _judge(client: MlflowClient, record: Record, number: str, run_id: str, scores: Scores | None) -> Mapping[str, str]:
     """Decide, write it down, name the champion: in this order, so that what is interrupted can be taken up again."""
     name = record["registered_name"]
-    settled = {str(v.version) for v in _registered_here(client, name) if JUDGED_TAG in (v.tags or {})}
     for _ in range(_ATTEMPTS):
         champion = _champion(client, name)
         if champion is not None and str(champion.version) == number:
@@ -146,10 +153,7 @@ def _judge(client: MlflowClient, record: Record, number: str, run_id: str, score
             break
         if _aliases(client, name).get(CHAMPION) == decision.champion:  # nobody else became champion meanwhile
             client.set_registered_model_alias(name, CHAMPION, number)
-            rival = _rival(client, record, number, decision, scores, settled)
-            if rival is None:
-                break
-            client.set_registered_model_alias(name, CHAMPION, rival)
+            break
     else:
         raise RuntimeError(f"the champion of '{name}' changes faster than it can be compared with")
     told = {key: value for key, value in tags.items() if key.startswith("gate.")}
@@ -157,29 +161,6 @@ def _judge(client: MlflowClient, record: Record, number: str, run_id: str, score
         client.set_tag(run_id, key, value)
     client.set_model_version_tag(name, number, JUDGED_TAG, "true")
     return told
-
-
-def _rival(
-    client: MlflowClient, record: Record, number: str, decision: Decision, scores: Scores | None, settled: set[str]
-) -> str | None:
-    """The version that is to be champion instead, where others became it at the same moment in the same one's place.
-
-    The oldest of them counts as champion, and each later one is judged against it: all who look come to one result.
-    """
-    tied = {"gate.decision": CHAMPION, "gate.champion": decision.champion or "none"}.items()
-    rivals = [
-        version
-        for version in _registered_here(client, record["registered_name"])
-        if str(version.version) not in {*settled, number} and tied <= dict(version.tags or {}).items()
-    ]
-    if not rivals:
-        return None
-    carried = {str(version.version): registered_scores(client, version) for version in rivals} | {number: scores}
-    best, *others = sorted(carried, key=int)
-    for other in others:
-        if decide(carried[other], carried[best], gate_from(record.get("gate")), version=best).promoted:
-            best = other
-    return None if best == number else best
 
 
 def _decide(client: MlflowClient, record: Record, scores: Scores | None, champion: Any) -> Decision:

@@ -54,11 +54,14 @@ class RefusedError(Exception):
 
 
 def prepare_environment() -> None:
-    """Short HTTP timeouts, no telemetry; must run before MLflow is imported. What the user has set stays."""
+    """Short HTTP timeouts, files by way of the server, no telemetry; must run before MLflow is imported. What the user has set stays."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _HTTP_RETRIES)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Else a server on S3 sends its clients to the bucket, whose address they need not be able to reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
 
 

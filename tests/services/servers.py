@@ -83,7 +83,7 @@ class Servers:
         connection = psycopg2.connect(**access, password=self.secrets["POSTGRES_PASSWORD"])
         try:
             with connection.cursor() as cursor:
-                cursor.execute(query, values)
+                cursor.execute(query, values or None)
                 return list(cursor.fetchall())
         finally:
             connection.close()
@@ -108,11 +108,9 @@ class Servers:
         if user is not None:
             pair = f"{user}:{self.passwords[user] if password is None else password}"
             headers["Authorization"] = f"Basic {b64encode(pair.encode()).decode()}"
-        request = urllib.request.Request(  # noqa: S310
-            self.mlflow_url + path, json.dumps(body).encode() if body else None, headers
-        )
+        request = urllib.request.Request(self.mlflow_url + path, json.dumps(body).encode() if body else None, headers)
         try:
-            with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310
+            with urllib.request.urlopen(request, timeout=30) as answer:
                 return answer.status, json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             return error.code, error.read().decode(errors="replace")
@@ -159,7 +157,9 @@ def running() -> Iterator[Servers]:
         environment = _environment(found, defined["mlflow"])
         environment["MLFLOW_AUTH_CONFIG_PATH"] = str(ROOT / "docker/mlflow-auth.ini")
         environment["MLFLOW_SERVER_ALLOWED_HOSTS"] = f"127.0.0.1:{ports[2]}"
-        stack.enter_context(_process(found, "mlflow", command, environment, lambda: _answers(found.mlflow_url + "/health")))
+        stack.enter_context(
+            _process(found, "mlflow", command, environment, lambda: _answers(found.mlflow_url + "/health"))
+        )
         found.add_user(TRAINER)
         yield found
 
@@ -205,7 +205,9 @@ def _postgres(found: Servers, programs: Path, settings: dict[str, str]) -> Itera
         "-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "shared_buffers=16MB",
     ]  # fmt: skip
     ready = [str(programs / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(found.postgres_port)]
-    with _process(found, "postgres", command, {}, lambda: subprocess.run(ready, check=False).returncode == 0, cwd=place):
+    with _process(
+        found, "postgres", command, {}, lambda: subprocess.run(ready, check=False).returncode == 0, cwd=place
+    ):
         create = [str(programs / "createdb"), settings["POSTGRES_DB"]]
         subprocess.run(create, env={**os.environ, **found.postgres}, check=True)
         yield
@@ -250,7 +252,7 @@ def _process(
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5):  # noqa: S310
+        with urllib.request.urlopen(url, timeout=5):
             return True
     except OSError:
         return False
