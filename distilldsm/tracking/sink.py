@@ -54,7 +54,7 @@ class RefusedError(Exception):
 
 
 def prepare_environment() -> None:
-    """Short HTTP timeouts, files by way of the server, no telemetry; must run before MLflow is imported. What the user has set stays."""
+    """Short timeouts, files by way of the server, no telemetry; before MLflow is imported. What is set stays."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _HTTP_RETRIES)

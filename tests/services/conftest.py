@@ -16,7 +16,7 @@ from tests.test_pipeline import TINY, new_repository
 
 SMALLEST = (
     *TINY,
-    "download.sample.subjects=3",
+    "download.sample.subjects=5",
     "train.epochs=1",
     "train.samples_per_case=2",
     "export.int8.enabled=false",

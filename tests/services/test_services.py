@@ -7,6 +7,8 @@ import hashlib
 import json
 import logging
 import os
+import re
+import shlex
 import subprocess
 import sys
 import time
@@ -24,6 +26,7 @@ from distilldsm.stage import read_json, sha256_file, write_json
 from distilldsm.tracking import registry, replay_journals
 from distilldsm.tracking.journal import pending
 from tests.export.test_gate import scored
+from tests.services.compose import ROOT
 from tests.services.conftest import ELSEWHERE, Job
 from tests.services.servers import ADMIN, TRAINER, Servers, postgres_programs
 
@@ -108,7 +111,10 @@ assert theirs.shape[2:] == image.shape[2:], theirs.shape
 np.testing.assert_array_equal(theirs, ours)
 print("predicted", theirs.shape)
 """
-    through_the_server = {"MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false"}
+    through_the_server = {
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
+        "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
+    }
     assert "predicted" in job.run(sys.executable, "-c", code, **servers.tracking(), **through_the_server).stdout
 
 
@@ -196,6 +202,33 @@ def test_records_wait_for_the_right_to_write(servers, as_user, tmp_path, monkeyp
     delivered = replay_journals()
     assert (delivered.sent, delivered.left, delivered.rejected, delivered.error) == (2, 0, 0, None)
     assert any(found.key.endswith("/note.txt") for found in servers.bucket().objects.all())
+
+
+def test_the_administrators_lines_of_the_page(servers, job, as_user, monkeypatch):
+    as_user(ADMIN)
+    monkeypatch.setenv("ANNS_PASSWORD", servers.secrets["S3_ACCESS_KEY"])
+    monkeypatch.setenv("ANNS_NEW_PASSWORD", servers.secrets["S3_SECRET_KEY"])
+    [lines] = re.findall(r"```python\n(.*?)```", (ROOT / "docs/services.md").read_text(), flags=re.DOTALL)
+    exec(lines, {})
+    search = "/api/2.0/mlflow/experiments/search?max_results=1"
+    assert servers.ask(search, "ann", password=servers.secrets["S3_SECRET_KEY"])[0] == 200
+    model = {"name": "distilldsm-mni152sample", "key": "seen", "value": "yes"}
+    status, answer = servers.ask(
+        "/api/2.0/mlflow/registered-models/set-tag", "ann", password=servers.secrets["S3_SECRET_KEY"], body=model
+    )
+    assert status == 200, answer
+
+
+def test_the_upgrade_of_the_page(servers):
+    from click.testing import CliRunner
+    from mlflow.cli import cli
+
+    [line] = [line for line in (ROOT / "docs/services.md").read_text().splitlines() if "mlflow db upgrade" in line]
+    command = shlex.split(line.partition(" run --rm mlflow ")[2])
+    assert command.pop(0) == "mlflow"
+    done = CliRunner().invoke(cli, command, env=servers.postgres)
+    assert done.exit_code == 0, done.output
+    assert servers.sql("select count(*) from alembic_version") == [(1,)]
 
 
 def test_nobody_gets_in_without_a_password(servers):
