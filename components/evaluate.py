@@ -129,11 +129,13 @@ def score_all(
     with worker_pool(workers, setting="evaluate.workers") as pool:
         running: set[Future[None]] = set()
         for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
-            volume = read_image([inputs["dataset"] / p for p in case.images], len(index.channels))
-            with cost.measured(work / "timing" / f"{case.id}.json"):
-                mask = predictor.predict(volume)
             path = work / "predictions" / f"{case.id}.nii.gz"
-            write_label(path, mask, volume.affine)
+            taken = work / "timing" / f"{case.id}.json"
+            if not (path.exists() and taken.exists()):  # an interruption may have come between mask and scores
+                volume = read_image([inputs["dataset"] / p for p in case.images], len(index.channels))
+                with cost.measured(taken):
+                    mask = predictor.predict(volume)
+                write_label(path, mask, volume.affine)
             task = (
                 inputs["dataset"] / case.label,
                 path,
