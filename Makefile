@@ -1,5 +1,6 @@
 # make demo   install, run the pipeline on the embedded sample, print Dice per label
 # make test   install, lint, types, all tests with coverage
+# make docs   the reference of parameters and commands into build/docs
 # make audit  constraints.txt against the databases of known vulnerabilities (SECURITY.md)
 # make images distilldsm/{data,train,export}:VERSION; ENGINE=podman, WHEELHOUSE=dir, PIP_CONFIG=file, ... (docs/images.md)
 PYTHON ?= python3
@@ -9,7 +10,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test lint unit audit install images clean
+.PHONY: demo test lint unit docs audit install images clean
 
 demo: install
 	dvc repro
@@ -29,6 +30,9 @@ lint: install
 
 unit: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --max-worker-restart=0 --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
+
+docs: install
+	python docs/reference.py build/docs
 
 audit:
 	$(PYTHON) .ci/audit.py

@@ -70,6 +70,12 @@ def _run_above(module: str, function: str, arguments: list[str]) -> int:
     return run_shell(command) or code
 
 
+def subcommands() -> tuple[str, ...]:
+    """The commands that are neither stages nor in `UPPER`."""
+    (choices,) = (a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return tuple(name for name in choices if name not in STAGES and name not in UPPER)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distilldsm",
@@ -94,6 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("directory", metavar="DIR", help="a preprocessed or model directory, or a downloaded data set")
     plan.add_argument("--params", default="params.yaml", help="for a data set without a plan (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print a JSON object")
+
+    params = commands.add_parser("params", help="every parameter: type, default, what it is")
+    params.add_argument("keys", metavar="KEY", nargs="*", help="a parameter or a section, e.g. train.augment")
+    params.add_argument("--markdown", action="store_true", help="as tables in Markdown")
 
     compose = commands.add_parser("compose", help="write params.yaml from the presets in conf/")
     compose.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")

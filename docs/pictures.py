@@ -38,7 +38,7 @@ def depth_shift_picture() -> None:
         cells = features[:, :, 0, 0].numpy()
         axis.imshow(cells, cmap=colours, vmin=0, vmax=depth, aspect="auto")
         for (row, column), value in np.ndenumerate(cells):
-            axis.text(column, row, f"{value:.0f}" if value else "0", ha="center", va="center", fontsize=7, color="black")
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", fontsize=7, color="black")
         axis.set_title(title, fontsize=11)
         axis.set_xlabel("channel")
         axis.set_xticks([3.5, 9.5, 12.5, 14.5], ["unchanged", "R", "B", "F"])
