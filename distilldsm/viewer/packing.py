@@ -41,11 +41,9 @@ def packed(
         ValueError: not three axes, no voxel, or labels that are not whole numbers from 0 to 255.
     """
     if volume.ndim != 3 or not volume.size or max_voxels < 1:
-        raise ValueError(
-            f"a volume of three axes and max_voxels of at least 1 are needed: {volume.shape}, {max_voxels}"
-        )
-    affine = np.asarray(affine, dtype=np.float64)
-    steps = strides(volume.shape, spacing_of(affine), max_voxels)
+        raise ValueError(f"no volume of three axes, or max_voxels below 1: {volume.shape}, {max_voxels}")
+    full: npt.NDArray[np.float64] = np.asarray(affine, dtype=np.float64)
+    steps = strides(volume.shape, spacing_of(full), max_voxels)
     start = [(n - 1) % step // 2 for n, step in zip(volume.shape, steps, strict=True)]
     kept = volume[tuple(slice(first, None, step) for first, step in zip(start, steps, strict=True))]
     strided = full.copy()
