@@ -39,13 +39,20 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
         pool.shutdown(cancel_futures=True)  # after an error, what has not begun is not wanted any more
 
 
+def end_with_parent() -> None:
+    """To be called in a worker process: when its parent is gone, it ends at once.
+
+    Otherwise it waits for ever, for work or for its results to be taken: it holds an end of each pipe itself.
+    """
+    threading.Thread(target=_wait_for_the_end, daemon=True).start()
+
+
 def _begin() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
 
 
-def _end_with_parent() -> None:
-    """A worker of a killed parent would wait for work for ever: each holds a writing end of the queue's pipe."""
+def _wait_for_the_end() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

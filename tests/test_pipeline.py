@@ -44,8 +44,8 @@ def run(*command: str, cwd: Path, check: bool = True) -> subprocess.CompletedPro
     return done
 
 
-def new_repository(target: Path) -> Path:
-    """A repository with one commit: the files of this working tree, without what it has made."""
+def make_clone(target: Path) -> Path:
+    """A repository with the files of this working tree."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -67,8 +67,8 @@ def new_repository(target: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
-    """A repository with the files of this working tree, after `dvc repro` on a tiny sample."""
-    target = new_repository(tmp_path_factory.mktemp("clone") / "distilldsm")
+    """After `dvc repro` on a tiny sample."""
+    target = make_clone(tmp_path_factory.mktemp("clone") / "distilldsm")
     run("distilldsm", "compose", *TINY, cwd=target)
     run("dvc", "repro", cwd=target)
     return target

@@ -52,19 +52,23 @@ def stage_kills(
         place = Workspace(work / f"kill-{number}")
         place.copy_of(reference, stage)
         problems: list[str | None] = []
-        in_trial = 0
+        in_trial, complete = 0, False
         for _ in range(rng.randint(1, 3)):
             process = place.start(stage)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(rng.uniform(min(IMPORTS_S, seconds[stage] / 2), seconds[stage]))
             if process.poll() is not None:
                 problems.append(None if process.returncode == 0 else f"ended with {process.returncode}")
+                complete = place.output(stage).exists()
                 break
             kill(process, whole_group=rng.random() < 0.5)
             in_trial += 1
             problems.append(broken(place.output(stage)))
             if left := left_behind(place.folder):
                 problems.append(f"left behind: {left}")
+            # When its work is done, the same command is a new training, with a run of its own.
+            if complete := place.output(stage).exists():
+                break
         ended = place.run(stage)
         if ended.code:
             problems.append(f"afterwards exit code {ended.code}: {ended.text[-300:]}")
@@ -73,7 +77,7 @@ def stage_kills(
             if other := differences(place.output(stage), reference.output(stage)):
                 problems.append(f"differs in {', '.join(other[:5])}")
             if stage == "train":
-                problems.append(wrong_in_mlflow(place.folder, epochs=3))
+                problems.append(wrong_in_mlflow(place.folder, epochs=3, trainings=1 + complete))
         rows[stage].record(*problems)
         rows[stage].note = f"{in_trial + int(rows[stage].note.split()[0] if rows[stage].note else 0)} kills"
         done += in_trial
@@ -81,8 +85,8 @@ def stage_kills(
     return list(rows.values())
 
 
-def wrong_in_mlflow(folder: Path, *, epochs: int, patience_s: float = 60) -> str | None:
-    """What MLflow's store lacks of one training: every epoch once, in order, in one run; None if nothing."""
+def wrong_in_mlflow(folder: Path, *, epochs: int, trainings: int = 1, patience_s: float = 60) -> str | None:
+    """What MLflow's store lacks: of each training one run with every epoch once, in order; None if nothing."""
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -91,7 +95,7 @@ def wrong_in_mlflow(folder: Path, *, epochs: int, patience_s: float = 60) -> str
         client = MlflowClient(uri)
         runs = client.search_runs([e.experiment_id for e in client.search_experiments()])
         steps = [[m.step for m in client.get_metric_history(run.info.run_id, "train_loss")] for run in runs]
-        if steps == [list(range(1, epochs + 1))]:
+        if steps == [list(range(1, epochs + 1))] * trainings:
             return None
         if time.monotonic() > deadline:
             return f"MLflow holds the epochs {steps}"

@@ -11,6 +11,7 @@ import torch
 from distilldsm.data.patches import PatchSampler
 from distilldsm.errors import UserError
 from distilldsm.training.distributed import Processes
+from distilldsm.workers import end_with_parent
 
 Batch = tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]
 
@@ -28,7 +29,9 @@ def batches(sampler: PatchSampler, epoch: int, workers: int, processes: Processe
         return
     from torch.utils.data import DataLoader
 
-    loader = DataLoader(steps, batch_size=None, num_workers=workers, prefetch_factor=4, collate_fn=_keep)
+    loader = DataLoader(
+        steps, batch_size=None, num_workers=workers, prefetch_factor=4, collate_fn=_keep, worker_init_fn=_begin
+    )
     try:
         yield from loader
     except RuntimeError as error:
@@ -53,6 +56,11 @@ class _Steps(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         return (*self.sampler.batch(self.epoch, step, **self.share), step)
+
+
+def _begin(number: int) -> None:
+    # PyTorch's own watch over the parent does not end a worker that waits for its results to be taken.
+    end_with_parent()
 
 
 def _keep(item: Any) -> Any:

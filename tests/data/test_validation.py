@@ -317,7 +317,7 @@ def test_large_volumes_use_fewer_workers(tmp_path, monkeypatch):
     index = write_dataset(tmp_path, 3)
     monkeypatch.setattr(validation, "SERIAL_VOXELS", 0)
     monkeypatch.setattr(validation, "MEMORY_BYTES", 12 * 20 * 18 * validation.BYTES_PER_VOXEL * 2 - 1)
-    monkeypatch.setattr(validation, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("too much memory"))
+    monkeypatch.setattr(validation, "worker_pool", lambda *a, **k: pytest.fail("too much memory"))
     assert len(build_case_table(tmp_path, index, workers=3).rows) == 3
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.services.servers import Servers, running
-from tests.test_pipeline import TINY, new_repository
+from tests.test_pipeline import TINY, make_clone
 
 SMALLEST = (
     *TINY,
@@ -58,7 +58,7 @@ def servers() -> Iterator[Servers]:
 @pytest.fixture(scope="session")
 def job(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """After the pipeline with the smallest training; of the servers it knows MLflow's user and password only."""
-    made = Job(place=new_repository(tmp_path_factory.mktemp("job") / "distilldsm"))
+    made = Job(place=make_clone(tmp_path_factory.mktemp("job") / "distilldsm"))
     made.run("distilldsm", "compose", *SMALLEST)
     made.run("dvc", "repro", "export@0", **servers.tracking())
     return made
