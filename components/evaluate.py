@@ -64,7 +64,8 @@ def run(
     cases = [case for case in index.cases if case.id in wanted]
 
     def kept(work: Path) -> str:
-        return f"{len(list((work / 'scores').glob('*.json')))} of {len(cases)} cases are kept"
+        predicted, scored = (len(list((work / name).glob("[!.]*"))) for name in ("predictions", "scores"))
+        return f"{predicted} of {len(cases)} cases are kept, {scored} of them scored"
 
     with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True, kept=kept) as work:
         targets = Plan.load(inputs["model"] / "plan.json").targets

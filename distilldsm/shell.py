@@ -14,7 +14,7 @@ from distilldsm.errors import UserError
 from distilldsm.interruption import describe
 from distilldsm.progress import close_bars
 
-_EXTRAS = {
+EXTRAS = {
     "torch": "train",
     "safetensors": "train",
     "mlflow": "train",
@@ -83,10 +83,10 @@ def run_shell(run: Callable[[], None]) -> int:
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
+        if package not in EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
             raise
         print(f"error: this command needs the package '{package}', which is not installed", file=sys.stderr)
-        print(f"  mend: in the repository, pip install '.[{_EXTRAS[package]}]'", file=sys.stderr)
+        print(f"  mend: in the repository, pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except OSError as error:
         if os.environ.get("DISTILLDSM_DEBUG"):

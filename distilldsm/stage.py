@@ -175,7 +175,7 @@ def output_directory(
 def _kept(work: Path, kept: Callable[[Path], str] | None) -> str:
     try:
         return kept(work) if kept else "what is done is kept"
-    except (UserError, OSError):
+    except Exception:  # whatever the count: the interrupt is what counts
         return "what is done is kept"
 
 

@@ -101,8 +101,9 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
         return original(self, epoch)
 
     monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         train(preprocessed, tmp_path / "m", settings)
+    assert caught.value.__notes__ == ["train: 2 of 4 epochs are kept"]
     assert not (tmp_path / "m").exists()
     assert (tmp_path / ".m.partial" / loop.RESUME).exists()
     seen = []
