@@ -43,7 +43,12 @@ def check_dvc(limit_s: float) -> list[Finding]:
     found = [Finding(name=name, status="ok", seen=f"dvc.yaml: {', '.join(stages)}")]
     if not Path(".dvc").is_dir():
         return [
-            Finding(name=name, status="fail", seen="dvc.yaml, but no .dvc", mend="clone the repository, or dvc init")
+            Finding(
+                name=name,
+                status="fail",
+                seen="there is a dvc.yaml, but no .dvc",
+                mend="clone the repository, or dvc init",
+            )
         ]
     return found + in_child("dvc remote", "pipeline.dvc_probe:check", limit_s)
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from distilldsm.doctor.checks import Finding, clean, in_child
+from distilldsm.doctor.checks import Finding, Status, clean, in_child
 from distilldsm.doctor.services import is_installed
 
 OLDEST_PYTHON = (3, 11)
@@ -276,7 +276,7 @@ def _disk(paths: Sequence[Path]) -> Finding:
             return Finding(name=name, status="fail", seen=clean(seen), mend=mend)
     seen = f"{free_gb:.1f} GB free, written and deleted"
     if free_gb < LITTLE_DISK_GB:
-        status = "fail" if free_gb < NO_DISK_GB else "warn"
+        status: Status = "fail" if free_gb < NO_DISK_GB else "warn"
         return Finding(name=name, status=status, seen=seen, mend="free space, or link the folders to another disk")
     return Finding(name=name, status="ok", seen=seen)
 

@@ -48,8 +48,9 @@ def check_environment(limit_s: float) -> list[Finding]:
     found = []
     for variable in given:
         if variable not in VARIABLES:
-            near = difflib.get_close_matches(variable, VARIABLES, n=1, cutoff=0.75)
-            mend = f"did you mean {near[0]}?" if near else f"known are {', '.join(VARIABLES)}"
+            ends = [known.removeprefix(PREFIX) for known in VARIABLES]  # the beginning is what all have in common
+            near = difflib.get_close_matches(variable.removeprefix(PREFIX), ends, n=1, cutoff=0.7)
+            mend = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(VARIABLES)}"
             found.append(Finding(name=name, status="warn", seen=f"{variable} has no effect", mend=mend))
     allowed = Mode.__args__  # type: ignore[attr-defined]
     if os.environ.get(VARIABLE, allowed[0]) not in ("", *allowed):

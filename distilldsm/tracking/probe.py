@@ -84,6 +84,8 @@ def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
         return client.create_experiment(EXPERIMENT, artifact_location=artifacts.as_uri() if artifacts else None)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
+        for run in client.search_runs([found.experiment_id]):  # they come back with it
+            client.delete_run(run.info.run_id)
     return found.experiment_id
 
 
