@@ -16,7 +16,7 @@ import nibabel as nib
 import numpy as np
 
 from benchmarks.pipeline import machine
-from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.assemble import Places, write_page
 from distilldsm.evaluation.metrics import METRICS
@@ -56,7 +56,7 @@ def made(work: Path, shape: tuple[int, int, int], cases: int) -> tuple[Places, D
     write_json(places.model / "plan.json", {})
     index = DatasetIndex(
         name="Noise",
-        channels={"T1": "MRI"},
+        channels=(Channel(name="T1", modality="MRI"),),
         labels=LABELS,
         cases=tuple(Case(id=n, patient=n, images=("image.nii.gz",), label="label.nii.gz") for n in names),
     )

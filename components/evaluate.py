@@ -62,7 +62,12 @@ def run(
     _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
     wanted = set(held_out)
     cases = [case for case in index.cases if case.id in wanted]
-    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True) as work:
+
+    def kept(work: Path) -> str:
+        predicted, scored = (len(list((work / name).glob("[!.]*"))) for name in ("predictions", "scores"))
+        return f"{predicted} of {len(cases)} cases are kept, {scored} of them scored"
+
+    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True, kept=kept) as work:
         targets = Plan.load(inputs["model"] / "plan.json").targets
         for name in ("scores", "timing", "predictions", "plots", "figures"):
             (work / name).mkdir(exist_ok=True)

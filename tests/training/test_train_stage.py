@@ -101,8 +101,9 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
         return original(self, epoch)
 
     monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         train(preprocessed, tmp_path / "m", settings)
+    assert caught.value.__notes__ == ["train: 2 of 4 epochs are kept"]
     assert not (tmp_path / "m").exists()
     assert (tmp_path / ".m.partial" / loop.RESUME).exists()
     seen = []
@@ -119,7 +120,7 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
     assert taken["device_name"]
     history = [
         [
-            {k: v for k, v in h.items() if k != "seconds"}
+            {k: v for k, v in h.items() if "seconds" not in k}
             for h in json.loads((tmp_path / d / "history.json").read_text())
         ]
         for d in ("whole", "m")
@@ -269,3 +270,21 @@ raise SystemExit(main(sys.argv[1:]))
     )
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "model" / "last.safetensors").is_file()
+
+
+def test_a_killed_loader_is_told_wherever_the_program_is(preprocessed, tmp_path, monkeypatch):
+    """PyTorch raises in the main thread, which is most of the time not where the batch is asked for."""
+    import psutil
+
+    trainer = loop.Trainer(config(epochs=2, workers=1), preprocessed=preprocessed, work=tmp_path, fold=0)
+    step = trainer._step
+
+    def kill_loader(*batch):
+        for child in psutil.Process().children():
+            child.kill()
+        time.sleep(1)  # the signal comes while the step is computed
+        return step(*batch)
+
+    monkeypatch.setattr(trainer, "_step", kill_loader)
+    with pytest.raises(UserError, match=r"train\.workers: a worker process was killed"):
+        trainer.run()
