@@ -11,7 +11,9 @@ CONFIDENCE = 0.95
 RESAMPLES = 5000
 
 
-def mean_interval(values: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0) -> tuple[float, float] | None:
+def mean_interval(
+    values: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
+) -> tuple[float, float] | None:
     """Percentile bootstrap interval of the mean over cases (Efron, 1979); None for fewer than two.
 
     The cases are drawn again with replacement `RESAMPLES` times; the interval tells how much the mean depends on which
