@@ -181,6 +181,12 @@ def _write_plots(
         folder / "history.csv",
         [{k: h.get(k, "") for k in ("epoch", "train_loss", "val_dice_mean", "learning_rate")} for h in history],
     )
+    by_epoch = [
+        {"epoch": h["epoch"], "label": label, "dice": dice}
+        for h in history
+        for label, dice in h.get("val_dice", {}).items()
+    ]
+    tables.write_csv(folder / "dice_by_epoch.csv", by_epoch)
     tables.write_csv(
         folder / "dice_by_case.csv",
         [{k: row[k] for k in ("case", "label", "dice", "hd95_mm", "volume_truth_ml")} for row in rows],
