@@ -1,6 +1,8 @@
 # make demo   install, run the pipeline on the embedded sample, print Dice per label
 # make test   install, lint, types, all tests with coverage
+# make docs   the reference of parameters and commands into build/docs
 # make audit  constraints.txt against the databases of known vulnerabilities (SECURITY.md)
+# make viewer the page's script from viewer/package-lock.json, after a change of its version (docs/viewer.md)
 # make images distilldsm/{data,train,export}:VERSION; ENGINE=podman, WHEELHOUSE=dir, PIP_CONFIG=file, ... (docs/images.md)
 PYTHON ?= python3
 VENV   := .venv
@@ -9,7 +11,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 export MLFLOW_DISABLE_TELEMETRY := true
 export DO_NOT_TRACK := 1
 
-.PHONY: demo test lint unit audit install images clean
+.PHONY: demo test lint unit docs audit install images viewer clean
 
 demo: install
 	dvc repro
@@ -29,6 +31,9 @@ lint: install
 
 unit: install
 	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --max-worker-restart=0 --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
+
+docs: install
+	python docs/reference.py build/docs
 
 audit:
 	$(PYTHON) .ci/audit.py
@@ -51,6 +56,10 @@ images:
 		$(if $(TORCH_BUILD),--torch-build=$(TORCH_BUILD)) $(if $(WHEELHOUSE),--wheelhouse $(WHEELHOUSE)) \
 		$(if $(PIP_CONFIG),--pip-config $(PIP_CONFIG)) $(if $(CA_BUNDLE),--ca-bundle $(CA_BUNDLE)) \
 		$(if $(BUILD_NETWORK),--network $(BUILD_NETWORK)) $(ROLES)
+
+# NiiVue into the package: needs Node.js and npm, and changes distilldsm/viewer/niivue.* (docs/viewer.md).
+viewer:
+	cd viewer && npm ci --ignore-scripts && npm run build
 
 clean:
 	rm -rf $(VENV) build .pytest_cache .mypy_cache .ruff_cache .hypothesis

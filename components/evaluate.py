@@ -17,18 +17,18 @@ from components._main import stage_main
 from distilldsm import cost
 from distilldsm.config import EvaluateConfig, TrackingConfig, load_params
 from distilldsm.data.dataset import Case, DatasetIndex
-from distilldsm.data.geometry import reorient, spacing_along
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.data.targets import Targets
 from distilldsm.data.volume import read_image, read_label, spacing_of, write_label
-from distilldsm.evaluation import figures, tables
+from distilldsm.evaluation import tables
+from distilldsm.evaluation.assemble import Places, write_page
 from distilldsm.evaluation.metrics import confusion, score_case
 from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessing
-from distilldsm.evaluation.report import render_report
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.progress import progress
 from distilldsm.stage import content_hash, output_directory, package_versions, read_json, worker_count, write_json
+from distilldsm.tracking.values import version_tags
 from distilldsm.workers import worker_pool
 
 
@@ -82,22 +82,23 @@ def run(
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
         history = read_json(inputs["model"] / "history.json")
         _write_plots(work / "plots", rows, history, scores, index)
-        pictures = _draw(work, inputs["dataset"], cases, rows, history, index, list(targets.structures))
         facts = _facts(config, inputs, index, fold)
         notes = [index.note]
         if config.checkpoint == "best":
             notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
         if config.mirror:
             notes.append("The scores are of predictions averaged over mirrored views.")
-        page = render_report(
+        write_page(
+            Places(work=work, **{name: inputs[name] for name in ("dataset", "preprocessed", "model")}),
+            index,
+            cases,
+            rows,
             title=f"{index.name}, {facts['network']}, fold {fold}",
             summary=summary,
-            rows=rows,
-            figures=pictures,
+            labels=list(targets.structures),
             notes=notes,
             facts=facts,
         )
-        (work / "report.html").write_text(page, encoding="utf-8")
         taken = cost.prediction_cost(work / "timing")
         write_json(work / cost.TIMING, {**taken, "training": cost.training_cost(inputs["model"])})
         for name in ("scores", "timing"):
@@ -196,47 +197,11 @@ def _write_plots(
     tables.write_csv(folder / "confusion.csv", pairs)
 
 
-def _draw(
-    work: Path,
-    dataset: Path,
-    cases: Sequence[Case],
-    rows: Sequence[Mapping],
-    history: Sequence[Mapping],
-    index: DatasetIndex,
-    labels: Sequence[str],
-) -> list[tuple[str, Path]]:
-    """All figures: caption and file."""
-    folder = work / "figures"
-    figures.save_figure(figures.dice_boxes(rows, labels), folder / "dice.png")
-    figures.save_figure(figures.training_curves(history), folder / "training.png")
-    figures.save_figure(figures.volume_agreement(rows, labels), folder / "volumes.png")
-    made = [("Dice per label", folder / "dice.png"), ("Volumes, true and predicted", folder / "volumes.png")]
-    mean = {c.id: float(np.mean([r["dice"] for r in rows if r["case"] == c.id])) for c in cases}
-    ranked = sorted(cases, key=lambda c: mean[c.id])
-    chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    for kind, case in chosen.items():
-        title = f"{kind} case: {case.id}, mean Dice {mean[case.id]:.4f}"
-        figures.save_figure(_overlay(work, dataset, case, index, title), folder / f"{kind}.png")
-        made.append((title, folder / f"{kind}.png"))
-    return [*made, ("Training", folder / "training.png")]
-
-
-def _overlay(work: Path, dataset: Path, case: Case, index: DatasetIndex, title: str) -> Any:
-    volume = read_image([dataset / p for p in case.images], len(index.channels))
-    truth, _ = read_label(dataset / case.label)
-    mask, _ = read_label(work / "predictions" / f"{case.id}.nii.gz")
-    ras = [reorient(a[None], volume.affine, (0, 1, 2))[0] for a in (volume.data[0], truth, mask)]
-    spacing_mm = spacing_along(volume.affine, (0, 1, 2))
-    return figures.overlay(*ras, spacing_mm=spacing_mm, labels=index.labels, title=title)
-
-
 def _facts(config: EvaluateConfig, inputs: Mapping[str, Path], index: DatasetIndex, fold: int) -> dict[str, Any]:
     model = read_json(inputs["model"] / "model.json")
     options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
     return {
         "network": f"{model['name']} ({options})" if options else model["name"],
-        "parameters": f"{model['parameters']:,}",
-        "convolution MACs per voxel": f"{model['macs_per_voxel']:,.0f}",
         "epochs": model["epochs"],
         "checkpoint": config.checkpoint,
         "fold": fold,
@@ -245,10 +210,17 @@ def _facts(config: EvaluateConfig, inputs: Mapping[str, Path], index: DatasetInd
         "source": index.source,
         "licence of the data": index.licence,
         "reference": index.reference,
+        "code": _code(),
         "data hash": content_hash(inputs["dataset"])[:16],
         "model hash": content_hash(inputs["model"])[:16],
         "versions": ", ".join(f"{k} {v}" for k, v in package_versions().items()),
     }
+
+
+def _code() -> str:
+    tags = version_tags()
+    changed = ", with changes that are not committed" if tags.get("git_dirty") == "true" else ""
+    return f"git commit {tags['git_commit']}{changed}" if "git_commit" in tags else "in no git repository"
 
 
 def _track(

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from distilldsm import __version__
 from distilldsm.predict_command import add_predict
 from distilldsm.shell import run_shell
+from distilldsm.view_command import add_view
 
 STAGES = {
     "download": "fetch labelled volumes, or make the embedded sample",
@@ -44,12 +45,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def command() -> None:
-        from distilldsm import commands, compare_command, predict_command
+        from distilldsm import commands, compare_command, predict_command, view_command
 
         if args.command == "predict":
             predict_command.predict(args)
         elif args.command == "compare":
             compare_command.compare(args)
+        elif args.command == "view":
+            view_command.view(args)
         else:
             getattr(commands, args.command)(args)
 
@@ -71,6 +74,12 @@ def _run_above(module: str, function: str, arguments: list[str]) -> int:
     return run_shell(command) or code
 
 
+def subcommands() -> tuple[str, ...]:
+    """The commands that are neither stages nor in `UPPER`."""
+    (choices,) = (a.choices for a in _parser()._actions if isinstance(a, argparse._SubParsersAction))
+    return tuple(name for name in choices if name not in STAGES and name not in UPPER)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="distilldsm",
@@ -85,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
 
     add_predict(commands)
+    add_view(commands)
 
     info = commands.add_parser("info", help="facts of an exported model, the networks, the installation")
     info.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="checks its files too")
@@ -95,6 +105,10 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("directory", metavar="DIR", help="a preprocessed or model directory, or a downloaded data set")
     plan.add_argument("--params", default="params.yaml", help="for a data set without a plan (default: %(default)s)")
     plan.add_argument("--json", action="store_true", help="print a JSON object")
+
+    params = commands.add_parser("params", help="every parameter: type, default, what it is")
+    params.add_argument("keys", metavar="KEY", nargs="*", help="a parameter or a section, e.g. train.augment")
+    params.add_argument("--markdown", action="store_true", help="as tables in Markdown")
 
     compose = commands.add_parser("compose", help="write params.yaml from the presets in conf/")
     compose.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")

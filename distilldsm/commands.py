@@ -253,6 +253,14 @@ def _merge(base: dict[str, Any], preset: Mapping[str, Any]) -> None:
             base[key] = value
 
 
+def params(args: argparse.Namespace) -> None:
+    """The reference of the parameters."""
+    from distilldsm.reference import as_markdown, as_text, matching
+
+    found = matching(args.keys)
+    print(as_markdown(found) if args.markdown else as_text(found))
+
+
 def summary(args: argparse.Namespace) -> None:
     """The table of scores per label of evaluated folds, and over the folds where there are several."""
     from distilldsm.evaluation.tables import format_table

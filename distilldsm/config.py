@@ -228,7 +228,9 @@ class TrackingConfig:
     """MLflow. The address comes from MLFLOW_TRACKING_URI, else a SQLite file beside params.yaml."""
 
     enabled: bool = True
+    """Record runs in MLflow (the store is MLFLOW_TRACKING_URI, by default `sqlite:///mlflow.db`)."""
     experiment: str = "distilldsm"
+    """MLflow experiment of all runs."""
     run_name: str | None = None
     """By default the model and the fold."""
 
@@ -238,6 +240,7 @@ class CrossValidationConfig:
     """Which folds to run; how many there are is `preprocess.folds`."""
 
     folds: tuple[int, ...] = (0,)
+    """The folds that are trained, scored and exported, from 0; several make a cross-validation."""
 
     def __post_init__(self) -> None:
         require(

@@ -13,6 +13,7 @@ class Int8Config:
     """The INT8 IR: made by post-training quantisation, shipped where it is worth it."""
 
     enabled: bool = True
+    """Try INT8, and ship it where it is fast and accurate enough."""
     calibration_cases: int = 8
     """Training cases to calibrate with."""
     min_speedup: float = 1.3
@@ -31,6 +32,7 @@ class ExportConfig:
     """ONNX and OpenVINO IR, and how closely they must agree with the network."""
 
     checkpoint: Literal["last", "best"] = "last"
+    """Which weights: the last average, or the best on the held-out cases (then their scores are optimistic)."""
     parity_cases: int = 3
     """Held-out cases on which the exported models are compared with the network."""
     max_voxel_difference: float = 1e-4

@@ -89,16 +89,21 @@ class TrainConfig:
     foreground_oversampling: float = 0.33
     """Share of patches centred on a voxel of a foreground label."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
+    """The optimizer."""
     learning_rate: float = 4e-3
     """Peak learning rate."""
     weight_decay: float = 1e-2
+    """Decoupled for adamw, else an L2 penalty; biases and normalisation layers have none."""
     momentum: float = 0.99
     """For sgd (Nesterov)."""
     schedule: Literal["one_cycle", "cosine", "poly", "plateau", "constant"] = "one_cycle"
+    """How the learning rate goes over the steps."""
     warmup_fraction: float = 0.2
     """Share of all steps with a rising rate (one_cycle, cosine)."""
     dice_weight: float = 1.0
+    """Weight of the soft Dice loss."""
     cross_entropy_weight: float = 1.0
+    """Weight of the cross-entropy (binary where regions overlap)."""
     deep_supervision: int = 2
     """Decoder levels below the full resolution that are trained with a head and a loss of their own, each with half the
     weight of the one above; the heads are not part of the model."""
@@ -109,9 +114,11 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """`auto`: bf16 autocast where the hardware has it (GPU, AVX-512 BF16, AMX)."""
     channels_last: bool = True
+    """Memory layout of the 2-D networks: faster on CPUs and GPUs."""
     compile: bool = False
     """torch.compile; worth it on GPUs for long runs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto`: a GPU if there is one."""
     workers: int = 0
     """Loader processes per training process; 0 loads in the training process."""
     validate_every: int = 5
@@ -123,6 +130,7 @@ class TrainConfig:
     deterministic: bool = True
     """Same seed, same machine, same weights."""
     seed: int = 0
+    """Of weights, patches and augmentation."""
 
     def __post_init__(self) -> None:
         for key in ("epochs", "samples_per_case", "accumulate", "validate_every"):

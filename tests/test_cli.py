@@ -42,7 +42,8 @@ def test_help_imports_nothing_heavy():
     )
     done = in_a_shell(code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    for command in (*STAGES, "cross-validate", "doctor", "predict", "info", "plan", "compose", "summary", "compare"):
+    commands = ("cross-validate", "doctor", "predict", "view", "info", "plan", "compose", "summary", "compare")
+    for command in (*STAGES, *commands):
         assert command in done.stdout
 
 

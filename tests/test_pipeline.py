@@ -44,10 +44,8 @@ def run(*command: str, cwd: Path, check: bool = True) -> subprocess.CompletedPro
     return done
 
 
-@pytest.fixture(scope="module")
-def clone(tmp_path_factory) -> Path:
-    """A repository with the files of this working tree, after `dvc repro` on a tiny sample."""
-    target = tmp_path_factory.mktemp("clone") / "distilldsm"
+def make_clone(target: Path) -> Path:
+    """A repository with the files of this working tree."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -64,6 +62,13 @@ def clone(tmp_path_factory) -> Path:
     run("git", "config", "user.name", "Test", cwd=target)
     run("git", "add", "-A", cwd=target)
     run("git", "commit", "-qm", "clone", cwd=target)
+    return target
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory) -> Path:
+    """After `dvc repro` on a tiny sample."""
+    target = make_clone(tmp_path_factory.mktemp("clone") / "distilldsm")
     run("distilldsm", "compose", *TINY, cwd=target)
     run("dvc", "repro", cwd=target)
     return target

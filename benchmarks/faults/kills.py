@@ -59,13 +59,14 @@ def stage_kills(
                 process.wait(rng.uniform(min(IMPORTS_S, seconds[stage] / 2), seconds[stage]))
             if process.poll() is not None:
                 problems.append(None if process.returncode == 0 else f"ended with {process.returncode}")
+                complete = place.output(stage).exists()
                 break
             kill(process, whole_group=rng.random() < 0.5)
             in_trial += 1
             problems.append(broken(place.output(stage)))
             if left := left_behind(place.folder):
                 problems.append(f"left behind: {left}")
-            # Killed when its work was done: the same command is then a new training, with a run of its own.
+            # When its work is done, the same command is a new training, with a run of its own.
             if complete := place.output(stage).exists():
                 break
         ended = place.run(stage)

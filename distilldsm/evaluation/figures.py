@@ -7,13 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+
+from distilldsm.evaluation.statistics import agreement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-PLANES = ("sagittal", "coronal", "axial")
+
+
+def label_colour(number: int) -> str:
+    """Of the label that is the `number`-th (from 0) besides background; the same in every figure and in the viewer."""
+    return COLOURS[(number + 1) % len(COLOURS)]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -22,7 +27,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
-def _new(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> tuple[Figure, Any]:
+def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> tuple[Figure, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -32,25 +37,25 @@ def _new(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.2)
 
 
 def dice_boxes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
-    """Box plot of Dice per label, with every case as a point."""
-    figure, axes = _new()
-    axis = axes[0, 0]
-    values = [[row["dice"] for row in rows if row["label"] == label] for label in labels]
-    axis.boxplot(values, showfliers=False, widths=0.5, medianprops={"color": "black"})
+    """Box plots of Dice and of HD95 per label, with every case as a point."""
+    figure, axes = new_figure(2, size=(4.4 + 1.4 * len(labels), 4.2))
     rng = np.random.default_rng(0)
-    for k, points in enumerate(values):
-        jitter = rng.uniform(-0.14, 0.14, len(points))
-        axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=COLOURS[k % len(COLOURS)], linewidths=0)
-    axis.set_xticks(range(1, len(labels) + 1), labels)
-    axis.set_ylabel("Dice")
-    axis.set_title(f"Dice of {len(values[0]) if values else 0} held-out cases")
-    axis.grid(axis="y", alpha=0.3)
+    for axis, (metric, name) in zip(axes[0], (("dice", "Dice"), ("hd95_mm", "HD95 (mm)")), strict=True):
+        values = [[row[metric] for row in rows if row["label"] == label] for label in labels]
+        axis.boxplot(values, showfliers=False, widths=0.5, medianprops={"color": "black"})
+        for k, points in enumerate(values):
+            jitter = rng.uniform(-0.14, 0.14, len(points))
+            axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=label_colour(k), linewidths=0)
+        axis.set_xticks(range(1, len(labels) + 1), labels, rotation=20 if len(labels) > 3 else 0)
+        axis.set_ylabel(name)
+        axis.grid(axis="y", alpha=0.3)
+    figure.suptitle(f"{len(values[0]) if values else 0} held-out cases", fontsize=11)
     return figure
 
 
 def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Box plots of Dice, a panel per label, a box per training with every case as a point: {label: {name: values}}."""
-    figure, axes = _new(len(panels), size=(3.4 * len(panels) + 1, 4.2))
+    figure, axes = new_figure(len(panels), size=(3.4 * len(panels) + 1, 4.2))
     rng = np.random.default_rng(0)
     for axis, (label, trainings) in zip(axes[0], panels.items(), strict=True):
         axis.boxplot(list(trainings.values()), showfliers=False, widths=0.5, medianprops={"color": "black"})
@@ -65,91 +70,62 @@ def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss, and Dice of the held-out volumes where it was measured, over epochs."""
-    figure, axes = _new(2, size=(10, 3.8))
-    left, right = axes[0]
+    """Training loss, Dice of the held-out volumes where it was measured, and learning rate, over epochs."""
+    figure, axes = new_figure(3, size=(12, 3.6))
+    left, middle, right = axes[0]
     epochs = [h["epoch"] for h in history]
     left.plot(epochs, [h["train_loss"] for h in history], color=COLOURS[0])
-    left.set_xlabel("epoch")
     left.set_ylabel("training loss")
-    left.grid(alpha=0.3)
     scored = [h for h in history if "val_dice" in h]
     for k, label in enumerate(scored[-1]["val_dice"] if scored else ()):
-        right.plot(
+        middle.plot(
             [h["epoch"] for h in scored],
             [h["val_dice"][label] for h in scored],
             marker="o",
             markersize=4,
-            color=COLOURS[k % len(COLOURS)],
+            color=label_colour(k),
             label=label,
         )
-    right.set_xlabel("epoch")
-    right.set_ylabel("Dice of held-out volumes (network space)")
-    right.grid(alpha=0.3)
+    middle.set_ylabel("Dice of held-out volumes (network space)")
     if scored:
-        right.legend()
+        middle.legend()
+    right.plot(epochs, [h.get("learning_rate", float("nan")) for h in history], color="black")
+    right.set_ylabel("learning rate")
+    for axis in axes[0]:
+        axis.set_xlabel("epoch")
+        axis.grid(alpha=0.3)
     return figure
 
 
 def volume_agreement(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
-    """Predicted against true volume of every case and label, ml."""
-    figure, axes = _new(size=(5, 4.6))
-    axis = axes[0, 0]
+    """Volumes of every case and label, ml: predicted by true, their difference (Bland and Altman, 1986), Dice."""
+    figure, axes = new_figure(3, size=(13.5, 4.4))
+    pairs, difference, score = axes[0]
     highest = 0.0
     for k, label in enumerate(labels):
-        truth = [row["volume_truth_ml"] for row in rows if row["label"] == label]
-        predicted = [row["volume_predicted_ml"] for row in rows if row["label"] == label]
+        of_label = [row for row in rows if row["label"] == label]
+        truth = np.array([row["volume_truth_ml"] for row in of_label])
+        predicted = np.array([row["volume_predicted_ml"] for row in of_label])
         highest = max([highest, *truth, *predicted])
-        axis.scatter(truth, predicted, s=16, alpha=0.7, color=COLOURS[k % len(COLOURS)], label=label, linewidths=0)
-    axis.plot([0, highest], [0, highest], color="grey", linewidth=1, zorder=0)
-    axis.set_xlabel("true volume (ml)")
-    axis.set_ylabel("predicted volume (ml)")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    return figure
-
-
-def overlay(
-    image: npt.NDArray[np.floating],
-    truth: npt.NDArray[np.integer],
-    prediction: npt.NDArray[np.integer],
-    *,
-    spacing_mm: Sequence[float],
-    labels: Mapping[str, int],
-    title: str,
-) -> Figure:
-    """Three planes through the middle of the structures: truth as solid, prediction as dashed contours.
-
-    Args:
-        image, truth, prediction: (X, Y, Z) in RAS orientation.
-        spacing_mm: (x, y, z).
-    """
-    from matplotlib.lines import Line2D
-
-    figure, axes = _new(3, size=(12, 4.4))
-    found = np.argwhere((truth > 0) | (prediction > 0))
-    centre = np.median(found, axis=0).astype(int) if len(found) else np.array(image.shape) // 2
-    low, high = np.percentile(image, [1, 99])
-    for plane, axis in enumerate(axes[0]):
-        a, b = (k for k in range(3) if k != plane)
-        picture = np.take(image, centre[plane], axis=plane).T
-        axis.imshow(picture, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=spacing_mm[b] / spacing_mm[a])
-        for k, value in enumerate(v for v in labels.values() if v):
-            colour = COLOURS[(k + 1) % len(COLOURS)]
-            for mask, style, width in ((truth, "solid", 1.6), (prediction, "dashed", 1.2)):
-                cut = (np.take(mask, centre[plane], axis=plane) == value).T
-                if cut.any() and not cut.all():
-                    axis.contour(cut, levels=[0.5], colors=[colour], linestyles=[style], linewidths=width)
-        axis.set_title(f"{PLANES[plane]}, {centre[plane] * spacing_mm[plane]:.0f} mm", fontsize=10)
-        axis.set_axis_off()
-    handles = [
-        Line2D([], [], color=COLOURS[(k + 1) % len(COLOURS)], label=name)
-        for k, name in enumerate(name for name, v in labels.items() if v)
-    ]
-    handles += [
-        Line2D([], [], color="grey", label="truth"),
-        Line2D([], [], color="grey", linestyle="dashed", label="prediction"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
+        look: dict[str, Any] = {"s": 16, "alpha": 0.7, "color": label_colour(k), "linewidths": 0}
+        pairs.scatter(truth, predicted, label=label, **look)
+        difference.scatter((truth + predicted) / 2, predicted - truth, **look)
+        score.scatter(truth, [row["dice"] for row in of_label], **look)
+        agrees = agreement(truth.tolist(), predicted.tolist())
+        if agrees is not None:
+            difference.axhline(agrees.bias, color=label_colour(k), linewidth=1.2)
+            for limit in (agrees.low, agrees.high):
+                difference.axhline(limit, color=label_colour(k), linewidth=1, linestyle="dashed")
+    pairs.plot([0, highest], [0, highest], color="grey", linewidth=1, zorder=0)
+    difference.axhline(0, color="grey", linewidth=1, zorder=0)
+    for axis, x, y in (
+        (pairs, "true volume (ml)", "predicted volume (ml)"),
+        (difference, "mean of true and predicted volume (ml)", "predicted minus true (ml)"),
+        (score, "true volume (ml)", "Dice"),
+    ):
+        axis.set_xlabel(x)
+        axis.set_ylabel(y)
+        axis.grid(alpha=0.3)
+    pairs.legend()
+    difference.set_title("bias, and 95 % limits of agreement (dashed)", fontsize=10)
     return figure
