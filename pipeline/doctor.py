@@ -42,14 +42,8 @@ def check_dvc(limit_s: float) -> list[Finding]:
     stages = load_yaml("dvc.yaml").get("stages") or {}
     found = [Finding(name=name, status="ok", seen=f"dvc.yaml: {', '.join(stages)}")]
     if not Path(".dvc").is_dir():
-        return [
-            Finding(
-                name=name,
-                status="fail",
-                seen="there is a dvc.yaml, but no .dvc",
-                mend="clone the repository, or dvc init",
-            )
-        ]
+        mend = "clone the repository, or dvc init"
+        return [Finding(name=name, status="fail", seen="there is a dvc.yaml, but no .dvc", mend=mend)]
     return found + in_child("dvc remote", "pipeline.dvc_probe:check", limit_s)
 
 

@@ -260,6 +260,25 @@ def test_ctrl_c_on_a_terminal_ends_all_processes_and_says_how_to_go_on(tmp_path,
     assert told[2].endswith(" script.py --fold 2")
 
 
+@pytest.mark.slow
+def test_dvc_passes_the_terminal_and_ctrl_c_through(tmp_path, monkeypatch):
+    pytest.importorskip("dvc")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text(INTERRUPTED)
+    (tmp_path / "dvc.yaml").write_text(f"stages: {{preprocess: {{cmd: '{sys.executable} script.py', outs: [out]}}}}")
+    (tmp_path / ".dvc").mkdir()
+    (tmp_path / ".dvc/config").write_text("[core]\n    no_scm = true\n    analytics = false\n")
+    terminal = Terminal("-m", "dvc", "repro", columns=120)
+    terminal.read(until=" 1/40 ")
+    terminal.press_ctrl_c()
+    shown = terminal.read()
+    assert terminal.code() != 0
+    assert "Traceback" not in shown
+    assert re.search(r"preprocess: +\d+%\|.*/40 \[.*case.*, \d+ MB\]", shown), "DVC's stages have the terminal"
+    assert re.search(r"interrupted\r\n  preprocess: \d+ of 40 cases are kept\r\n  go on with: dvc repro\r\n", shown)
+    assert list((tmp_path / ".out.partial").glob("*.done")), "DVC leaves the unfinished output alone"
+
+
 def test_the_command_that_goes_on(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["/opt/venv/bin/distilldsm", "evaluate", "--set", "a b=1"])
     assert command_again() == "distilldsm evaluate --set 'a b=1'"

@@ -96,6 +96,7 @@ def _take_away(client: MlflowClient, experiment: str, run_id: str | None, *, per
             uri = client.get_run(run_id).info.artifact_uri
             with contextlib.suppress(Exception):  # not every store of artifacts can delete
                 get_artifact_repository(uri, tracking_uri=client.tracking_uri).delete_artifacts(_FILE)
+            client.set_terminated(run_id)
             client.delete_run(run_id)
         if client.search_runs([experiment], max_results=1):
             return  # another doctor is at it

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,11 +88,16 @@ def test_same_seed_same_weights_other_seed_other_weights(preprocessed, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path, monkeypatch, optimizer):
+def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path, monkeypatch, capsys, optimizer):
     settings = config(epochs=4, optimizer=optimizer, schedule="plateau" if optimizer == "sgd" else "one_cycle")
     if optimizer == "sgd":  # the heads of lower levels go on where they were, too
         settings = replace(settings, deep_supervision=2)
     whole = train(preprocessed, tmp_path / "whole", settings)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch")]
+    begin, end = r"epoch {}/4  loss \d\.\d{{4}}  lr \d\.\d\de-\d\d  \d+\.\d s", r"  about \d+ s left, [\d.]+ [MG]B"
+    dice = r"  Dice shell [01]\.\d{4}  core [01]\.\d{4}  val_dice_mean=[01]\.\d{6}"
+    for number, (line, rest) in enumerate(zip(lines, (end, dice + end, end, dice), strict=True), start=1):
+        assert re.fullmatch(begin.format(number) + rest, line)
     original = Trainer._train_epoch
     monkeypatch.setattr(cost, "peak_memory_gb", lambda: 77.0)
 
@@ -109,8 +115,13 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
     seen = []
     monkeypatch.setattr(cost, "peak_memory_gb", lambda: 1.0)
     monkeypatch.setattr(Trainer, "_train_epoch", lambda self, epoch: seen.append(epoch) or original(self, epoch))
+    monkeypatch.setenv("DISTILLDSM_PROGRESS", "bar")
     resumed = train(preprocessed, tmp_path / "m", settings)
     assert seen == [2, 3]
+    shown = capsys.readouterr().err
+    assert re.search(r"\repoch 3/4: +\d+%\|.*/\d+ \[.*step.*, loss \d\.\d{4}, [\d.]+ [MG]B\]", shown)
+    assert re.search(r"\repoch 4/4, validation: +0%", shown)
+    assert "\nepoch 4/4  loss " in shown.replace("\r", "\n"), "the epoch's own line is whole"
     assert same(whole, resumed)
     taken = json.loads((tmp_path / "m" / "cost.json").read_text())
     seconds = [h["seconds"] for h in json.loads((tmp_path / "m" / "history.json").read_text())]
