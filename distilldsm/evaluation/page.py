@@ -88,13 +88,17 @@ def facts_table(facts: Mapping[str, Any]) -> str:
     return f"<div class='scroll'><table class='small'><tbody>{body}</tbody></table></div>"
 
 
+_HEAD = {"label": " class=text", "Dice": " aria-sort='ascending'"}
+
+
 def cases_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """All cases and labels, the lowest Dice first; a reader may sort and filter it."""
     ranked = sorted(rows, key=lambda r: r["dice"])
     names = ("label", "Dice", "HD95 mm", "NSD", "true ml", "predicted ml", "error ml")
-    head = "".join(f"<th scope='col'{_sorted_by(name)}>{name}</th>" for name in ("case", *names))
+    head = "".join(f"<th{_HEAD.get(name, '')}>{name}</th>" for name in ("case", *names))
     body = "".join(
-        f"<tr><td>{escape(str(r['case']))}</td><td>{escape(str(r['label']))}</td><td>{number(r['dice'])}</td>"
+        f"<tr><td>{escape(str(r['case']))}</td><td class=text>{escape(str(r['label']))}</td>"
+        f"<td>{number(r['dice'])}</td>"
         f"<td>{number(r['hd95_mm'], 2)}</td><td>{number(r['nsd'])}</td><td>{number(r['volume_truth_ml'], 2)}</td>"
         f"<td>{number(r['volume_predicted_ml'], 2)}</td>"
         f"<td>{number(r['volume_error_ml'], 2)}</td></tr>"
@@ -106,7 +110,3 @@ def cases_table(rows: Sequence[Mapping[str, Any]]) -> str:
         "<table class='sortable' data-choose='1' data-search='0'>"
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
-
-
-def _sorted_by(name: str) -> str:
-    return " aria-sort='ascending'" if name == "Dice" else ""

@@ -57,22 +57,22 @@ class Report:
 def render_report(report: Report) -> str:
     """The page."""
     labels = list(report.summary["labels"])
-    sections = {
-        "overview": ("Overview", parts.overview(report.rows, report.summary, report.intervals)),
-        "scores": ("Scores", parts.scores(report.summary, report.intervals) + _grid(report.distributions)),
-        "pictures": ("Worst, median and best cases", _overlays(report.overlays)),
-        "viewer": ("Look at the volumes", report.viewer),
-        "cases": ("Cases, worst first", cases_table(report.rows)),
-        "volumes": ("Volumes", _grid(report.volumes) + parts.agreement(report.rows, labels)),
-        "training": ("Training", _grid(report.training)),
-        "data": ("Data", parts.fingerprint_section(report.fingerprint, report.plan)),
-        "validation": ("Validation of the data", parts.validation_section(report.validation)),
-        "cost": ("Cost", parts.cost_section(report.model, report.prediction_cost, report.training_cost)),
-        "provenance": ("Provenance", facts_table(report.facts) + _params(report.params)),
-    }
-    body = "".join(section(key, heading, content) for key, (heading, content) in sections.items())
-    contents = {key: heading for key, (heading, content) in sections.items() if content}
-    return page(report.title, report.notes, body + HOW_TO_READ, contents=contents | {"reading": "How to read this"})
+    sections = (
+        ("overview", "Overview", "Overview", parts.overview(report.rows, report.summary, report.intervals)),
+        ("scores", "Scores", "Scores", parts.scores(report.summary, report.intervals) + _grid(report.distributions)),
+        ("pictures", "Pictures", "Worst, median and best cases", _overlays(report.overlays)),
+        ("viewer", "Viewer", "Look at the volumes", report.viewer),
+        ("cases", "Cases", "Cases, worst first", cases_table(report.rows)),
+        ("volumes", "Volumes", "Volumes", _grid(report.volumes) + parts.agreement(report.rows, labels)),
+        ("training", "Training", "Training", _grid(report.training)),
+        ("data", "Data", "Data", parts.fingerprint_section(report.fingerprint, report.plan)),
+        ("validation", "Validation", "Validation of the data", parts.validation_section(report.validation)),
+        ("cost", "Cost", "Cost", parts.cost_section(report.model, report.prediction_cost, report.training_cost)),
+        ("provenance", "Provenance", "Provenance", facts_table(report.facts) + _params(report.params)),
+    )
+    contents = {key: short for key, short, _, content in sections if content} | {"reading": "How to read"}
+    body = "".join(section(key, heading, content) for key, _, heading, content in sections)
+    return page(report.title, report.notes, body + HOW_TO_READ, contents=contents)
 
 
 def _grid(pictures: Sequence[Picture]) -> str:

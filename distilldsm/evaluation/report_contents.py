@@ -193,11 +193,6 @@ def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
                 f"NSD: share of the surfaces within {tolerance} of each other.",
                 "Box plot of NSD per label.",
             ),
-            "dice_by_volume": (
-                figures.dice_by_volume(rows, labels),
-                "Dice against the size of the structure: small ones score lower for the same error at the surface.",
-                "Scatter plot of Dice against true volume, ml.",
-            ),
         },
         "volumes": {
             "volume_differences": (
@@ -209,6 +204,11 @@ def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
                 figures.volume_agreement(rows, labels),
                 "Predicted against true volume; on the grey line they are equal.",
                 "Scatter plot of predicted against true volume, ml.",
+            ),
+            "dice_by_volume": (
+                figures.dice_by_volume(rows, labels),
+                "Dice against the size of the structure: small ones score lower for the same error at the surface.",
+                "Scatter plot of Dice against true volume, ml.",
             ),
         },
         "training": {

@@ -59,7 +59,7 @@ def overview(rows: Rows, summary: Mapping[str, Any], intervals: Mapping[str, Any
             number(labels[weakest]["dice"]["mean"], 3),
             _interval_text(intervals["labels"][weakest]["dice"], 3),
         ),
-        (f"cases below Dice {LOW_DICE:g}", f"{len(low)} of {len(ranked)}", _named(low) if low else "none"),
+        (f"cases below Dice {LOW_DICE:g}", f"{len(low)} of {len(ranked)}", _named(low)),
     ]
     tiles = "".join(
         f"<div class='card'><span>{escape(name)}</span><b>{escape(value)}</b><span>{escape(extra)}</span></div>"
@@ -132,12 +132,12 @@ def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     """Every label's scores with their intervals, and the mean of the labels."""
     with_interval = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "volume_error_ml")
     names = ("Dice", "HD95 mm", "NSD", "sensitivity", "precision", "volume error ml")
-    head = "".join(f"<th>{name}</th>" for name in ("label", *names, "Dice sd", "median", "worst", "cases"))
+    head = "".join(f"<th>{name}</th>" for name in ("label", *names, "sd of Dice", "median", "worst", "cases"))
 
     def cells(means: Mapping[str, Any], of: Mapping[str, Any]) -> str:
         return "".join(
             f"<td>{number(means[metric], DIGITS.get(metric, 4))}"
-            f"{f'<i>{_between(of[metric], DIGITS.get(metric, 4))}</i>' if of[metric] else ''}</td>"
+            f"{f'<i>{_between(of[metric], DIGITS.get(metric, 3))}</i>' if of[metric] else ''}</td>"
             for metric in with_interval
         )
 
@@ -151,8 +151,8 @@ def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
         )
     foot = f"<tr><th>mean</th>{cells(summary['mean'], intervals['mean'])}<td></td><td></td><td></td><td></td></tr>"
     return (
-        f"<div class='scroll'><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody><tfoot>{foot}</tfoot></table>"
-        f"</div><p class='small'>Below each mean its 95 % interval: {METHOD}, {intervals['resamples']} draws, seed "
+        f"<div class='scroll'><table class='scores'><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
+        f"<tfoot>{foot}</tfoot></table></div><p class='small'>Below each mean its 95 % interval: {METHOD}, {intervals['resamples']} draws, seed "
         f"{intervals['seed']}. It tells how far the mean would move with other cases of the same kind; with few "
         "cases it is too narrow, and of other scanners or hospitals it says nothing.</p>"
     )
@@ -192,11 +192,11 @@ def fingerprint_section(fingerprint: Mapping[str, Any] | None, plan: Mapping[str
         lines.append(("voxels that are not zero", *(f"{share[k][0]:.1%}" for k in ("min", "median", "max"))))
         for label, spread in fingerprint["label_volumes_ml"].items():
             lines.append((f"volume of {label}, ml", *(f"{spread[k][0]:.4g}" for k in ("min", "median", "max"))))
-        parts.append(f"<p>{fingerprint['cases']} cases, training cases among them; axes x, y, z in RAS+.</p>")
+        parts.append(f"<p>All {fingerprint['cases']} cases, not only the held-out ones; axes x, y, z in RAS+.</p>")
         parts.append(table(("", "smallest", "median", "largest"), lines))
         percentiles = [f"{p:g} %" for p in fingerprint["percentiles"]]
         rows = [
-            (channel, *(f"{v:.4g}" for v in (one["mean"], one["sd"], *one["percentiles"])))
+            (channel, *(_short(v) for v in (one["mean"], one["sd"], *one["percentiles"])))
             for channel, one in fingerprint["foreground_intensity"].items()
         ]
         parts.append("<h3>Intensity within the structures</h3>")
@@ -292,6 +292,10 @@ def _low_cases(rows: Rows) -> list[str]:
 def _named(names: Sequence[str]) -> str:
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _count(many: int, what: str) -> str:
