@@ -33,7 +33,7 @@ def overlay(
     truth: Labels,
     prediction: Labels,
     *,
-    affine: npt.NDArray[np.floating],
+    affine: npt.NDArray[np.float64],
     labels: Mapping[str, int],
     title: str = "",
 ) -> Figure:

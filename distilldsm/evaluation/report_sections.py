@@ -17,7 +17,7 @@ LOW_DICE = 0.7
 TIMES = " \u00d7 "
 NAMED = 5
 """So many cases are named in a sentence."""
-DIGITS = {"hd95_mm": 2, "volume_error_ml": 2}
+DIGITS = {"hd95_mm": 2}
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -130,8 +130,8 @@ def _relative_biases(rows: Rows, labels: Sequence[str]) -> dict[str, Any]:
 
 def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     """Every label's scores with their intervals, and the mean of the labels."""
-    with_interval = ("dice", "hd95_mm", "nsd", "sensitivity", "precision", "volume_error_ml")
-    names = ("Dice", "HD95 mm", "NSD", "sensitivity", "precision", "volume error ml")
+    with_interval = ("dice", "hd95_mm", "nsd", "sensitivity", "precision")
+    names = ("Dice", "HD95 mm", "NSD", "sensitivity", "precision")
     head = "".join(f"<th>{name}</th>" for name in ("label", *names, "sd of Dice", "median", "worst", "cases"))
 
     def cells(means: Mapping[str, Any], of: Mapping[str, Any]) -> str:
@@ -152,9 +152,10 @@ def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     foot = f"<tr><th>mean</th>{cells(summary['mean'], intervals['mean'])}<td></td><td></td><td></td><td></td></tr>"
     return (
         f"<div class='scroll'><table class='scores'><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
-        f"<tfoot>{foot}</tfoot></table></div><p class='small'>Below each mean its 95 % interval: {METHOD}, {intervals['resamples']} draws, seed "
-        f"{intervals['seed']}. It tells how far the mean would move with other cases of the same kind; with few "
-        "cases it is too narrow, and of other scanners or hospitals it says nothing.</p>"
+        f"<tfoot>{foot}</tfoot></table></div><p class='small'>Below each mean its 95 % interval: {METHOD}, "
+        f"{intervals['resamples']} draws, seed {intervals['seed']}. It tells how far the mean would "
+        "move with other cases of the same kind; with few cases it is too narrow, and of other scanners or hospitals it "
+        "says nothing.</p>"
     )
 
 
