@@ -154,8 +154,8 @@ def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
         f"<div class='scroll'><table class='scores'><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
         f"<tfoot>{foot}</tfoot></table></div><p class='small'>Below each mean its 95 % interval: {METHOD}, "
         f"{intervals['resamples']} draws, seed {intervals['seed']}. It tells how far the mean would "
-        "move with other cases of the same kind; with few cases it is too narrow, and of other scanners or hospitals it "
-        "says nothing.</p>"
+        "move with other cases of the same kind; with few cases it is too narrow, and of other scanners or hospitals "
+        "it says nothing.</p>"
     )
 
 
