@@ -26,7 +26,7 @@ from distilldsm.params import to_mapping
 from distilldsm.progress import Meter, beside_the_bar, meter
 from distilldsm.stage import MANIFEST, is_current, read_json, worker_count
 
-PREPROCESSED, RAW = Path("data/preprocessed"), Path("data/raw")
+PREPROCESSED, RAW, VALIDATION = Path("data/preprocessed"), Path("data/raw"), Path("data/validation")
 LOGS = Path("logs/cross_validation")
 STOP_S = 30.0
 
@@ -70,7 +70,7 @@ class Folds:
 
     def _fold(self, fold: int, shown: Meter) -> None:
         model, evaluation = Path(f"models/fold{fold}"), Path(f"evaluation/fold{fold}")
-        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model}
+        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
         try:
             if is_current(model, **train.key(self.params.train, inputs, fold)):
                 say(fold, "train: up to date")
