@@ -62,18 +62,18 @@ def check_kubeflow(limit_s: float) -> list[Finding]:
 
 CHECKS = (
     Check(name="python", about="Python's version", run=machine.check_python),
-    Check(name="packages", about="what is installed of each optional group", run=machine.check_packages),
+    Check(name="packages", about="what is installed of each optional group", run=machine.check_packages, loads=True),
     Check(name="cpu", about="cores and extensions", run=machine.check_cpu),
     Check(name="openvino", about="what predicts", run=machine.check_openvino, loads=True),
     Check(name="gpu", about="whether PyTorch computes on it", run=machine.check_gpu, loads=True),
-    Check(name="memory", about="and the largest scan", run=machine.check_memory),
+    Check(name="memory", about="and the largest scan", run=machine.check_memory, loads=True),
     Check(name="disk", about="space, and the right to write", run=machine.check_disk),
-    Check(name="params", about="params.yaml", run=settings.check_params),
+    Check(name="params", about="params.yaml", run=settings.check_params, loads=True),
     Check(name="environment", about="DISTILLDSM_ variables", run=settings.check_environment),
     Check(name="git", about="the repository", run=check_git),
     Check(name="dvc", about="dvc.yaml and the remote", run=check_dvc, loads=True),
     Check(name="mlflow", about="the store of the runs", run=services.check_mlflow, loads=True),
-    Check(name="journal", about="records that wait for MLflow", run=services.check_journal),
+    Check(name="journal", about="records that wait for MLflow", run=services.check_journal, loads=True),
     Check(name="kubeflow", about="Kubeflow Pipelines", run=check_kubeflow),
 )
 

@@ -46,7 +46,7 @@ class Check:
     run: Callable[[float], Sequence[Finding]]
     """Gets the limit of time, seconds."""
     loads: bool = False
-    """Imports something heavy, see `in_child`: gets more time for that."""
+    """Imports something (numpy on a busy machine takes seconds), or see `in_child`: gets more time for that."""
 
 
 def clean(text: object, length: int = 300) -> str:
