@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distilldsm.evaluation.statistics import agreement
+from distilldsm.evaluation.statistics import bland_altman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
+LINES_FOR = 4
+"""So many labels get lines of their own in the Bland-Altman plot; more would hide the points."""
+LEGEND_FOR = 12
+
+Rows = Sequence[Mapping[str, Any]]
 
 
-def label_colour(number: int) -> str:
-    """Of the label that is the `number`-th (from 0) besides background; the same in every figure and in the viewer."""
-    return COLOURS[(number + 1) % len(COLOURS)]
+def label_colour(k: int) -> str:
+    """Of the k-th foreground label, from 0: in plots, overlays and the viewer the same."""
+    return COLOURS[(k + 1) % len(COLOURS)]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -27,7 +32,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
-def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> tuple[Figure, Any]:
+def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.4, 3.7)) -> tuple[Figure, Any]:
+    """A figure without pyplot's state, and its axes (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -36,20 +42,20 @@ def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def dice_boxes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
-    """Box plots of Dice and of HD95 per label, with every case as a point."""
-    figure, axes = new_figure(2, size=(4.4 + 1.4 * len(labels), 4.2))
+def score_boxes(rows: Rows, labels: Sequence[str], metric: str, title: str) -> Figure:
+    """Box plot of a score, a line per label, with every case as a point."""
+    figure, axes = new_figure(size=(5.4, 1.5 + 0.55 * max(len(labels), 2)))
+    axis = axes[0, 0]
+    values = [_column(rows, label, metric) for label in labels]
+    axis.boxplot(values, orientation="horizontal", showfliers=False, widths=0.55, medianprops={"color": "black"})
     rng = np.random.default_rng(0)
-    for axis, (metric, name) in zip(axes[0], (("dice", "Dice"), ("hd95_mm", "HD95 (mm)")), strict=True):
-        values = [[row[metric] for row in rows if row["label"] == label] for label in labels]
-        axis.boxplot(values, showfliers=False, widths=0.5, medianprops={"color": "black"})
-        for k, points in enumerate(values):
-            jitter = rng.uniform(-0.14, 0.14, len(points))
-            axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=label_colour(k), linewidths=0)
-        axis.set_xticks(range(1, len(labels) + 1), labels, rotation=20 if len(labels) > 3 else 0)
-        axis.set_ylabel(name)
-        axis.grid(axis="y", alpha=0.3)
-    figure.suptitle(f"{len(values[0]) if values else 0} held-out cases", fontsize=11)
+    for k, points in enumerate(values):
+        jitter = rng.uniform(-0.16, 0.16, len(points))
+        axis.scatter(points, k + 1 + jitter, s=16, alpha=0.65, color=label_colour(k), linewidths=0, zorder=3)
+    axis.set_yticks(range(1, len(labels) + 1), [_plain(label) for label in labels])
+    axis.invert_yaxis()
+    axis.set_xlabel(title)
+    axis.grid(axis="x", alpha=0.3)
     return figure
 
 
@@ -62,70 +68,152 @@ def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         for k, points in enumerate(trainings.values()):
             jitter = rng.uniform(-0.14, 0.14, len(points))
             axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=COLOURS[k % len(COLOURS)], linewidths=0)
-        axis.set_xticks(range(1, len(trainings) + 1), list(trainings), rotation=20)
-        axis.set_title(label)
+        axis.set_xticks(range(1, len(trainings) + 1), [_plain(name) for name in trainings], rotation=20)
+        axis.set_title(_plain(label))
         axis.set_ylabel("Dice")
         axis.grid(axis="y", alpha=0.3)
     return figure
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss, Dice of the held-out volumes where it was measured, and learning rate, over epochs."""
-    figure, axes = new_figure(3, size=(12, 3.6))
-    left, middle, right = axes[0]
-    epochs = [h["epoch"] for h in history]
-    left.plot(epochs, [h["train_loss"] for h in history], color=COLOURS[0])
-    left.set_ylabel("training loss")
+def training_loss(history: Rows) -> Figure:
+    """Training loss over epochs; on a logarithmic scale where it allows one."""
+    figure, axis = _over_epochs("training loss")
+    losses = [h["train_loss"] for h in history]
+    axis.plot([h["epoch"] for h in history], losses, color=COLOURS[0], **_marks(history))
+    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
+        _plain_log(axis, "y")
+    return figure
+
+
+def learning_rate(history: Rows) -> Figure:
+    """Learning rate over epochs."""
+    figure, axis = _over_epochs("learning rate")
+    known = [h for h in history if h.get("learning_rate") is not None]
+    axis.plot([h["epoch"] for h in known], [h["learning_rate"] for h in known], color=COLOURS[0], **_marks(known))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axis.set_ylim(bottom=0)
+    return figure
+
+
+def training_dice(history: Rows) -> Figure:
+    """Dice of the held-out volumes over epochs, where it was measured."""
+    figure, axis = _over_epochs("Dice of held-out volumes")
     scored = [h for h in history if "val_dice" in h]
+    epochs = [h["epoch"] for h in scored]
     for k, label in enumerate(scored[-1]["val_dice"] if scored else ()):
-        middle.plot(
-            [h["epoch"] for h in scored],
-            [h["val_dice"][label] for h in scored],
-            marker="o",
-            markersize=4,
-            color=label_colour(k),
-            label=label,
-        )
-    middle.set_ylabel("Dice of held-out volumes (network space)")
-    if scored:
-        middle.legend()
-    right.plot(epochs, [h.get("learning_rate", float("nan")) for h in history], color="black")
-    right.set_ylabel("learning rate")
-    for axis in axes[0]:
-        axis.set_xlabel("epoch")
-        axis.grid(alpha=0.3)
+        scores = [h["val_dice"].get(label) for h in scored]
+        axis.plot(epochs, scores, marker="o", markersize=4, color=label_colour(k), label=_plain(label))
+    _legend(axis)
     return figure
 
 
-def volume_agreement(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
-    """Volumes of every case and label, ml: predicted by true, their difference (Bland and Altman, 1986), Dice."""
-    figure, axes = new_figure(3, size=(13.5, 4.4))
-    pairs, difference, score = axes[0]
-    highest = 0.0
+def volume_agreement(rows: Rows, labels: Sequence[str]) -> Figure:
+    """Predicted against true volume of every case and label, ml."""
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+    _scatter(axis, rows, labels, lambda row: (row["volume_truth_ml"], row["volume_predicted_ml"]))
+    volumes = [row[key] for row in rows for key in ("volume_truth_ml", "volume_predicted_ml")]
+    low, high = min(volumes, default=0.0), max(volumes, default=1.0)
+    if low > 0 and high > 20 * low:
+        _plain_log(axis, "x")
+        _plain_log(axis, "y")
+    axis.plot([low, high], [low, high], color="grey", linewidth=1, zorder=0)
+    axis.set_xlabel("true volume (ml)")
+    axis.set_ylabel("predicted volume (ml)")
+    _legend(axis)
+    return figure
+
+
+def volume_differences(rows: Rows, labels: Sequence[str]) -> Figure:
+    """Bland-Altman plot: predicted minus true volume against their mean, ml, with bias and limits of agreement."""
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+
+    def point(row: Mapping[str, Any]) -> tuple[float, float]:
+        truth, predicted = row["volume_truth_ml"], row["volume_predicted_ml"]
+        return (truth + predicted) / 2, predicted - truth
+
+    _scatter(axis, rows, labels, point)
+    axis.axhline(0, color="grey", linewidth=1, zorder=0)
+    for k, label in enumerate(labels if len(labels) <= LINES_FOR else ()):
+        found = bland_altman(_column(rows, label, "volume_truth_ml"), _column(rows, label, "volume_predicted_ml"))
+        if found is None:
+            continue
+        axis.axhline(found.bias, color=label_colour(k), linewidth=1.4)
+        for limit in (found.low, found.high):
+            axis.axhline(limit, color=label_colour(k), linewidth=1.1, linestyle="dashed")
+    means = [point(row)[0] for row in rows]
+    if means and min(means) > 0 and max(means) > 20 * min(means):
+        _plain_log(axis, "x")
+    axis.set_xlabel("mean of true and predicted volume (ml)")
+    axis.set_ylabel("predicted minus true (ml)")
+    _legend(axis)
+    return figure
+
+
+def dice_by_volume(rows: Rows, labels: Sequence[str]) -> Figure:
+    """Dice against the true volume of the structure, ml."""
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+    _scatter(axis, rows, labels, lambda row: (row["volume_truth_ml"], row["dice"]))
+    volumes = [row["volume_truth_ml"] for row in rows]
+    if volumes and min(volumes) > 0 and max(volumes) > 20 * min(volumes):
+        _plain_log(axis, "x")
+    axis.set_xlabel("true volume (ml)")
+    axis.set_ylabel("Dice")
+    _legend(axis)
+    return figure
+
+
+def _column(rows: Rows, label: str, metric: str) -> list[float]:
+    return [row[metric] for row in rows if row["label"] == label and row[metric] is not None]
+
+
+def _scatter(
+    axis: Any, rows: Rows, labels: Sequence[str], point: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> None:
     for k, label in enumerate(labels):
-        of_label = [row for row in rows if row["label"] == label]
-        truth = np.array([row["volume_truth_ml"] for row in of_label])
-        predicted = np.array([row["volume_predicted_ml"] for row in of_label])
-        highest = max([highest, *truth, *predicted])
-        look: dict[str, Any] = {"s": 16, "alpha": 0.7, "color": label_colour(k), "linewidths": 0}
-        pairs.scatter(truth, predicted, label=label, **look)
-        difference.scatter((truth + predicted) / 2, predicted - truth, **look)
-        score.scatter(truth, [row["dice"] for row in of_label], **look)
-        agrees = agreement(truth.tolist(), predicted.tolist())
-        if agrees is not None:
-            difference.axhline(agrees.bias, color=label_colour(k), linewidth=1.2)
-            for limit in (agrees.low, agrees.high):
-                difference.axhline(limit, color=label_colour(k), linewidth=1, linestyle="dashed")
-    pairs.plot([0, highest], [0, highest], color="grey", linewidth=1, zorder=0)
-    difference.axhline(0, color="grey", linewidth=1, zorder=0)
-    for axis, x, y in (
-        (pairs, "true volume (ml)", "predicted volume (ml)"),
-        (difference, "mean of true and predicted volume (ml)", "predicted minus true (ml)"),
-        (score, "true volume (ml)", "Dice"),
-    ):
-        axis.set_xlabel(x)
-        axis.set_ylabel(y)
-        axis.grid(alpha=0.3)
-    pairs.legend()
-    difference.set_title("bias, and 95 % limits of agreement (dashed)", fontsize=10)
-    return figure
+        points = [point(row) for row in rows if row["label"] == label]
+        x, y = zip(*points, strict=True) if points else ((), ())
+        axis.scatter(x, y, s=18, alpha=0.7, color=label_colour(k), label=_plain(label), linewidths=0, zorder=3)
+    axis.grid(alpha=0.3)
+
+
+def _over_epochs(quantity: str) -> tuple[Figure, Any]:
+    from matplotlib.ticker import MaxNLocator
+
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(quantity)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    return figure, axis
+
+
+def _marks(points: Rows) -> dict[str, Any]:
+    """Points as well as lines where there are few: one epoch makes no line."""
+    return {"marker": "o", "markersize": 4} if len(points) < 10 else {}
+
+
+def _plain_log(axis: Any, which: str) -> None:
+    """A logarithmic scale with numbers as people write them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def _legend(axis: Any) -> None:
+    handles, names = axis.get_legend_handles_labels()
+    if handles:
+        axis.legend(handles[:LEGEND_FOR], names[:LEGEND_FOR], fontsize=8, framealpha=0.8)
+
+
+def _plain(text: str) -> str:
+    """A name as it is: matplotlib would read $ as the start of a formula, and a leading _ as "no legend"."""
+    escaped = str(text).replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped
