@@ -17,8 +17,11 @@ from tests.test_pipeline import TINY, make_clone
 SMALLEST = (
     *TINY,
     "download.sample.subjects=5",
+    "preprocess.workers=1",
     "train.epochs=1",
     "train.samples_per_case=2",
+    "train.workers=1",
+    "evaluate.workers=1",
     "export.int8.enabled=false",
 )
 ELSEWHERE = ("MLFLOW_TRACKING", "AWS_", "PG", "DISTILLDSM_TRACKING")
