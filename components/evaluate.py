@@ -64,7 +64,12 @@ def run(
     _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
     wanted = set(held_out)
     cases = [case for case in index.cases if case.id in wanted]
-    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True) as work:
+
+    def kept(work: Path) -> str:
+        predicted, scored = (len(list((work / name).glob("[!.]*"))) for name in ("predictions", "scores"))
+        return f"{predicted} of {len(cases)} cases are kept, {scored} of them scored"
+
+    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True, kept=kept) as work:
         targets = Plan.load(inputs["model"] / "plan.json").targets
         for name in ("scores", "timing", "predictions", "plots", "figures"):
             (work / name).mkdir(exist_ok=True)
@@ -176,6 +181,12 @@ def _write_plots(
         folder / "history.csv",
         [{k: h.get(k, "") for k in ("epoch", "train_loss", "val_dice_mean", "learning_rate")} for h in history],
     )
+    by_epoch = [
+        {"epoch": h["epoch"], "label": label, "dice": dice}
+        for h in history
+        for label, dice in h.get("val_dice", {}).items()
+    ]
+    tables.write_csv(folder / "dice_by_epoch.csv", by_epoch)
     tables.write_csv(
         folder / "dice_by_case.csv",
         [{k: row[k] for k in ("case", "label", "dice", "hd95_mm", "volume_truth_ml")} for row in rows],

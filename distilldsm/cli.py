@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from distilldsm import __version__
+from distilldsm.drift_command import add_drift
 from distilldsm.predict_command import add_predict
 from distilldsm.shell import run_shell
 from distilldsm.view_command import add_view
@@ -27,6 +28,7 @@ STAGES = {
 
 UPPER = {
     "cross-validate": ("components.all_folds", "main", "train and evaluate every fold, and put them into one table"),
+    "doctor": ("pipeline.doctor", "main", "is this machine ready, and do MLflow, DVC's remote and Kubeflow answer?"),
     "pipeline": ("pipeline.cli", "main", "the same pipeline on Kubeflow: compile, run, submit, status"),
     "lineage": ("pipeline.cli", "lineage_main", "from a DVC, MLflow or Kubeflow id to the others"),
 }
@@ -44,12 +46,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def command() -> None:
-        from distilldsm import commands, compare_command, predict_command, view_command
+        from distilldsm import commands, compare_command, drift_command, predict_command, view_command
 
         if args.command == "predict":
             predict_command.predict(args)
         elif args.command == "compare":
             compare_command.compare(args)
+        elif args.command == "drift":
+            drift_command.drift(args)
         elif args.command == "view":
             view_command.view(args)
         else:
@@ -93,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
         commands.add_parser(name, help=text, add_help=False)
 
     add_predict(commands)
+    add_drift(commands)
     add_view(commands)
 
     info = commands.add_parser("info", help="facts of an exported model, the networks, the installation")

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
 from distilldsm.data.volume import Volume, check_same_geometry, load_nifti, read_image, read_label
 from distilldsm.errors import DataError
 
@@ -33,6 +34,8 @@ class CaseFingerprint:
     foreground_percentiles: tuple[tuple[float, ...], ...]
     """Per channel, at PERCENTILES."""
     label_volumes_ml: Mapping[str, float]
+    scan: ScanMeasures | None = None
+    """What a new scan can be compared with (docs/drift.md); None in fingerprints of versions that did not know it."""
 
 
 def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Volume, npt.NDArray[np.uint8]]:
@@ -97,17 +100,54 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
         samples = np.zeros((len(index.channels), 1))
     voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
     counts = np.bincount(classes.ravel(), minlength=len(index.class_names))
+    shape, spacing_mm = _ordered(volume.shape, order), _ordered(volume.spacing_mm, order)
+    volumes_ml = {name: float(counts[k]) * voxel_ml for k, name in enumerate(index.class_names) if k > 0}
     return CaseFingerprint(
         case=case.id,
-        shape=_ordered(volume.shape, order),
-        spacing_mm=_ordered(volume.spacing_mm, order),
+        shape=shape,
+        spacing_mm=spacing_mm,
         nonzero_fraction=float(nonzero.mean()),
         foreground_mean=tuple(samples.mean(axis=1).tolist()),
         foreground_sd=tuple(samples.std(axis=1).tolist()),
         foreground_percentiles=tuple(
             tuple(float(v) for v in np.percentile(channel, PERCENTILES)) for channel in samples
         ),
-        label_volumes_ml={name: float(counts[k]) * voxel_ml for k, name in enumerate(index.class_names) if k > 0},
+        label_volumes_ml=volumes_ml,
+        scan=_scan_measures(volume, classes, index, shape, spacing_mm, volumes_ml),
+    )
+
+
+def _scan_measures(
+    volume: Volume,
+    classes: npt.NDArray[np.uint8],
+    index: DatasetIndex,
+    shape: tuple[int, int, int],
+    spacing_mm: tuple[float, float, float],
+    volumes_ml: Mapping[str, float],
+) -> ScanMeasures:
+    """The measures that need no label, and those of the labels."""
+    found = []
+    for channel, data in zip(index.channels, volume.data, strict=True):
+
+        def read(k: int, data: npt.NDArray[np.float32] = data) -> npt.NDArray[np.float32]:
+            return data[..., k]
+
+        whole = channel.modality == "CT"
+        found.append(
+            measure_channel(read, volume.shape, whole=whole, classes=classes, class_count=len(index.class_names))
+        )
+    labels = {}
+    for k, name in enumerate(index.class_names[1:], start=1):
+        means = [one.label_means[k] for one in found]
+        present = tuple(mean for mean in means if mean is not None)
+        labels[name] = LabelMeasures(volume_ml=volumes_ml[name], means=present if len(present) == len(means) else None)
+    return ScanMeasures(
+        shape=shape,
+        spacing_mm=spacing_mm,
+        orientation="".join(nib.aff2axcodes(volume.affine)),
+        nonzero_fraction=min(one.nonzero_fraction for one in found),
+        channels=tuple(one.measures for one in found),
+        labels=labels,
     )
 
 

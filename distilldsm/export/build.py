@@ -12,6 +12,7 @@ from distilldsm.config import Int8Config
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.splits import load_fold
+from distilldsm.drift.fingerprint import FINGERPRINT, from_preprocessed
 from distilldsm.errors import DataError
 from distilldsm.export import parity
 from distilldsm.export.card import model_card
@@ -90,6 +91,7 @@ def build_package(
     export_openvino(output / "model.onnx", output / "model.xml", fp16=True)
     shutil.copyfile(model_dir / f"{checkpoint}.safetensors", output / "model.safetensors")
     plan.save(output / "plan.json")
+    write_json(output / FINGERPRINT, from_preprocessed(preprocessed, training, plan))
 
     torch_engine = TorchEngine(network)
     cases = parity.choose_cases(preprocessed, held_out, parity_cases)

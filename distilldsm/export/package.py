@@ -1,8 +1,8 @@
 """The exported model directory: its metadata, and the check that no file in it has changed. Imports no runtime.
 
 Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
-`README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`, where it is worth it `model_int8.xml` and
-`model_int8.bin`, and the folder `monai_bundle`.
+`fingerprint.json` (for `distilldsm drift`), `README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`,
+where it is worth it `model_int8.xml` and `model_int8.bin`, and the folder `monai_bundle`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ INT8_FILES = ("model_int8.bin", "model_int8.xml")
 SERVICE = "inference_service.yaml"
 HASHED_FILES = (
     "README.md",
+    "fingerprint.json",
     SERVICE,
     "model.bin",
     "model.onnx",

@@ -149,8 +149,10 @@ def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
 
     monkeypatch.setattr(stage, "_predictor", lambda *_: oracle)
     oracle.predict = dies
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
+    scored = len(list((tmp_path / ".e.partial" / "scores").iterdir()))
+    assert caught.value.__notes__ == [f"evaluate: 2 of 3 cases are kept, {scored} of them scored"]
     assert not (tmp_path / "e").exists()
     oracle.predict = original
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)

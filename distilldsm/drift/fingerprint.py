@@ -1,0 +1,109 @@
+"""`fingerprint.json` of an exported model: the distribution of every measure over the training cases, without ids."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distilldsm.data.fingerprint import CaseFingerprint
+from distilldsm.data.plan import Plan
+from distilldsm.data.scan_measures import ScanMeasures
+from distilldsm.drift.measures import measures_of, values_of
+from distilldsm.errors import ConfigError, DataError
+from distilldsm.params import from_mapping
+from distilldsm.stage import read_json
+
+FINGERPRINT = "fingerprint.json"
+KEPT = 200
+"""Values kept per measure: where there are more cases, that many evenly spaced quantiles."""
+MINIMUM_CASES = 3
+"""With fewer training cases nothing can be judged."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFingerprint:
+    """The contents of `fingerprint.json`."""
+
+    schema_version: int = 1
+    name: str
+    """Of the data set."""
+    cases: int
+    """Training cases of the fold."""
+    orientations: Mapping[str, int]
+    """Directions of the stored axes, and in how many cases."""
+    measures: Mapping[str, tuple[float, ...]]
+    """Measure to its values in the training cases, each sorted by itself, so that none belongs to a case."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != 1:
+            raise ConfigError("unknown version of the fingerprint", seen=self.schema_version, rule="1")
+        for name, values in self.measures.items():
+            if not values or not np.isfinite(values).all() or list(values) != sorted(values):
+                raise ConfigError(f"the values of '{name}' are no distribution", rule="finite numbers, ascending")
+
+
+def make_fingerprint(name: str, scans: Sequence[ScanMeasures], plan: Plan) -> TrainingFingerprint:
+    """The fingerprint of training cases, at least one."""
+    rows = [values_of(scan, plan) for scan in scans]
+    kept: dict[str, tuple[float, ...]] = {}
+    for measure in measures_of(plan):
+        values = np.sort([row[measure.name] for row in rows if measure.name in row])
+        if len(values) > KEPT:
+            values = np.quantile(values, np.linspace(0, 1, KEPT))
+        if len(values):
+            kept[measure.name] = tuple(float(f"{v:.6g}") for v in values)
+    orientations = dict(sorted(Counter(scan.orientation for scan in scans).items()))
+    return TrainingFingerprint(name=name, cases=len(scans), orientations=orientations, measures=kept)
+
+
+def from_preprocessed(preprocessed: Path, training: Collection[str], plan: Plan) -> TrainingFingerprint:
+    """The fingerprint of a fold's training cases.
+
+    Raises:
+        UserError: `fingerprint.json` is missing, damaged, or of a version that did not measure whole scans.
+    """
+    path, wanted = preprocessed / FINGERPRINT, set(training)
+    found = read_json(path)
+    cases = [from_mapping(CaseFingerprint, row, where=str(path)) for row in found["per_case"] if row["case"] in wanted]
+    scans = [case.scan for case in cases if case.scan is not None]
+    if len(scans) < len(wanted):
+        raise DataError(
+            "does not tell what the training scans look like",
+            where=path,
+            seen=f"{len(scans)} of {len(wanted)} training cases",
+            rule="one entry 'scan' a case",
+            mend="preprocess again (dvc repro preprocess)",
+        )
+    return make_fingerprint(found["name"], scans, plan)
+
+
+def load_fingerprint(model_dir: Path) -> TrainingFingerprint:
+    """Read the fingerprint of an exported model.
+
+    Raises:
+        DataError: the model was exported without one, or it is damaged.
+    """
+    path = model_dir / FINGERPRINT
+    if not path.is_file():
+        raise DataError(
+            "the model does not tell what it was trained on",
+            where=path,
+            seen="no such file",
+            rule="models that this version or a later one exported have it",
+            mend="preprocess and export the model again (dvc repro)",
+        )
+    try:
+        found = from_mapping(TrainingFingerprint, read_json(path), where=str(path))
+    except ConfigError as error:
+        raise DataError(
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="export the model again"
+        ) from None
+    if found.cases < MINIMUM_CASES:
+        raise DataError(
+            "too few training cases to compare with", where=path, seen=found.cases, rule=f"at least {MINIMUM_CASES}"
+        )
+    return found
