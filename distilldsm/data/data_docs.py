@@ -11,6 +11,8 @@ import itertools
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 INDEX, SUITE = "index.html", "suite.html"
 _SUITE_LINK = 'href="../../../../expectations/suite.html"'
 _PAGE = """<!DOCTYPE html>
@@ -82,8 +84,10 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
         ValidationResultsPageRenderer,
     )
 
-    outcome.meta.pop("batch_markers", None)
-    outcome.meta.pop("active_batch_definition", None)
+    for key in ("batch_markers", "active_batch_definition"):
+        outcome.meta.pop(key, None)
+    for one in outcome.results:
+        one.result = _plain(one.result)
     results = ValidationResultsPageRenderer(run_info_at_end=True).render(outcome)
     results.sections.pop()  # the run's name and time
     expectations = ExpectationSuitePageRenderer().render(suite)
@@ -94,6 +98,15 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
     ):
         page = _view().render(document, title=title, style=_STYLE, results=file == INDEX)
         (folder / file).write_text(page.replace(_SUITE_LINK, f'href="{SUITE}"'), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """NumPy's numbers as Python's: the renderers refuse them where NumPy prints its types."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_plain(inner) for inner in value]
+    return value.item() if isinstance(value, np.generic) else value
 
 
 def _view() -> Any:

@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -232,7 +233,8 @@ def _expectations(suite: Suite) -> list[Any]:
                 ) from None
             column = {} if rule.column is None else {"column": rule.column}
             try:
-                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.mend}"
+                # Great Expectations takes notes for HTML.
+                notes = escape(f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.mend}", quote=False)
                 built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}, notes=notes))
             except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
                 raise ConfigError(
