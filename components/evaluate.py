@@ -237,6 +237,8 @@ def _track(
         validation = inputs.get("validation", inputs["dataset"].parent / "validation") / "report.html"
         if validation.exists():
             mlflow_run.log_artifact(validation, "validation")
+            if (docs := validation.with_name("data_docs")).is_dir():
+                mlflow_run.log_artifacts(docs, "validation/data_docs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
