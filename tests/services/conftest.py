@@ -42,7 +42,7 @@ class Job:
             "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
         }
         done = subprocess.run(
-            command, cwd=self.place, env=known | environment, capture_output=True, text=True, timeout=600, check=False
+            command, cwd=self.place, env=known | environment, capture_output=True, text=True, timeout=1500, check=False
         )
         self.said += [done.stdout, done.stderr]
         assert not check or done.returncode == 0, f"{' '.join(command)} failed:\n{done.stdout}\n{done.stderr}"
