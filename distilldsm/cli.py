@@ -29,6 +29,7 @@ STAGES = {
 UPPER = {
     "cross-validate": ("components.all_folds", "main", "train and evaluate every fold, and put them into one table"),
     "pipeline": ("pipeline.cli", "main", "the same pipeline on Kubeflow: compile, run, submit, status"),
+    "plots": ("pipeline.plots", "main", "DVC's plots (show, diff) as a page that needs no network"),
     "lineage": ("pipeline.cli", "lineage_main", "from a DVC, MLflow or Kubeflow id to the others"),
 }
 """Commands of several stages, and of the pipeline package: module, function, help."""
