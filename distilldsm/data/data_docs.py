@@ -8,6 +8,7 @@ script (`<details>` does it too), and graphs.
 from __future__ import annotations
 
 import itertools
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,9 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's: the renderers refuse them where NumPy prints its types."""
+    """NumPy's numbers as Python's, which is what the renderers take; text escaped, as tables take it for HTML."""
+    if isinstance(value, str):
+        return escape(value)
     if isinstance(value, dict):
         return {key: _plain(inner) for key, inner in value.items()}
     if isinstance(value, list):

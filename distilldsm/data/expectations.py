@@ -8,7 +8,6 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any, Literal
 
@@ -233,8 +232,7 @@ def _expectations(suite: Suite) -> list[Any]:
                 ) from None
             column = {} if rule.column is None else {"column": rule.column}
             try:
-                # Great Expectations takes notes for HTML.
-                notes = escape(f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.mend}", quote=False)
+                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.mend}"
                 built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}, notes=notes))
             except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
                 raise ConfigError(

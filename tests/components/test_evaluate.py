@@ -82,7 +82,7 @@ def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
     metrics = read_json(tmp_path / "e" / "metrics.json")
     dice = np.mean([float(r["dice"]) for r in rows])
     assert metrics["dice"]["mean"] == pytest.approx(dice, abs=1e-5)
-    for name in ("report.html", "plots/confusion.csv", "plots/history.csv", "figures/worst.png", "summary.json"):
+    for name in ("report.html", "plots/confusion.csv", "plots/dice_by_epoch.csv", "figures/worst.png", "summary.json"):
         assert (tmp_path / "e" / name).is_file()
     assert not (tmp_path / "e" / "scores").exists()
     assert file_hashes(trained["dataset"]) == before
