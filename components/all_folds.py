@@ -21,10 +21,12 @@ from components import evaluate, train
 from components._main import stage_main
 from distilldsm.config import Params, load_params
 from distilldsm.errors import DataError, UserError
+from distilldsm.interruption import RESUME_VARIABLE, command_again, explains_interrupt
 from distilldsm.params import to_mapping
+from distilldsm.progress import Meter, beside_the_bar, meter
 from distilldsm.stage import MANIFEST, is_current, read_json, worker_count
 
-PREPROCESSED, RAW = Path("data/preprocessed"), Path("data/raw")
+PREPROCESSED, RAW, VALIDATION = Path("data/preprocessed"), Path("data/raw"), Path("data/validation")
 LOGS = Path("logs/cross_validation")
 STOP_S = 30.0
 
@@ -51,20 +53,24 @@ class Folds:
         Raises:
             UserError: a stage failed; names its log.
         """
-        with ThreadPoolExecutor(self.jobs) as pool:
-            tasks = [pool.submit(self._fold, fold) for fold in folds]
+        with (
+            explains_interrupt(lambda: f"cross-validate: {shown.done} of {len(folds)} folds are done"),
+            meter(total=len(folds), title="cross-validate", unit="fold") as shown,
+            ThreadPoolExecutor(self.jobs) as pool,
+        ):
+            tasks = [pool.submit(self._fold, fold, shown) for fold in folds]
             try:
                 wait(tasks)
             except KeyboardInterrupt:
                 # From a keyboard it has reached the stages too, and a second one would disturb how they end.
                 self._stop(patience_s=5.0)
                 raise
-        if self._error is not None:
-            raise self._error
+            if self._error is not None:
+                raise self._error
 
-    def _fold(self, fold: int) -> None:
+    def _fold(self, fold: int, shown: Meter) -> None:
         model, evaluation = Path(f"models/fold{fold}"), Path(f"evaluation/fold{fold}")
-        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model}
+        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
         try:
             if is_current(model, **train.key(self.params.train, inputs, fold)):
                 say(fold, "train: up to date")
@@ -76,6 +82,9 @@ class Folds:
                 say(fold, "evaluate: up to date")
             else:
                 self._stage(fold, "evaluate")
+            if not self._stopped:
+                with _SAYING:
+                    shown.advance()
         except Exception as error:
             with self._lock:
                 if not self._stopped:  # what fails afterwards was stopped
@@ -115,9 +124,10 @@ class Folds:
         return [sys.executable, "-m", f"components.{stage}", *self.arguments, "--fold", str(fold)]
 
     def _environment(self) -> dict[str, str]:
+        inherited = {**os.environ, RESUME_VARIABLE: command_again()}
         if self.jobs == 1:
-            return dict(os.environ)
-        return {**os.environ, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
+            return inherited
+        return {**inherited, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
 
     def _stop(self, patience_s: float = 0.0) -> None:
         """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed.
@@ -154,7 +164,7 @@ _SAYING = threading.Lock()
 
 def say(fold: int, text: str) -> None:
     """Print a line of a fold, whole."""
-    with _SAYING:
+    with _SAYING, beside_the_bar():
         print(f"fold {fold} | {text}", flush=True)
 
 

@@ -19,6 +19,7 @@ from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.download import Credentials, fetch, is_url, local_path
 from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.errors import ConfigError, DataError
+from distilldsm.progress import progress
 from distilldsm.redaction import public_address
 from distilldsm.stage import output_directory, sha256_file, sha256_json
 
@@ -40,7 +41,9 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
         with tempfile.TemporaryDirectory(dir=work, prefix=".unpacked-") as scratch:
             unpacked = source if source.is_dir() else extract(source, scratch)
             index = _index(unpacked, config, name)
-            for path in needed_files(index):
+            needed = needed_files(index)
+            title = "copy" if unpacked is source else "move"
+            for path in progress(needed, total=len(needed), title=title, unit="file", brief=True):
                 target = work / path
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copyfile if unpacked is source else shutil.move)(unpacked / path, target)

@@ -17,18 +17,18 @@ from components._main import stage_main
 from distilldsm import cost
 from distilldsm.config import EvaluateConfig, TrackingConfig, load_params
 from distilldsm.data.dataset import Case, DatasetIndex
-from distilldsm.data.geometry import reorient, spacing_along
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.data.targets import Targets
 from distilldsm.data.volume import read_image, read_label, spacing_of, write_label
-from distilldsm.evaluation import figures, tables
+from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import confusion, score_case
 from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessing
-from distilldsm.evaluation.report import render_report
+from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
+from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.progress import progress
-from distilldsm.stage import content_hash, output_directory, package_versions, read_json, worker_count, write_json
+from distilldsm.stage import output_directory, read_json, worker_count, write_json
 from distilldsm.workers import worker_pool
 
 
@@ -38,6 +38,7 @@ def key(config: EvaluateConfig, inputs: Mapping[str, Path], fold: int) -> dict[s
         "dataset": inputs["dataset"],
         "splits": inputs["preprocessed"] / "splits.json",
         "model": inputs["model"],
+        **optional_inputs(inputs),
     }
     return {"stage": "evaluate", "config": config, "inputs": hashed, "extra": {"fold": fold}}
 
@@ -53,7 +54,8 @@ def run(
     """Predict and score every held-out case; resumable per case.
 
     Args:
-        inputs: `dataset` (scans and truth), `preprocessed` (splits), `model` (of this fold).
+        inputs: `dataset` (scans and truth), `preprocessed` (splits, fingerprint), `model` (of this fold), and, for
+            a page that tells what was found in the data, `validation`.
         outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `timing.json`, `report.html`, `figures/`,
             `plots/`, `predictions/`: all of the predictions as they are; `postprocessed.csv` and
             `postprocessing.json`: what keeping the largest component of each label would change.
@@ -62,7 +64,12 @@ def run(
     _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
     wanted = set(held_out)
     cases = [case for case in index.cases if case.id in wanted]
-    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True) as work:
+
+    def kept(work: Path) -> str:
+        predicted, scored = (len(list((work / name).glob("[!.]*"))) for name in ("predictions", "scores"))
+        return f"{predicted} of {len(cases)} cases are kept, {scored} of them scored"
+
+    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True, kept=kept) as work:
         targets = Plan.load(inputs["model"] / "plan.json").targets
         for name in ("scores", "timing", "predictions", "plots", "figures"):
             (work / name).mkdir(exist_ok=True)
@@ -73,28 +80,27 @@ def run(
         tables.write_csv(work / "cases.csv", rows)
         largest = [{"case": case, **row} for case, one in scores.items() for row in one["largest"]]
         decided = write_postprocessing(work, rows, largest)
-        write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary})
+        sure = intervals(rows, list(targets.structures))
+        write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": sure})
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
         history = read_json(inputs["model"] / "history.json")
         _write_plots(work / "plots", rows, history, scores, index)
-        pictures = _draw(work, inputs["dataset"], cases, rows, history, index, list(targets.structures))
-        facts = _facts(config, inputs, index, fold)
-        notes = [index.note]
-        if config.checkpoint == "best":
-            notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
-        if config.mirror:
-            notes.append("The scores are of predictions averaged over mirrored views.")
-        page = render_report(
-            title=f"{index.name}, {facts['network']}, fold {fold}",
-            summary=summary,
+        taken, training = cost.prediction_cost(work / "timing"), cost.training_cost(inputs["model"])
+        write_json(work / cost.TIMING, {**taken, "training": training})
+        given = Evaluation(
+            config=config,
+            inputs=inputs,
+            index=index,
+            cases=cases,
+            fold=fold,
+            labels=list(targets.structures),
             rows=rows,
-            figures=pictures,
-            notes=notes,
-            facts=facts,
+            summary=summary,
+            intervals=sure,
+            prediction_cost=taken,
+            training_cost=training,
         )
-        (work / "report.html").write_text(page, encoding="utf-8")
-        taken = cost.prediction_cost(work / "timing")
-        write_json(work / cost.TIMING, {**taken, "training": cost.training_cost(inputs["model"])})
+        write_report(work, given)
         for name in ("scores", "timing"):
             shutil.rmtree(work / name)
         if not config.save_masks:
@@ -103,7 +109,7 @@ def run(
     print(tables.format_table(summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
     for label in decided.kept:
         print(f"{label}, largest component only: {decided.labels[label].reason} ({POSTPROCESSING})")
-    _track(tracking, inputs, outputs["evaluation"], summary, rows)
+    _track(tracking, inputs, outputs["evaluation"], summary, sure, rows)
 
 
 def _predictor(model: Path, config: EvaluateConfig) -> Any:
@@ -197,59 +203,16 @@ def _write_plots(
     tables.write_csv(folder / "confusion.csv", pairs)
 
 
-def _draw(
-    work: Path,
-    dataset: Path,
-    cases: Sequence[Case],
-    rows: Sequence[Mapping],
-    history: Sequence[Mapping],
-    index: DatasetIndex,
-    labels: Sequence[str],
-) -> list[tuple[str, Path]]:
-    """All figures: caption and file."""
-    folder = work / "figures"
-    figures.save_figure(figures.dice_boxes(rows, labels), folder / "dice.png")
-    figures.save_figure(figures.training_curves(history), folder / "training.png")
-    figures.save_figure(figures.volume_agreement(rows, labels), folder / "volumes.png")
-    made = [("Dice per label", folder / "dice.png"), ("Volumes, true and predicted", folder / "volumes.png")]
-    mean = {c.id: float(np.mean([r["dice"] for r in rows if r["case"] == c.id])) for c in cases}
-    ranked = sorted(cases, key=lambda c: mean[c.id])
-    chosen = {"worst": ranked[0], "median": ranked[len(ranked) // 2], "best": ranked[-1]}
-    for kind, case in chosen.items():
-        title = f"{kind} case: {case.id}, mean Dice {mean[case.id]:.4f}"
-        figures.save_figure(_overlay(work, dataset, case, index, title), folder / f"{kind}.png")
-        made.append((title, folder / f"{kind}.png"))
-    return [*made, ("Training", folder / "training.png")]
-
-
-def _overlay(work: Path, dataset: Path, case: Case, index: DatasetIndex, title: str) -> Any:
-    volume = read_image([dataset / p for p in case.images], len(index.channels))
-    truth, _ = read_label(dataset / case.label)
-    mask, _ = read_label(work / "predictions" / f"{case.id}.nii.gz")
-    ras = [reorient(a[None], volume.affine, (0, 1, 2))[0] for a in (volume.data[0], truth, mask)]
-    spacing_mm = spacing_along(volume.affine, (0, 1, 2))
-    return figures.overlay(*ras, spacing_mm=spacing_mm, labels=index.labels, title=title)
-
-
-def _facts(config: EvaluateConfig, inputs: Mapping[str, Path], index: DatasetIndex, fold: int) -> dict[str, Any]:
-    model = read_json(inputs["model"] / "model.json")
-    options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
-    return {
-        "network": f"{model['name']} ({options})" if options else model["name"],
-        "parameters": f"{model['parameters']:,}",
-        "convolution MACs per voxel": f"{model['macs_per_voxel']:,.0f}",
-        "epochs": model["epochs"],
-        "checkpoint": config.checkpoint,
-        "fold": fold,
-        "NSD tolerance": f"{config.nsd_tolerance_mm:g} mm",
-        "data set": index.name,
-        "source": index.source,
-        "licence of the data": index.licence,
-        "reference": index.reference,
-        "data hash": content_hash(inputs["dataset"])[:16],
-        "model hash": content_hash(inputs["model"])[:16],
-        "versions": ", ".join(f"{k} {v}" for k, v in package_versions().items()),
-    }
+def tracked_metrics(summary: Mapping, sure: Mapping) -> dict[str, float]:
+    """What the training's MLflow run is told: means, some per label, and the intervals of the most important ones."""
+    metrics = {f"test_{metric}_mean": value for metric, value in summary["mean"].items() if value is not None}
+    for metric in ("dice", "hd95_mm", "nsd"):
+        if sure["mean"][metric]:
+            low, high = sure["mean"][metric]
+            metrics |= {f"test_{metric}_mean_ci_low": low, f"test_{metric}_mean_ci_high": high}
+    for label, s in summary["labels"].items():
+        metrics |= {f"test_{m}_{label}": s[m]["mean"] for m in ("dice", "hd95_mm", "nsd") if s[m]["mean"] is not None}
+    return metrics
 
 
 def _track(
@@ -257,6 +220,7 @@ def _track(
     inputs: Mapping[str, Path],
     evaluation: Path,
     summary: Mapping,
+    sure: Mapping,
     rows: Sequence[Mapping],
 ) -> None:
     """Attach the scores to the training run."""
@@ -264,16 +228,13 @@ def _track(
         return
     from distilldsm.tracking import attach
 
-    metrics = {f"test_{metric}_mean": value for metric, value in summary["mean"].items() if value is not None}
-    for label, s in summary["labels"].items():
-        metrics |= {f"test_{m}_{label}": s[m]["mean"] for m in ("dice", "hd95_mm", "nsd") if s[m]["mean"] is not None}
     with attach(inputs["model"], tracking) as mlflow_run:
-        mlflow_run.log_metrics(metrics)
+        mlflow_run.log_metrics(tracked_metrics(summary, sure))
         mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
         mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
         mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
         mlflow_run.log_table([dict(row) for row in rows], "evaluation/cases.json")
-        validation = inputs["dataset"].parent / "validation" / "report.html"
+        validation = inputs.get("validation", inputs["dataset"].parent / "validation") / "report.html"
         if validation.exists():
             mlflow_run.log_artifact(validation, "validation")
             if (docs := validation.with_name("data_docs")).is_dir():
@@ -288,6 +249,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
     parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")
+    parser.add_argument(
+        "--validation", type=Path, default=Path("data/validation"), help="for the page, where there is a report.json"
+    )
     parser.add_argument("--output", type=Path, default=None, help="default: evaluation/fold<FOLD>")
     args = parser.parse_args(argv)
 
@@ -299,6 +263,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "dataset": args.dataset,
                 "preprocessed": args.preprocessed,
                 "model": args.model or Path(f"models/fold{args.fold}"),
+                "validation": args.validation,
             },
             {"evaluation": args.output or Path(f"evaluation/fold{args.fold}")},
             fold=args.fold,

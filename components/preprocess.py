@@ -26,8 +26,14 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
     hashed = {"dataset": root, "accepted": inputs["validation"] / "accepted.json"}
     if config.plan:
         hashed["plan"] = Path(config.plan)
+
+    def kept(work: Path) -> str:
+        done = {name: len(list((work / name).glob("*.json"))) for name in ("cases", ".fingerprint")}
+        told = f", and what was measured of {done['.fingerprint']}" if not done["cases"] else ""
+        return f"{done['cases']} of {len(index.cases)} cases are kept{told}"
+
     with output_directory(
-        outputs["preprocessed"], stage="preprocess", config=config, inputs=hashed, resumable=True
+        outputs["preprocessed"], stage="preprocess", config=config, inputs=hashed, resumable=True, kept=kept
     ) as work:
         plan = preprocess_dataset(root, index, config, work)
     print(

@@ -76,7 +76,7 @@ def _train_as_main(
     with start_run(tracking, directory=work, name=name, tags={"fold": str(fold)}) as mlflow_run:
 
         def log_epoch(record: Mapping[str, Any]) -> None:
-            metrics = {k: record[k] for k in ("train_loss", "learning_rate", "seconds")}
+            metrics = {k: record[k] for k in ("train_loss", "learning_rate", "seconds", "loading_seconds")}
             if "val_dice_mean" in record:
                 metrics["val_dice_mean"] = record["val_dice_mean"]
                 metrics |= {f"val_dice_{label}": value for label, value in record["val_dice"].items()}

@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilldsm.errors import ConfigError, UserError
+from distilldsm.interruption import explains_interrupt
+from distilldsm.progress import beside_the_bar, progress
 
 if TYPE_CHECKING:
     from distilldsm.inference.job import Job
@@ -120,15 +122,18 @@ def predict(args: argparse.Namespace) -> None:
     )
     done: list[dict[str, Any]] = []
     failures: list[tuple[Job, UserError]] = []
-    for job in _tracked(jobs) if many else jobs:
-        try:
-            done.append(run_job(job, predictor, settings))
-            if not args.json:
-                _print_line(done[-1], engine)
-        except UserError as error:
-            failures.append((job, error))
-            if many:
-                print(f"error: {error}", file=sys.stderr)
+    with explains_interrupt(lambda: f"predict: {len(done)} of {len(jobs)} scans are done; again does them again"):
+        for job in _tracked(jobs) if many else jobs:
+            try:
+                done.append(run_job(job, predictor, settings))
+                if not args.json:
+                    with beside_the_bar():
+                        _print_line(done[-1], engine)
+            except UserError as error:
+                failures.append((job, error))
+                if many:
+                    with beside_the_bar():
+                        print(f"error: {error}", file=sys.stderr)
     if args.volumes and done:
         from distilldsm.inference.output import write_volumes
 
@@ -217,8 +222,6 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
 
 
 def _tracked(jobs: Sequence[Job]) -> Iterator[Job]:
-    from distilldsm.progress import progress
-
     return progress(jobs, total=len(jobs), title="predict", unit="scan")
 
 

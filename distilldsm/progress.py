@@ -1,30 +1,245 @@
-"""One progress line on a terminal, plain lines at sensible intervals elsewhere."""
+"""How far a long loop is: one line with rate, time left and memory on a terminal, plain lines now and then elsewhere.
+
+DISTILLDSM_PROGRESS chooses: `bar`, `plain` or `off`. Nothing here writes a colour or moves the cursor but by `\\r`, and
+`plain` not even that: it is what a log of Kubernetes or a file gets.
+"""
 
 from __future__ import annotations
 
+import os
+import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, TextIO, TypeVar, get_args
 
 T = TypeVar("T")
+Mode = Literal["bar", "plain", "off"]
+VARIABLE = "DISTILLDSM_PROGRESS"
 LOG_EVERY_SECONDS = 30.0
+_MEMORY_EVERY_SECONDS = 1.0
+_PROC = Path("/proc")
 
 
-def progress(items: Iterable[T], *, total: int, title: str, unit: str) -> Iterator[T]:
-    """Iterate over `items` and tell how far it is, on stderr."""
-    if sys.stderr.isatty():
+def mode(stream: TextIO | None = None) -> Mode:
+    """How progress is shown: what DISTILLDSM_PROGRESS says, else a bar on a terminal that can, else plain lines."""
+    asked = os.environ.get(VARIABLE, "")
+    if asked in get_args(Mode):
+        return asked  # type: ignore[return-value]
+    stream = stream or sys.stderr
+    return "bar" if stream.isatty() and os.environ.get("TERM") != "dumb" else "plain"
+
+
+def progress(
+    items: Iterable[T], *, total: int | None, title: str, unit: str, brief: bool = False, file: TextIO | None = None
+) -> Iterator[T]:
+    """Iterate over `items` and tell how far it is, on stderr.
+
+    Args:
+        total: how many there are; None where nobody knows.
+        title, unit: what is done, and the word for one item.
+        brief: tell nothing of a loop that ends before the first line is due, e.g. one of many.
+        file: instead of stderr.
+    """
+    with meter(total=total, title=title, unit=unit, brief=brief, file=file) as shown:
+        for item in items:
+            yield item
+            shown.advance()
+
+
+@contextmanager
+def meter(
+    *,
+    total: int | None,
+    title: str,
+    unit: str,
+    brief: bool = False,
+    initial: int = 0,
+    shown: bool = True,
+    file: TextIO | None = None,
+) -> Iterator[Meter]:
+    """Yield what is told of each step. Where the block ends by an error, no closing line is written.
+
+    Args:
+        unit: `B` counts bytes.
+        initial: what was done before.
+        shown: False tells nothing, e.g. in all processes of a training but the first.
+    """
+    file = file or sys.stderr
+    kind = {"bar": _Bar, "plain": _Plain, "off": Meter}[mode(file) if shown else "off"]
+    made = kind(total=total, title=title, unit=unit, brief=brief, initial=initial, file=file)
+    try:
+        yield made
+    except BaseException:
+        made.close(whole=False)
+        raise
+    made.close(whole=True)
+
+
+class Meter:
+    """Counts, and shows nothing."""
+
+    def __init__(self, *, total: int | None, title: str, unit: str, brief: bool, initial: int, file: TextIO) -> None:
+        self.total, self.title, self.unit, self.brief, self.file = total, title, unit, brief, file
+        self.initial = self.done = initial
+        self.begun = self.told = time.monotonic()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """`count` more are done; `note`: what else the line says now, e.g. the loss."""
+        self.done += count
+
+    def close(self, *, whole: bool) -> None:
+        """Nothing more follows; `whole`: all is done."""
+
+    def _say(self, *words: str) -> None:
+        print(f"{self.title}: {', '.join(filter(None, words))}", file=self.file, flush=True)
+
+    def _say_end(self) -> None:
+        done, seconds = self.done - self.initial, time.monotonic() - self.begun
+        text = f"{self.done / 1e6:,.1f} MB" if self.unit == "B" else f"{done} {_plural(self.unit, done)}"
+        self._say(f"{text} in {seconds:.1f} s", memory_text())
+
+
+class _Plain(Meter):
+    def advance(self, count: int = 1, note: str = "") -> None:
+        super().advance(count, note)
+        now = time.monotonic()
+        if now - self.told >= LOG_EVERY_SECONDS and self.done != self.total:
+            self.told = now
+            self._say(self._count(), *self._rate(now - self.begun), note, memory_text())
+
+    def close(self, *, whole: bool) -> None:
+        if whole and self.done and (not self.brief or self.told > self.begun):
+            self._say_end()
+
+    def _count(self) -> str:
+        if self.unit == "B":
+            of = "" if self.total is None else f" of {self.total / 1e6:,.1f}"
+            share = f" ({self.done / self.total:.0%})" if self.total else ""
+            return f"{self.done / 1e6:,.1f}{of} MB{share}"
+        return f"{self.done}{'' if self.total is None else f'/{self.total}'} {_plural(self.unit, self.total or 2)}"
+
+    def _rate(self, seconds: float) -> list[str]:
+        rate = max(self.done - self.initial, 1e-9) / max(seconds, 1e-9)
+        if self.unit == "B":
+            words = [f"{rate / 1e6:.1f} MB/s"]
+        else:
+            words = [f"{rate:.1f} {_plural(self.unit, 2)}/s" if rate >= 1 else f"{1 / rate:.1f} s/{self.unit}"]
+        if self.total is not None:
+            words.append(f"about {duration((self.total - self.done) / rate)} left")
+        return words
+
+
+class _Bar(Meter):
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
         from tqdm import tqdm
 
-        yield from tqdm(items, total=total, desc=title, unit=unit, leave=False)
-        return
-    start = last = time.monotonic()
-    for done, item in enumerate(items, start=1):
-        yield item
+        tqdm.monitor_interval = 0  # no thread of its own: processes are forked while a bar is shown
+        self._memory, self._memory_told = "", 0.0
+        _open_bars.append(self)
+        self._bar = tqdm(
+            total=self.total,
+            initial=self.initial,
+            desc=self.title,
+            unit=self.unit,
+            unit_scale=self.unit == "B",
+            file=self.file,
+            leave=False,
+            **({"dynamic_ncols": True} if _columns(self.file) else {"ncols": 80}),
+        )
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        super().advance(count, note)
         now = time.monotonic()
-        if now - last >= LOG_EVERY_SECONDS and done < total:
-            last = now
-            remaining = (now - start) / done * (total - done)
-            print(f"{title}: {done}/{total} {unit}s, about {remaining:.0f} s left", file=sys.stderr, flush=True)
-    if total:
-        print(f"{title}: {total} {unit}s in {time.monotonic() - start:.1f} s", file=sys.stderr, flush=True)
+        if now - self._memory_told >= _MEMORY_EVERY_SECONDS:
+            self._memory, self._memory_told = memory_text(), now
+        self._bar.set_postfix_str(", ".join(filter(None, (note, self._memory))), refresh=False)
+        self._bar.update(count)
+
+    def close(self, *, whole: bool) -> None:
+        if self in _open_bars:
+            _open_bars.remove(self)
+        self._bar.close()
+        if whole and self.done and not self.brief:
+            self._say_end()
+
+
+_open_bars: list[_Bar] = []
+
+
+def close_bars() -> None:
+    """End all progress lines, so that an error is told on a line of its own: a traceback keeps the loops alive."""
+    for bar in list(_open_bars):
+        bar.close(whole=False)
+
+
+@contextmanager
+def beside_the_bar() -> Iterator[None]:
+    """What is printed in the block does not tear the progress line."""
+    if not _open_bars:
+        yield
+        return
+    with sys.modules["tqdm"].tqdm.external_write_mode(file=sys.stdout):
+        yield
+
+
+def duration(seconds: float) -> str:
+    """Seconds, minutes or hours and minutes, as one says them."""
+    if seconds < 99.5:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def memory_text() -> str:
+    """E.g. `1.2 GB`; nothing where the system does not tell."""
+    held = memory_bytes()
+    return f"{held / 1e9:.1f} GB" if held >= 1e8 else f"{held / 1e6:.0f} MB" if held else ""
+
+
+def memory_bytes() -> int:
+    """Memory that this process and those it started hold now; pages they share are counted once where Linux tells.
+
+    Elsewhere the peak of this process alone, and 0 where nothing is known.
+    """
+    if not (_PROC / "self/statm").exists():
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+    return sum(_held(pid) for pid in _family(os.getpid()))
+
+
+def _family(pid: int) -> Iterator[int]:
+    yield pid
+    for children in _PROC.glob(f"{pid}/task/*/children"):
+        for child in _read(children).split():
+            yield from _family(int(child))
+
+
+def _held(pid: int) -> int:
+    for line in _read(_PROC / f"{pid}/smaps_rollup").splitlines():
+        if line.startswith("Pss:"):  # a page that n processes share is an n-th of each
+            return int(line.split()[1]) * 1024
+    numbers = _read(_PROC / f"{pid}/statm").split()
+    return int(numbers[1]) * resource.getpagesize() if len(numbers) > 1 else 0
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:  # it has just ended, or is not ours to see
+        return ""
+
+
+def _columns(stream: TextIO) -> int:
+    """Width of a terminal; 0 for one that does not know it, e.g. of a container."""
+    try:
+        return os.get_terminal_size(stream.fileno()).columns
+    except (OSError, ValueError):
+        return 0
+
+
+def _plural(unit: str, count: int) -> str:
+    return unit if count == 1 else f"{unit}s"

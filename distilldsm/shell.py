@@ -11,8 +11,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from distilldsm.errors import UserError
+from distilldsm.interruption import describe
+from distilldsm.progress import close_bars
 
-_EXTRAS = {
+EXTRAS = {
     "torch": "train",
     "safetensors": "train",
     "mlflow": "train",
@@ -58,18 +60,22 @@ def run_shell(run: Callable[[], None]) -> int:
 
     0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. Everything that is not the
     user's to mend keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM
-    interrupts like Ctrl-C: it is what a pod that is deleted gets, and a job of a batch system.
+    interrupts like Ctrl-C: it is what a pod that is deleted gets, and a job of a batch system. An interrupt tells
+    what is kept and the command that goes on, see `interruption`.
     """
     try:
-        with handled({signal.SIGTERM: interrupt}):
-            run()
+        try:
+            with handled({signal.SIGTERM: interrupt}):
+                run()
+        finally:
+            close_bars()
         # A closed pipe shows when the buffer is written, which would otherwise be after the exit code is decided.
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
-    except KeyboardInterrupt:
-        print("interrupted; run the same command again to go on where it stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(describe(error), file=sys.stderr)
         return 130
     except BrokenPipeError:
         # The reader (head, less) has seen enough. What is still buffered must not raise again at exit.
@@ -77,10 +83,10 @@ def run_shell(run: Callable[[], None]) -> int:
         return 1
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
-        if package not in _EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
+        if package not in EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
             raise
         print(f"error: this command needs the package '{package}', which is not installed", file=sys.stderr)
-        print(f"  mend: in the repository, pip install '.[{_EXTRAS[package]}]'", file=sys.stderr)
+        print(f"  mend: in the repository, pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except OSError as error:
         if os.environ.get("DISTILLDSM_DEBUG"):

@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from distilldsm.errors import UserError
+from distilldsm.interruption import notes_of
 from distilldsm.params import to_mapping
+from distilldsm.progress import progress
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
@@ -80,11 +82,9 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 def file_hashes(root: Path) -> dict[str, str]:
     """SHA-256 of every file below `root`, by relative POSIX path, without the manifest."""
-    return {
-        file.relative_to(root).as_posix(): sha256_file(file)
-        for file in sorted(root.rglob("*"))
-        if file.is_file() and file != root / MANIFEST
-    }
+    files = [file for file in sorted(root.rglob("*")) if file.is_file() and file != root / MANIFEST]
+    tracked = progress(files, total=len(files), title=f"hash {root.name}", unit="file", brief=True)
+    return {file.relative_to(root).as_posix(): sha256_file(file) for file in tracked}
 
 
 def package_versions() -> dict[str, str]:
@@ -107,6 +107,7 @@ def output_directory(
     inputs: Mapping[str, str | os.PathLike[str]],
     extra: Mapping[str, Any] | None = None,
     resumable: bool = False,
+    kept: Callable[[Path], str] | None = None,
 ) -> Iterator[Path]:
     """Yield a sibling work directory that becomes `path` when the block ends without an error.
 
@@ -114,6 +115,9 @@ def output_directory(
     adds) is written at the end. With `resumable`, an interrupted block leaves its work directory, and the next
     call with the same stage, config and inputs yields it again with what is in it; otherwise it starts empty. A
     lock keeps a second process from the same output.
+
+    Args:
+        kept: says of the work directory how much is done, for a person who interrupts it.
 
     Raises:
         UserError: another process writes the same output, or the disk is full.
@@ -157,13 +161,22 @@ def output_directory(
             ) from error
         replace_directory(work, path)
         _stamp(work).unlink()
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, KeyboardInterrupt) and not (resumable and kept is None and notes_of(error)):
+            error.add_note(f"{stage}: {_kept(work, kept) if resumable else f'{path} is as it was before'}")
         if not resumable:
             shutil.rmtree(work, ignore_errors=True)
             _stamp(work).unlink(missing_ok=True)
         raise
     finally:
         lock.release()
+
+
+def _kept(work: Path, kept: Callable[[Path], str] | None) -> str:
+    try:
+        return kept(work) if kept else "what is done is kept"
+    except Exception:  # whatever the count: the interrupt is what counts
+        return "what is done is kept"
 
 
 def is_current(

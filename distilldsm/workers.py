@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -11,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from distilldsm.errors import UserError
+from distilldsm.shell import handled
 
 
 @contextmanager
@@ -27,6 +29,7 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
+        _start(pool, workers)
         yield pool
     except BrokenProcessPool:
         raise UserError(
@@ -37,6 +40,14 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)  # after an error, what has not begun is not wanted any more
+
+
+def _start(pool: ProcessPoolExecutor, workers: int) -> None:
+    # Ctrl-C reaches every process of a terminal. The parent decides what it means: workers finish what they have begun
+    # (a case that is done is kept). They inherit that, for they load Python and packages before any code of ours runs.
+    with handled({signal.SIGINT: signal.SIG_IGN}):
+        for _ in range(workers):
+            pool.submit(os.getpid)
 
 
 def end_with_parent() -> None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-ROLES = ("data", "train", "export")
+ROLES = ("data", "train", "export", "mlflow")
 
 
 def version() -> str:

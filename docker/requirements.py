@@ -7,22 +7,24 @@ import sys
 import tomllib
 from pathlib import Path
 
-EXTRAS = {"data": "data", "train": "train", "export": "export"}
+EXTRAS = {"data": "data", "train": "train", "export": "export", "mlflow": "services"}
 LEFT_OUT = {
     "data": {"openvino"},  # only predict and export open it
     "train": {"openvino", "mlflow"},
     "export": set(),
+    "mlflow": {"dvc-s3"},
 }
 # mlflow-skinny logs to a server; with the two SQL packages it opens SQLite too, at a quarter of mlflow's size.
 MLFLOW = ["mlflow-skinny", "sqlalchemy", "alembic", "pandas"]
 # kubeflow starts a TrainJob from the pipeline's train step.
-ADDED = {"data": [], "train": [*MLFLOW, "kubeflow"], "export": MLFLOW}
+ADDED = {"data": [], "train": [*MLFLOW, "kubeflow"], "export": MLFLOW, "mlflow": []}
 
 
 def requirements(role: str, project: Path) -> list[str]:
     """The requirements of a role, without torch's build (the Dockerfile installs torch first)."""
     table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
-    wanted = [*table["dependencies"], *table["optional-dependencies"][EXTRAS[role]], *ADDED[role]]
+    own = [] if role == "mlflow" else table["dependencies"]  # a server holds none of our code
+    wanted = [*own, *table["optional-dependencies"][EXTRAS[role]], *ADDED[role]]
     names = {re.split(r"[^\w.-]", line, maxsplit=1)[0].lower(): line for line in wanted}
     return [line for name, line in names.items() if name not in LEFT_OUT[role]]
 

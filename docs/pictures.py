@@ -1,13 +1,23 @@
-"""Makes the pictures of the documentation: `python docs/pictures.py [depth_shift] ...`, by default all.
+"""Makes the pictures of the documentation: `python docs/pictures.py [depth_shift] [report] ...`, by default all.
 
-`depth_shift` is computed by the package's own shift and network. The screenshots (`screens`) are of a finished
-`make demo` in the current directory and need Chromium and Playwright.
+`depth_shift` is computed by the package itself. The others are screenshots of what `make demo` has left in
+the current directory, and need Chromium and Playwright.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 IMAGES = Path(__file__).parent / "img"
 
@@ -73,7 +83,96 @@ def depth_shift_picture() -> None:
     plt.close(figure)
 
 
-PICTURES = {"depth_shift": depth_shift_picture}
+def report_picture() -> None:
+    """The top of an evaluation's page."""
+    with browser_page(1100, 1250) as page:
+        page.goto(Path("evaluation/fold0/report.html").resolve().as_uri())
+        page.wait_for_timeout(1000)
+        save(page.screenshot(), "report")
+
+
+def viewer_picture() -> None:
+    """The viewer in that page, after a click on a label's button."""
+    with browser_page(1100, 800) as page:
+        page.goto(Path("evaluation/fold0/report.html").resolve().as_uri())
+        viewer = page.locator("#dsm-viewer")
+        viewer.scroll_into_view_if_needed()
+        page.wait_for_timeout(6000)
+        save(viewer.screenshot(), "viewer")
+
+
+def mlflow_picture() -> None:
+    """The page of the training's run in MLflow, with its report."""
+    from mlflow import MlflowClient
+
+    store = f"sqlite:///{Path('mlflow.db').resolve()}"
+    client = MlflowClient(store)
+    runs = client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time DESC"])
+    run = next(run for run in runs if "test_dice_mean" in run.data.metrics)
+    with mlflow_server(store) as address, browser_page(1400, 900) as page:
+        where = f"{address}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
+        for name, path, wait_ms in (("mlflow", "/model-metrics", 8000), ("mlflow_report", "/artifacts", 5000)):
+            page.goto(where + path)
+            page.wait_for_timeout(wait_ms)
+            if name == "mlflow_report":
+                for folder in ("evaluation", "report.html"):
+                    page.get_by_text(folder, exact=True).first.click()
+                    page.wait_for_timeout(4000)
+            save(page.screenshot(), name)
+
+
+@contextmanager
+def browser_page(width: int, height: int) -> Iterator[Any]:
+    """A page of headless Chromium that can draw WebGL without a graphics card."""
+    from playwright.sync_api import sync_playwright
+
+    drawing = ["--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"), args=drawing)
+        yield browser.new_page(viewport={"width": width, "height": height})
+        browser.close()
+
+
+@contextmanager
+def mlflow_server(store: str) -> Iterator[str]:
+    """The address of an MLflow server over `store`."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store, "--port", str(port)]
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen([*command, "--workers", "1"], stdout=log, stderr=log)
+        try:
+            for _ in range(120):
+                time.sleep(1)
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5).close()
+                    break
+                except OSError:
+                    continue
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            process.terminate()
+            process.wait()
+
+
+def save(png: bytes, name: str) -> None:
+    """A small PNG: 128 colours are enough for a page."""
+    import io
+
+    from PIL import Image
+
+    IMAGES.mkdir(exist_ok=True)
+    picture = Image.open(io.BytesIO(png)).convert("RGB")
+    picture.quantize(128, dither=Image.Dither.NONE).save(IMAGES / f"{name}.png", optimize=True)
+
+
+PICTURES = {
+    "depth_shift": depth_shift_picture,
+    "report": report_picture,
+    "viewer": viewer_picture,
+    "mlflow": mlflow_picture,
+}
 
 
 def main() -> None:

@@ -93,7 +93,7 @@ def connect(connection: Connection) -> Any:
     Raises:
         UserError: unreachable, refused, or no Kubeflow Pipelines v2.
     """
-    _probe(connection)
+    probe(connection)
     import kfp
 
     with warnings.catch_warnings(), _own_context(connection):
@@ -120,7 +120,12 @@ def _own_context(connection: Connection) -> Iterator[None]:
         kfp.Client._LOCAL_KFP_CONTEXT = before
 
 
-def _probe(connection: Connection) -> None:
+def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
+    """Ask the server for its health.
+
+    Raises:
+        UserError: unreachable, refused, or no Kubeflow Pipelines v2.
+    """
     url = f"{connection.host}/apis/v2beta1/healthz"
     headers = {"Accept": "application/json"}
     if connection.token:
@@ -130,7 +135,7 @@ def _probe(connection: Connection) -> None:
     context = ssl.create_default_context(cafile=connection.ca_file) if url.startswith("https") else None
     try:
         request = urllib.request.Request(url, headers=headers)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S, context=context) as answer:  # noqa: S310
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:  # noqa: S310
             body = answer.read(100_000)
             final = answer.url
     except urllib.error.HTTPError as error:

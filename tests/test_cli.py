@@ -42,7 +42,20 @@ def test_help_imports_nothing_heavy():
     )
     done = in_a_shell(code)
     assert done.stdout.splitlines()[-1] == "[]", done.stderr
-    for command in (*STAGES, "cross-validate", "predict", "view", "info", "plan", "compose", "summary", "compare"):
+    own = (
+        "cross-validate",
+        "doctor",
+        "predict",
+        "view",
+        "drift",
+        "info",
+        "plan",
+        "params",
+        "compose",
+        "summary",
+        "compare",
+    )
+    for command in (*STAGES, *own):
         assert command in done.stdout
 
 

@@ -86,7 +86,7 @@ def test_the_tutorial(tmp_path):
     (clone / "conf" / "dataset" / "mine.yaml").write_text(preset.replace("/data/mine", str(data)) + smaller)
     (clone / "scan.nii.gz").write_bytes((data / "scans" / "p0_a.nii.gz").read_bytes())
     for line in "\n".join(blocks(text, "bash")).splitlines():
-        if line.startswith(("make demo", "source ", "dvc exp run")):  # elsewhere: .ci/run, test_pipeline.py
+        if not line or line.startswith(("make demo", "source ", "dvc exp run")):  # elsewhere: .ci/run, test_pipeline.py
             continue
         # Two epochs are enough to see that it goes on; the second `dvc repro` then has nothing to do.
         run(*shlex.split(line.replace("train.epochs=60", "train.epochs=2")), cwd=clone)

@@ -14,6 +14,7 @@ import pytest
 from components import all_folds
 from distilldsm.cli import _parser
 from pipeline import cli as pipeline_cli
+from pipeline import doctor
 from tests.test_presets import composed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,6 +45,8 @@ def test_command(command):
         pipeline_cli._lineage_parser().parse_args(words[2:])
     elif words[:2] == ["distilldsm", "cross-validate"]:
         all_folds.parser().parse_args(words[2:])
+    elif words[:2] == ["distilldsm", "doctor"]:
+        doctor.parser().parse_args(words[2:])
     elif words[0] == "distilldsm":
         _parser().parse_args(words[1:])
     elif words[:3] == ["dvc", "exp", "run"]:

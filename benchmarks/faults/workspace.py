@@ -46,8 +46,8 @@ OUTPUTS = {
 """Stage to the folder it writes, in the order of the pipeline."""
 CLOCK = ("cost.json", "timing.json", "timing", "plots", "mlflow_run.json", "inference_service.yaml", "README.md")
 """Files (or folders of files) that tell times or the ids of MLflow runs: no two runs agree in them."""
-CLOCK_KEYS = ("seconds", "files", "cost", "milliseconds", "speed", "created", "git_commit", "run")
-"""Keys of JSON files whose values are times, ids, or hashes of files with such."""
+CLOCK_KEYS = ("seconds", "files", "cost", "milliseconds", "speed", "created", "git_commit", "run", "inputs")
+"""Keys of JSON files whose values are times, ids, or hashes of files (or of whole folders) with such."""
 
 
 @dataclass(frozen=True)

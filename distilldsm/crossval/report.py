@@ -10,7 +10,7 @@ from typing import Any
 from distilldsm.crossval.folds import Fold
 from distilldsm.crossval.table import COSTS, LARGEST, TITLES, cost_lines, largest_lines, lines_of, number
 from distilldsm.evaluation.figures import dice_panels, save_figure
-from distilldsm.evaluation.report import HOW_TO_READ, cases_table, facts_table, figure, page
+from distilldsm.evaluation.page import HOW_TO_READ, cases_table, facts_table, figure, page
 from distilldsm.stage import content_hash, package_versions
 
 

@@ -16,6 +16,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from distilldsm.errors import DataError
+from distilldsm.progress import meter
 
 MAX_RATIO = 200
 """Unpacked to packed size: medical volumes reach 20 at most; more is taken for a decompression bomb."""
@@ -61,12 +62,15 @@ def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
     archive, target = Path(archive), Path(target)
     with _opened(archive) as (members, read):
         files = _checked(members, archive)
-        _check_space(target, sum(m.size for m in files))
-        for member in files:
-            destination = target.joinpath(*member.path.parts)
-            destination.parent.mkdir(parents=True, exist_ok=True)
-            with read(member) as source, open(destination, "wb") as sink:
-                _copy_exactly(source, sink, member, archive)
+        unpacked = sum(m.size for m in files)
+        _check_space(target, unpacked)
+        with meter(total=unpacked, title=f"unpack {archive.name}", unit="B", brief=True) as shown:
+            for member in files:
+                destination = target.joinpath(*member.path.parts)
+                destination.parent.mkdir(parents=True, exist_ok=True)
+                with read(member) as source, open(destination, "wb") as sink:
+                    _copy_exactly(source, sink, member, archive)
+                shown.advance(member.size)
     return target
 
 

@@ -8,7 +8,6 @@ import os
 import random
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -19,9 +18,10 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
-from tqdm import tqdm
 
 from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.interruption import explains_interrupt
+from distilldsm.progress import meter
 from distilldsm.redaction import public_address, redact
 from distilldsm.stage import write_json
 
@@ -30,8 +30,6 @@ ATTEMPTS = 5
 TIMEOUT_SECONDS = (10.0, 60.0)
 """To connect, and between two packets."""
 _CHUNK = 1 << 20
-_REPORT_SECONDS = 15.0
-"""How often a line tells the progress where there is no terminal."""
 _GONE = {400, 401, 403, 404, 410, 451}
 """Answers that another try will not change."""
 _QUERY = re.compile(r"\?[^\s)'\"]+=[^\s)'\"]*")
@@ -314,36 +312,15 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
             # A weak ETag does not promise the same bytes.
             strong = None if (found or "W/").startswith("W/") else found
             write_json(_sidecar(target), {"validator": strong, "address": public_address(url)})
-        with open(part, "ab") as sink, _progress(target.name, have, total) as advance:
+        with (
+            explains_interrupt(lambda: f"{target.name}: {_size(part) / 1e6:,.1f} MB are kept"),
+            open(part, "ab") as sink,
+            meter(total=total, initial=have, title=target.name, unit="B") as shown,
+        ):
             for chunk in answer.iter_content(_CHUNK):
                 sink.write(chunk)
-                advance(len(chunk))
+                shown.advance(len(chunk))
     return total is None or _size(part) == total, resumed
-
-
-@contextmanager
-def _progress(name: str, have: int, total: int | None) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; yields what is told of each new chunk's size, bytes."""
-    if sys.stderr.isatty():
-        with tqdm(total=total, initial=have, unit="B", unit_scale=True, desc=name) as bar:
-
-            def move(count: int) -> None:
-                bar.update(count)
-
-            yield move
-        return
-    done, told = have, time.monotonic()
-
-    def advance(count: int) -> None:
-        nonlocal done, told
-        done += count
-        if time.monotonic() - told >= _REPORT_SECONDS:
-            told = time.monotonic()
-            of = f" of {total / 1e6:,.0f} MB ({done / total:.0%})" if total else " MB"
-            print(f"{name}: {done / 1e6:,.0f}{of}", file=sys.stderr, flush=True)
-
-    yield advance
-    print(f"{name}: {done / 1e6:,.1f} MB fetched", file=sys.stderr, flush=True)
 
 
 def _check_space(target: Path, needed: int) -> None:

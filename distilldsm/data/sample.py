@@ -26,6 +26,7 @@ from scipy import ndimage
 
 from distilldsm.config import SampleConfig
 from distilldsm.errors import UserError
+from distilldsm.progress import progress
 
 VERSION = 1
 """Goes up whenever the same configuration makes other bytes, so that a kept archive is not taken for the new one."""
@@ -69,7 +70,8 @@ def make_sample_archive(path: str | os.PathLike[str], config: SampleConfig) -> P
     path = Path(path)
     template = _load_template()
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
-        subjects = list(pool.map(lambda k: _subject(template, config.seed, k), range(config.subjects)))
+        made = pool.map(lambda k: _subject(template, config.seed, k), range(config.subjects))
+        subjects = list(progress(made, total=config.subjects, title="sample", unit="subject"))
     names = [f"subject_{k:03d}" for k in range(config.subjects)]
     description = {
         "name": NAME,

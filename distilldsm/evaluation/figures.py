@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import numpy.typing as npt
+
+from distilldsm.evaluation.statistics import bland_altman
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
-PLANES = ("sagittal", "coronal", "axial")
+LINES_FOR = 4
+"""So many labels get lines of their own in the Bland-Altman plot; more would hide the points."""
+LEGEND_FOR = 12
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+def label_colour(k: int) -> str:
+    """Of the k-th foreground label, from 0: in plots, overlays and the viewer the same."""
+    return COLOURS[(k + 1) % len(COLOURS)]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
@@ -22,7 +32,8 @@ def save_figure(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
-def _new(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.2)) -> tuple[Figure, Any]:
+def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.4, 3.7)) -> tuple[Figure, Any]:
+    """A figure without pyplot's state, and its axes (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -31,125 +42,178 @@ def _new(columns: int = 1, rows: int = 1, size: tuple[float, float] = (6.4, 4.2)
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def dice_boxes(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
-    """Box plot of Dice per label, with every case as a point."""
-    figure, axes = _new()
+def score_boxes(rows: Rows, labels: Sequence[str], metric: str, title: str) -> Figure:
+    """Box plot of a score, a line per label, with every case as a point."""
+    figure, axes = new_figure(size=(5.4, 1.5 + 0.55 * max(len(labels), 2)))
     axis = axes[0, 0]
-    values = [[row["dice"] for row in rows if row["label"] == label] for label in labels]
-    axis.boxplot(values, showfliers=False, widths=0.5, medianprops={"color": "black"})
+    values = [_column(rows, label, metric) for label in labels]
+    axis.boxplot(values, orientation="horizontal", showfliers=False, widths=0.55, medianprops={"color": "black"})
     rng = np.random.default_rng(0)
     for k, points in enumerate(values):
-        jitter = rng.uniform(-0.14, 0.14, len(points))
-        axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=COLOURS[k % len(COLOURS)], linewidths=0)
-    axis.set_xticks(range(1, len(labels) + 1), labels)
-    axis.set_ylabel("Dice")
-    axis.set_title(f"Dice of {len(values[0]) if values else 0} held-out cases")
-    axis.grid(axis="y", alpha=0.3)
+        jitter = rng.uniform(-0.16, 0.16, len(points))
+        axis.scatter(points, k + 1 + jitter, s=16, alpha=0.65, color=label_colour(k), linewidths=0, zorder=3)
+    axis.set_yticks(range(1, len(labels) + 1), [_plain(label) for label in labels])
+    axis.invert_yaxis()
+    axis.set_xlabel(title)
+    axis.grid(axis="x", alpha=0.3)
     return figure
 
 
 def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     """Box plots of Dice, a panel per label, a box per training with every case as a point: {label: {name: values}}."""
-    figure, axes = _new(len(panels), size=(3.4 * len(panels) + 1, 4.2))
+    figure, axes = new_figure(len(panels), size=(3.4 * len(panels) + 1, 4.2))
     rng = np.random.default_rng(0)
     for axis, (label, trainings) in zip(axes[0], panels.items(), strict=True):
         axis.boxplot(list(trainings.values()), showfliers=False, widths=0.5, medianprops={"color": "black"})
         for k, points in enumerate(trainings.values()):
             jitter = rng.uniform(-0.14, 0.14, len(points))
             axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=COLOURS[k % len(COLOURS)], linewidths=0)
-        axis.set_xticks(range(1, len(trainings) + 1), list(trainings), rotation=20)
-        axis.set_title(label)
+        axis.set_xticks(range(1, len(trainings) + 1), [_plain(name) for name in trainings], rotation=20)
+        axis.set_title(_plain(label))
         axis.set_ylabel("Dice")
         axis.grid(axis="y", alpha=0.3)
     return figure
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training loss, and Dice of the held-out volumes where it was measured, over epochs."""
-    figure, axes = _new(2, size=(10, 3.8))
-    left, right = axes[0]
-    epochs = [h["epoch"] for h in history]
-    left.plot(epochs, [h["train_loss"] for h in history], color=COLOURS[0])
-    left.set_xlabel("epoch")
-    left.set_ylabel("training loss")
-    left.grid(alpha=0.3)
-    scored = [h for h in history if "val_dice" in h]
-    for k, label in enumerate(scored[-1]["val_dice"] if scored else ()):
-        right.plot(
-            [h["epoch"] for h in scored],
-            [h["val_dice"][label] for h in scored],
-            marker="o",
-            markersize=4,
-            color=COLOURS[k % len(COLOURS)],
-            label=label,
-        )
-    right.set_xlabel("epoch")
-    right.set_ylabel("Dice of held-out volumes (network space)")
-    right.grid(alpha=0.3)
-    if scored:
-        right.legend()
+def training_loss(history: Rows) -> Figure:
+    """Training loss over epochs; on a logarithmic scale where it allows one."""
+    figure, axis = _over_epochs("training loss")
+    losses = [h["train_loss"] for h in history]
+    axis.plot([h["epoch"] for h in history], losses, color=COLOURS[0], **_marks(history))
+    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
+        _plain_log(axis, "y")
     return figure
 
 
-def volume_agreement(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> Figure:
+def learning_rate(history: Rows) -> Figure:
+    """Learning rate over epochs."""
+    figure, axis = _over_epochs("learning rate")
+    known = [h for h in history if h.get("learning_rate") is not None]
+    axis.plot([h["epoch"] for h in known], [h["learning_rate"] for h in known], color=COLOURS[0], **_marks(known))
+    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+    axis.set_ylim(bottom=0)
+    return figure
+
+
+def training_dice(history: Rows) -> Figure:
+    """Dice of the held-out volumes over epochs, where it was measured."""
+    figure, axis = _over_epochs("Dice of held-out volumes")
+    scored = [h for h in history if "val_dice" in h]
+    epochs = [h["epoch"] for h in scored]
+    for k, label in enumerate(scored[-1]["val_dice"] if scored else ()):
+        scores = [h["val_dice"].get(label) for h in scored]
+        axis.plot(epochs, scores, marker="o", markersize=4, color=label_colour(k), label=_plain(label))
+    _legend(axis)
+    return figure
+
+
+def volume_agreement(rows: Rows, labels: Sequence[str]) -> Figure:
     """Predicted against true volume of every case and label, ml."""
-    figure, axes = _new(size=(5, 4.6))
+    figure, axes = new_figure()
     axis = axes[0, 0]
-    highest = 0.0
-    for k, label in enumerate(labels):
-        truth = [row["volume_truth_ml"] for row in rows if row["label"] == label]
-        predicted = [row["volume_predicted_ml"] for row in rows if row["label"] == label]
-        highest = max([highest, *truth, *predicted])
-        axis.scatter(truth, predicted, s=16, alpha=0.7, color=COLOURS[k % len(COLOURS)], label=label, linewidths=0)
-    axis.plot([0, highest], [0, highest], color="grey", linewidth=1, zorder=0)
+    _scatter(axis, rows, labels, lambda row: (row["volume_truth_ml"], row["volume_predicted_ml"]))
+    volumes = [row[key] for row in rows for key in ("volume_truth_ml", "volume_predicted_ml")]
+    low, high = min(volumes, default=0.0), max(volumes, default=1.0)
+    if low > 0 and high > 20 * low:
+        _plain_log(axis, "x")
+        _plain_log(axis, "y")
+    axis.plot([low, high], [low, high], color="grey", linewidth=1, zorder=0)
     axis.set_xlabel("true volume (ml)")
     axis.set_ylabel("predicted volume (ml)")
-    axis.legend()
+    _legend(axis)
+    return figure
+
+
+def volume_differences(rows: Rows, labels: Sequence[str]) -> Figure:
+    """Bland-Altman plot: predicted minus true volume against their mean, ml, with bias and limits of agreement."""
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+
+    def point(row: Mapping[str, Any]) -> tuple[float, float]:
+        truth, predicted = row["volume_truth_ml"], row["volume_predicted_ml"]
+        return (truth + predicted) / 2, predicted - truth
+
+    _scatter(axis, rows, labels, point)
+    axis.axhline(0, color="grey", linewidth=1, zorder=0)
+    for k, label in enumerate(labels if len(labels) <= LINES_FOR else ()):
+        found = bland_altman(_column(rows, label, "volume_truth_ml"), _column(rows, label, "volume_predicted_ml"))
+        if found is None:
+            continue
+        axis.axhline(found.bias, color=label_colour(k), linewidth=1.4)
+        for limit in (found.low, found.high):
+            axis.axhline(limit, color=label_colour(k), linewidth=1.1, linestyle="dashed")
+    means = [point(row)[0] for row in rows]
+    if means and min(means) > 0 and max(means) > 20 * min(means):
+        _plain_log(axis, "x")
+    axis.set_xlabel("mean of true and predicted volume (ml)")
+    axis.set_ylabel("predicted minus true (ml)")
+    _legend(axis)
+    return figure
+
+
+def dice_by_volume(rows: Rows, labels: Sequence[str]) -> Figure:
+    """Dice against the true volume of the structure, ml."""
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+    _scatter(axis, rows, labels, lambda row: (row["volume_truth_ml"], row["dice"]))
+    volumes = [row["volume_truth_ml"] for row in rows]
+    if volumes and min(volumes) > 0 and max(volumes) > 20 * min(volumes):
+        _plain_log(axis, "x")
+    axis.set_xlabel("true volume (ml)")
+    axis.set_ylabel("Dice")
+    _legend(axis)
+    return figure
+
+
+def _column(rows: Rows, label: str, metric: str) -> list[float]:
+    return [row[metric] for row in rows if row["label"] == label and row[metric] is not None]
+
+
+def _scatter(
+    axis: Any, rows: Rows, labels: Sequence[str], point: Callable[[Mapping[str, Any]], tuple[float, float]]
+) -> None:
+    for k, label in enumerate(labels):
+        points = [point(row) for row in rows if row["label"] == label]
+        x, y = zip(*points, strict=True) if points else ((), ())
+        axis.scatter(x, y, s=18, alpha=0.7, color=label_colour(k), label=_plain(label), linewidths=0, zorder=3)
     axis.grid(alpha=0.3)
-    return figure
 
 
-def overlay(
-    image: npt.NDArray[np.floating],
-    truth: npt.NDArray[np.integer],
-    prediction: npt.NDArray[np.integer],
-    *,
-    spacing_mm: Sequence[float],
-    labels: Mapping[str, int],
-    title: str,
-) -> Figure:
-    """Three planes through the middle of the structures: truth as solid, prediction as dashed contours.
+def _over_epochs(quantity: str) -> tuple[Figure, Any]:
+    from matplotlib.ticker import MaxNLocator
 
-    Args:
-        image, truth, prediction: (X, Y, Z) in RAS orientation.
-        spacing_mm: (x, y, z).
-    """
-    from matplotlib.lines import Line2D
+    figure, axes = new_figure()
+    axis = axes[0, 0]
+    axis.set_xlabel("epoch")
+    axis.set_ylabel(quantity)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+    return figure, axis
 
-    figure, axes = _new(3, size=(12, 4.4))
-    found = np.argwhere((truth > 0) | (prediction > 0))
-    centre = np.median(found, axis=0).astype(int) if len(found) else np.array(image.shape) // 2
-    low, high = np.percentile(image, [1, 99])
-    for plane, axis in enumerate(axes[0]):
-        a, b = (k for k in range(3) if k != plane)
-        picture = np.take(image, centre[plane], axis=plane).T
-        axis.imshow(picture, cmap="gray", vmin=low, vmax=high, origin="lower", aspect=spacing_mm[b] / spacing_mm[a])
-        for k, value in enumerate(v for v in labels.values() if v):
-            colour = COLOURS[(k + 1) % len(COLOURS)]
-            for mask, style, width in ((truth, "solid", 1.6), (prediction, "dashed", 1.2)):
-                cut = (np.take(mask, centre[plane], axis=plane) == value).T
-                if cut.any() and not cut.all():
-                    axis.contour(cut, levels=[0.5], colors=[colour], linestyles=[style], linewidths=width)
-        axis.set_title(f"{PLANES[plane]}, {centre[plane] * spacing_mm[plane]:.0f} mm", fontsize=10)
-        axis.set_axis_off()
-    handles = [
-        Line2D([], [], color=COLOURS[(k + 1) % len(COLOURS)], label=name)
-        for k, name in enumerate(name for name, v in labels.items() if v)
-    ]
-    handles += [
-        Line2D([], [], color="grey", label="truth"),
-        Line2D([], [], color="grey", linestyle="dashed", label="prediction"),
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11)
-    return figure
+
+def _marks(points: Rows) -> dict[str, Any]:
+    """Points as well as lines where there are few: one epoch makes no line."""
+    return {"marker": "o", "markersize": 4} if len(points) < 10 else {}
+
+
+def _plain_log(axis: Any, which: str) -> None:
+    """A logarithmic scale with numbers as people write them."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set(**{f"{which}scale": "log"})
+    ticks = axis.xaxis if which == "x" else axis.yaxis
+    ticks.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=12))
+    ticks.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks.set_minor_formatter(NullFormatter())
+
+
+def _legend(axis: Any) -> None:
+    handles, names = axis.get_legend_handles_labels()
+    if handles:
+        axis.legend(handles[:LEGEND_FOR], names[:LEGEND_FOR], fontsize=8, framealpha=0.8)
+
+
+def _plain(text: str) -> str:
+    """A name as it is: matplotlib would read $ as the start of a formula, and a leading _ as "no legend"."""
+    escaped = str(text).replace("$", r"\$")
+    return f" {escaped}" if escaped.startswith("_") else escaped

@@ -1,63 +1,112 @@
-"""What a mean over few cases is worth, and how well volumes agree."""
+"""How sure the means are, and how volumes agree: bootstrap intervals over cases, Bland-Altman limits."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-CONFIDENCE = 0.95
-RESAMPLES = 5000
+from distilldsm.evaluation.metrics import METRICS
+
+LEVEL = 0.95
+RESAMPLES = 4999
+SEED = 0
+METHOD = "bootstrap over cases, bias-corrected and accelerated (BCa)"
+_BATCH = 1 << 22
+"""Numbers that a step of the bootstrap holds at a time."""
+
+Interval = tuple[float, float]
 
 
-def mean_interval(
-    values: Sequence[float], *, confidence: float = CONFIDENCE, seed: int = 0
-) -> tuple[float, float] | None:
-    """Percentile bootstrap interval of the mean over cases (Efron, 1979); None for fewer than two.
+def bootstrap_mean(table: npt.NDArray[np.floating]) -> Interval | None:
+    """The interval of the mean over columns of the means over cases; the same table gives the same interval.
 
-    The cases are drawn again with replacement `RESAMPLES` times; the interval tells how much the mean depends on which
-    cases happened to be held out, not how it would change with another training.
+    Cases are drawn with replacement, all columns of a case together (Efron, 1987: BCa). Where BCa is undefined, as for
+    a mean that does not depend on the draw, the percentile interval is given.
 
     Args:
-        values: one per case.
-        confidence: e.g. 0.95.
-        seed: of the draws: the same values give the same interval.
+        table: (cases, columns), NaN where a score is undefined; means are over the defined ones.
+
+    Returns:
+        Low and high at LEVEL, or None for fewer than two cases with a score.
     """
-    if len(values) < 2:
-        return None
     from scipy.stats import bootstrap
 
-    array = np.asarray(values, dtype=np.float64)
-    if np.ptp(array) == 0:
-        return float(array[0]), float(array[0])
-    found = bootstrap(
-        (array,),
-        np.mean,
-        confidence_level=confidence,
-        n_resamples=RESAMPLES,
-        method="percentile",
-        rng=np.random.default_rng(seed),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    table = table[~np.isnan(table).all(axis=1)]
+    if len(table) < 2:
+        return None
+    if (table == table[0]).all():
+        return float(table[0].mean()), float(table[0].mean())
+
+    def mean(drawn: npt.NDArray[np.integer], axis: int = -1) -> Any:
+        return np.nanmean(np.nanmean(table[np.moveaxis(drawn, axis, -1)], axis=-2), axis=-1)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # draws without any defined score, and BCa where it is undefined
+        for method in ("BCa", "percentile"):
+            found = bootstrap(
+                (np.arange(len(table)),),
+                mean,
+                vectorized=True,
+                n_resamples=RESAMPLES,
+                batch=max(1, _BATCH // table.size),
+                confidence_level=LEVEL,
+                method=method,
+                rng=np.random.default_rng(SEED),
+            ).confidence_interval
+            if math.isfinite(found.low) and math.isfinite(found.high):
+                return float(found.low), float(found.high)
+    return None
+
+
+def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
+    """Intervals of what `tables.summarise` calls mean, for every metric.
+
+    Returns:
+        {"level", "method", "resamples", "seed", "labels": {label: {metric: [low, high]}}, "mean": {metric: [low,
+        high]}}; null where there is none.
+    """
+    cases = {case: k for k, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
+    columns = {label: k for k, label in enumerate(labels)}
+    tables = {metric: np.full((len(cases), len(columns)), np.nan) for metric in METRICS}
+    for row in rows:
+        for metric, table in tables.items():
+            if row[metric] is not None:
+                table[cases[row["case"]], columns[row["label"]]] = row[metric]
+    return {
+        "level": LEVEL,
+        "method": METHOD,
+        "resamples": RESAMPLES,
+        "seed": SEED,
+        "labels": {
+            label: {metric: bootstrap_mean(table[:, [k]]) for metric, table in tables.items()}
+            for label, k in columns.items()
+        },
+        "mean": {metric: bootstrap_mean(table) for metric, table in tables.items()},
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Predicted minus true, over cases."""
+    """Of predicted with true volumes (Bland and Altman, 1986)."""
 
     bias: float
-    sd: float
-    """Sample standard deviation of the differences."""
+    """Mean of predicted minus true."""
     low: float
     high: float
-    """Limits of agreement: bias ± 1.96 sd."""
+    """Limits of agreement: bias -/+ 1.96 sample standard deviations of the differences."""
+    cases: int
 
 
-def agreement(truth: Sequence[float], predicted: Sequence[float]) -> Agreement | None:
-    """Bias and limits of agreement (Bland and Altman, Lancet 1986); None for fewer than two cases."""
-    if len(truth) < 2:
+def bland_altman(truth: Sequence[float], predicted: Sequence[float]) -> Agreement | None:
+    """Bias and 95 % limits of agreement, in the unit of the volumes; None for fewer than two cases."""
+    differences = np.asarray(predicted, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
+    if len(differences) < 2:
         return None
-    difference = np.asarray(predicted, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
-    bias, sd = float(difference.mean()), float(difference.std(ddof=1))
-    return Agreement(bias=bias, sd=sd, low=bias - 1.96 * sd, high=bias + 1.96 * sd)
+    bias, spread = float(differences.mean()), 1.96 * float(differences.std(ddof=1))
+    return Agreement(bias=bias, low=bias - spread, high=bias + spread, cases=len(differences))

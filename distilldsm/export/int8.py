@@ -25,6 +25,7 @@ from distilldsm.export.package import Int8Report
 from distilldsm.export.parity import choose_cases
 from distilldsm.inference.engines import Engine, OpenVINOEngine, openvino_core
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
+from distilldsm.progress import meter, progress
 
 WINDOW_VOXELS = 1_000_000
 """Largest part of a volume that calibration takes: a block of slices around its middle."""
@@ -114,7 +115,8 @@ def _quantise(
 ) -> Any:
     """The quantised model; layers that cost accuracy on the calibration volumes stay as they are."""
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry
-    with _quiet():
+    # How many passes NNCF makes nobody knows before.
+    with meter(total=None, title="INT8 calibration", unit="volume") as shown, _quiet():
         import nncf
 
         from distilldsm.training.validation import structure_dice
@@ -126,9 +128,11 @@ def _quantise(
             for image, truth in items:
                 result = compiled([image], share_inputs=False, share_outputs=False)
                 scores.append(float(np.mean(structure_dice(targets.classes_of_logits(result[0][0]), truth, targets))))
+                shown.advance()
             return float(np.mean(scores)), scores
 
         def image_of(item: tuple[Float32, Any]) -> Float32:
+            shown.advance()
             return item[0]
 
         return nncf.quantize_with_accuracy_control(
@@ -168,7 +172,7 @@ def _dice_loss(
     from distilldsm.training.validation import structure_dice
 
     losses = []
-    for case in cases:
+    for case in progress(cases, total=len(cases), title="INT8 scores", unit="volume"):
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
 

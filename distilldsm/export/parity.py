@@ -17,6 +17,7 @@ from distilldsm.export.package import Int8Report
 from distilldsm.inference.engines import Engine
 from distilldsm.inference.windows import predict_logits
 from distilldsm.params import to_mapping
+from distilldsm.progress import progress
 from distilldsm.stage import read_json
 
 NETWORK = "torch"
@@ -105,7 +106,7 @@ def compare(
     jobs = [*zip(case_ids, shapes, strict=True)]
     for less in range(1, sizes - len(set(shapes)) + 1):
         jobs.append((case_ids[-1], tuple(max(n - less * cut, 1) for n, cut in zip(shapes[-1], (1, 3, 5), strict=True))))
-    for case, shape in jobs:
+    for case, shape in progress(jobs, total=len(jobs), title="parity", unit="volume"):
         box = tuple(slice(n) for n in shape)
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy")[:, *box], dtype=np.float32)
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy")[box])

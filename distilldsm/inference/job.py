@@ -21,6 +21,7 @@ from distilldsm.inference.predict import Precision, Predictor, Runtime
 from distilldsm.inference.report import Stopwatch, peak_memory_mb
 from distilldsm.inference.scan import Scan, check_scale
 from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan
+from distilldsm.progress import beside_the_bar, progress
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,6 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
     def track(stream: Iterator[Piece]) -> Iterator[Piece]:
         if not (settings.alone and windows > 1):
             return stream
-        from distilldsm.progress import progress
-
         return progress(stream, total=windows, title=job.input.name, unit="piece")
 
     mask = np.zeros(scan.shape, dtype=np.uint8, order="F")
@@ -180,13 +179,14 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
 def _announce(job: Job, pieces: Pieces, windows: int, budget: int) -> None:
     size = f"about {pieces.estimate_bytes / 1e9:.1f} of {budget / 1e9:.1f} GB"
     how = "in one piece" if windows == 1 else f"in {windows} pieces of {pieces.window} slices"
-    print(f"{job.input.name}: {size}, {how}", file=sys.stderr)
-    if pieces.tile is not None:
-        print(
-            f"{job.input.name}: whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are blended: "
-            "labels may differ from those of whole slices; a larger --max-memory avoids that",
-            file=sys.stderr,
-        )
+    with beside_the_bar():
+        print(f"{job.input.name}: {size}, {how}", file=sys.stderr)
+        if pieces.tile is not None:
+            print(
+                f"{job.input.name}: whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are "
+                "blended: labels may differ from those of whole slices; a larger --max-memory avoids that",
+                file=sys.stderr,
+            )
 
 
 def _write_mask(job: Job, mask: Any, scan: Scan, predictor: Predictor) -> None:

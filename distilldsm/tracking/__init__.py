@@ -15,6 +15,7 @@ import logging
 import os
 import re
 import subprocess
+import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ from distilldsm.stage import write_json
 from distilldsm.tracking.delivery import Delivery, clean, live_uri, redact, replay_all
 from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.journal import JournalWriter, State, encode_number, pending, writer_identity
+from distilldsm.tracking.process import report_first_attempt
 from distilldsm.tracking.process import start_worker as _start_worker
 from distilldsm.tracking.process import stop_worker as _stop_worker
 from distilldsm.tracking.registry import read_receipt
@@ -142,6 +144,7 @@ class Run:
     def __init__(self) -> None:
         self._journal: JournalWriter | None = None
         self._worker: subprocess.Popen[bytes] | None = None
+        self._listening: threading.Event | None = None
         self._directory: Path | None = None
         self._state_directory: Path | None = None
         self._role = "none"
@@ -171,7 +174,17 @@ class Run:
             run._state_directory, run._is_local = journal.directory, sqlite_path(uri) is not None
             run._uri = redact(uri)
             run._worker = _start_worker(journal.directory, uri, with_system=with_system)
+            if run._worker is not None:
+                run._listening = report_first_attempt(journal.directory, run._worker, run._not_sent)
         return run
+
+    def _not_sent(self, error: str) -> None:
+        logger.warning(
+            "MLflow: nothing could be sent to %s (%s); the work goes on, its records are kept in %s",
+            self._uri,
+            error,
+            self._state_directory,
+        )
 
     @property
     def run_id(self) -> str | None:
@@ -338,6 +351,8 @@ class Run:
         with _forgiving("closing the journal"):
             journal.close()
         with _forgiving("finishing"):
+            if self._listening is not None:
+                self._listening.set()  # what is left is told below
             if timeout is None:
                 timeout = LOCAL_CLOSE_TIMEOUT_S if self._is_local else CLOSE_TIMEOUT_S
             if self._worker is not None:

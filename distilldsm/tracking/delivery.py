@@ -12,6 +12,7 @@ from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
 from distilldsm import redaction
+from distilldsm.tracking.denial import DeniedError
 from distilldsm.tracking.journal import (
     Entry,
     Record,
@@ -77,6 +78,7 @@ def drain(
         if not mine or opened is None:
             return Delivery(left=0 if opened is None else pending(directory))
         state = State.load(directory)
+        state.last_error = None  # that of an earlier pass must not pass for this one's
         uri = tracking_uri or live_uri(opened["tracking_uri"])
         if state.tracking_uri != redact(uri):
             state = State(tracking_uri=redact(uri))
@@ -133,6 +135,8 @@ class _Drain:
                     sink.apply(records, self.directory, identity)
                     self.sent += len(records)
                 return
+            except DeniedError:
+                raise  # the record is sound: it waits for another password, or for the right to write
             except RefusedError as error:
                 if self._sink is None or not self._sink.reachable():
                     raise  # it was not the store that answered, but something before it
@@ -188,7 +192,8 @@ def _groups(entries: Iterator[Entry]) -> Iterator[list[Entry]]:
 
 def clean(error: BaseException) -> str:
     """An error's text for state and log: one line, no passwords, not endless."""
-    return redaction.redact(" ".join(f"{type(error).__name__}: {error}".split()))[:600]
+    kind = "" if isinstance(error, DeniedError) else f"{type(error).__name__}: "
+    return redaction.redact(" ".join(f"{kind}{error}".split()))[:600]
 
 
 def replay_all(

@@ -6,9 +6,14 @@ import contextlib
 import os
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
+from distilldsm.tracking.journal import STATE, State
+
 SYSTEM_METRICS_S = 10.0
+_GLANCE_S = 0.5
 
 
 def start_worker(directory: Path, uri: str, *, with_system: bool) -> subprocess.Popen[bytes]:
@@ -49,3 +54,38 @@ def stop_worker(worker: subprocess.Popen[bytes], timeout_s: float) -> None:
     except subprocess.TimeoutExpired:
         worker.kill()  # what it was about to send is still in the journal
         worker.wait()
+
+
+def report_first_attempt(
+    directory: Path, worker: subprocess.Popen[bytes], tell: Callable[[str], None]
+) -> threading.Event:
+    """Call `tell` with the error if the first attempt to send fails, in a thread that ends with that attempt.
+
+    A wrong password is then known at the start of a training, not at its end.
+
+    Returns:
+        An event that ends the waiting.
+    """
+    enough = threading.Event()
+    before = _stamp(directory)  # of a run that goes on
+
+    def wait() -> None:
+        while not enough.wait(_GLANCE_S):
+            gone = worker.poll() is not None
+            if _stamp(directory) != before:
+                if error := State.load(directory).last_error:
+                    tell(error)
+                return
+            if gone:
+                return
+
+    threading.Thread(target=wait, name="first-attempt", daemon=True).start()
+    return enough
+
+
+def _stamp(directory: Path) -> tuple[int, int] | None:
+    try:
+        found = (directory / STATE).stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns

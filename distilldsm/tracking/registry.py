@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -26,6 +27,7 @@ RECORD_TAG = "distilldsm.record"
 JUDGED_TAG = "gate.judged"
 RECEIPT = "registered.json"
 _ATTEMPTS = 5
+_TURN_S, _GLANCE_S = 15.0, 0.5
 
 
 def register(
@@ -44,7 +46,7 @@ def register(
         record: of the journal: `registered_name`, `gate`, `version_tags`.
         identity: names the record for ever: a second delivery finds the first one's version by it.
         source: the exported model's directory; holds `scores.json`, or the model is not comparable.
-        lock: held while judging, where all who register share one.
+        lock: held while judging, where all who register share one; else each waits for the versions before it.
 
     Returns:
         What became of it, one line.
@@ -61,6 +63,8 @@ def register(
     number = str(version.version)
     tags: Mapping[str, str] = dict(version.tags or {})
     if JUDGED_TAG not in tags:
+        if lock is None:
+            _wait_for_turn(client, name, number)
         with lock or nullcontext():
             _name_challenger(client, name, number)
             tags = _judge(client, record, number, run_id, load_scores(source / SCORES))
@@ -102,6 +106,27 @@ def _as_default_store(uri: str) -> Iterator[None]:
         os.environ.pop(variable, None)
         if before is not None:
             os.environ[variable] = before
+
+
+def _wait_for_turn(client: MlflowClient, name: str, number: str) -> None:
+    """Wait until the versions registered just before this one have been judged, so that no two are judged at once.
+
+    A server has no lock and no "set if unchanged", but it numbers the versions: that is the order. One that stays
+    unjudged (its process was killed) is waited for by those that come within `_TURN_S` seconds, and only so long.
+    """
+    for _ in range(round(_TURN_S / _GLANCE_S)):
+        found = client.search_model_versions(f'name = "{name}"', max_results=100, order_by=["version_number DESC"])
+        own = next((version.creation_timestamp for version in found if str(version.version) == number), 0)
+        ahead = any(
+            int(version.version) < int(number)
+            and RECORD_TAG in version.tags
+            and JUDGED_TAG not in version.tags
+            and own - version.creation_timestamp < 1000 * _TURN_S
+            for version in found
+        )
+        if not ahead:
+            return
+        time.sleep(_GLANCE_S)
 
 
 def _name_challenger(client: MlflowClient, name: str, number: str) -> None:

@@ -10,13 +10,15 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
 from distilldsm.redaction import redact
+from distilldsm.tracking.denial import denials
 from distilldsm.tracking.flavor import save
 from distilldsm.tracking.journal import Record, spooled
 from distilldsm.tracking.registry import RECORD_TAG, register, write_receipt
@@ -30,6 +32,7 @@ METRICS_PER_BATCH = 900  # the REST API takes 1,000 items and 1 MB
 ITEMS_PER_BATCH = 90  # params or tags; it takes 100
 _TABLES_TAG = "mlflow.loggedArtifacts"
 _HTTP_TIMEOUT_S, _HTTP_RETRIES = "10", "1"
+_FILE_TIMEOUT_S = "600"
 _REFUSALS = frozenset(
     {
         "INVALID_PARAMETER_VALUE",
@@ -51,12 +54,34 @@ class RefusedError(Exception):
 
 
 def prepare_environment() -> None:
-    """Short HTTP timeouts, no telemetry; must run before MLflow is imported. What the user has set stays."""
+    """Short timeouts, files by way of the server, no telemetry; before MLflow is imported. What is set stays."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", _HTTP_RETRIES)
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Else a server on S3 sends its clients to the bucket, whose address they need not be able to reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+@contextmanager
+def _patience() -> Iterator[None]:
+    """Wait longer for files: a server answers only when it has passed the whole file on to its own store.
+
+    A large one would run into the short time-out each time, and then count as one that the server breaks on. What the
+    user has set stays.
+    """
+    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(variable)
+    if before != _HTTP_TIMEOUT_S:
+        yield
+        return
+    os.environ[variable] = _FILE_TIMEOUT_S
+    try:
+        yield
+    finally:
+        os.environ[variable] = before
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -67,7 +92,8 @@ def sqlite_path(uri: str) -> Path | None:
 class Sink:
     """One MLflow store, and one run in it once `open_run` has been called.
 
-    Errors: `RefusedError` for what cannot ever succeed; anything else may succeed later.
+    Errors: `RefusedError` for what cannot ever succeed, `DeniedError` for what the server does not let this user do;
+    anything else may succeed later.
     """
 
     def __init__(self, uri: str) -> None:
@@ -99,10 +125,14 @@ class Sink:
             return False
         return True
 
+    @denials()
     def open_run(self, record: Record, known_run_id: str | None) -> str:
         """Find the run of an `open` record, or create it, and return its id.
 
         The run is looked for by the id known from before, then by the id in the record, then by the run key's tag.
+
+        Raises:
+            DeniedError: the server does not let this user in, or not create a run.
         """
         self._experiment_id = self._experiment(record["experiment"])
         run = self._find_run(record, known_run_id, self._experiment_id)
@@ -161,6 +191,7 @@ class Sink:
         found = self._client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'", max_results=1)
         return found[0] if found else None
 
+    @denials()
     def apply(self, records: Sequence[Record], directory: Path, identity: str) -> None:
         """Send records of one kind (several only of `metrics`) to the open run.
 
@@ -170,6 +201,7 @@ class Sink:
 
         Raises:
             RefusedError: the store will never take it.
+            DeniedError: the server does not let this user.
         """
         from mlflow.exceptions import MlflowException
 
@@ -284,10 +316,11 @@ class Sink:
         self._client.log_inputs(self._run_id, [DatasetInput(dataset, tags)])
 
     def _artifact(self, source: Path, artifact_path: str | None) -> None:
-        if source.is_dir():
-            self._client.log_artifacts(self._run_id, str(source), artifact_path)
-        else:
-            self._client.log_artifact(self._run_id, str(source), artifact_path)
+        with _patience():
+            if source.is_dir():
+                self._client.log_artifacts(self._run_id, str(source), artifact_path)
+            else:
+                self._client.log_artifact(self._run_id, str(source), artifact_path)
 
     def _announce_table(self, path: str) -> None:
         """List the table among those that MLflow's pages can show and compare across runs."""
@@ -306,7 +339,7 @@ class Sink:
             except ImportError as error:
                 logger.warning("%s is not installed here: the exported model is kept as plain artifacts", error.name)
                 self._client.delete_logged_model(logged.model_id)
-                self._client.log_artifacts(self._run_id, str(source), "exported_model")
+                self._artifact(source, "exported_model")
                 return
         self._model_metrics(record, logged.model_id)
         if record["registered_name"]:
@@ -342,7 +375,8 @@ class Sink:
                 metadata=record["metadata"],
             )
             self._client.log_outputs(self._run_id, [LoggedModelOutput(logged.model_id, step=0)])
-            self._client.log_model_artifacts(logged.model_id, str(path))
+            with _patience():
+                self._client.log_model_artifacts(logged.model_id, str(path))
             self._client.finalize_logged_model(logged.model_id, "READY")
 
     def _model_metrics(self, record: Record, model_id: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -17,11 +18,7 @@ Batch = tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]
 
 
 def batches(sampler: PatchSampler, epoch: int, workers: int, processes: Processes) -> Iterator[Batch]:
-    """This process's share of each batch of an epoch: images, labels, size (see `PatchSampler.batch`), and the step.
-
-    Raises:
-        UserError: a worker was killed, most likely for want of memory.
-    """
+    """This process's share of each batch of an epoch: images, labels, size (see `PatchSampler.batch`), and the step."""
     share = {"rank": processes.rank, "world": processes.world}
     steps = _Steps(sampler, epoch, share)
     if not workers:
@@ -32,8 +29,18 @@ def batches(sampler: PatchSampler, epoch: int, workers: int, processes: Processe
     loader = DataLoader(
         steps, batch_size=None, num_workers=workers, prefetch_factor=4, collate_fn=_keep, worker_init_fn=_begin
     )
+    yield from loader
+
+
+@contextmanager
+def loaders_are_watched(workers: int) -> Iterator[None]:
+    """Around all that goes on while batches are loaded: PyTorch tells of a killed worker wherever the program is.
+
+    Raises:
+        UserError: a worker was killed, most likely for want of memory.
+    """
     try:
-        yield from loader
+        yield
     except RuntimeError as error:
         if "DataLoader worker" not in str(error):
             raise

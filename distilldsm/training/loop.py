@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from distilldsm.data.patches import PatchSampler
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.interruption import explains_interrupt
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
+from distilldsm.progress import Meter, duration, memory_text, meter
 from distilldsm.stage import write_json
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
-from distilldsm.training.loading import batches
+from distilldsm.training.loading import batches, loaders_are_watched
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
 from distilldsm.training.setup import choose_bf16, choose_device, hash_seed, make_optimizer, seed_everything
@@ -160,23 +162,8 @@ class Trainer:
 
         `RESUME` stays, for what the caller still has to do may be interrupted too; it is the caller's to remove.
         """
-        last_saved = time.monotonic()
-        for epoch in range(self.state.epoch, self.config.epochs):
-            if 0 < self.config.early_stopping <= self.state.validations_without_gain:
-                break
-            record = self._train_epoch(epoch)
-            final = epoch + 1 == self.config.epochs
-            if final or (epoch + 1) % self.config.validate_every == 0:
-                self._validate(record)
-            self.state.epoch = epoch + 1
-            self.state.history.append(record)
-            if self.processes.is_main:
-                self._print(record)
-                if self.on_epoch is not None:
-                    self.on_epoch(record)
-                if time.monotonic() - last_saved >= self.config.checkpoint_minutes * 60:
-                    self._save_resume()
-                    last_saved = time.monotonic()
+        with explains_interrupt(self._kept):
+            self._run_epochs()
         if self.processes.is_main:
             self._save_weights(LAST)
             if not (self.work / BEST).exists():
@@ -186,17 +173,59 @@ class Trainer:
         self.processes.barrier()
         return self.state
 
+    def _run_epochs(self) -> None:
+        begun = last_saved = time.monotonic()
+        first = self.state.epoch
+        for epoch in range(first, self.config.epochs):
+            if 0 < self.config.early_stopping <= self.state.validations_without_gain:
+                break
+            record = self._train_epoch(epoch)
+            final = epoch + 1 == self.config.epochs
+            if final or (epoch + 1) % self.config.validate_every == 0:
+                self._validate(record)
+            self.state.epoch = epoch + 1
+            self.state.history.append(record)
+            if self.processes.is_main:
+                a_epoch_s = (time.monotonic() - begun) / (epoch + 1 - first)
+                self._print(record, seconds_left=a_epoch_s * (self.config.epochs - epoch - 1))
+                if self.on_epoch is not None:
+                    self.on_epoch(record)
+                if time.monotonic() - last_saved >= self.config.checkpoint_minutes * 60:
+                    self._save_resume()
+                    last_saved = time.monotonic()
+
+    def _kept(self) -> str:
+        """What an interrupted training goes on after: the last checkpoint, not the last epoch."""
+        path = self.work / RESUME
+        epoch = load_tensors(path)[1]["state"]["epoch"] if path.exists() else 0
+        more = self.state.epoch - epoch
+        again = f"; {more} since the last checkpoint are trained again (train.checkpoint_minutes)" if more else ""
+        return f"train: {epoch} of {self.config.epochs} epochs are kept{again}"
+
+    def _meter(self, number: int, what: str, total: int, unit: str) -> AbstractContextManager[Meter]:
+        """A line within epoch `number`, which is gone with it: `_print` has the epoch's own."""
+        title = f"epoch {number}/{self.config.epochs}{what}"
+        return meter(total=total, title=title, unit=unit, brief=True, shown=self.processes.is_main)
+
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         self.network.train()
         started = time.perf_counter()
         total = torch.zeros(2, dtype=torch.float64)
         rate = self.config.learning_rate
-        for images, labels, size, step in batches(self.sampler, epoch, self.config.workers, self.processes):
-            rate = self._set_learning_rate()
-            loss = self._step(images, labels, size, epoch, step)
-            total += torch.tensor([loss, 1.0], dtype=torch.float64)
-            self.state.step += 1
-            self.average.update(self.network, self.state.step)
+        waited, asked = 0.0, started
+        with (
+            loaders_are_watched(self.config.workers),
+            self._meter(epoch + 1, "", self.sampler.steps_per_epoch, "step") as shown,
+        ):
+            for images, labels, size, step in batches(self.sampler, epoch, self.config.workers, self.processes):
+                waited += time.perf_counter() - asked
+                rate = self._set_learning_rate()
+                loss = self._step(images, labels, size, epoch, step)
+                total += torch.tensor([loss, 1.0], dtype=torch.float64)
+                self.state.step += 1
+                self.average.update(self.network, self.state.step)
+                shown.advance(note=f"loss {loss:.4f}")
+                asked = time.perf_counter()
         loss = float(total[0] / total[1])
         self.plateau.update(loss)
         return {
@@ -204,6 +233,7 @@ class Trainer:
             "train_loss": round(loss, 6),
             "learning_rate": float(f"{rate:.4g}"),
             "seconds": round(time.perf_counter() - started, 3),
+            "loading_seconds": round(waited, 3),
         }
 
     def _step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
@@ -293,15 +323,18 @@ class Trainer:
 
     def _validate(self, record: dict[str, Any]) -> None:
         """Score the held-out volumes."""
-        scores = validate(
-            self.average.network,
-            self.preprocessed,
-            self.held_out,
-            self.plan.targets,
-            device=self.device,
-            bf16=self.bf16,
-            processes=self.processes,
-        )
+        share = len(self.held_out[self.processes.rank :: self.processes.world])
+        with self._meter(record["epoch"], ", validation", share, "case") as shown:
+            scores = validate(
+                self.average.network,
+                self.preprocessed,
+                self.held_out,
+                self.plan.targets,
+                device=self.device,
+                bf16=self.bf16,
+                processes=self.processes,
+                on_case=shown.advance,
+            )
         record["val_dice"] = {name: round(value, 5) for name, value in scores.items()}
         record["val_dice_mean"] = mean = round(float(np.mean(list(scores.values()))), 5)
         if mean > self.state.best_dice:
@@ -353,13 +386,14 @@ class Trainer:
         if self.processes.is_main:
             print(f"resuming after epoch {self.state.epoch}", file=sys.stderr)
 
-    def _print(self, record: Mapping[str, Any]) -> None:
+    def _print(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
         dice = "  ".join(f"{name} {value:.4f}" for name, value in record.get("val_dice", {}).items())
         print(
             f"epoch {record['epoch']}/{self.config.epochs}  loss {record['train_loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  {record['seconds']:.1f} s"
             # NAME=VALUE is what Katib's collector reads from a log.
-            + (f"  Dice {dice}  val_dice_mean={record['val_dice_mean']:.6f}" if dice else ""),
+            + (f"  Dice {dice}  val_dice_mean={record['val_dice_mean']:.6f}" if dice else "")
+            + (f"  about {duration(seconds_left)} left, {memory_text()}" if seconds_left else ""),
             file=sys.stderr,
             flush=True,
         )

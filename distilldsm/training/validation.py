@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -26,10 +26,12 @@ def validate(
     device: torch.device,
     bf16: bool,
     processes: Processes | None = None,
+    on_case: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
     """Mean Dice per structure over the cases; the cases are shared among the processes.
 
     The figure is for watching a run: the reported scores are those of the evaluate stage, in the scan's geometry.
+    `on_case` is called after each case of this process's share.
     """
     processes = processes or Processes()
     engine = TorchEngine(network, device=device.type, bf16=bf16)
@@ -39,6 +41,7 @@ def validate(
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
         logits = predict_logits(engine, image, stride=network.stride, depth_halo=network.depth_halo)
         scores[case] = structure_dice(targets.classes_of_logits(logits), truth, targets)
+        on_case()
     table = np.array([row for _, row in sorted(processes.gather(scores).items())])
     return {name: float(table[:, k].mean()) for k, name in enumerate(targets.structures)}
 

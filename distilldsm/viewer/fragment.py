@@ -48,7 +48,7 @@ def viewer_fragment(
     if not cases:
         raise ValueError("there is no case to view")
     named = [(name, value) for name, value in labels.items() if value]
-    # The same as in distilldsm.evaluation.figures.overlay.
+    # The same as in distilldsm.evaluation.figures.label_colour.
     chosen = [COLOURS[(k + 1) % len(COLOURS)] for k in range(len(named))] if colours is None else list(colours)
     if len(chosen) < len(named):
         raise ValueError(f"{len(named)} labels need as many colours, not {len(chosen)}")

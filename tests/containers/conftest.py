@@ -82,7 +82,7 @@ def _start(shared: Path) -> dict:
     state = engine.start_engine(Path(tempfile.mkdtemp(prefix="dsm-engine-")))
     commit = engine.git_commit()
     try:
-        engine.build_images(cli, str(state["host"]), wheels, given, shared / "build.log")
+        engine.build_images(cli, str(state["host"]), wheels, given, shared / "build.log", roles=ROLES)
     except BaseException:
         engine.stop_engine(state)
         raise

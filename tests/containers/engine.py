@@ -143,8 +143,10 @@ def wheelhouse(roles: Sequence[str]) -> Path:
     return folder
 
 
-def build_images(cli: str, host: str, wheels: Path, secrets: dict[str, Path], log: Path) -> None:
-    """Import the base system and build all roles by docker/build.py, the way `make images` does."""
+def build_images(
+    cli: str, host: str, wheels: Path, secrets: dict[str, Path], log: Path, *, roles: Sequence[str]
+) -> None:
+    """Import the base system and build the images by docker/build.py, the way `make images` does."""
     environment = {**os.environ, "DOCKER_HOST": host}
     environment.pop("DOCKER_CONTEXT", None)
     subprocess.run([cli, "import", str(base_archive()), BASE], check=True, env=environment, capture_output=True)
@@ -152,7 +154,7 @@ def build_images(cli: str, host: str, wheels: Path, secrets: dict[str, Path], lo
     command = [
         sys.executable, str(ROOT / "docker/build.py"), "--engine", cli, "--base-image", BASE, "--network", "none",
         "--wheelhouse", str(wheels), f"--torch-build={'+cpu' if cpu else ''}",
-        "--pip-config", str(secrets["pip_config"]), "--ca-bundle", str(secrets["ca_bundle"]),
+        "--pip-config", str(secrets["pip_config"]), "--ca-bundle", str(secrets["ca_bundle"]), *roles,
     ]  # fmt: skip
     with open(log, "wb") as stream:
         done = subprocess.run(command, env=environment, stdout=stream, stderr=stream, check=False)

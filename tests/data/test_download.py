@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import distilldsm.data.download as download_module
+import distilldsm.progress as progress_module
 from distilldsm.data.download import fetch, is_url, local_path, public_address
 from distilldsm.errors import DataError, UserError
 from tests.data.http_server import CONTENT, MODIFIED, serving
@@ -231,16 +232,30 @@ def test_two_processes_do_not_write_one_file(server, get, tmp_path):
 
 
 def test_progress_is_told_in_lines_off_a_terminal_and_as_a_bar_on_one(server, get, capsys, monkeypatch, tmp_path):
-    monkeypatch.setattr(download_module, "_REPORT_SECONDS", 0.0)
+    monkeypatch.setattr(progress_module, "LOG_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(download_module, "_CHUNK", 100_000)
     get(server.url())
     plain = capsys.readouterr().err
-    assert "archive.tar: 0 of 0 MB" in plain
-    assert "archive.tar: 0.3 MB fetched" in plain
+    assert re.search(r"archive.tar: 0.1 of 0.3 MB \(33%\), [\d.]+ MB/s, about \d+ s left", plain)
+    assert "archive.tar: 0.3 MB in 0." in plain
     assert "\r" not in plain
     (tmp_path / "archive.tar").unlink()
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    monkeypatch.setenv("DISTILLDSM_PROGRESS", "bar")
     get(server.url())
     assert "\rarchive.tar:" in capsys.readouterr().err
+
+
+def test_an_interrupted_download_tells_what_is_kept(server, get, monkeypatch, tmp_path):
+    monkeypatch.setattr(download_module, "_CHUNK", 100_000)
+
+    def interrupt(self, count, note=""):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(progress_module.Meter, "advance", interrupt)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        get(server.url())
+    assert caught.value.__notes__ == ["archive.tar: 0.1 MB are kept"]
+    assert (tmp_path / "archive.tar.part").stat().st_size == 100_000
 
 
 @settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])

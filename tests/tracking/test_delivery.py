@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from distilldsm.tracking import delivery
 from distilldsm.tracking.delivery import drain, live_uri, redact, replay_all
+from distilldsm.tracking.denial import DeniedError
 from distilldsm.tracking.journal import JournalWriter, State, delivery_lock, pending, segments, writer_identity
 from tests.tracking.conftest import FakeSink
 
@@ -116,6 +117,23 @@ def test_a_refusal_by_something_before_the_store_is_none(tmp_path, fake):
     fake.up, fake.plan = True, lambda record: "ok"
     drain(tmp_path / "k", sinks=lambda uri: fake)
     assert steps(fake) == [0, 1]
+
+
+def test_a_denied_record_waits_and_keeps_its_place(tmp_path, fake):
+    """The server answers and says no, which an administrator can change: nothing is put aside, nothing overtakes."""
+    metrics(opened(tmp_path / "k"), range(3))
+
+    def denied(*_):
+        raise DeniedError("the MLflow server does not let user 'x' do this")
+
+    apply, fake.apply = fake.apply, denied
+    result = drain(tmp_path / "k", sinks=lambda uri: fake)
+    assert (result.sent, result.left, result.rejected) == (0, 3, 0)
+    assert result.error == "the MLflow server does not let user 'x' do this"
+    fake.apply = apply
+    assert drain(tmp_path / "k", sinks=lambda uri: fake).sent == 3
+    assert [record["step"] for record in fake.applied] == [0, 1, 2]
+    assert State.load(tmp_path / "k").last_error is None
 
 
 def test_a_record_that_the_store_breaks_on_does_not_block_the_rest(tmp_path, fake):

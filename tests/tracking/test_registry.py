@@ -252,6 +252,30 @@ def test_somebody_who_becomes_champion_meanwhile_is_compared_with_too(export, cl
     assert export.tags(3)["gate.champion"] == "2"
 
 
+def test_versions_are_judged_in_the_order_of_their_numbers(monkeypatch):
+    """Version 3 waits for 2, which another process is judging; not for 1, whose process was killed long ago."""
+
+    def version(number: int, seconds: float, **tags: str) -> SimpleNamespace:
+        carried = {registry.RECORD_TAG: "s:1", **tags}
+        return SimpleNamespace(version=number, creation_timestamp=1000 * seconds, tags=carried)
+
+    judged = {registry.JUDGED_TAG: "true"}
+    others = [[version(2, 999)], [version(2, 999)], [version(2, 999, **judged)]]
+    asked, slept = [], []
+
+    def search(query: str, **_: Any) -> list[SimpleNamespace]:
+        asked.append(query)
+        return [version(4, 1001), version(3, 1000), *others[len(asked) - 1], version(1, 1)]
+
+    monkeypatch.setattr(registry.time, "sleep", slept.append)
+    registry._wait_for_turn(SimpleNamespace(search_model_versions=search), NAME, "3")
+    assert len(asked) == 3
+    assert len(slept) == 2
+    others = [[version(2, 999)]] * 1000
+    registry._wait_for_turn(SimpleNamespace(search_model_versions=search), NAME, "3")
+    assert sum(slept[2:]) == registry._TURN_S, "the wait has an end"
+
+
 def test_a_store_that_is_not_the_default_gets_its_model(export, empty_store, monkeypatch):
     from mlflow import MlflowClient
 

@@ -10,7 +10,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from requests import HTTPError, Response
 
+from distilldsm.tracking.denial import DeniedError
 from distilldsm.tracking.registry import register
 from distilldsm.tracking.sink import RefusedError, Sink, prepare_environment
 
@@ -141,6 +143,55 @@ def test_the_users_own_settings_stay(monkeypatch):
     prepare_environment()
     assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "77"
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("code", "told"),
+    [
+        ("UNAUTHENTICATED", "let user 'ann' in: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"),
+        ("PERMISSION_DENIED", "let user 'ann' do this: ask who administers it for the permission EDIT"),
+    ],
+)
+def test_a_denial_is_no_refusal(sink, monkeypatch, code, told):
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "ann")
+    sink.open_run(OPENING, None)
+    monkeypatch.setattr(sink._client, "log_batch", raising(code))
+    with pytest.raises(DeniedError, match=told):
+        sink.apply([{"op": "tags", "values": {"a": "b"}}], Path(), "s:1")
+    monkeypatch.setattr(sink._client, "get_experiment_by_name", raising(code))
+    with pytest.raises(DeniedError, match=told):
+        sink.open_run(OPENING, None)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(401, DeniedError), (403, DeniedError), (500, HTTPError)])
+def test_a_denied_file_is_known_by_its_status(sink, monkeypatch, tmp_path, status, kind):
+    """Files go through the server without MLflow's own errors."""
+    sink.open_run(OPENING, None)
+    response = Response()
+    response.status_code = status
+    monkeypatch.setattr(sink, "_artifact", raising_error(HTTPError("as told", response=response)))
+    (tmp_path / "spool/1").mkdir(parents=True)
+    (tmp_path / "spool/1/a.txt").write_text("a")
+    with pytest.raises(kind):
+        sink.apply([{"op": "artifact", "path": "spool/1/a.txt", "to": None}], tmp_path, "s:1")
+
+
+def raising_error(failure: Exception) -> Any:
+    def call(*_: Any) -> None:
+        raise failure
+
+    return call
+
+
+@pytest.mark.parametrize(("set_by_user", "while_sending"), [(None, "600"), ("77", "77")])
+def test_files_are_given_more_time_than_calls(sink, monkeypatch, tmp_path, set_by_user, while_sending):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", set_by_user or "10")
+    sink.open_run(OPENING, None)
+    seen = []
+    monkeypatch.setattr(sink._client, "log_artifact", lambda *_: seen.append(os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]))
+    sink._artifact(tmp_path / "model.bin", None)
+    assert seen == [while_sending]
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == (set_by_user or "10")
 
 
 RACER = """

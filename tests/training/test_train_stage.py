@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -87,11 +88,16 @@ def test_same_seed_same_weights_other_seed_other_weights(preprocessed, tmp_path)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
-def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path, monkeypatch, optimizer):
+def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path, monkeypatch, capsys, optimizer):
     settings = config(epochs=4, optimizer=optimizer, schedule="plateau" if optimizer == "sgd" else "one_cycle")
     if optimizer == "sgd":  # the heads of lower levels go on where they were, too
         settings = replace(settings, deep_supervision=2)
     whole = train(preprocessed, tmp_path / "whole", settings)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("epoch")]
+    begin, end = r"epoch {}/4  loss \d\.\d{{4}}  lr \d\.\d\de-\d\d  \d+\.\d s", r"  about \d+ s left, [\d.]+ [MG]B"
+    dice = r"  Dice shell [01]\.\d{4}  core [01]\.\d{4}  val_dice_mean=[01]\.\d{6}"
+    for number, (line, rest) in enumerate(zip(lines, (end, dice + end, end, dice), strict=True), start=1):
+        assert re.fullmatch(begin.format(number) + rest, line)
     original = Trainer._train_epoch
     monkeypatch.setattr(cost, "peak_memory_gb", lambda: 77.0)
 
@@ -101,15 +107,21 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
         return original(self, epoch)
 
     monkeypatch.setattr(Trainer, "_train_epoch", interrupt)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt) as caught:
         train(preprocessed, tmp_path / "m", settings)
+    assert caught.value.__notes__ == ["train: 2 of 4 epochs are kept"]
     assert not (tmp_path / "m").exists()
     assert (tmp_path / ".m.partial" / loop.RESUME).exists()
     seen = []
     monkeypatch.setattr(cost, "peak_memory_gb", lambda: 1.0)
     monkeypatch.setattr(Trainer, "_train_epoch", lambda self, epoch: seen.append(epoch) or original(self, epoch))
+    monkeypatch.setenv("DISTILLDSM_PROGRESS", "bar")
     resumed = train(preprocessed, tmp_path / "m", settings)
     assert seen == [2, 3]
+    shown = capsys.readouterr().err
+    assert re.search(r"\repoch 3/4: +\d+%\|.*/\d+ \[.*step.*, loss \d\.\d{4}, [\d.]+ [MG]B\]", shown)
+    assert re.search(r"\repoch 4/4, validation: +0%", shown)
+    assert "\nepoch 4/4  loss " in shown.replace("\r", "\n"), "the epoch's own line is whole"
     assert same(whole, resumed)
     taken = json.loads((tmp_path / "m" / "cost.json").read_text())
     seconds = [h["seconds"] for h in json.loads((tmp_path / "m" / "history.json").read_text())]
@@ -119,7 +131,7 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
     assert taken["device_name"]
     history = [
         [
-            {k: v for k, v in h.items() if k != "seconds"}
+            {k: v for k, v in h.items() if "seconds" not in k}
             for h in json.loads((tmp_path / d / "history.json").read_text())
         ]
         for d in ("whole", "m")
@@ -269,3 +281,21 @@ raise SystemExit(main(sys.argv[1:]))
     )
     assert finished.returncode == 0, finished.stderr
     assert (tmp_path / "model" / "last.safetensors").is_file()
+
+
+def test_a_killed_loader_is_told_wherever_the_program_is(preprocessed, tmp_path, monkeypatch):
+    """PyTorch raises in the main thread, which is most of the time not where the batch is asked for."""
+    import psutil
+
+    trainer = loop.Trainer(config(epochs=2, workers=1), preprocessed=preprocessed, work=tmp_path, fold=0)
+    step = trainer._step
+
+    def kill_loader(*batch):
+        for child in psutil.Process().children():
+            child.kill()
+        time.sleep(1)  # the signal comes while the step is computed
+        return step(*batch)
+
+    monkeypatch.setattr(trainer, "_step", kill_loader)
+    with pytest.raises(UserError, match=r"train\.workers: a worker process was killed"):
+        trainer.run()

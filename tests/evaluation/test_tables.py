@@ -1,4 +1,4 @@
-"""Tables, figures and the page: the numbers in them are those that went in."""
+"""Tables: the numbers in them are those that went in."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distilldsm.evaluation import figures, tables
+from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import METRICS
-from distilldsm.evaluation.report import render_report
 
 
 def rows() -> list[dict]:
@@ -55,47 +54,3 @@ def test_table_and_csv(tmp_path: Path):
         read = list(csv.DictReader(stream))
     assert [r["dice"] for r in read] == ["0.9", "0.5", "0.7"]
     assert read[1]["sensitivity"] == ""
-
-
-def test_figures_repeat_byte_for_byte(tmp_path: Path):
-    history = [
-        {"epoch": 1, "train_loss": 1.0},
-        {"epoch": 2, "train_loss": 0.5, "val_dice": {"one": 0.4}},
-    ]
-    image = np.random.default_rng(0).normal(size=(8, 9, 10))
-    truth = np.zeros((8, 9, 10), dtype=np.uint8)
-    truth[2:5, 3:6, 4:8] = 1
-    for k in range(2):
-        for name, figure in {
-            "box": figures.dice_boxes(rows(), ["one"]),
-            "curves": figures.training_curves(history),
-            "no_validation": figures.training_curves(history[:1]),
-            "volumes": figures.volume_agreement(rows(), ["one"]),
-            "overlay": figures.overlay(
-                image, truth, truth * 0, spacing_mm=(1, 2, 3), labels={"background": 0, "one": 1}, title="t"
-            ),
-        }.items():
-            figures.save_figure(figure, tmp_path / f"{name}{k}.png")
-    for path in tmp_path.glob("*0.png"):
-        assert path.read_bytes() == path.with_name(path.name.replace("0.png", "1.png")).read_bytes()
-
-
-def test_report_is_whole_and_escaped(tmp_path: Path):
-    figures.save_figure(figures.dice_boxes(rows(), ["one"]), tmp_path / "x.png")
-    page = render_report(
-        title="A & B",
-        summary=tables.summarise(rows(), ["one"]),
-        rows=rows(),
-        figures=[("Dice <per> label", tmp_path / "x.png")],
-        notes=["one template", ""],
-        facts={"network": "<script>"},
-    )
-    assert "A &amp; B" in page
-    assert "<script>" not in page
-    assert "&lt;c&gt;" in page
-    assert "one template" in page
-    assert page.count('class="note"') == 1
-    assert "data:image/png;base64," in page
-    assert "http" not in page.replace("data:image", "")
-    assert page.index("<td>b</td>") < page.index("<td>&lt;c&gt;</td>") < page.index("<td>a</td>")
-    assert "not a medical device" in page

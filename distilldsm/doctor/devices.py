@@ -1,0 +1,56 @@
+"""What OpenVINO and PyTorch say of CPU and GPU. Each runs in a process of its own: native code may hang or crash."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from distilldsm.doctor.checks import Finding, clean
+from distilldsm.doctor.machine import driver_version
+
+
+def openvino_finding(limit_s: float) -> list[Finding]:
+    """Version, and the precision that `predict --precision auto` computes in here."""
+    import openvino
+
+    from distilldsm.inference.engines import openvino_core
+
+    core = openvino_core()
+    able = sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    precision = str(core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string())
+    version = openvino.__version__.partition("-")[0]
+    seen = f"{version}; CPU: {', '.join(able)}; --precision auto is {precision}, the default f32"
+    return [Finding(name="openvino", status="ok", seen=clean(seen))]
+
+
+def gpu_finding(limit_s: float) -> list[Finding]:
+    """Each GPU's name and memory, and a computation on it."""
+    import torch
+
+    driver = driver_version()
+    told = f"PyTorch {torch.__version__}" + (f", driver {driver}" if driver else "")
+    if not torch.cuda.is_available():
+        if not (torch.version.cuda or torch.version.hip):
+            seen = f"a GPU is there, but {told} is the build for CPUs"
+            mend = "install PyTorch's build for your GPU, see its installation page; or train on the CPU"
+        else:
+            seen = f"a GPU is there, but {told} (CUDA {torch.version.cuda}) cannot use it"
+            mend = "update the driver; in a container, start it with --gpus all; is CUDA_VISIBLE_DEVICES empty?"
+        return [Finding(name="gpu", status="warn", seen=seen, mend=mend)]
+    return [_gpu(torch, number, told) for number in range(torch.cuda.device_count())]
+
+
+def _gpu(torch: Any, number: int, told: str) -> Finding:
+    facts = torch.cuda.get_device_properties(number)
+    seen = f"{facts.name}, {facts.total_memory / 1e9:.0f} GB; {told}"
+    try:
+        numbers = torch.arange(4096, device=f"cuda:{number}", dtype=torch.float32).reshape(64, 64)
+        trace = float((numbers @ numbers.T).trace())
+        free, _ = torch.cuda.mem_get_info(number)
+    except RuntimeError as error:
+        mend = "another process may hold all of its memory (nvidia-smi); does this PyTorch build know the GPU?"
+        return Finding(name="gpu", status="fail", seen=clean(f"{seen}; a computation fails: {error}"), mend=mend)
+    expected = sum(k * k for k in range(4096))
+    if abs(trace / expected - 1) > 1e-3:
+        seen += f"; computes wrongly: {trace:.6g}, not {expected:.6g}"
+        return Finding(name="gpu", status="fail", seen=seen, mend="look at the GPU's health: nvidia-smi -q")
+    return Finding(name="gpu", status="ok", seen=f"{seen}; computes, {free / 1e9:.0f} GB free")

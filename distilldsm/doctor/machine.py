@@ -1,0 +1,309 @@
+"""Checks of Python, packages, CPU, GPU, memory and disk."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+from distilldsm.doctor.checks import Finding, Status, clean, in_child
+from distilldsm.doctor.services import is_installed
+
+OLDEST_PYTHON = (3, 11)
+EXTRAS = ("data", "train", "export", "pipeline", "dicom", "monai")
+PARTS = {"mlflow": "mlflow-skinny"}
+"""A smaller package that does for what the images do."""
+FLAGS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_vnni": "VNNI",
+    "amx_tile": "AMX",
+    "amx_bf16": "AMX BF16",
+    "asimd": "NEON",
+    "sve": "SVE",
+}
+"""As the kernel calls it, as people do: what OpenVINO and PyTorch are faster with."""
+FOLDERS = ("data", "models", "evaluation", "export")
+LITTLE_DISK_GB, NO_DISK_GB = 10.0, 1.0
+SHARED_BYTES = 64 << 20
+"""Docker's default; too little for several processes on GPUs (NCCL)."""
+_PROBE_BYTES = 1 << 20
+_SLICE = 512 * 512
+_MOST_SLICES = 20_000
+
+
+def check_python(limit_s: float) -> list[Finding]:
+    """Python's version and place."""
+    seen = f"{platform.python_version()}, {sys.prefix}"
+    if sys.version_info < OLDEST_PYTHON:
+        oldest = ".".join(map(str, OLDEST_PYTHON))
+        return [Finding(name="python", status="fail", seen=seen, mend=f"install Python {oldest} or newer")]
+    return [Finding(name="python", status="ok", seen=seen)]
+
+
+def check_packages(limit_s: float) -> list[Finding]:
+    """What is installed of each optional group, against the minimums of pyproject.toml."""
+    table = requirements()
+    base = {_name(line) for line in table[""]}
+    found = [_group("packages", "", table[""], set())]
+    for extra in EXTRAS:
+        shared = base | {_name(line) for other in EXTRAS if other != extra for line in table.get(other, ())}
+        found.append(_group(f"packages: {extra}", extra, table.get(extra, []), shared))
+    return found
+
+
+def requirements() -> dict[str, list[str]]:
+    """Requirements by optional group, "" for those always needed: of this checkout, else of the installed package."""
+    project = Path(__file__).resolve().parents[2] / "pyproject.toml"
+    if project.is_file():
+        import tomllib
+
+        table = tomllib.loads(project.read_text(encoding="utf-8"))["project"]
+        return {"": table["dependencies"], **table["optional-dependencies"]}
+    groups: dict[str, list[str]] = {"": []}
+    for line in metadata.requires("distilldsm") or []:
+        requirement, _, marker = line.partition(";")
+        extra = re.search(r"extra\s*==\s*['\"]([\w-]+)", marker)
+        groups.setdefault(extra[1] if extra else "", []).append(requirement.strip())
+    return groups
+
+
+def _name(requirement: str) -> str:
+    return re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower()
+
+
+def _group(name: str, extra: str, lines: Sequence[str], shared: set[str]) -> Finding:
+    from packaging.requirements import Requirement
+
+    missing, old, own = [], [], 0
+    for line in lines:
+        requirement = Requirement(line)
+        version = _version(requirement.name)
+        if version is None:
+            missing.append(requirement.name)
+            continue
+        own += _name(line) not in shared
+        if not requirement.specifier.contains(version, prereleases=True):
+            old.append(f"{requirement.name} {version} (needs {requirement.specifier})")
+    target = f"'.[{extra}]'" if extra else "."
+    mend = f"in the repository: pip install -c constraints.txt {target}"
+    if old:
+        return Finding(name=name, status="fail", seen=f"too old: {', '.join(old)}", mend=mend)
+    if missing and extra and not own:
+        return Finding(name=name, status="skip", seen="not installed (an optional group)")
+    if missing:
+        # The image of the first stages leaves out OpenVINO: they do not predict.
+        only_later = missing == ["openvino"] or extra
+        seen = f"not installed: {', '.join(missing)}"
+        return Finding(name=name, status="warn" if only_later else "fail", seen=seen, mend=mend)
+    return Finding(name=name, status="ok", seen=f"{len(lines)} packages, none too old")
+
+
+def _version(name: str) -> str | None:
+    for candidate in (name, PARTS.get(name.lower())):
+        if candidate:
+            with contextlib.suppress(metadata.PackageNotFoundError):
+                return metadata.version(candidate)
+    return None
+
+
+def check_cpu(limit_s: float) -> list[Finding]:
+    """Cores that may be used, and what the CPU can."""
+    name, cores, quota = "cpu", usable_cores(), cpu_quota()
+    flags = _cpu_field("flags").split() or _cpu_field("Features").split()
+    able = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
+    model = _cpu_field("model name") or platform.processor() or platform.machine()
+    limited = f", limited to the time of {quota:g} (cgroup)" if quota is not None else ""
+    seen = f"{model}; {cores} cores usable of {os.cpu_count()}{limited}; {able or 'no vector extensions told'}"
+    if quota is not None and quota < cores * 0.75:
+        whole = max(1, math.floor(quota))
+        mend = f"set OMP_NUM_THREADS={whole}, and {whole} for preprocess.workers, validate.workers, evaluate.workers"
+        return [Finding(name=name, status="warn", seen=seen, mend=mend)]
+    if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
+        return [Finding(name=name, status="warn", seen=seen, mend="works, but slowly: take a CPU with AVX2")]
+    return [Finding(name=name, status="ok", seen=seen)]
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
+    """Cores' worth of time that a container may use; None for no limit."""
+    quota, period = (_read(root / "cpu.max").split() or ["max", "100000"])[:2]
+    if quota == "max":  # cgroup v1, or none
+        quota = _read(root / "cpu/cpu.cfs_quota_us").strip() or "-1"
+        period = _read(root / "cpu/cpu.cfs_period_us").strip() or "100000"
+    with contextlib.suppress(ValueError, ZeroDivisionError):
+        return int(quota) / int(period) if int(quota) > 0 else None
+    return None
+
+
+def _cpu_field(key: str) -> str:
+    found = re.search(rf"^{key}\s*: (.*)$", _read(Path("/proc/cpuinfo")), re.M)
+    return found[1].strip() if found else ""
+
+
+def check_openvino(limit_s: float) -> list[Finding]:
+    """What prediction will run on, in a process of its own: native code."""
+    if not is_installed("openvino"):
+        return [Finding(name="openvino", status="skip", seen="not installed")]
+    return in_child("openvino", "distilldsm.doctor.devices:openvino_finding", limit_s)
+
+
+def check_gpu(limit_s: float) -> list[Finding]:
+    """Whether PyTorch computes on the GPU; it is only imported where there is a sign of one."""
+    if not is_installed("torch"):
+        return [Finding(name="gpu", status="skip", seen="PyTorch is not installed: no training here")]
+    if not has_gpu():
+        return [Finding(name="gpu", status="skip", seen="none: training runs on the CPU")]
+    return in_child("gpu", "distilldsm.doctor.devices:gpu_finding", limit_s)
+
+
+def has_gpu() -> bool:
+    """Whether there is a sign of a GPU that PyTorch could use."""
+    nodes = ("/dev/nvidia0", "/dev/nvidiactl", "/proc/driver/nvidia/version", "/dev/kfd", "/dev/dxg")
+    return any(Path(node).exists() for node in nodes) or shutil.which("nvidia-smi") is not None
+
+
+def driver_version() -> str:
+    """Of NVIDIA's driver; empty where nothing tells."""
+    found = re.search(r"Kernel Module.*?\s(\d+\.\d+[.\d]*)\s", _read(Path("/proc/driver/nvidia/version")))
+    if found:
+        return found[1]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.split("\n")[0]
+    return ""
+
+
+def check_memory(limit_s: float) -> list[Finding]:
+    """Memory, and the largest scan that prediction takes in it by its own estimate."""
+    from distilldsm.inference.memory import available_bytes, budget_bytes
+
+    name, free, total = "memory", available_bytes(), _total_memory()
+    if free is None:
+        return [Finding(name=name, status="skip", seen="this system does not tell")]
+    limit = cgroup_memory()
+    of = f" of {total / 1e9:.1f}" if total else ""
+    limited = f", limit of the container {limit / 1e9:.1f} GB" if limit is not None else ""
+    budget = budget_bytes(None)
+    slices = largest_scan(budget)
+    scan = f"a CT of 512 x 512 x {slices}" if slices else "no CT of 512 x 512 slices"
+    seen = f"{free / 1e9:.1f}{of} GB free{limited}; predict takes up to {budget / 1e9:.1f} GB: {scan}"
+    if slices < 200:
+        return [Finding(name=name, status="warn", seen=seen, mend="free memory, or take a machine with 4 GB free")]
+    return [Finding(name=name, status="ok", seen=seen)]
+
+
+def largest_scan(budget: int) -> int:
+    """Slices of 512 x 512 voxels, one channel of int16, that the default network takes within a budget."""
+    from distilldsm.errors import DataError
+    from distilldsm.inference.memory import activation_bytes, plan_pieces
+
+    def fits(slices: int) -> bool:
+        try:
+            plan_pieces(
+                (slices, 512, 512),
+                stride=(1, 16, 16),
+                depth_halo=8,
+                per_voxel=activation_bytes("distill_dsm", {}, "openvino"),
+                channels=1,
+                classes=3,
+                held_bytes=slices * _SLICE * 3 + _SLICE * (160 + 3 * 40),  # the scan, its mask, slices on their way
+                budget=budget,
+                where=None,
+            )
+        except DataError:
+            return False
+        return True
+
+    low, high = 0, _MOST_SLICES
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low
+
+
+def _total_memory() -> int:
+    found = re.search(r"^MemTotal:\s+(\d+)", _read(Path("/proc/meminfo")), re.M)
+    return int(found[1]) * 1024 if found else 0
+
+
+def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Limit of a container, bytes; None for none."""
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        text = _read(root / name).strip()
+        if text.isdigit() and int(text) < 1 << 60:  # what version 1 calls no limit is a huge number
+            return int(text)
+    return None
+
+
+def check_disk(limit_s: float) -> list[Finding]:
+    """Space where outputs and temporary files go, and whether they can be written."""
+    places: dict[int, list[Path]] = {}
+    for path in (*map(Path, FOLDERS), Path(tempfile.gettempdir())):
+        places.setdefault(_existing(path).stat().st_dev, []).append(path)
+    return [*(_disk(paths) for paths in places.values()), *_shared_memory()]
+
+
+def _existing(path: Path) -> Path:
+    """The folder, or the nearest above it that is there."""
+    path = path.absolute()
+    return next(one for one in (path, *path.parents) if one.is_dir())
+
+
+def _disk(paths: Sequence[Path]) -> Finding:
+    name = f"disk: {', '.join(map(str, paths))}"
+    free_gb = shutil.disk_usage(_existing(paths[0])).free / 1e9
+    for folder in dict.fromkeys(map(_existing, paths)):
+        try:
+            _write_and_delete(folder)
+        except OSError as error:
+            seen = f"{folder}: cannot be written: {error.strerror or error}; {free_gb:.1f} GB free"
+            mend = "free space" if free_gb < NO_DISK_GB else "give yourself the right to write, or use another folder"
+            return Finding(name=name, status="fail", seen=clean(seen), mend=mend)
+    seen = f"{free_gb:.1f} GB free, written and deleted"
+    if free_gb < LITTLE_DISK_GB:
+        status: Status = "fail" if free_gb < NO_DISK_GB else "warn"
+        return Finding(name=name, status=status, seen=seen, mend="free space, or link the folders to another disk")
+    return Finding(name=name, status="ok", seen=seen)
+
+
+def _write_and_delete(folder: Path) -> None:
+    content = os.urandom(_PROBE_BYTES)
+    with tempfile.NamedTemporaryFile(dir=folder, prefix=".distilldsm-doctor-") as probe:
+        probe.write(content)
+        probe.flush()
+        os.fsync(probe.fileno())
+        if Path(probe.name).read_bytes() != content:
+            raise OSError("what is read is not what was written")
+
+
+def _shared_memory() -> list[Finding]:
+    if not Path("/dev/shm").is_dir():  # noqa: S108 - looked at, not written
+        return []
+    size = shutil.disk_usage("/dev/shm").total  # noqa: S108
+    seen = f"{size / 1e9:.1f} GB"
+    if size > SHARED_BYTES:
+        return [Finding(name="disk: /dev/shm", status="ok", seen=seen)]
+    mend = "for several GPUs: docker run --shm-size 1g; in conf/cluster.yaml shared_memory"
+    return [Finding(name="disk: /dev/shm", status="warn", seen=seen, mend=mend)]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text()
+    except (OSError, UnicodeDecodeError):
+        return ""

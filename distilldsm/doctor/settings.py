@@ -1,0 +1,64 @@
+"""Checks of what the user has set: params.yaml, and the environment."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from distilldsm.doctor.checks import Finding
+from distilldsm.progress import VARIABLE, Mode
+
+PREFIX = "DISTILLDSM_"
+VARIABLES: Mapping[str, str] = {
+    "DISTILLDSM_DEBUG": "1: tracebacks of operating system errors",
+    "DISTILLDSM_DOWNLOAD_PASSWORD": "of the server that data comes from",
+    "DISTILLDSM_DOWNLOAD_SIGNATURE": "query of a signed address",
+    "DISTILLDSM_DOWNLOAD_TOKEN": "of the server that data comes from",
+    "DISTILLDSM_DOWNLOAD_USERNAME": "of the server that data comes from",
+    "DISTILLDSM_PIPELINE_VERSION": "set by the Kubeflow pipeline",
+    VARIABLE: "bar, plain or off",
+    "DISTILLDSM_RESUME": "set by commands that start others",
+    "DISTILLDSM_SCANS": "folder that a model server reads and writes",
+    "DISTILLDSM_TEST_CACHE": "where the tests keep base images",
+    "DISTILLDSM_TRACKING_DIR": "where journals of MLflow records lie",
+    "DISTILLDSM_VERSION": "of the images, for docker/compose.yaml",
+    "DISTILLDSM_WORK_DIR": "volume for unfinished work, set by the Kubeflow pipeline",
+}
+"""All that are read anywhere."""
+
+
+def check_params(limit_s: float) -> list[Finding]:
+    """Whether params.yaml is valid."""
+    from distilldsm.config import load_params
+
+    name, path = "params.yaml", Path("params.yaml")
+    if not path.is_file():
+        mend = "run it in the repository; distilldsm compose writes one"
+        return [Finding(name=name, status="warn", seen=f"{path.absolute()}: not there", mend=mend)]
+    params = load_params(path)
+    seen = f"valid: {params.download.source}, {params.train.model.name}, {params.train.epochs} epochs"
+    return [Finding(name=name, status="ok", seen=seen)]
+
+
+def check_environment(limit_s: float) -> list[Finding]:
+    """Whether all DISTILLDSM_ variables are known: a mistyped one is silently without effect. Values are not told."""
+    name = "environment"
+    given = sorted(variable for variable in os.environ if variable.startswith(PREFIX))
+    found = []
+    for variable in given:
+        if variable not in VARIABLES:
+            ends = [known.removeprefix(PREFIX) for known in VARIABLES]  # the beginning is what all have in common
+            near = difflib.get_close_matches(variable.removeprefix(PREFIX), ends, n=1, cutoff=0.7)
+            mend = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(VARIABLES)}"
+            found.append(Finding(name=name, status="warn", seen=f"{variable} has no effect", mend=mend))
+    allowed = Mode.__args__  # type: ignore[attr-defined]
+    if os.environ.get(VARIABLE, allowed[0]) not in ("", *allowed):
+        mend = f"set it to {', '.join(allowed)}"
+        found.append(Finding(name=name, status="warn", seen=f"{VARIABLE} is none of its values", mend=mend))
+    folder = os.environ.get("DISTILLDSM_SCANS")
+    if folder and not Path(folder).is_dir():
+        mend = "make it, or name another"
+        found.append(Finding(name=name, status="warn", seen="DISTILLDSM_SCANS names no folder", mend=mend))
+    return found or [Finding(name=name, status="ok", seen=", ".join(given) or f"no {PREFIX} variable is set")]

@@ -1,0 +1,268 @@
+"""Gathers what an evaluation's page shows: figures, cases worth a look, their volumes, facts on data and model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.config import EvaluateConfig
+from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.volume import read_image, read_label
+from distilldsm.evaluation import figures
+from distilldsm.evaluation.overlays import overlay
+from distilldsm.evaluation.report import Picture, Report, render_report
+from distilldsm.evaluation.report_sections import mean_dice
+from distilldsm.stage import MANIFEST, content_hash, package_versions, read_json
+
+VIEWER_BYTES = 8_000_000
+"""Of the page, for the volumes of all its viewed cases, as base64: the whole page stays below 15 MB."""
+VIEWED = ("worst", "second worst", "median", "best")
+_START_VOXELS = 2_000_000
+_FEWEST_VOXELS = 1000
+
+Rows = Sequence[Mapping[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What the page is about; the stage's own names."""
+
+    config: EvaluateConfig
+    inputs: Mapping[str, Path]
+    index: DatasetIndex
+    cases: Sequence[Case]
+    fold: int
+    labels: Sequence[str]
+    """Of the scores: labels, or regions."""
+    rows: Rows
+    summary: Mapping[str, Any]
+    intervals: Mapping[str, Any]
+    prediction_cost: Mapping[str, Any]
+    training_cost: Mapping[str, Any]
+
+
+def optional_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """What the page shows where it is there, and does without where not: the validation report, the fingerprint."""
+    found = {"fingerprint": inputs["preprocessed"] / "fingerprint.json"}
+    if "validation" in inputs:
+        found["validation"] = inputs["validation"] / "report.json"
+    return {name: path for name, path in found.items() if path.is_file()}
+
+
+def write_report(work: Path, given: Evaluation) -> None:
+    """Write `report.html` and `figures/`; `work` holds the predicted masks."""
+    model = read_json(given.inputs["model"] / "model.json")
+    optional = {name: read_json(path) for name, path in optional_inputs(given.inputs).items()}
+    overlays, viewer = _look_at_cases(work, given)
+    facts = _facts(given, model)
+    report = Report(
+        title=f"{given.index.name}, {facts['network']}, fold {given.fold}",
+        notes=_notes(given),
+        rows=given.rows,
+        summary=given.summary,
+        intervals=given.intervals,
+        **_plots(work / "figures", given),
+        overlays=overlays,
+        viewer=viewer,
+        fingerprint=optional.get("fingerprint"),
+        plan=read_json(given.inputs["model"] / "plan.json"),
+        validation=optional.get("validation"),
+        model=model,
+        training_cost=given.training_cost,
+        prediction_cost=given.prediction_cost,
+        facts=facts,
+        params=_params(given),
+    )
+    (work / "report.html").write_text(render_report(report), encoding="utf-8")
+
+
+def _notes(given: Evaluation) -> list[str]:
+    notes = [given.index.note]
+    if given.config.checkpoint == "best":
+        notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
+    if given.config.mirror:
+        notes.append("The scores are of predictions averaged over mirrored views.")
+    return notes
+
+
+def choose_cases(rows: Rows) -> dict[str, str]:
+    """Kind (worst, second worst, third worst, median, best) to case, by mean Dice; each case once."""
+    ranked = list(mean_dice(rows))
+    wanted = {"worst": 0, "best": -1, "median": len(ranked) // 2, "second worst": 1, "third worst": 2}
+    chosen: dict[str, str] = {}
+    for kind, place in wanted.items():
+        if place < len(ranked) and ranked[place] not in chosen.values():
+            chosen[kind] = ranked[place]
+    order = ("worst", "second worst", "third worst", "median", "best")
+    return {kind: chosen[kind] for kind in order if kind in chosen}
+
+
+def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], str]:
+    """Overlays of the chosen cases, and the viewer's HTML with some of them."""
+    from distilldsm.viewer import ViewedCase, viewer_fragment
+
+    names = {"worst": "worst", "second worst": "worst2", "third worst": "worst3"}
+    cases = {case.id: case for case in given.cases}
+    chosen = choose_cases(given.rows)
+    in_viewer = [kind for kind in VIEWED if kind in chosen]
+    pictures, viewed = [], []
+    for kind, id_ in chosen.items():
+        case = cases[id_]
+        dataset = given.inputs["dataset"]
+        volume = read_image([dataset / p for p in case.images], len(given.index.channels))
+        truth, _ = read_label(dataset / case.label)
+        mask, _ = read_label(work / "predictions" / f"{case.id}.nii.gz")
+        caption = f"{kind} case: {_caption(id_, given)}"
+        path = work / "figures" / f"{names.get(kind, kind)}.png"
+        figure = overlay(volume.data[0], truth, mask, affine=volume.affine, labels=given.index.labels)
+        figures.save_figure(figure, path)
+        alt = f"Three planes of {id_} with the outlines of truth and prediction. {caption}"
+        pictures.append(Picture(path=path, caption=caption[0].upper() + caption[1:], alt=alt))
+        if kind in in_viewer:
+            image, shown_truth, shown_mask = fitted(
+                volume.data[0], truth, mask, volume.affine, VIEWER_BYTES // len(in_viewer)
+            )
+            viewed.append(
+                ViewedCase(
+                    name=f"{kind}: {id_}", caption=caption, image=image, truth=shown_truth, prediction=shown_mask
+                )
+            )
+    return pictures, viewer_fragment(viewed, given.index.labels)
+
+
+def fitted(
+    image: npt.NDArray[np.floating],
+    truth: npt.NDArray[np.integer],
+    prediction: npt.NDArray[np.integer],
+    affine: npt.NDArray[np.floating],
+    max_bytes: int,
+) -> tuple[bytes, bytes, bytes]:
+    """The three volumes (X, Y, Z) for the viewer, thinned out until their base64 takes at most `max_bytes`."""
+    from distilldsm.viewer import packed
+
+    voxels = min(_START_VOXELS, image.size)
+    while True:
+        made = (
+            packed(image, affine, is_label=False, max_voxels=voxels),
+            packed(truth, affine, is_label=True, max_voxels=voxels),
+            packed(prediction, affine, is_label=True, max_voxels=voxels),
+        )
+        size = sum(len(one) for one in made) * 4 / 3
+        if size <= max_bytes or voxels <= _FEWEST_VOXELS:
+            return made
+        voxels = max(_FEWEST_VOXELS, int(0.9 * voxels * max_bytes / size))
+
+
+def _caption(case: str, given: Evaluation) -> str:
+    rows = [row for row in given.rows if row["case"] == case]
+    mean = np.mean([row["dice"] for row in rows])
+    text = f"{case}, mean Dice {mean:.3f}"
+    shown = sorted(rows, key=lambda row: row["dice"])[:6]
+    if len(rows) > 1:
+        names = [f"{row['label']} {row['dice']:.3f}" for row in shown]
+        text += f" ({', '.join([*names, '...'] if len(rows) > len(shown) else names)})"
+    return f"{text}, largest HD95 {max(row['hd95_mm'] for row in rows):.1f} mm"
+
+
+def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
+    """All figures but the overlays, by the part of the page."""
+    rows, labels = given.rows, given.labels
+    history = read_json(given.inputs["model"] / "history.json")
+    count = given.summary["cases"]
+    tolerance = f"{given.config.nsd_tolerance_mm:g} mm"
+    means = "; ".join(f"{label} {given.summary['labels'][label]['dice']['mean']:.3f}" for label in labels)
+    made = {
+        "distributions": {
+            "dice": (
+                figures.score_boxes(rows, labels, "dice", "Dice"),
+                f"Dice of {count} cases. Box: quartiles and median; a point is a case.",
+                f"Box plot of Dice per label. Means: {means}.",
+            ),
+            "hd95": (
+                figures.score_boxes(rows, labels, "hd95_mm", "HD95 (mm)"),
+                "HD95: 95th percentile of the distance between the surfaces, lower is better.",
+                "Box plot of HD95 per label, mm.",
+            ),
+            "nsd": (
+                figures.score_boxes(rows, labels, "nsd", f"NSD ({tolerance})"),
+                f"NSD: share of the surfaces within {tolerance} of each other.",
+                "Box plot of NSD per label.",
+            ),
+        },
+        "volumes": {
+            "volume_differences": (
+                figures.volume_differences(rows, labels),
+                "Bland-Altman plot: bias and 95 % limits of agreement; the numbers stand below.",
+                "Scatter plot of predicted minus true volume against their mean, ml.",
+            ),
+            "volumes": (
+                figures.volume_agreement(rows, labels),
+                "Predicted against true volume; on the grey line they are equal.",
+                "Scatter plot of predicted against true volume, ml.",
+            ),
+            "dice_by_volume": (
+                figures.dice_by_volume(rows, labels),
+                "Dice against the size of the structure: small ones score lower for the same error at the surface.",
+                "Scatter plot of Dice against true volume, ml.",
+            ),
+        },
+        "training": {
+            "training_loss": (figures.training_loss(history), "Loss of training, mean of each epoch.", ""),
+            "training_dice": (
+                figures.training_dice(history),
+                "Dice of held-out volumes while training, in the network's space: for watching, not reported.",
+                "",
+            ),
+            "learning_rate": (figures.learning_rate(history), "Learning rate.", ""),
+        },
+    }
+    pictures: dict[str, list[Picture]] = {}
+    for part, of in made.items():
+        for name, (figure, caption, alt) in of.items():
+            path = folder / f"{name}.png"
+            figures.save_figure(figure, path)
+            pictures.setdefault(part, []).append(Picture(path=path, caption=caption, alt=alt))
+    return pictures
+
+
+def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
+    from distilldsm.tracking.values import version_tags
+
+    index, inputs = given.index, given.inputs
+    options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
+    tags = version_tags()
+    commit = tags.get("git_commit", "not known")
+    recorded = inputs["model"] / "mlflow_run.json"
+    run = read_json(recorded).get("run_id") if recorded.is_file() else None
+    return {
+        "network": f"{model['name']} ({options})" if options else model["name"],
+        "epochs": model["epochs"],
+        "checkpoint": given.config.checkpoint,
+        "fold": given.fold,
+        "NSD tolerance": f"{given.config.nsd_tolerance_mm:g} mm",
+        "data set": index.name,
+        "source": index.source,
+        "licence of the data": index.licence,
+        "reference": index.reference,
+        "data hash": content_hash(inputs["dataset"])[:16],
+        "model hash": content_hash(inputs["model"])[:16],
+        "git commit": commit + (", changed since" if tags.get("git_dirty") == "true" else ""),
+        "MLflow run": run or "none",
+        **({"Kubeflow run": tags["kfp_run_id"]} if "kfp_run_id" in tags else {}),
+        "versions": ", ".join(f"{k} {v}" for k, v in package_versions().items()),
+    }
+
+
+def _params(given: Evaluation) -> dict[str, Any]:
+    """Of the training, as its manifest tells them, and of the evaluation."""
+    from distilldsm.tracking.values import flatten
+
+    manifest = given.inputs["model"] / MANIFEST
+    train = read_json(manifest).get("config", {}) if manifest.is_file() else {}
+    flat = flatten({"train": train, "evaluate": asdict(given.config)})
+    return {key: "-" if value is None else value for key, value in flat.items()}

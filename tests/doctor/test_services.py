@@ -1,0 +1,296 @@
+"""MLflow's store, DVC's remote, Kubeflow and the journal: each refusal has its words, and probes leave nothing."""
+
+from __future__ import annotations
+
+import shutil
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from distilldsm.doctor import services
+from distilldsm.doctor.checks import run_checks
+from distilldsm.errors import UserError
+from distilldsm.tracking.journal import JournalWriter, State, reject
+from pipeline import doctor
+from tests.doctor.conftest import contents
+from tests.pipeline.kfp_server import FakeKfp, serving
+
+CHECKS = {check.name: check for check in doctor.CHECKS}
+
+
+@pytest.fixture
+def store(place: Path, empty_store: Path, monkeypatch) -> str:
+    """Address of a SQLite store with a run in it."""
+    shutil.copyfile(empty_store, place / "mlflow.db")
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{place / 'mlflow.db'}"
+    client = MlflowClient(tracking_uri=uri)
+    location = (place / "mlartifacts/mine").as_uri()
+    run = client.create_run(client.create_experiment("mine", artifact_location=location))
+    client.log_metric(run.info.run_id, "loss", 0.5)
+    client.log_text(run.info.run_id, "kept", "a.txt")
+    return uri
+
+
+def tables(place: Path) -> list[str]:
+    connection = sqlite3.connect(place / "mlflow.db")
+    try:
+        return list(connection.iterdump())
+    finally:
+        connection.close()
+
+
+def files(place: Path) -> list[str]:
+    return sorted(contents(place))
+
+
+def test_a_sqlite_store_is_as_it_was(store, place):
+    from distilldsm.tracking import probe
+
+    before = tables(place), files(place)
+    (found,) = probe.check(10)
+    assert (found.status, found.name) == ("ok", "mlflow")
+    assert found.seen.endswith("a run with a metric and an artifact was written, read back and deleted")
+    assert (tables(place), files(place)) == before
+
+
+def test_a_probe_that_fails_is_taken_away_too(store, place, monkeypatch):
+    from distilldsm.tracking import probe
+
+    def refuse(self, run_id, text, artifact_file):
+        assert self.get_run(run_id).data.metrics == {"probe": 0.5}
+        raise PermissionError("bucket of https://anna:geheim99@host: AccessDenied")
+
+    before = tables(place), files(place)
+    monkeypatch.setattr(probe.MlflowClient, "log_text", refuse)
+    with pytest.raises(UserError, match="runs can be written, artifacts cannot") as caught:
+        probe.probe_store(store)
+    assert "geheim" not in str(caught.value)
+    assert (tables(place), files(place)) == before
+    monkeypatch.setattr(probe.MlflowClient, "log_text", lambda *_: None)
+    monkeypatch.setattr(probe.MlflowClient, "download_artifacts", lambda *_: str(place / "mlartifacts"))
+    with pytest.raises(UserError, match="artifact"):
+        probe.probe_store(store)
+    assert (tables(place), files(place)) == before
+
+
+def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, place, monkeypatch):
+    """As with a server, where nothing can be deleted for good."""
+    from mlflow import MlflowClient
+    from mlflow.entities import ViewType
+
+    from distilldsm.tracking import probe
+
+    monkeypatch.setattr(probe, "sqlite_path", lambda uri: None)
+    client = MlflowClient(tracking_uri=store)
+    active = {e.name for e in client.search_experiments()}
+    for _ in range(2):
+        probe.probe_store(store)
+    assert {e.name for e in client.search_experiments()} == active
+    (deleted,) = client.search_experiments(view_type=ViewType.DELETED_ONLY)
+    assert deleted.name == probe.EXPERIMENT
+    assert client.search_runs([deleted.experiment_id], run_view_type=ViewType.ACTIVE_ONLY) == []
+    assert [e.name for e in client.search_experiments(filter_string="name = 'mine'")] == ["mine"]
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem", "mend"),
+    [
+        ("401", "access is refused", "MLFLOW_TRACKING_USERNAME"),
+        ("403", "access is refused", "MLFLOW_TRACKING_USERNAME"),
+        ("404", "answers, but not as MLflow does", "MLflow's own address"),
+        ("login", "answers, but not as MLflow does", "a page to log in"),
+        ("500", "the server answers, but fails", "the server's own log"),
+        ("close", "the server does not answer", "the VPN"),
+        ("hang", "the server does not answer", "the VPN"),
+        ("away", "the server does not answer", "the VPN"),
+    ],
+)
+def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, mend):
+    from distilldsm.tracking import probe
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    server.answer = answer
+    host = server.url if answer != "away" else "http://127.0.0.1:9"
+    with pytest.raises(UserError) as caught:
+        probe.probe_store(host.replace("://", "://anna:geheim99@"))
+    assert caught.value.problem == caught.value.problem.strip()
+    assert caught.value.problem.startswith(problem)
+    assert mend in caught.value.mend
+    assert caught.value.where == host
+    assert "geheim" not in str(caught.value)
+    assert files(place) == []
+
+
+def test_a_file_that_is_no_store(place):
+    from distilldsm.tracking import probe
+
+    (place / "mlflow.db").write_text("something else" * 100)
+    with pytest.raises(UserError, match="the store cannot be used"):
+        probe.probe_store(f"sqlite:///{place}/mlflow.db")
+    assert files(place) == ["mlflow.db"]
+
+
+def test_a_store_that_is_not_there_yet_is_not_made(place, monkeypatch):
+    (found,) = services.check_mlflow(1)
+    assert (found.status, found.seen) == ("ok", f"{place}/mlflow.db: not there yet, the first training makes it")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/gone/mlflow.db")
+    (found,) = services.check_mlflow(1)
+    assert (found.status, found.seen) == ("fail", f"{place}/gone: is no folder that can be written")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(services, "is_installed", lambda package: False)
+    assert services.check_mlflow(1)[0].status == "skip"
+    assert files(place) == []
+
+
+def test_requests_end_before_the_check_does(place, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    monkeypatch.setattr(services, "is_installed", lambda package: True)
+    given = []
+    monkeypatch.setattr(services, "in_child", lambda *arguments: given.append(arguments) or [])
+    services.check_mlflow(9.0)
+    _, function, limit_s, environment = given[0]
+    assert (function, limit_s) == ("distilldsm.tracking.probe:check", 9.0)
+    assert environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
+    assert environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
+
+
+def test_records_that_wait_for_mlflow(place):
+    (found,) = services.check_journal(1)
+    assert (found.status, found.seen) == ("ok", f"nothing waits in {place}/tracking")
+    for key in ("a" * 32, "b" * 32):
+        writer = JournalWriter(place / "tracking" / key)
+        writer.append("open", run_key=key)
+        writer.append("metrics", values={})
+        writer.append("params", values={})
+        writer.close()
+    State(last_error="MlflowException: the server is away").save(place / "tracking" / ("b" * 32))
+    reject(place / "tracking" / ("a" * 32), None, "the line is no record")
+    before = contents(place)
+    waiting, refused = services.check_journal(1)
+    assert contents(place) == before
+    assert (waiting.status, refused.status) == ("warn", "warn")
+    assert waiting.seen.startswith(
+        f"4 records in {place}/tracking have not been delivered (MlflowException: the server"
+    )
+    assert "replay_journals" in waiting.mend
+    assert str(place / "tracking" / ("a" * 32) / "rejected.jsonl") in refused.mend
+
+
+def repository(place: Path, config: str) -> None:
+    (place / ".dvc").mkdir(exist_ok=True)
+    (place / ".dvc/config").write_text(config)
+
+
+def remote(url: object) -> str:
+    return f"[core]\n    remote = store\n['remote \"store\"']\n    url = {url}\n"
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
+    from pipeline import dvc_probe
+
+    store = tmp_path / "shared/store"
+    repository(place, remote(f"{scheme}{store}"))
+    before = contents(place)
+    (found,) = dvc_probe.check(1)
+    assert (found.status, found.name) == ("ok", "dvc remote")
+    assert found.seen == f"store: {scheme}{store}: an object was written, read back and deleted"
+    assert not store.parent.exists(), "what was made for the probe is gone"
+    (store / "files/md5").mkdir(parents=True)
+    (store / "files/md5/object").write_bytes(b"kept")
+    kept = contents(store)
+    assert dvc_probe.check(1)[0].status == "ok"
+    assert contents(store) == kept
+    assert contents(place) == before
+
+
+def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
+    from dvc.fs import LocalFileSystem
+
+    from pipeline import dvc_probe
+
+    (tmp_path / "file").write_text("no folder")
+    repository(place, remote(tmp_path / "file/store"))
+    with pytest.raises(UserError, match="file/store cannot be used"):
+        dvc_probe.check(1)
+    repository(place, remote(tmp_path / "store"))
+    for error, problem in (
+        (PermissionError(13, "Permission denied"), "is refused"),
+        (OSError("An error occurred (403) when calling PutObject"), "is refused"),
+        (OSError(5, "Input/output error"), "cannot be used"),
+    ):
+
+        def fail(self, path, value, error=error):
+            raise error
+
+        monkeypatch.setattr(LocalFileSystem, "pipe_file", fail)
+        with pytest.raises(UserError) as caught:
+            dvc_probe.check(1)
+        assert problem in caught.value.problem
+        assert caught.value.mend
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_dvc_repository_without_a_remote(place):
+    from pipeline import dvc_probe
+
+    repository(place, "")
+    assert dvc_probe.check(1)[0].status == "skip"
+    repository(place, remote("s3://anna:geheim99@bucket/x").replace("[core]\n    remote = store\n", ""))
+    (found,) = dvc_probe.check(1)
+    assert (found.status, found.mend) == ("warn", "dvc remote default store")
+
+
+def test_git_and_dvc_where_there_is_nothing(place, monkeypatch):
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(place.parent))
+    git, dvc = run_checks([CHECKS["git"], CHECKS["dvc"]], 10)
+    assert (git.status, dvc.status) == ("warn", "warn")
+    assert "not a git repository" in git.seen
+    (place / "dvc.yaml").write_text("stages: {train: {cmd: a}}")
+    (found,) = doctor.check_dvc(1)
+    assert (found.status, found.seen) == ("fail", "there is a dvc.yaml, but no .dvc")
+    (place / ".dvc").mkdir()
+    monkeypatch.setattr(doctor, "in_child", lambda *_: [])
+    (found,) = doctor.check_dvc(1)
+    assert (found.status, found.seen) == ("ok", "dvc.yaml: train")
+    monkeypatch.setattr(services, "is_installed", lambda package: False)
+    assert doctor.check_dvc(1)[0].status == "skip"
+
+
+@pytest.mark.parametrize(
+    ("answer", "seen", "mend"),
+    [
+        ("401", "access is refused", "KF_PIPELINES_TOKEN"),
+        ("404", "is no Kubeflow Pipelines of version 2", "ml-pipeline"),
+        ("login", "answers, but not as Kubeflow Pipelines", "ml-pipeline"),
+        ("500", "HTTP 500", None),
+        ("close", "does not answer", "the VPN"),
+        ("hang", "does not answer", "the VPN"),
+    ],
+)
+def test_kubeflow_that_refuses(server, place, monkeypatch, answer, seen, mend):
+    server.answer = answer
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", "geheim99")
+    (found,) = run_checks([CHECKS["kubeflow"]], 1.0)
+    assert found.status == "fail"
+    assert seen in found.seen
+    assert (mend or "") in (found.mend or "")
+    assert "geheim" not in f"{found}"
+
+
+def test_kubeflow(place, monkeypatch):
+    (found,) = doctor.check_kubeflow(1)
+    assert (found.status, found.seen) == ("skip", "not configured (KF_PIPELINES_ENDPOINT)")
+    monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "kubeflow.example.org")
+    (found,) = run_checks([CHECKS["kubeflow"]], 5)
+    assert found.status == "fail"
+    assert "http://... or https://..." in found.seen
+    with serving(FakeKfp()) as fake:
+        monkeypatch.setenv("KF_PIPELINES_ENDPOINT", fake.url)
+        (found,) = run_checks([CHECKS["kubeflow"]], 5)
+    assert (found.status, found.seen) == ("ok", f"{fake.url}: healthy, asked with no token")

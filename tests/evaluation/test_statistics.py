@@ -1,0 +1,87 @@
+"""Intervals and limits of agreement against SciPy and numbers computed by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.statistics import LEVEL, RESAMPLES, SEED, bland_altman, bootstrap_mean, intervals
+from distilldsm.evaluation.tables import summarise
+
+
+def test_one_column_is_scipys_bca_interval():
+    values = np.random.default_rng(1).beta(9, 1, 40)
+    rng = np.random.default_rng(SEED)
+    wanted = stats.bootstrap((values,), np.mean, n_resamples=RESAMPLES, confidence_level=LEVEL, method="BCa", rng=rng)
+    assert bootstrap_mean(values[:, None]) == pytest.approx(tuple(wanted.confidence_interval), abs=1e-12)
+
+
+def test_labels_of_a_case_are_drawn_together():
+    # Two labels that always err in opposite directions: their mean is sure, though each is not.
+    one = np.random.default_rng(2).uniform(0.5, 0.9, 30)
+    low, high = bootstrap_mean(np.stack([one, 1.4 - one], axis=1))
+    assert (low, high) == pytest.approx((0.7, 0.7))
+    low, high = bootstrap_mean(one[:, None])
+    assert high - low > 0.05
+
+
+def test_the_mean_lies_within_and_more_cases_narrow_it():
+    rng = np.random.default_rng(3)
+    widths = []
+    for cases in (20, 320):
+        table = np.clip(rng.normal(0.8, 0.1, (cases, 2)), 0, 1)
+        low, high = bootstrap_mean(table)
+        assert low < table.mean() < high
+        widths.append(high - low)
+    assert widths[0] / widths[1] == pytest.approx(4, rel=0.4)  # a square root of 16
+
+
+def test_undefined_scores_do_not_count():
+    values = np.random.default_rng(4).uniform(size=12)
+    holes = np.full((20, 1), np.nan)
+    holes[3:15, 0] = values
+    assert bootstrap_mean(holes) == bootstrap_mean(values[:, None])
+    # A label with one defined case: draws without that case have no mean of it, and still there is an interval.
+    table = np.stack([np.linspace(0.2, 0.9, 20), np.full(20, np.nan)], axis=1)
+    table[0, 1] = 0.5
+    low, high = bootstrap_mean(table)
+    assert low < high
+
+
+@pytest.mark.parametrize("table", [[[0.5]], [[np.nan], [np.nan]], [[0.5], [np.nan]], []])
+def test_too_few_cases_have_no_interval(table):
+    assert bootstrap_mean(np.array(table, dtype=float).reshape(-1, 1)) is None
+
+
+def test_equal_cases_have_an_interval_of_no_width():
+    assert bootstrap_mean(np.full((5, 2), 1.0)) == (1.0, 1.0)
+
+
+def test_intervals_are_of_what_the_summary_calls_mean():
+    rng = np.random.default_rng(5)
+    rows = [
+        {"case": f"c{k}", "label": label, **dict.fromkeys(METRICS, 0.5), "dice": rng.uniform(low, 1)}
+        for k in range(15)
+        for label, low in (("large", 0.8), ("small", 0.2))
+    ]
+    rows[0]["sensitivity"] = None
+    summary, found = summarise(rows, ["large", "small"]), intervals(rows, ["large", "small"])
+    for label in ("large", "small"):
+        low, high = found["labels"][label]["dice"]
+        assert low < summary["labels"][label]["dice"]["mean"] < high
+    low, high = found["mean"]["dice"]
+    assert low < summary["mean"]["dice"] < high
+    assert found["labels"]["large"]["sensitivity"] == (0.5, 0.5)
+    assert found == intervals(rows, ["large", "small"])
+    assert intervals(rows[:2], ["large", "small"])["mean"]["dice"] is None
+
+
+def test_bland_altman_by_hand():
+    found = bland_altman([10, 20, 30, 40], [11, 19, 33, 41])
+    # Differences 1, -1, 3, 1: mean 1, squares of what is left 0, 4, 4, 0, so sd = sqrt(8 / 3).
+    assert found.bias == 1
+    assert (found.low, found.high) == pytest.approx((1 - 1.96 * (8 / 3) ** 0.5, 1 + 1.96 * (8 / 3) ** 0.5))
+    assert found.cases == 4
+    assert bland_altman([1], [2]) is None
