@@ -7,6 +7,7 @@ script (`<details>` does it too), and graphs.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from html import escape
 from pathlib import Path
@@ -76,7 +77,7 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
     """Write `index.html` (the results) and `suite.html` (the expectations) into a new folder.
 
     Args:
-        outcome: Great Expectations' ExpectationSuiteValidationResult; what tells time and place is taken out of it.
+        outcome: Great Expectations' ExpectationSuiteValidationResult; what tells time and place is left out.
         suite: its ExpectationSuite.
         name: of the data set.
     """
@@ -85,6 +86,7 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
         ValidationResultsPageRenderer,
     )
 
+    outcome = copy.deepcopy(outcome)
     for key in ("batch_markers", "active_batch_definition"):
         outcome.meta.pop(key, None)
     for one in outcome.results:
