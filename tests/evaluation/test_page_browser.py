@@ -1,4 +1,4 @@
-"""The table of cases in a real browser: sorted by mouse and keyboard, filtered by label and case."""
+"""The table of cases in a real browser: sorted by mouse and keyboard, filtered; the contents lead to it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from distilldsm.evaluation.page import cases_table, page
+from distilldsm.evaluation.page import cases_table, page, section
 from tests.evaluation.test_tables import rows
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the optional group 'dev'")
@@ -23,7 +23,7 @@ def test_the_table_is_sorted_and_filtered():
         errors: list[str] = []
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.set_content("<iframe sandbox='allow-scripts' style='width:100%;height:600px'></iframe>")
-        html = page("Title", [], cases_table(made))
+        html = page("Title", [], section("cases", "Cases", cases_table(made)), contents={"cases": "Cases"})
         tab.eval_on_selector("iframe", "(frame, html) => { frame.srcdoc = html; }", html)
         frame = tab.frame_locator("iframe")
 
@@ -34,6 +34,7 @@ def test_the_table_is_sorted_and_filtered():
             return frame.locator("th", has_text=name)
 
         frame.locator("output").wait_for()
+        frame.locator("nav a").click()
         assert cases() == ["b", "b", "<c>", "<c>", "a", "a"]
         head("HD95").locator("button").click()
         assert cases() == ["a", "a", "<c>", "<c>", "b", "b"], "by number, not by text"
