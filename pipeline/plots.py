@@ -5,6 +5,7 @@ DVC's own page loads Vega from another machine. It takes a template of the page,
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import subprocess
 import sys
@@ -29,9 +30,22 @@ def page_template() -> str:
     )
 
 
+def parser() -> argparse.ArgumentParser:
+    """For its help only: the arguments are DVC's."""
+    made = argparse.ArgumentParser(
+        prog="distilldsm plots", description="DVC's plots as a page that needs no network.", add_help=False
+    )
+    made.add_argument("command", choices=COMMANDS, help="of dvc plots, of experiments or commits side by side")
+    made.add_argument("arguments", nargs="*", help="of that command, see dvc plots show --help")
+    return made
+
+
 def main(argv: Sequence[str]) -> int:
     """`dvc plots show` or `dvc plots diff` with all their arguments; returns the exit code."""
     code = 0
+    if argv and argv[0] in ("-h", "--help"):
+        parser().print_help()
+        return 0
 
     def command() -> None:
         nonlocal code
