@@ -203,6 +203,18 @@ def _write_plots(
     tables.write_csv(folder / "confusion.csv", pairs)
 
 
+def tracked_metrics(summary: Mapping, sure: Mapping) -> dict[str, float]:
+    """What the training's MLflow run is told: means, some per label, and the intervals of the most important ones."""
+    metrics = {f"test_{metric}_mean": value for metric, value in summary["mean"].items() if value is not None}
+    for metric in ("dice", "hd95_mm", "nsd"):
+        if sure["mean"][metric]:
+            low, high = sure["mean"][metric]
+            metrics |= {f"test_{metric}_mean_ci_low": low, f"test_{metric}_mean_ci_high": high}
+    for label, s in summary["labels"].items():
+        metrics |= {f"test_{m}_{label}": s[m]["mean"] for m in ("dice", "hd95_mm", "nsd") if s[m]["mean"] is not None}
+    return metrics
+
+
 def _track(
     tracking: TrackingConfig | None,
     inputs: Mapping[str, Path],
@@ -216,15 +228,8 @@ def _track(
         return
     from distilldsm.tracking import attach
 
-    metrics = {f"test_{metric}_mean": value for metric, value in summary["mean"].items() if value is not None}
-    for metric in ("dice", "hd95_mm", "nsd"):
-        if sure["mean"][metric]:
-            low, high = sure["mean"][metric]
-            metrics |= {f"test_{metric}_mean_ci_low": low, f"test_{metric}_mean_ci_high": high}
-    for label, s in summary["labels"].items():
-        metrics |= {f"test_{m}_{label}": s[m]["mean"] for m in ("dice", "hd95_mm", "nsd") if s[m]["mean"] is not None}
     with attach(inputs["model"], tracking) as mlflow_run:
-        mlflow_run.log_metrics(metrics)
+        mlflow_run.log_metrics(tracked_metrics(summary, sure))
         mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
         mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
         mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
@@ -232,6 +237,8 @@ def _track(
         validation = inputs.get("validation", inputs["dataset"].parent / "validation") / "report.html"
         if validation.exists():
             mlflow_run.log_artifact(validation, "validation")
+            if (docs := validation.with_name("data_docs")).is_dir():
+                mlflow_run.log_artifacts(docs, "validation/data_docs")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

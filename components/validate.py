@@ -11,7 +11,7 @@ from typing import Any
 from components._main import stage_main
 from distilldsm.config import ValidateConfig, load_params
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.expectations import check_table, load_suite
+from distilldsm.data.expectations import Checked, load_suite, run_suite
 from distilldsm.data.validation import CaseTable, build_case_table, table_columns
 from distilldsm.data.validation_report import make_report, render_html
 from distilldsm.errors import DataError
@@ -26,8 +26,8 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     Args:
         inputs: `dataset` (from download).
-        outputs: `validation`: report.json, report.html, cases.csv, accepted.json and metrics.json. When the data
-            cannot be used, the same files go to `<validation>-failed`, and `validation` stays as it was.
+        outputs: `validation`: report.json, report.html, data_docs/, cases.csv, accepted.json and metrics.json. When
+            the data cannot be used, the same files go to `<validation>-failed`, and `validation` stays as it was.
 
     Raises:
         ConfigError: the suite or the bounds are wrong.
@@ -37,12 +37,13 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     index = DatasetIndex.load(root)
     suite = load_suite(config.suite, table_columns(index), config.bounds)
     table = build_case_table(root, index, workers=config.workers)
-    report = make_report(index, table, suite, check_table(table, suite))
+    checked = run_suite(table, suite)
+    report = make_report(index, table, suite, checked.findings)
     failed = target.with_name(f"{target.name}-failed")
     problem = _problem(config, index, report)
     hashed = {"dataset": root, "suite": Path(config.suite)}
     with output_directory(failed if problem else target, stage="validate", config=config, inputs=hashed) as work:
-        _write(work, report, table)
+        _write(work, report, table, checked)
     if problem:
         raise _refusal(problem, report, root, failed)
     if (failed / MANIFEST).is_file() and read_json(failed / MANIFEST).get("stage") == "validate":
@@ -85,9 +86,10 @@ def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) 
     )
 
 
-def _write(work: Path, report: Mapping[str, Any], table: CaseTable) -> None:
+def _write(work: Path, report: Mapping[str, Any], table: CaseTable, checked: Checked) -> None:
     write_json(work / "report.json", report)
     (work / "report.html").write_text(render_html(report, table), encoding="utf-8")
+    checked.write_data_docs(work / "data_docs", name=report["dataset"]["name"])
     table.write_csv(work / "cases.csv")
     write_json(work / "accepted.json", {"accepted": report["accepted"], "excluded": report["excluded"]})
     write_json(work / "metrics.json", report["counts"])

@@ -30,6 +30,7 @@ UPPER = {
     "cross-validate": ("components.all_folds", "main", "train and evaluate every fold, and put them into one table"),
     "doctor": ("pipeline.doctor", "main", "is this machine ready, and do MLflow, DVC's remote and Kubeflow answer?"),
     "pipeline": ("pipeline.cli", "main", "the same pipeline on Kubeflow: compile, run, submit, status"),
+    "plots": ("pipeline.plots", "main", "DVC's plots (show, diff) as a page that needs no network"),
     "lineage": ("pipeline.cli", "lineage_main", "from a DVC, MLflow or Kubeflow id to the others"),
 }
 """Commands of several stages, and of the pipeline package: module, function, help."""

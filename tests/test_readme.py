@@ -45,6 +45,8 @@ def test_command(command):
         pipeline_cli._lineage_parser().parse_args(words[2:])
     elif words[:2] == ["distilldsm", "cross-validate"]:
         all_folds.parser().parse_args(words[2:])
+    elif words[:2] == ["distilldsm", "plots"]:
+        assert words[2] in ("show", "diff")
     elif words[:2] == ["distilldsm", "doctor"]:
         doctor.parser().parse_args(words[2:])
     elif words[0] == "distilldsm":

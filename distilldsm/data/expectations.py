@@ -232,7 +232,8 @@ def _expectations(suite: Suite) -> list[Any]:
                 ) from None
             column = {} if rule.column is None else {"column": rule.column}
             try:
-                built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}))
+                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.mend}"
+                built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}, notes=notes))
             except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
                 raise ConfigError(
                     f"{rule.expectation} does not take these arguments",
@@ -256,11 +257,32 @@ def _unknown_expectation(name: str, known: Sequence[str], where: str) -> ConfigE
     )
 
 
-def check_table(table: CaseTable, suite: Suite) -> tuple[Finding, ...]:
-    """Run the suite over the case table.
+@dataclass(frozen=True, kw_only=True)
+class Checked:
+    """A case table that the suite was run over."""
 
-    Returns:
-        One finding for each rule, case and file; errors first, then in the order of the suite and the cases.
+    findings: tuple[Finding, ...]
+    """One for each rule, case and file; errors first, then in the order of the suite and the cases."""
+    outcome: Any
+    """Great Expectations' ExpectationSuiteValidationResult."""
+    expectations: Any
+    """Its ExpectationSuite."""
+
+    def write_data_docs(self, folder: Path, *, name: str) -> None:
+        """Write Great Expectations' own pages into a new folder, see data_docs.py."""
+        from distilldsm.data.data_docs import write_data_docs
+
+        with _great_expectations():
+            write_data_docs(folder, self.outcome, self.expectations, name=name)
+
+
+def check_table(table: CaseTable, suite: Suite) -> tuple[Finding, ...]:
+    """The findings of `run_suite`."""
+    return run_suite(table, suite).findings
+
+
+def run_suite(table: CaseTable, suite: Suite) -> Checked:
+    """Run the suite over the case table.
 
     Raises:
         ConfigError: a rule cannot be evaluated on its column, e.g. numeric limits on text.
@@ -284,7 +306,8 @@ def check_table(table: CaseTable, suite: Suite) -> tuple[Finding, ...]:
     for rule in suite.rules:
         found = list(_findings(rule, results[rule.rule], table, suite.path))
         findings += sorted(found, key=lambda f: order.get(f.case or "", -1))
-    return tuple(sorted(findings, key=lambda f: f.severity != "error"))
+    ordered = tuple(sorted(findings, key=lambda f: f.severity != "error"))
+    return Checked(findings=ordered, outcome=outcome, expectations=expectation_suite)
 
 
 def _findings(rule: Rule, result: Any, table: CaseTable, path: str) -> Iterator[Finding]:

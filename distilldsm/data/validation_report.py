@@ -95,6 +95,7 @@ def render_html(report: Mapping[str, Any], table: CaseTable) -> str:
         f"<h1>{escape(title)}</h1>",
         f"<p>{counts['cases']} cases of {counts['patients']} patients: {verdict}; {counts['warnings']} warnings.</p>",
         f"<p class=note>{escape(facts)}</p>",
+        '<p>The same rules in <a href="data_docs/index.html">Great Expectations Data Docs</a>.</p>',
     ]
     for severity, heading in (("error", "Errors"), ("warning", "Warnings")):
         found = [f for f in report["findings"] if f["severity"] == severity]

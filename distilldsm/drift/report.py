@@ -7,8 +7,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from distilldsm.drift.compare import SET_SIZE, Reference
+from distilldsm.data.plan import Plan
+from distilldsm.drift.compare import SET_SIZE, Reference, references
 from distilldsm.drift.fingerprint import TrainingFingerprint
+from distilldsm.drift.measures import measures_of
 
 WIDTH, HEIGHT, MARGIN = 520, 46, 8
 _LIMITS = (
@@ -77,8 +79,9 @@ def verdict(report: Mapping[str, Any]) -> str:
     return "drift: " + "; ".join(parts) + ". Check masks of such scans by eye before you trust them"
 
 
-def render(report: Mapping[str, Any], fingerprint: TrainingFingerprint, known: Mapping[str, Reference]) -> str:
-    """The page."""
+def render(report: Mapping[str, Any], fingerprint: TrainingFingerprint, plan: Plan) -> str:
+    """The page of a report of `drift_of_files`."""
+    known = references(fingerprint, measures_of(plan))
     measures = report["measures"]
     title = f"Drift against {report['model']}"
     trained = ", ".join(f"{n} {axes}" for axes, n in fingerprint.orientations.items())

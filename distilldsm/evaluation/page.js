@@ -10,6 +10,14 @@
   const compare = (a, b) => (typeof a === "number" && typeof b === "number" ? a - b
     : String(a).localeCompare(String(b), undefined, { numeric: true }));
 
+  // In a frame given as text (srcdoc) a link to a part of the page would lead to the page around it.
+  for (const link of document.querySelectorAll("nav a")) {
+    link.addEventListener("click", (event) => {
+      event.preventDefault();
+      document.getElementById(link.hash.slice(1)).scrollIntoView();
+    });
+  }
+
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
     const body = table.tBodies[0];

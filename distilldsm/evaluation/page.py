@@ -12,7 +12,7 @@ from typing import Any
 ROWS_SHOWN = 5000
 """Of the table of cases, the worst; more make a page slow, and cases.csv holds them all."""
 HOW_TO_READ = (
-    "<h2 id='reading'>How to read this</h2>"
+    '<h2 id="reading">How to read this</h2>'
     "<p class='small'>Dice: overlap, 1 is perfect. HD95: 95th percentile of the distance between the surfaces, mm. "
     "NSD: share of the surfaces within the tolerance of each other. Sensitivity: share of the true structure that was "
     "found. Precision: share of what was found that is true. Where truth and prediction are both empty, "

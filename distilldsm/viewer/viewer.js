@@ -29,7 +29,11 @@
   // base64 in the page to an ArrayBuffer, decompressed.
   async function unpack(key) {
     const packed = Uint8Array.from(atob(document.getElementById(`dsm-viewer-${key}`).textContent), (c) => c.charCodeAt(0));
-    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+    try {
+      return await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+    } catch {
+      throw new Error("its data are damaged");
+    }
   }
 
   const nameOf = (value) => labels.find((label) => label.value === value)?.name ?? (value ? `value ${value}` : "background");
@@ -126,7 +130,7 @@
 
   function read(mm) {
     if (!shown.image) return;
-    const position = ["x", "y", "z"].map((axis, k) => `${axis} ${mm[k].toFixed(1)}`).join("  ");
+    const position = ["x", "y", "z"].map((axis, k) => `${axis} ${mm[k].toFixed(1)}`).join(" ");
     const found = [`${position} mm (RAS)`, `intensity ${Number(valueAt(shown.image, mm).toPrecision(4))}`];
     const names = ["truth", "prediction"].filter((kind) => shown[kind]).map((kind) => {
       const name = nameOf(valueAt(shown[kind], mm));
@@ -134,7 +138,7 @@
       return name;
     });
     if (names.length === 2 && names[0] !== names[1]) found.push("they differ");
-    controls.readout.textContent = found.join("  ·  ");
+    controls.readout.textContent = found.join(" · ");
   }
 
   // mm of the voxel of a label (null: of any) that lies nearest to the label's centre; null where there is none.
@@ -211,7 +215,7 @@
     } catch (error) {
       disable(false, ["case"]);
       say(`This case cannot be shown: ${error.message ?? error}`);
-      throw error;
+      console.error(error);
     }
   }
 

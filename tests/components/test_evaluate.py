@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 import time
 from pathlib import Path
@@ -17,11 +18,14 @@ from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, Tra
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.volume import read_image
 from distilldsm.errors import DataError
+from distilldsm.evaluation import tables
 from distilldsm.evaluation.postprocess import load_postprocessing
+from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.predict import Predictor
-from distilldsm.stage import file_hashes, read_json, write_json
+from distilldsm.stage import file_hashes, is_current, read_json, write_json
 from tests.data.volumes import write_dataset
+from tests.evaluation.test_tables import rows
 from tests.inference.test_scores import slanted
 
 
@@ -51,6 +55,14 @@ class Oracle:
         return np.roll(np.asarray(nib.load(label).dataobj), 1, axis=0).astype(np.uint8)
 
 
+def without(page: str, *sections: str) -> str:
+    """A report without the sections that hold times, or what names the place and time of a run."""
+    for name in sections:
+        page, many = re.subn(rf'<section><h2 id="{name}">.*?</section>', "", page, flags=re.DOTALL)
+        assert many == 1, name
+    return page
+
+
 def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
     before = file_hashes(trained["dataset"])
     monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
@@ -70,7 +82,7 @@ def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
     metrics = read_json(tmp_path / "e" / "metrics.json")
     dice = np.mean([float(r["dice"]) for r in rows])
     assert metrics["dice"]["mean"] == pytest.approx(dice, abs=1e-5)
-    for name in ("report.html", "plots/confusion.csv", "plots/history.csv", "figures/worst.png", "summary.json"):
+    for name in ("report.html", "plots/confusion.csv", "plots/dice_by_epoch.csv", "figures/worst.png", "summary.json"):
         assert (tmp_path / "e" / name).is_file()
     assert not (tmp_path / "e" / "scores").exists()
     assert file_hashes(trained["dataset"]) == before
@@ -150,8 +162,11 @@ def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
     assert len(oracle.seen) == len(set(oracle.seen)) == 3
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "whole"}, fold=0)
     resumed, whole = file_hashes(tmp_path / "e"), file_hashes(tmp_path / "whole")
-    assert resumed.pop("timing.json") != whole.pop("timing.json")  # the only file that holds times
+    assert resumed.pop("timing.json") != whole.pop("timing.json")  # it holds times, as does a section of the page
+    del resumed["report.html"], whole["report.html"]
     assert resumed == whole
+    pages = [without((tmp_path / name / "report.html").read_text(), "cost") for name in ("e", "whole")]
+    assert pages[0] == pages[1]
     cases = read_json(tmp_path / "e" / "timing.json")["cases"]
     assert {f"{case}_0000.nii.gz" for case in cases} == set(oracle.seen), "those before the interruption count too"
 
@@ -162,6 +177,54 @@ def test_network_and_best_checkpoint(trained, tmp_path, capsys):
     assert "optimistic" in (tmp_path / "e" / "report.html").read_text()
     assert list((tmp_path / "e" / "predictions").iterdir()) == []
     assert "Ellipsoids, fold 0, 3 held-out cases" in capsys.readouterr().out
+
+
+def test_what_validation_found_is_told_and_evaluates_anew(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
+    config = EvaluateConfig(workers=1)
+    inputs = {**trained, "validation": tmp_path / "validation"}
+    assert "No validation report" in evaluated(config, inputs, tmp_path / "e"), "the report need not be there"
+    assert is_current(tmp_path / "e", **stage.key(config, trained, 0))
+    counts = {"cases": 6, "patients": 6, "accepted": 6, "excluded": 0, "errors": 0, "warnings": 1}
+    finding = {"severity": "warning", "rule": "sound_header", "case": "x7"}
+    report = {"counts": counts, "suite": [], "findings": [finding], "excluded": {}}
+    (tmp_path / "validation").mkdir()
+    write_json(tmp_path / "validation" / "report.json", report)
+    assert not is_current(tmp_path / "e", **stage.key(config, inputs, 0))
+    page = evaluated(config, inputs, tmp_path / "e")
+    assert "6 accepted, 0 excluded, 0 errors, 1 warning." in page
+    assert "sound_header" in page
+    assert is_current(tmp_path / "e", **stage.key(config, inputs, 0))
+    write_json(tmp_path / "validation" / "report.json", report)  # the same again
+    assert is_current(tmp_path / "e", **stage.key(config, inputs, 0))
+    # The figures, viewed cases and provenance are there, and the intervals are where a machine can read them.
+    assert set(re.findall(r'<h2 id="(\w+)"', page)) == {
+        *("overview", "scores", "pictures", "viewer", "cases", "volumes", "training", "data", "validation", "cost"),
+        *("provenance", "reading"),
+    }
+    assert page.count("data:image/png") == len(list((tmp_path / "e" / "figures").iterdir()))
+    summary = read_json(tmp_path / "e" / "summary.json")
+    low, high = summary["intervals"]["mean"]["dice"]
+    assert low < summary["mean"]["dice"] < high
+    assert f"95 % interval {low:.3f} to {high:.3f}" in page
+
+
+def evaluated(config: EvaluateConfig, inputs: dict[str, Path], output: Path) -> str:
+    run(config, inputs, {"evaluation": output}, fold=0)
+    return (output / "report.html").read_text()
+
+
+def test_mlflow_is_told_the_intervals():
+    summary = tables.summarise(rows(), ["one"])
+    sure = intervals(rows(), ["one"])
+    metrics = stage.tracked_metrics(summary, sure)
+    assert metrics["test_dice_mean_ci_low"] < metrics["test_dice_mean"] < metrics["test_dice_mean_ci_high"]
+    assert metrics["test_dice_one"] == metrics["test_dice_mean"]
+    assert all(isinstance(value, float) for value in metrics.values())
+    alone = stage.tracked_metrics(summary, intervals(rows()[:1], ["one"]))
+    assert metrics.keys() - alone.keys() == {
+        f"test_{metric}_mean_ci_{end}" for metric in ("dice", "hd95_mm", "nsd") for end in ("low", "high")
+    }
 
 
 def test_what_predictions_take_is_measured(trained, tmp_path, monkeypatch):

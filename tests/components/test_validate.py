@@ -156,8 +156,9 @@ def test_good_cases_are_not_flagged_and_the_counts_add_up(damaged, excluded):
 
 def test_output_is_whole_and_repeatable(damaged, excluded, suite, tmp_path):
     out, _ = excluded
-    names = {"accepted.json", "cases.csv", "manifest.json", "metrics.json", "report.html", "report.json"}
-    assert {p.name for p in out.iterdir()} == names
+    files = ("accepted.json", "cases.csv", "manifest.json", "metrics.json", "report.html", "report.json")
+    names = {*files, "data_docs/index.html", "data_docs/suite.html"}
+    assert {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()} == names
     assert set(read_json(out / "manifest.json")["files"]) == names - {"manifest.json"}
     again = tmp_path / "validation"
     run(ValidateConfig(on_invalid="exclude", suite=suite), {"dataset": damaged[0]}, {"validation": again})

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from distilldsm.evaluation.figures import save_figure
 from distilldsm.evaluation.overlays import densest_error, overlay
@@ -95,3 +98,23 @@ def test_scale_bars_have_their_length():
         assert f"{high - low:g} mm" in [text.get_text() for text in axis.texts]
         left, right = axis.images[0].get_extent()[:2]
         assert 0.1 * (right - left) < high - low <= (right - left) / 3
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.tuples(*[st.integers(0, 7)] * 3), st.permutations([0, 1, 2]), st.tuples(*[st.booleans()] * 3))
+def test_the_captions_tell_the_place_of_the_error(place, order, flips):
+    """One wrong voxel: whatever the orientation of the array, the three slices go through its place in the scanner."""
+    affine = np.zeros((4, 4))
+    for axis, (world, flip) in enumerate(zip(order, flips, strict=True)):
+        affine[world, axis] = (axis + 1.0) * (-1 if flip else 1)
+    affine[:3, 3], affine[3, 3] = (10.0, -20.0, 30.0), 1
+    truth = np.zeros((8, 8, 8), dtype=np.uint8)
+    prediction = truth.copy()
+    prediction[place] = 1
+    image = np.random.default_rng(0).normal(size=truth.shape)
+    figure = overlay(image, truth, prediction, affine=affine, labels={"background": 0, "one": 1})
+    told = [
+        float(re.search(r"= (\S+) mm", axis.get_title()).group(1).replace("\N{MINUS SIGN}", "-"))
+        for axis in figure.axes
+    ]
+    assert told == pytest.approx(affine[:3, :3] @ place + affine[:3, 3], abs=0.06)

@@ -23,6 +23,7 @@ from distilldsm.config import (
 )
 from distilldsm.stage import read_json
 from distilldsm.training.setup import seed_everything
+from tests.components.test_evaluate import without
 from tests.data.volumes import write_dataset
 
 TIMED = {
@@ -52,7 +53,8 @@ def all_stages(raw: Path, root: Path, *, workers: int) -> dict[str, Path]:
     into(PreprocessConfig(folds=2, workers=workers), preprocess, "preprocessed", "dataset", "validation")
     settings = replace(SETTINGS, workers=workers - 1)
     into(settings, train, "model", "preprocessed", fold=0, tracking=NO_TRACKING)
-    into(EvaluateConfig(workers=workers), evaluate, "evaluation", "dataset", "preprocessed", "model", fold=0)
+    into(EvaluateConfig(workers=workers), evaluate, "evaluation", "dataset", "preprocessed", "model", "validation",
+         fold=0)  # fmt: skip
     into(LOOSE, export, "export", "preprocessed", "model", fold=0)
     return made
 
@@ -73,6 +75,12 @@ def test_two_runs_write_the_same_bytes(twice, stage):
     one, two = (contents(run[stage]) for run in twice)
     assert one.keys() == two.keys()
     assert {name for name in one if one[name] != two[name]} <= TIMED[stage] | {"manifest.json"}
+
+
+def test_the_report_differs_in_cost_and_provenance_only(twice):
+    one, two = ((run["evaluation"] / "report.html").read_text() for run in twice)
+    assert one != two
+    assert without(one, "cost", "provenance") == without(two, "cost", "provenance")
 
 
 def test_what_differs_is_times_and_hashes(twice):

@@ -1,0 +1,93 @@
+"""All scans of a call against a model's fingerprint, one at a time; what cannot be read is told with the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm.data.plan import Plan
+from distilldsm.drift.compare import Reference, check_scan, check_set, references
+from distilldsm.drift.fingerprint import load_fingerprint
+from distilldsm.drift.measures import measures_of, values_of
+from distilldsm.drift.scans import check_masks, find_mask, measure_scan, read_mask
+from distilldsm.errors import UserError
+from distilldsm.inference.inputs import Input, find_inputs
+from distilldsm.params import to_mapping
+from distilldsm.progress import progress
+
+
+def drift_of_files(
+    model: Path, inputs: Sequence[Path], *, masks: Path | None = None, name: str = "", budget: float = float("inf")
+) -> dict[str, Any]:
+    """Compare scans with what an exported model was trained on.
+
+    Args:
+        model: the model's directory; of it `plan.json` and `fingerprint.json` are read.
+        inputs: files and folders, as `distilldsm predict` takes them.
+        masks: a folder with a mask per scan, called as the scan.
+        name: of the model, for the report.
+        budget: bytes that a scan may take.
+
+    Returns:
+        The report as plain JSON types; `drift` is true where a measure is outside that preprocessing does not undo.
+
+    Raises:
+        UserError: the model, or an input path, cannot be used. Scans that cannot be read are in `failures`.
+    """
+    fingerprint = load_fingerprint(model)
+    plan = Plan.load(model / "plan.json")
+    if masks is not None:
+        check_masks(masks)
+    known = references(fingerprint, measures_of(plan))
+    found, _ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
+    rows: list[dict[str, Any]] = []
+    failures: list[dict[str, Any]] = []
+    for one in progress(found, total=len(found), title="drift", unit="scan"):
+        try:
+            rows.append(_measure(one, plan, masks, budget))
+        except (UserError, OSError, MemoryError) as error:
+            failures.append(_failure(one, error))
+    for row in rows:
+        row["outside"] = check_scan(row["values"], known)
+    together = check_set([row["values"] for row in rows], known)
+    report = {
+        "schema_version": 1,
+        "model": name,
+        "trained_on": {
+            "data_set": fingerprint.name,
+            "cases": fingerprint.cases,
+            "orientations": dict(fingerprint.orientations),
+        },
+        "drift": any(not o.undone for row in rows for o in row["outside"]) or any(not f.undone for f in together),
+        "measures": {key: _describe(reference) for key, reference in known.items()},
+        "scans": rows,
+        "together": together,
+        "failures": failures,
+    }
+    plain: dict[str, Any] = to_mapping(report)
+    return plain
+
+
+def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[str, Any]:
+    scan = one.read(len(plan.channels), budget)
+    found = None if masks is None else find_mask(masks, one)
+    classes = None if found is None else read_mask(found, scan, plan)
+    measured = measure_scan(scan, plan, classes)
+    return {
+        "scan": one.name,
+        "mask": None if found is None else found.name,
+        "orientation": measured.orientation,
+        "values": {name: float(f"{v:.6g}") for name, v in values_of(measured, plan).items()},
+    }
+
+
+def _failure(one: Input, error: Exception) -> dict[str, Any]:
+    text = str(error) if isinstance(error, UserError) else f"{one.paths[0]}: {type(error).__name__}: {error}"
+    return {"scan": one.name, "message": text}
+
+
+def _describe(reference: Reference) -> dict[str, Any]:
+    m = reference.measure
+    numbers = {key: float(f"{getattr(reference, key):.6g}") for key in ("low", "high", "median")}
+    return {"title": m.title, "unit": m.unit, "group": m.group, "undone": m.undone, **numbers}
