@@ -29,7 +29,11 @@
   // base64 in the page to an ArrayBuffer, decompressed.
   async function unpack(key) {
     const packed = Uint8Array.from(atob(document.getElementById(`dsm-viewer-${key}`).textContent), (c) => c.charCodeAt(0));
-    return new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+    try {
+      return await new Response(new Blob([packed]).stream().pipeThrough(new DecompressionStream("gzip"))).arrayBuffer();
+    } catch {
+      throw new Error("its data are damaged");
+    }
   }
 
   const nameOf = (value) => labels.find((label) => label.value === value)?.name ?? (value ? `value ${value}` : "background");
@@ -65,7 +69,7 @@
       crosshairWidth: 0.25,
       crosshairWidthUnit: "percent",
       dragAndDropEnabled: false,
-      dragMode: niivue.DRAG_MODE.windowing,
+      dragMode: niivue.DRAG_MODE.none,
       fontColor: [0.8, 0.8, 0.8, 1],
       fontMinPx: 14,
       isCornerOrientationText: false,
@@ -77,7 +81,6 @@
       showLegend: false,
     });
     nv.onLocationChange = ({ mm }) => read(mm);
-    nv.onIntensityChange = showWindow;
     await nv.attachToCanvas(canvas, false);
   }
 
@@ -114,7 +117,8 @@
   function setWindow(low, high) {
     if (!(Number.isFinite(low) && Number.isFinite(high) && low < high)) return;
     Object.assign(nv.volumes[0], { cal_min: low, cal_max: high });
-    nv.updateGLVolume();
+    nv.refreshLayers(nv.volumes[0], 0);
+    nv.drawScene();
   }
 
   // --- where the crosshair is -------------------------------------------------------------------------------------
@@ -126,7 +130,7 @@
 
   function read(mm) {
     if (!shown.image) return;
-    const position = ["x", "y", "z"].map((axis, k) => `${axis} ${mm[k].toFixed(1)}`).join("  ");
+    const position = ["x", "y", "z"].map((axis, k) => `${axis} ${mm[k].toFixed(1)}`).join(" ");
     const found = [`${position} mm (RAS)`, `intensity ${Number(valueAt(shown.image, mm).toPrecision(4))}`];
     const names = ["truth", "prediction"].filter((kind) => shown[kind]).map((kind) => {
       const name = nameOf(valueAt(shown[kind], mm));
@@ -134,7 +138,7 @@
       return name;
     });
     if (names.length === 2 && names[0] !== names[1]) found.push("they differ");
-    controls.readout.textContent = found.join("  ·  ");
+    controls.readout.textContent = found.join(" · ");
   }
 
   // mm of the voxel of a label (null: of any) that lies nearest to the label's centre; null where there is none.
@@ -211,7 +215,7 @@
     } catch (error) {
       disable(false, ["case"]);
       say(`This case cannot be shown: ${error.message ?? error}`);
-      throw error;
+      console.error(error);
     }
   }
 
@@ -240,9 +244,32 @@
   for (const name of ["low", "high"]) {
     controls[name].addEventListener("change", () => setWindow(controls.low.valueAsNumber, controls.high.valueAsNumber));
   }
-  controls.reset.addEventListener("click", () => { setWindow(...start); showWindow(); });
+  const reset = () => { setWindow(...start); showWindow(); };
+  controls.reset.addEventListener("click", reset);
   controls.smooth.addEventListener("change", () => nv.setInterpolation(!controls.smooth.checked));
   controls.radiological.addEventListener("change", () => nv.setRadiologicalConvention(controls.radiological.checked));
+
+  // Windowing by the right button: NiiVue's own counts in whole intensities, of which some scans have only one.
+  let dragged = null;
+  stage.addEventListener("mousedown", (event) => {
+    if (event.button !== 2 || !shown.image) return;
+    event.stopPropagation();
+    const { cal_min: low, cal_max: high } = nv.volumes[0];
+    dragged = { x: event.clientX, y: event.clientY, middle: (low + high) / 2, width: high - low };
+  }, { capture: true });
+  addEventListener("mousemove", (event) => {
+    if (!dragged) return;
+    const { x, y, middle, width } = dragged;
+    const wide = width * 2 ** ((event.clientX - x) / 100);
+    const level = middle + (width * (event.clientY - y)) / 300;
+    setWindow(level - wide / 2, level + wide / 2);
+    showWindow();
+  });
+  addEventListener("mouseup", (event) => { if (event.button === 2) dragged = null; });
+  stage.addEventListener("dblclick", (event) => {
+    event.stopPropagation();
+    if (shown.image) reset();
+  }, { capture: true });
 
   const STEPS = {
     ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowDown: [0, -1, 0], ArrowUp: [0, 1, 0], PageDown: [0, 0, -1], PageUp: [0, 0, 1],

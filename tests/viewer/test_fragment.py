@@ -86,9 +86,9 @@ def test_labels_have_the_colours_of_the_figures():
     labels = {f"l{k}": k for k in range(10)}
     found = json.loads(Elements(viewer_fragment(cases(), labels)).scripts["dsm-viewer-cases"])["labels"]
     assert [label["colour"] for label in found] == [COLOURS[k % 7] for k in range(1, 10)]
-    chosen = json.loads(
-        Elements(viewer_fragment(cases(), {"a": 2}, colours=["#010203"])).scripts["dsm-viewer-cases"]
-    )["labels"]
+    chosen = json.loads(Elements(viewer_fragment(cases(), {"a": 2}, colours=["#010203"])).scripts["dsm-viewer-cases"])[
+        "labels"
+    ]
     assert chosen == [{"name": "a", "value": 2, "colour": "#010203"}]
     with pytest.raises(ValueError, match="2 labels"):
         viewer_fragment(cases(), {"a": 1, "b": 2}, colours=["#000000"])

@@ -18,7 +18,7 @@ AFFINE = np.array(
 """The first axis runs downwards, the second to the left, the third to the front; no size is that of another."""
 SHAPE = (20, 30, 24)
 SHELL = (slice(6, 13), slice(3, 12), slice(4, 11))
-CORE = (slice(6, 13), slice(19, 26), slice(14, 20))
+CORE = (slice(6, 13), slice(19, 26), slice(13, 20))
 
 
 @cache
