@@ -66,7 +66,7 @@
       backColor: [0, 0, 0, 1],
       crosshairColor: [1, 1, 1, 0.75],
       crosshairGap: 3,
-      crosshairWidth: 0.25,
+      crosshairWidth: 0.4,
       crosshairWidthUnit: "percent",
       dragAndDropEnabled: false,
       dragMode: niivue.DRAG_MODE.none,
