@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 import yaml
 
@@ -102,6 +104,16 @@ def test_info_of_a_model(made, tmp_path, capsys):
     assert main(["info", str(made.export), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["network"]["depth_halo"] == 8
     assert main(["info", str(tmp_path)]) == 1
+
+
+def test_view_takes_the_names_of_a_model(made, tmp_path):
+    page = tmp_path / "page.html"
+    volume = nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4))
+    nib.save(volume, tmp_path / "scan.nii.gz")
+    arguments = [str(tmp_path / "scan.nii.gz"), "--model", str(made.export), "-o", str(page), "--no-open"]
+    assert main(["view", *arguments]) == 0
+    for name in ("shell", "core"):
+        assert f'"name": "{name}"' in page.read_text()
 
 
 def test_info_of_the_registry_and_the_installation(capsys):

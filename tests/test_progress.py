@@ -39,6 +39,7 @@ class Terminal:
     def __init__(self, *command: str, columns: int = 100, **environment: str) -> None:
         self.pid, self.screen = pty.fork()
         if self.pid == 0:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # a job in the background has it ignored, and children with it
             os.execve(
                 sys.executable, [sys.executable, *command], {**os.environ, "PYTHONPATH": str(ROOT), **environment}
             )

@@ -66,10 +66,10 @@
       backColor: [0, 0, 0, 1],
       crosshairColor: [1, 1, 1, 0.75],
       crosshairGap: 3,
-      crosshairWidth: 0.25,
+      crosshairWidth: 0.4,
       crosshairWidthUnit: "percent",
       dragAndDropEnabled: false,
-      dragMode: niivue.DRAG_MODE.windowing,
+      dragMode: niivue.DRAG_MODE.none,
       fontColor: [0.8, 0.8, 0.8, 1],
       fontMinPx: 14,
       isCornerOrientationText: false,
@@ -81,7 +81,6 @@
       showLegend: false,
     });
     nv.onLocationChange = ({ mm }) => read(mm);
-    nv.onIntensityChange = showWindow;
     await nv.attachToCanvas(canvas, false);
   }
 
@@ -118,7 +117,8 @@
   function setWindow(low, high) {
     if (!(Number.isFinite(low) && Number.isFinite(high) && low < high)) return;
     Object.assign(nv.volumes[0], { cal_min: low, cal_max: high });
-    nv.updateGLVolume();
+    nv.refreshLayers(nv.volumes[0], 0);
+    nv.drawScene();
   }
 
   // --- where the crosshair is -------------------------------------------------------------------------------------
@@ -244,9 +244,32 @@
   for (const name of ["low", "high"]) {
     controls[name].addEventListener("change", () => setWindow(controls.low.valueAsNumber, controls.high.valueAsNumber));
   }
-  controls.reset.addEventListener("click", () => { setWindow(...start); showWindow(); });
+  const reset = () => { setWindow(...start); showWindow(); };
+  controls.reset.addEventListener("click", reset);
   controls.smooth.addEventListener("change", () => nv.setInterpolation(!controls.smooth.checked));
   controls.radiological.addEventListener("change", () => nv.setRadiologicalConvention(controls.radiological.checked));
+
+  // Windowing by the right button: NiiVue's own counts in whole intensities, of which some scans have only one.
+  let dragged = null;
+  stage.addEventListener("mousedown", (event) => {
+    if (event.button !== 2 || !shown.image) return;
+    event.stopPropagation();
+    const { cal_min: low, cal_max: high } = nv.volumes[0];
+    dragged = { x: event.clientX, y: event.clientY, middle: (low + high) / 2, width: high - low };
+  }, { capture: true });
+  addEventListener("mousemove", (event) => {
+    if (!dragged) return;
+    const { x, y, middle, width } = dragged;
+    const wide = width * 2 ** ((event.clientX - x) / 100);
+    const level = middle + (width * (event.clientY - y)) / 300;
+    setWindow(level - wide / 2, level + wide / 2);
+    showWindow();
+  });
+  addEventListener("mouseup", (event) => { if (event.button === 2) dragged = null; });
+  stage.addEventListener("dblclick", (event) => {
+    event.stopPropagation();
+    if (shown.image) reset();
+  }, { capture: true });
 
   const STEPS = {
     ArrowLeft: [-1, 0, 0], ArrowRight: [1, 0, 0], ArrowDown: [0, -1, 0], ArrowUp: [0, 1, 0], PageDown: [0, 0, -1], PageUp: [0, 0, 1],

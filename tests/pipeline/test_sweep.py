@@ -84,7 +84,7 @@ def test_the_objective_is_in_the_trainings_log():
     import io
 
     with contextlib.redirect_stderr(io.StringIO()) as log:
-        Trainer._print(Printed(), record)  # type: ignore[arg-type]
+        Trainer._print(Printed(), record, seconds_left=3.0)  # type: ignore[arg-type]
     found = dict(re.findall(r"([\w|-]+)\s*=\s*([+-]?\d*\.?\d+(?:[Ee][+-]?\d+)?)", log.getvalue()))
     assert float(found["val_dice_mean"]) == pytest.approx(0.85)
 
