@@ -153,11 +153,12 @@
     const sum = [0, 0, 0, 0];
     each((x, y, z) => { sum[0] += x; sum[1] += y; sum[2] += z; sum[3] += 1; });
     if (!sum[3]) return null;
-    const spacing = image.hdr.pixDims;
+    const [cx, cy, cz] = sum.map((total) => total / sum[3]);
+    const [, dx, dy, dz] = image.hdr.pixDims;
     let best = Infinity;
     let nearest = [0, 0, 0];
     each((x, y, z) => {
-      const far = [x, y, z].reduce((total, at, k) => total + ((at - sum[k] / sum[3]) * spacing[k + 1]) ** 2, 0);
+      const far = ((x - cx) * dx) ** 2 + ((y - cy) * dy) ** 2 + ((z - cz) * dz) ** 2;
       if (far < best) { best = far; nearest = [x, y, z]; }
     });
     return image.hdr.affine.slice(0, 3).map((row) => row[0] * nearest[0] + row[1] * nearest[1] + row[2] * nearest[2] + row[3]);
