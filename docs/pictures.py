@@ -110,15 +110,25 @@ def mlflow_picture() -> None:
     runs = client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time DESC"])
     run = next(run for run in runs if "test_dice_mean" in run.data.metrics)
     with mlflow_server(store) as address, browser_page(1400, 900) as page:
-        where = f"{address}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
-        for name, path, wait_ms in (("mlflow", "/model-metrics", 8000), ("mlflow_report", "/artifacts", 5000)):
-            page.goto(where + path)
-            page.wait_for_timeout(wait_ms)
-            if name == "mlflow_report":
-                for folder in ("evaluation", "report.html"):
-                    page.get_by_text(folder, exact=True).first.click()
-                    page.wait_for_timeout(4000)
-            save(page.screenshot(), name)
+        page.goto(f"{address}/#/experiments/{run.info.experiment_id}/runs/{run.info.run_id}/artifacts")
+        for folder in ("evaluation", "report.html"):
+            page.get_by_text(folder, exact=True).first.click()
+            page.wait_for_timeout(4000)
+        # Where the files lie on the machine that made the picture is nobody's business.
+        page.evaluate(
+            "[...document.querySelectorAll('div')].filter(d => d.textContent.startsWith('Path:'))"
+            ".forEach(d => d.style.visibility = 'hidden')"
+        )
+        save(page.screenshot(clip={"x": 0, "y": 0, "width": 1030, "height": 890}), "mlflow")
+
+
+def plots_picture() -> None:
+    """DVC's plots of the workspace."""
+    subprocess.run([sys.executable, "-m", "distilldsm", "plots", "show"], check=True)
+    with browser_page(1250, 830) as page:
+        page.goto(Path("dvc_plots/index.html").resolve().as_uri())
+        page.wait_for_timeout(4000)
+        save(page.screenshot(), "dvc_plots")
 
 
 @contextmanager
@@ -172,6 +182,7 @@ PICTURES = {
     "report": report_picture,
     "viewer": viewer_picture,
     "mlflow": mlflow_picture,
+    "dvc_plots": plots_picture,
 }
 
 
