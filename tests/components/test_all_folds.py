@@ -144,9 +144,10 @@ def test_an_interrupt_reaches_the_stages(place, stand_in, monkeypatch):
     monkeypatch.setattr(all_folds, "wait", interrupted)
     stop = all_folds.Folds._stop
     monkeypatch.setattr(all_folds.Folds, "_stop", lambda self, patience_s=0.0: stop(self, min(patience_s, 0.1)))
+    threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
         folds.run([0, 2])
     assert not folds._running
     assert stand_in == ["train 0"]
     assert "interrupted" in Path("logs/cross_validation/fold0-train.log").read_text()
-    assert threading.active_count() < 10
+    assert threading.active_count() <= threads
