@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import as_completed
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -46,9 +47,11 @@ def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig
     for name in ("images", "labels", "locations", "cases", ".fingerprint"):
         (output / name).mkdir(parents=True, exist_ok=True)
     workers = _workers(root, index, config)
+    # What a task needs of the data set; sending all cases along would take the square of their number.
+    about = replace(index, cases=index.cases[:1])
 
     todo = [c for c in index.cases if not (output / ".fingerprint" / f"{c.id}.json").exists()]
-    run_cases("fingerprint", _fingerprint, [(root, c, index, output) for c in todo], workers)
+    run_cases("fingerprint", _fingerprint, [(root, c, about, output) for c in todo], workers)
     fingerprints = [
         from_mapping(CaseFingerprint, read_json(output / ".fingerprint" / f"{c.id}.json"), where=c.id)
         for c in index.cases
@@ -58,7 +61,7 @@ def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig
 
     # The arrays in a resumed directory belong to the same plan: the directory's key holds data and config.
     todo = [c for c in index.cases if not (output / "cases" / f"{c.id}.json").exists()]
-    run_cases("preprocess", _preprocess, [(root, c, index, plan, output) for c in todo], workers)
+    run_cases("preprocess", _preprocess, [(root, c, about, plan, output) for c in todo], workers)
 
     plan.save(output / "plan.json")
     write_json(output / "fingerprint.json", summarise(fingerprints, index))
