@@ -20,6 +20,7 @@ Mode = Literal["bar", "plain", "off"]
 VARIABLE = "DISTILLDSM_PROGRESS"
 LOG_EVERY_SECONDS = 30.0
 _MEMORY_EVERY_SECONDS = 1.0
+_DRAW_EVERY_SECONDS = 0.1
 _PROC = Path("/proc")
 
 
@@ -148,6 +149,7 @@ class _Bar(Meter):
             unit_scale=self.unit == "B",
             file=self.file,
             leave=False,
+            mininterval=_DRAW_EVERY_SECONDS,
             **({"dynamic_ncols": True} if _columns(self.file) else {"ncols": 80}),
         )
 

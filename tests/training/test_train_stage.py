@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 import distilldsm.training.loop as loop
 from components.train import main, run
-from distilldsm import cost
+from distilldsm import cost, progress
 from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError, UserError
@@ -116,6 +116,7 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
     monkeypatch.setattr(cost, "peak_memory_gb", lambda: 1.0)
     monkeypatch.setattr(Trainer, "_train_epoch", lambda self, epoch: seen.append(epoch) or original(self, epoch))
     monkeypatch.setenv("DISTILLDSM_PROGRESS", "bar")
+    monkeypatch.setattr(progress, "_DRAW_EVERY_SECONDS", 0.0)  # these epochs end before a second drawing is due
     resumed = train(preprocessed, tmp_path / "m", settings)
     assert seen == [2, 3]
     shown = capsys.readouterr().err
