@@ -96,6 +96,8 @@ def build_package(
     torch_engine = TorchEngine(network)
     cases = parity.choose_cases(preprocessed, held_out, parity_cases)
 
+    remembered: parity.Remembered = {}
+
     def compare(runtimes: Mapping[str, Engine]) -> list[parity.CaseParity]:
         return parity.compare(
             torch_engine,
@@ -106,6 +108,7 @@ def build_package(
             depth_halo=network.depth_halo,
             targets=plan.targets,
             sizes=PARITY_SIZES,
+            remembered=remembered,
         )
 
     ir = output / "model.xml"

@@ -1,4 +1,4 @@
-"""Do the exported models say what the network says? Compared on real, whole volumes."""
+"""Do the exported models say what the network says? Compared on real volumes, of large ones on a part."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from distilldsm.data.patches import open_array
 from distilldsm.data.targets import Targets
 from distilldsm.errors import UserError
 from distilldsm.export.package import Int8Report
 from distilldsm.inference.engines import Engine
-from distilldsm.inference.windows import predict_logits
+from distilldsm.inference.windows import Box, Float32, predict_logits
 from distilldsm.params import to_mapping
 from distilldsm.progress import progress
 from distilldsm.stage import read_json
@@ -24,6 +25,11 @@ NETWORK = "torch"
 """Name of the network itself among the runtimes."""
 EXACT = ("onnx", "openvino")
 """Runtimes that must give the network's labels; the others trade some for speed."""
+MAX_VOXELS = 4_000_000
+"""Of a larger volume a part is compared: what a whole CT takes in four runtimes is minutes each, and gigabytes."""
+
+Remembered = dict[tuple[str, tuple[int, ...]], tuple[Float32, float]]
+"""By case and shape: the network's logits, and the seconds they took."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,6 +81,28 @@ def _spread(ordered: Sequence[str], count: int) -> list[str]:
     return [ordered[int(k)] for k in np.rint(positions)]
 
 
+def compared_part(labels: npt.NDArray[np.integer], max_voxels: int = MAX_VOXELS) -> Box:
+    """What of a volume (D, H, W) is compared: all of it, or slices around the middle of the structures.
+
+    Whole slices if 16 of them are no more than `max_voxels`; otherwise those are cut in plane, too.
+    """
+    if labels.size <= max_voxels:
+        return (slice(None), slice(None), slice(None))
+    area = max(max_voxels // min(labels.shape[0], 16), 1)
+    height, width = labels.shape[1:]
+    if height * width > area:
+        height = min(height, max(math.isqrt(area), area // width))
+        width = min(width, area // height)
+    size = (min(max(max_voxels // (height * width), 1), labels.shape[0]), height, width)
+    inside = np.nonzero(labels)
+    box = []
+    for axis, (kept, whole) in enumerate(zip(size, labels.shape, strict=True)):
+        middle = int(np.median(inside[axis])) if inside[0].size else whole // 2
+        low = min(max(middle - kept // 2, 0), whole - kept)
+        box.append(slice(low, low + kept))
+    return (box[0], box[1], box[2])
+
+
 def compare(
     network: Engine,
     runtimes: Mapping[str, Engine],
@@ -85,8 +113,9 @@ def compare(
     depth_halo: int | None,
     targets: Targets,
     sizes: int = 1,
+    remembered: Remembered | None = None,
 ) -> list[CaseParity]:
-    """Run network and runtimes over whole cases; memory holds one case at a time.
+    """Run network and runtimes over cases, of large volumes over `compared_part`; one case at a time.
 
     Args:
         network: the reference.
@@ -95,6 +124,7 @@ def compare(
         targets: what the logits stand for.
         sizes: how many different sizes at least; where the cases have fewer, the last one is compared again with
             slices, rows and columns cut off.
+        remembered: what the network said before, and says now.
 
     Raises:
         UserError: the network or a runtime gives values that are not finite.
@@ -102,12 +132,14 @@ def compare(
     from distilldsm.training.validation import structure_dice
 
     found: list[CaseParity] = []
-    shapes = [open_array(preprocessed / "labels" / f"{case}.npy").shape for case in case_ids]
+    remembered = {} if remembered is None else remembered
+    boxes = {case: compared_part(open_array(preprocessed / "labels" / f"{case}.npy")) for case in case_ids}
+    shapes = [open_array(preprocessed / "labels" / f"{case}.npy")[boxes[case]].shape for case in case_ids]
     jobs = [*zip(case_ids, shapes, strict=True)]
     for less in range(1, sizes - len(set(shapes)) + 1):
         jobs.append((case_ids[-1], tuple(max(n - less * cut, 1) for n, cut in zip(shapes[-1], (1, 3, 5), strict=True))))
     for case, shape in progress(jobs, total=len(jobs), title="parity", unit="volume"):
-        box = tuple(slice(n) for n in shape)
+        box = tuple(slice(s.start or 0, (s.start or 0) + n) for s, n in zip(boxes[case], shape, strict=True))
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy")[:, *box], dtype=np.float32)
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy")[box])
 
@@ -124,7 +156,9 @@ def compare(
         def dice(classes: np.ndarray, truth: np.ndarray = truth) -> dict[str, float]:
             return dict(zip(targets.structures, structure_dice(classes, truth, targets), strict=True))
 
-        reference, seconds_network = run(NETWORK, network)
+        if (case, shape) not in remembered:
+            remembered[case, shape] = run(NETWORK, network)
+        reference, seconds_network = remembered[case, shape]
         expected = targets.classes_of_logits(reference)
         for name, engine in runtimes.items():
             logits, seconds = run(name, engine)
@@ -174,7 +208,8 @@ def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str, int8
     return {
         "schema_version": 1,
         "reference": "the PyTorch network in float32 on the CPU",
-        "space": "network space (spacing of the plan), whole volumes of the held-out fold",
+        "space": "network space (spacing of the plan), volumes of the held-out fold; of one with more than "
+        f"{MAX_VOXELS:,} voxels the slices around the middle of its structures",
         "openvino_weights": openvino_weights,
         "max_voxel_difference_allowed": limit,
         "held_to_it": list(EXACT),

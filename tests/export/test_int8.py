@@ -41,6 +41,14 @@ def make(made: Exported, target, **config):
     )
 
 
+def test_many_voxels_are_judged_on_a_part_of_the_cases(made, monkeypatch):
+    _, held_out = load_fold(made.preprocessed / "splits.json", FOLD)
+    assert sorted(int8.scored_cases(made.preprocessed, held_out)) == sorted(held_out)
+    monkeypatch.setattr(int8, "SCORED_VOXELS", 1)
+    monkeypatch.setattr(int8, "SCORED_CASES", len(held_out) - 1)
+    assert len(int8.scored_cases(made.preprocessed, held_out)) == len(held_out) - 1
+
+
 def test_the_shipped_model_is_quantised_and_its_numbers_are_true(made):
     report = load_metadata(made.export).int8
     training, held_out = load_fold(made.preprocessed / "splits.json", FOLD)

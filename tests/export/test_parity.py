@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from distilldsm.data.targets import Targets
 from distilldsm.errors import UserError
@@ -79,6 +81,42 @@ def test_cases_of_one_size_are_also_compared_smaller(preprocessed):
     )
     assert [r.shape for r in rows] == [(6, 8, 8), (5, 5, 3), (4, 2, 1)]
     assert {r.case for r in rows} == {"c"}
+
+
+@given(
+    shape=st.tuples(*[st.integers(1, 40)] * 3),
+    limit=st.integers(1, 5000),
+    corner=st.tuples(*[st.floats(0, 0.999)] * 3),
+)
+def test_the_part_of_a_large_volume_is_around_its_structures(shape, limit, corner):
+    labels = np.zeros(shape, dtype=np.uint8)
+    inside = tuple(int(c * n) for c, n in zip(corner, shape, strict=True))
+    labels[inside] = 1
+    part = labels[parity.compared_part(labels, limit)]
+    assert part.size <= limit
+    assert part.any()
+    if labels.size <= limit:
+        assert part.shape == labels.shape
+    elif shape[0] >= 16 and shape[1] * shape[2] * 16 <= limit:
+        assert part.shape == (limit // (shape[1] * shape[2]), *shape[1:]), "whole slices, as many as may be"
+    empty = parity.compared_part(np.zeros(shape, dtype=np.uint8), limit)
+    assert labels[empty].shape == part.shape
+
+
+def test_a_large_volume_is_compared_on_a_part_and_the_network_asked_once(preprocessed, monkeypatch):
+    monkeypatch.setattr(parity.compared_part, "__defaults__", (300,))
+    asked, remembered = [], {}
+
+    def counted(image: np.ndarray) -> np.ndarray:
+        asked.append(image.shape)
+        return network(image)
+
+    for runtime in ("onnx", "auto"):
+        settings = {"stride": (1, 4, 4), "depth_halo": 0, "targets": TARGETS, "remembered": remembered}
+        rows = parity.compare(counted, {runtime: wrong_in(3)}, preprocessed, ("b", "a", "c"), **settings)
+        assert [(r.runtime, r.shape) for r in rows] == [(runtime, shape) for shape in ((2, 8, 8), (4, 8, 8), (6, 7, 7))]
+        assert [r.differing_voxels for r in rows] == [3, 3, 3]
+    assert len(asked) == 3
 
 
 def test_the_limit_is_on_the_worst_case(preprocessed):
