@@ -124,8 +124,8 @@ def build_pipeline(params: Params, cluster: Cluster, images: Images) -> "GraphCo
                 )  # fmt: skip
                 scored = step(
                     "evaluate", "Evaluate", config=evaluate, tracking=tracking, fold=fold,
-                    dataset=raw.outputs["dataset"], preprocessed=arrays.outputs["preprocessed"],
-                    model=trained.outputs["model"],
+                    dataset=raw.outputs["dataset"], validation=valid.outputs["validation"],
+                    preprocessed=arrays.outputs["preprocessed"], model=trained.outputs["model"],
                 )  # fmt: skip
             verdict = step(
                 "cross_validate", "Sum up the folds", config=export, tracking=tracking,

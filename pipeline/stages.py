@@ -228,22 +228,24 @@ def evaluate(
     config: Mapping[str, Any],
     tracking: Mapping[str, Any],
     fold: float,
-    dataset: Artifact,
-    preprocessed: Artifact,
-    model: Artifact,
+    inputs: Mapping[str, Artifact],
     evaluation: Artifact,
     report: Artifact,
     metrics: Any,
     confusion: Any,
 ) -> None:
-    """Component `evaluate`: scores, the page with figures, and the confusion matrix of voxels."""
+    """Component `evaluate`: scores, the page with figures, and the confusion matrix of voxels.
+
+    Args:
+        inputs: `dataset`, `validation`, `preprocessed`, `model`.
+    """
     from components import evaluate as stage
 
     with component("evaluate"):
         target = Path(evaluation.path)
         stage.run(
             section(EvaluateConfig, config, "evaluate"),
-            {"dataset": Path(dataset.path), "preprocessed": Path(preprocessed.path), "model": Path(model.path)},
+            {name: Path(artifact.path) for name, artifact in inputs.items()},
             {"evaluation": target},
             fold=int(fold),
             tracking=section(TrackingConfig, tracking, "tracking"),
@@ -253,7 +255,7 @@ def evaluate(
         evaluation.metadata.update(
             fold=int(fold),
             dice=summary["mean"]["dice"],
-            mlflow_run_id=mlflow_run_id(Path(model.path)),
+            mlflow_run_id=mlflow_run_id(Path(inputs["model"].path)),
             content_hash=content_hash(target),
         )
         log_metrics(metrics, flat(read_json(target / "metrics.json")))

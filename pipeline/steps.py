@@ -95,6 +95,7 @@ def evaluate(
     tracking: dict,
     fold: int,
     dataset: Input[Dataset],
+    validation: Input[Dataset],
     preprocessed: Input[Dataset],
     model: Input[Model],
     evaluation: Output[Dataset],
@@ -105,7 +106,8 @@ def evaluate(
     """Score one fold in the scans' own geometry."""
     from pipeline import stages
 
-    stages.evaluate(config, tracking, fold, dataset, preprocessed, model, evaluation, report, metrics, confusion)
+    inputs = {"dataset": dataset, "validation": validation, "preprocessed": preprocessed, "model": model}
+    stages.evaluate(config, tracking, fold, inputs, evaluation, report, metrics, confusion)
 
 
 def cross_validate(

@@ -63,6 +63,8 @@ def test_two_folds_from_download_to_registered_models(finished, monkeypatch):
     reports = [path.read_text() for path in artifacts(cwd, "report")]
     assert len(reports) == 3  # of the validation and of two evaluations
     assert all(text.lstrip().lower().startswith("<!doctype html") for text in reports)
+    assert sum("Validation of the data" in text for text in reports) == 2, "the evaluations tell what validation found"
+    assert not any("No validation report was given" in text for text in reports)
 
 
 @pytest.mark.slow
