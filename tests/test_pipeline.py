@@ -22,6 +22,7 @@ TINY = [
     "train.validate_every=1",
     "preprocess.folds=3",
     "export.parity_cases=1",
+    "export.int8.enabled=false",  # half of the seconds of an export; the run of the tutorial quantises
 ]
 
 ORDER = ["train@0", "evaluate@0", "cross_validate", "export@0"]

@@ -27,6 +27,7 @@ TINY = [
     "train.epochs=1",
     "train.validate_every=1",
     "export.parity_cases=1",
+    "export.int8.enabled=false",
 ]
 
 
