@@ -1,11 +1,13 @@
-"""Tries variants of a recipe on one fold, several at a time, each resumable; prints and keeps a table of the scores.
+"""Tries variants of a recipe on one fold or more, several at a time, each resumable; keeps a table of the scores.
 
     python -m benchmarks.recipe dataset=hippocampus download.source=PATH/Task04_Hippocampus.tar train.epochs=12 \\
         --variant base --variant "lr-8e-3: train.learning_rate=0.008" --fold 0 --jobs 2
 
 The arguments are Hydra overrides over conf/; a variant adds its own. A stage whose parameters two variants share runs
-once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row a variant. What is
-chosen by this must be reported on other folds, or on all of them (docs/recipe.md).
+once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row for each variant and
+fold. Of several folds (--fold 0 1 2 3 4) the table of the cross-validation is printed for each variant; folds done by
+earlier calls are read, not computed again. What is chosen by this must be reported on other folds, or on all of them
+(docs/recipe.md).
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -59,8 +62,8 @@ def stage(work: Path, name: str, arguments: list[str], output: Path, threads: in
     return time.perf_counter() - started
 
 
-def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads: int) -> dict[str, Any]:
-    """All stages of one variant up to the scores."""
+def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads: int) -> tuple[Path, Path]:
+    """All stages of one variant and fold up to the scores; returns the folders of the model and of its evaluation."""
     path, params = compose(work, [*overrides, "tracking.enabled=false", "evaluate.save_masks=false"])
     raw = work / f"raw-{digest(params['download'])}"
     checked = work / f"validation-{digest(params['download'], params['validate'])}"
@@ -78,7 +81,7 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
     arguments = [*of_fold, "--preprocessed", str(prepared), "--output", str(trained)]
     seconds = stage(work, "train", [*common, *arguments], trained, threads)
     arguments = [*of_fold, "--dataset", str(raw), "--preprocessed", str(prepared), "--model", str(trained)]
-    stage(work, "evaluate", [*common, *arguments, "--output", str(scored)], scored, threads)
+    new = stage(work, "evaluate", [*common, *arguments, "--output", str(scored)], scored, threads) > 0
     metrics = json.loads((scored / "metrics.json").read_text())
     history = json.loads((trained / "history.json").read_text())
     epochs = sorted(record["seconds"] for record in history)
@@ -93,9 +96,24 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
         "overrides": " ".join(overrides),
     }
     with _LOCK:
-        keep(work / "results.csv", row)
+        if new:
+            keep(work / "results.csv", row)
         print("  ".join(f"{k}={v}" for k, v in row.items() if k not in ("overrides", "train_seconds")), flush=True)
-    return row
+    return trained, scored
+
+
+def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
+    """The table of a cross-validation: fold to the folders of its model and its evaluation."""
+    from distilldsm.crossval.folds import load_folds
+    from distilldsm.crossval.table import format_table, summarise
+
+    with tempfile.TemporaryDirectory() as folder:
+        for number, parts in folds.items():
+            for kind, part in zip(("models", "evaluation"), parts, strict=True):
+                Path(folder, kind).mkdir(exist_ok=True)
+                Path(folder, kind, f"fold{number}").symlink_to(part)
+        found = load_folds(list(folds), Path(folder, "evaluation"), Path(folder, "models"))
+        return format_table(summarise(found), name)
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:
@@ -112,7 +130,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of all variants")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME[: KEY=VALUE ...]")
-    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--fold", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2, help="variants at a time; they share the cores")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "recipe")
     args = parser.parse_args()
@@ -131,8 +149,12 @@ def main() -> None:
         variants.append((name.strip(), [*shared, *own.split()]))
     threads = max(len(os.sched_getaffinity(0)) // args.jobs, 1)
     print(f"{machine()}, {args.jobs} at a time with {threads} thread(s) each")
+    jobs = [(name, overrides, fold) for name, overrides in variants for fold in args.fold]
     with ThreadPoolExecutor(args.jobs) as pool:
-        list(pool.map(lambda v: run_variant(work, v[0], v[1], args.fold, threads), variants))
+        folders = list(pool.map(lambda job: run_variant(work, job[0], job[1], job[2], threads), jobs))
+    for name, _ in variants if len(args.fold) > 1 else []:
+        of_folds = {job[2]: found for job, found in zip(jobs, folders, strict=True) if job[0] == name}
+        print(f"\n{table_of(name, of_folds)}")
 
 
 if __name__ == "__main__":
