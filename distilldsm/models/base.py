@@ -60,7 +60,7 @@ class SegmentationNetwork(nn.Module):
             for module in self.modules()
             if isinstance(module, nn.Conv2d | nn.Conv3d)
         ]
-        training = self.training
+        modes = {module: module.training for module in self.modules()}  # frozen parts stay frozen
         try:
             parameter = next(self.parameters())
             with torch.no_grad():
@@ -69,6 +69,7 @@ class SegmentationNetwork(nn.Module):
         finally:
             for hook in hooks:
                 hook.remove()
-            self.train(training)
+            for module, training in modes.items():
+                module.training = training
         voxels = size[0] * size[1] * size[2]
         return Cost(parameters=sum(p.numel() for p in self.parameters()), macs_per_voxel=macs / voxels)

@@ -148,11 +148,11 @@ class VolumetricNetwork(SegmentationNetwork):
         # Each module looks one slice further; where some lie on parallel branches, this is more than is needed.
         self.depth_halo = len(modules)
 
-    def forward(self, x: Tensor) -> Any:
+    def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Any:
         """(B, C, D, H, W) volumes to what the network gives for slices, each tensor (N, K, ...) as (B, K, D, ...).
 
         A U-Net's logits become (B, K, D, H, W), a classifier's (B, K, D), feature maps (B, K, D, h, w); lists, tuples
-        and dictionaries stay such.
+        and dictionaries stay such. `features` is left empty: where the network's decoder is, nobody knows.
 
         Raises:
             ValueError: x is no batch of volumes of `in_channels`, or its sizes are no multiples of the stride.
@@ -236,13 +236,17 @@ def insert_depth_shift(
             "no convolution has channels enough to pass one each way", seen=f"alpha={alpha}", mend="a larger alpha"
         )
     first = next(iter(convolutions.values()))
-    return VolumetricNetwork(
+    volumetric = VolumetricNetwork(
         network if in_place else copy.deepcopy(network),
         modules,
         in_channels=first.in_channels,
         stride=stride,
         out_channels=out_channels,
-    ).train(network.training)
+    )
+    # The network's own modules keep their modes: frozen normalisation stays frozen.
+    volumetric.shifts.train(network.training)
+    volumetric.training = network.training
+    return volumetric
 
 
 def auto_places(network: nn.Module) -> tuple[str, ...]:

@@ -17,7 +17,8 @@ from distilldsm.models.base import SegmentationNetwork
 class DeeplySupervised(nn.Module):
     """A network with a 1x1x1 convolution as head on each of the `levels` decoder levels below the last.
 
-    Its output is a list: logits of the network, then those of the heads from the finest level to the coarsest.
+    Its output is a list: logits of the network, then those of the heads from the finest level to the coarsest. A
+    network that tells no `decoder_widths` has no such heads.
     """
 
     def __init__(self, network: SegmentationNetwork, levels: int) -> None:

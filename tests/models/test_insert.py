@@ -20,6 +20,7 @@ from distilldsm.models.depth_shift import DepthModule, DistillDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift, insert_depth_shift
 from distilldsm.models.registry import build_model
 from distilldsm.models.unet import UNet2D
+from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from tests.models.foreign import CHANNELS, NAMES, network
 from tests.models.small import Checkpointed, Heads, Many, Slices, Small
 
@@ -59,6 +60,31 @@ def test_at_first_it_is_the_2d_network_and_then_it_is_not(name, kind):
         changed[:, :, 0] += 1
         difference = tensors(volumetric(changed))[-1] - tensors(volumetric(x))[-1]
     assert float(difference[:, :, 1].abs().max()) > 0  # a slice hears of its neighbour
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+def test_what_is_frozen_stays_frozen(in_place):
+    """A network that is trained with its normalisation in evaluation mode."""
+    flat = nn.Sequential(Small(), nn.BatchNorm2d(2)).train()
+    flat[1].eval()
+    x = torch.randn(2, 1, 3, 32, 32)
+    expected = flat(x.transpose(1, 2).flatten(0, 1))
+    volumetric = insert_depth_shift(flat, in_place=in_place)
+    for _ in range(2):
+        assert volumetric.training
+        assert volumetric.network[0].training
+        assert all(shift.training for shift in volumetric.shifts)
+        assert not volumetric.network[1].training
+        torch.testing.assert_close(volumetric(x).transpose(1, 2).flatten(0, 1), expected)
+        volumetric.cost()  # looks at it in evaluation mode, and leaves it as it was
+
+
+def test_it_trains_where_heads_below_are_wanted():
+    supervised = DeeplySupervised(insert_depth_shift(Small()), levels=2)
+    outputs = supervised(torch.randn(1, 1, 3, 32, 32))
+    assert [o.shape for o in outputs] == [(1, 2, 3, 32, 32)]
+    supervised_loss(outputs, torch.zeros(1, 3, 32, 32), lambda logits, _: logits.square().mean()).backward()
+    assert all(p.grad is not None for p in supervised.parameters())
 
 
 @pytest.mark.parametrize(
