@@ -174,7 +174,8 @@ class PreprocessConfig:
     regions: Literal["labels"] | Mapping[str, tuple[str, ...]] | None = None
     """Overlapping regions to segment instead of the labels, each with a sigmoid: name to label names, e.g.
     `TC: [necrotic_core, enhancing_tumour]`. A mask shows a region as the one label that no smaller region holds.
-    null: the data set's own (BraTS 2020, nnU-Net with regions); {}: none; labels: each label by itself."""
+    null: the data set's own (BraTS 2020, nnU-Net with regions); {}: none; labels: the data set's own, else each label
+    by itself."""
     max_patch_voxels: int = 655_360
     """Upper bound of a training patch, in voxels (memory)."""
     patch_size: tuple[int, int, int] | None = None

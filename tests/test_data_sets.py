@@ -20,7 +20,7 @@ from tests.data.published import SHAPES, write_brats_case, write_published
 from tests.test_presets import composed
 
 
-def params_of(name: str, source: Path) -> Params:
+def params_of(name: str, source: Path, *overrides: str) -> Params:
     return from_mapping(
         Params,
         composed(
@@ -37,13 +37,14 @@ def params_of(name: str, source: Path) -> Params:
             "export.int8.enabled=false",
             "export.register_model=false",
             "export.max_voxel_difference=1",
+            *overrides,
         ),
     )
 
 
-def run_stages(name: str, root: Path) -> SimpleNamespace:
+def run_stages(name: str, root: Path, *overrides: str) -> SimpleNamespace:
     """All stages, called as functions."""
-    params = params_of(name, write_published(name, root / "source"))
+    params = params_of(name, write_published(name, root / "source"), *overrides)
     at = SimpleNamespace(**{k: root / k for k in ("raw", "validation", "arrays", "model", "scores", "export")})
     download.run(params.download, {}, {"dataset": at.raw})
     validate.run(params.validate, {"dataset": at.raw}, {"validation": at.validation})
@@ -93,6 +94,16 @@ def test_preset_runs_end_to_end(name, tmp_path):
     scored = at.scores / "predictions" / f"{case}.nii.gz"
     agree = np.mean(nib.load(mask).get_fdata() == nib.load(scored).get_fdata())
     assert agree > 0.999
+
+
+def test_the_papers_recipe_runs_end_to_end(tmp_path):
+    at = run_stages("hippocampus", tmp_path, "recipe=paper")
+    model = read_json(at.model / "model.json")
+    assert model["out_channels"] == 2  # a sigmoid per label, no background
+    assert load_metadata(at.export).outputs[0].shape[1] == 2
+    assert list(read_json(at.scores / "summary.json")["labels"]) == STRUCTURES["hippocampus"]
+    losses = [record["train_loss"] for record in read_json(at.model / "history.json")]
+    assert losses[-1] < losses[0] < 1  # Dice alone
 
 
 def check_brats(at: SimpleNamespace, tmp_path: Path, case: str) -> None:

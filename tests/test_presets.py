@@ -60,6 +60,16 @@ def test_the_papers_recipe_gives_the_papers_network():
     assert params.train.epochs == from_mapping(Params, composed("dataset=hippocampus")).train.epochs
 
 
+def test_the_papers_recipe_keeps_brats_regions_and_changes_no_image():
+    params = from_mapping(Params, composed("dataset=brats2020", "recipe=paper"))
+    own = (SimpleNamespace(name="WT"),)
+    assert regions_of(SimpleNamespace(regions=own, labels={"background": 0, "core": 1}), params.preprocess) == own
+    augment = params.train.augment
+    assert not augment.mirror_axes
+    assert not any(getattr(augment, key) for key in vars(augment) if key.endswith("_probability"))
+    assert params.train.foreground_oversampling == 0
+
+
 def test_every_model_has_a_preset_with_known_options():
     assert set(MODEL_PRESETS) == set(MODELS)
     for name in MODEL_PRESETS:

@@ -180,7 +180,7 @@ def regions_of(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, .
     Raises:
         ConfigError: regions that name unknown labels or that no mask can show.
     """
-    if config.regions is None:
+    if config.regions is None or (config.regions == "labels" and index.regions):
         return index.regions
     each = {name: (name,) for name, value in index.labels.items() if value}
     return regions_from_labels(each if config.regions == "labels" else config.regions, index.labels)
