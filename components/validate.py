@@ -64,7 +64,8 @@ def _problem(config: ValidateConfig, index: DatasetIndex, report: Mapping[str, A
         return "a rule for the whole data set is broken"
     left = {case.patient for case in index.subset(set(report["accepted"])).cases} if report["accepted"] else set()
     if len(left) < 2:
-        return f"{len(left)} patients are left after {counts['errors']} errors, but a split needs at least 2"
+        are_left = f"patients are left after {counts['errors']} errors" if counts["errors"] else "patients in all"
+        return f"{len(left)} {are_left}, but a split needs at least 2"
     return None
 
 
@@ -77,12 +78,14 @@ def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) 
     if len(findings) > SHOWN:
         lines.append(f"\n    ... and {len(findings) - SHOWN} more")
     counts = report["counts"]
+    sound = not findings  # only the patients are too few
+    advice = "add cases" if sound else "mend the files, or leave such cases out (validate.on_invalid: exclude)"
     return DataError(
         f"the data set cannot be used: {problem}",
         where=root,
         seen=f"{counts['errors']} errors, {counts['warnings']} warnings" + "".join(lines),
-        rule="every case fulfils the expectation suite",
-        mend=f"read {failed / 'report.html'}; mend the files, or leave such cases out (validate.on_invalid: exclude)",
+        rule="two patients at least, to hold one out" if sound else "every case fulfils the expectation suite",
+        mend=f"read {failed / 'report.html'}; {advice}",
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from components import download, evaluate, preprocess, train, validate
 from distilldsm.config import DownloadConfig as Source
@@ -89,8 +91,28 @@ def test_an_empty_mask_is_an_error_or_left_out(source, tmp_path):
 
 def test_one_case_only_is_refused(tmp_path):
     source = write_published("hippocampus", tmp_path / "source", cases=1)
-    with pytest.raises(UserError, match="a split needs at least 2"):
+    with pytest.raises(UserError, match=r"a split needs at least 2(.|\n)*two patients at least(.|\n)*add cases"):
         stages(source, tmp_path)
+
+
+def test_label_values_with_gaps_are_kept(source, tmp_path):
+    for path in labels(source):
+        change(path, lambda a: np.where(a == 2, 4, a))
+    description = read_json(source / "dataset.json")
+    description["labels"] = {"0": "background", "1": "Anterior", "4": "Posterior"}
+    (source / "dataset.json").write_text(json.dumps(description))
+    at = stages(source, tmp_path)
+    assert list(read_json(at.scores / "summary.json")["labels"]) == ["Anterior", "Posterior"]
+    stored = {value for path in (at.arrays / "labels").glob("*.npy") for value in np.unique(np.load(path))}
+    assert stored == {0, 1, 2}
+    weights = load_file(at.model / "last.safetensors")
+    weights["head.bias"][2] = 1e3  # a network that sees nothing but the last class
+    save_file(weights, at.model / "last.safetensors", {"format": "pt"})
+    inputs = {"dataset": at.raw, "preprocessed": at.arrays, "model": at.model}
+    evaluate.run(EvaluateConfig(workers=1), inputs, {"evaluation": tmp_path / "again"}, fold=0)
+    masks = [np.unique(nib.load(p).dataobj).tolist() for p in (tmp_path / "again/predictions").glob("*.nii.gz")]
+    assert len(masks) == 2
+    assert all(4 in values and set(values) <= {0, 4} for values in masks)
 
 
 def test_fewer_patients_than_folds(source, tmp_path):
