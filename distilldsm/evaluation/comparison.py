@@ -245,17 +245,17 @@ def format_costs(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(trainings: Sequence[Training], path: Path) -> None:
-    """Dice of every case as boxes, a panel per label, as PNG."""
+    """Dice of every case that all were scored on as boxes, a panel per label, as PNG."""
     from distilldsm.evaluation.figures import dice_panels, save_figure
 
     tables = [training.scores for training in trainings]
-    labels = list(dict.fromkeys(label for _, label in tables[0]))
+    keys = [key for key in tables[0] if all(key in table for table in tables)]
     panels: dict[str, dict[str, list[float]]] = {
         label: {
-            training.name: [row["dice"] for (_, own), row in table.items() if own == label and "dice" in row]
+            training.name: [table[key]["dice"] for key in keys if key[1] == label and "dice" in table[key]]
             for training, table in zip(trainings, tables, strict=True)
         }
-        for label in labels
+        for label in dict.fromkeys(label for _, label in keys)
     }
     save_figure(dice_panels(panels), path)
 

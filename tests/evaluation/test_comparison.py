@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
 
 from components import cross_validate
 from distilldsm.cli import main
 from distilldsm.config import CrossValidationConfig
 from distilldsm.errors import DataError
-from distilldsm.evaluation.comparison import compare, holm, load_training
+from distilldsm.evaluation.comparison import compare, draw, holm, load_training
 from tests.crossval import folds as crossval
 
 
@@ -84,6 +85,17 @@ def test_only_common_cases_count_and_undefined_scores_do_not(tmp_path):
     rows = compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
     assert {r.metric: r.cases for r in rows} == {"dice": 3, "hd95_mm": 2, "nsd": 3}
     assert {r.sd_folds for r in rows} == {None}
+
+
+def test_the_figure_shows_the_cases_of_the_table(tmp_path, monkeypatch):
+    rows = random_cases(["c0", "c1", "c2"], 0)
+    folders = [write_fold(tmp_path / "a", rows), write_fold(tmp_path / "b", {n: rows[n] for n in ("c2", "c1")})]
+    shown = {}
+    monkeypatch.setattr("distilldsm.evaluation.figures.dice_panels", lambda panels: shown.update(panels) or Figure())
+    draw([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)], tmp_path / "figure.png")
+    expected = [rows["c1"]["dice"], rows["c2"]["dice"]]
+    assert shown["A"] == {"a": pytest.approx(expected), "b": pytest.approx(expected)}
+    assert list(shown) == ["A", "B"]
 
 
 def test_equal_trainings_do_not_differ(tmp_path):
