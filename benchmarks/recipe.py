@@ -79,9 +79,9 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
         stage(work, "preprocess", [*common, *arguments], prepared, threads)
     of_fold = ["--fold", str(fold)]
     arguments = [*of_fold, "--preprocessed", str(prepared), "--output", str(trained)]
-    seconds = stage(work, "train", [*common, *arguments], trained, threads)
+    stage(work, "train", [*common, *arguments], trained, threads)
     arguments = [*of_fold, "--dataset", str(raw), "--preprocessed", str(prepared), "--model", str(trained)]
-    new = stage(work, "evaluate", [*common, *arguments, "--output", str(scored)], scored, threads) > 0
+    stage(work, "evaluate", [*common, *arguments, "--output", str(scored)], scored, threads)
     metrics = json.loads((scored / "metrics.json").read_text())
     history = json.loads((trained / "history.json").read_text())
     epochs = sorted(record["seconds"] for record in history)
@@ -92,12 +92,11 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
         "hd95_mm": metrics["hd95_mm"]["mean"],
         "epochs": len(history),
         "seconds_per_epoch": epochs[len(epochs) // 2],
-        "train_seconds": round(seconds),
+        "train_seconds": round(sum(epochs)),
         "overrides": " ".join(overrides),
     }
     with _LOCK:
-        if new:
-            keep(work / "results.csv", row)
+        keep(work / "results.csv", row)
         print("  ".join(f"{k}={v}" for k, v in row.items() if k not in ("overrides", "train_seconds")), flush=True)
     return trained, scored
 
@@ -117,13 +116,22 @@ def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:
-    """Append a row to a table that may not exist yet."""
-    new = not path.exists()
-    with open(path, "a", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Put a row into a table that may not exist yet, in place of an earlier one of the same variant and fold.
+
+    Data sets have other labels: a column that a row does not know stays empty in it.
+    """
+    rows = []
+    if path.exists():
+        with open(path, newline="") as stream:
+            rows = list(csv.DictReader(stream))
+    same = ("variant", "fold", "overrides")
+    rows = [old for old in rows if any(str(old[key]) != str(row[key]) for key in same)] + [row]
+    partial = path.with_name(f"{path.name}.{os.getpid()}")
+    with open(partial, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for one in rows for key in one)))
+        writer.writeheader()
+        writer.writerows(rows)
+    partial.replace(path)
 
 
 def main() -> None:

@@ -1,0 +1,27 @@
+"""The table that benchmarks/recipe.py keeps."""
+
+from __future__ import annotations
+
+import csv
+
+from benchmarks.recipe import keep
+
+
+def row(fold: int, **scores: float) -> dict:
+    return {"variant": "base", "fold": fold, **scores, "overrides": "train.epochs=2"}
+
+
+def test_rows_of_other_labels_keep_their_columns_and_none_is_told_twice(tmp_path):
+    path = tmp_path / "results.csv"
+    keep(path, row(0, dice_Anterior=0.8))
+    keep(path, row(0, dice_RV=0.7, dice_LV=0.9) | {"overrides": "dataset=acdc"})
+    keep(path, row(1, dice_Anterior=0.6))
+    keep(path, row(1, dice_Anterior=0.65))
+    with open(path, newline="") as stream:
+        found = list(csv.DictReader(stream))
+    assert [(r["fold"], r["dice_Anterior"], r["dice_RV"], r["dice_LV"]) for r in found] == [
+        ("0", "0.8", "", ""),
+        ("0", "", "0.7", "0.9"),
+        ("1", "0.65", "", ""),
+    ]
+    assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
