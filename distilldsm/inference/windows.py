@@ -16,8 +16,8 @@ Box = tuple[slice, slice, slice]
 WHOLE: Box = (slice(None), slice(None), slice(None))
 
 MAX_VOXELS = 6_500_000
-"""Voxels that go through the network at once; about 3 GB in float32 for the paper-size network. Slices so large that the
-halo alone has more go through with it whole: `distilldsm predict` cuts them in plane, too."""
+"""Voxels that go through the network at once; about 3 GB in float32 for the paper-size network. Slices so large that
+the halo alone has more go through with it whole: `distilldsm predict` cuts them in plane, too."""
 UNBOUNDED_HALO = 32
 """Overlap, in slices, for networks whose logits depend on the whole depth (there, chunks are an approximation)."""
 
