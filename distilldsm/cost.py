@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import statistics
@@ -20,8 +21,21 @@ TIMING = "timing.json"
 """In an evaluation directory: what the predictions took, and the model's `cost.json`."""
 
 
+_seen: dict[int, float] = {}
+"""Process to the largest peak it was told: a forked one starts anew."""
+
+
 def peak_memory_gb() -> float:
-    """The most memory that this process has held (resident, 10^9 bytes), without its children."""
+    """The most memory that this process has held (resident, 10^9 bytes), without its children; it never falls.
+
+    Linux counts resident pages by CPU and adds them up roughly: its own peak can be some pages lower a moment later.
+    """
+    process = os.getpid()
+    _seen[process] = max(_peak_told_gb(), _seen.get(process, 0.0))
+    return _seen[process]
+
+
+def _peak_told_gb() -> float:
     status = Path("/proc/self/status")
     if status.is_file():
         # Not getrusage: its peak is that of the process that started this one, if that was larger.

@@ -22,6 +22,16 @@ def test_the_peak_grows_and_stays():
     assert cost.peak_memory_gb() >= during
 
 
+def test_the_peak_stays_where_the_system_tells_less_later(monkeypatch):
+    told = iter([90.087, 90.086, 90.1])
+    monkeypatch.setattr(cost, "_seen", {})
+    monkeypatch.setattr(cost, "_peak_told_gb", lambda: next(told))
+    assert [cost.peak_memory_gb() for _ in range(3)] == [90.087, 90.087, 90.1]
+    monkeypatch.setattr(cost, "_peak_told_gb", lambda: 1.0)
+    monkeypatch.setattr(cost.os, "getpid", lambda: -1)  # another process does not inherit it
+    assert cost.peak_memory_gb() == 1.0
+
+
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     block = np.ones(100_000_000)  # 0.8 GB
     code = "from distilldsm import cost; print(cost.peak_memory_gb())"
