@@ -20,11 +20,12 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Lock
 from typing import Any
+
+from filelock import FileLock
 
 from benchmarks.pipeline import ROOT, machine
 
@@ -46,11 +47,10 @@ def compose(work: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
     return target, yaml.safe_load(target.read_text())
 
 
-def stage(work: Path, name: str, arguments: list[str], output: Path, threads: int) -> float:
-    """Run a stage unless its output is there; returns its seconds (0: it was there)."""
+def stage(work: Path, name: str, arguments: list[str], output: Path, threads: int) -> None:
+    """Run a stage unless its output is there."""
     if (output / "manifest.json").exists():
-        return 0.0
-    started = time.perf_counter()
+        return
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     log = work / "logs" / f"{name}-{output.name}.log"
     log.parent.mkdir(exist_ok=True)
@@ -59,7 +59,6 @@ def stage(work: Path, name: str, arguments: list[str], output: Path, threads: in
         finished = subprocess.run(command, cwd=work, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     if finished.returncode:
         raise SystemExit(f"{name} failed; see {log}")
-    return time.perf_counter() - started
 
 
 def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads: int) -> tuple[Path, Path]:
@@ -120,18 +119,19 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 
     Data sets have other labels: a column that a row does not know stays empty in it.
     """
-    rows = []
-    if path.exists():
-        with open(path, newline="") as stream:
-            rows = list(csv.DictReader(stream))
     same = ("variant", "fold", "overrides")
-    rows = [old for old in rows if any(str(old[key]) != str(row[key]) for key in same)] + [row]
-    partial = path.with_name(f"{path.name}.{os.getpid()}")
-    with open(partial, "w", newline="") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for one in rows for key in one)))
-        writer.writeheader()
-        writer.writerows(rows)
-    partial.replace(path)
+    with FileLock(path.with_name(f".{path.name}.lock")):  # other calls may keep other folds at the same time
+        rows = []
+        if path.exists():
+            with open(path, newline="") as stream:
+                rows = list(csv.DictReader(stream))
+        rows = [old for old in rows if any(str(old[key]) != str(row[key]) for key in same)] + [row]
+        partial = path.with_name(f".{path.name}.partial")
+        with open(partial, "w", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for one in rows for key in one)))
+            writer.writeheader()
+            writer.writerows(rows)
+        partial.replace(path)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from concurrent.futures import ThreadPoolExecutor
 
 from benchmarks.recipe import keep
 
@@ -24,4 +25,11 @@ def test_rows_of_other_labels_keep_their_columns_and_none_is_told_twice(tmp_path
         ("0", "", "0.7", "0.9"),
         ("1", "0.65", "", ""),
     ]
-    assert [p.name for p in tmp_path.iterdir()] == ["results.csv"]
+
+
+def test_folds_that_end_together_are_all_kept(tmp_path):
+    path = tmp_path / "results.csv"
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(lambda fold: keep(path, row(fold, dice=0.5)), range(64)))
+    with open(path, newline="") as stream:
+        assert sorted(int(r["fold"]) for r in csv.DictReader(stream)) == list(range(64))
