@@ -19,7 +19,7 @@ from distilldsm.stage import write_json
 from distilldsm.tracking import registry, replay_journals
 from distilldsm.tracking.registry import CHALLENGER, CHAMPION, registered_scores
 from tests.export.test_gate import scored
-from tests.tracking.test_tracking import onnx_model
+from tests.tracking.store import onnx_model
 
 NAME = "m"
 
