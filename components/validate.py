@@ -64,8 +64,9 @@ def _problem(config: ValidateConfig, index: DatasetIndex, report: Mapping[str, A
         return "a rule for the whole data set is broken"
     left = {case.patient for case in index.subset(set(report["accepted"])).cases} if report["accepted"] else set()
     if len(left) < 2:
-        are_left = f"patients are left after {counts['errors']} errors" if counts["errors"] else "patients in all"
-        return f"{len(left)} {are_left}, but a split needs at least 2"
+        patients = "1 patient" if len(left) == 1 else f"{len(left)} patients"
+        left_over = f"left after {counts['errors']} errors" if counts["errors"] else "in all"
+        return f"{patients} {left_over}, but a split needs at least 2"
     return None
 
 

@@ -91,7 +91,9 @@ def test_an_empty_mask_is_an_error_or_left_out(source, tmp_path):
 
 def test_one_case_only_is_refused(tmp_path):
     source = write_published("hippocampus", tmp_path / "source", cases=1)
-    with pytest.raises(UserError, match=r"a split needs at least 2(.|\n)*two patients at least(.|\n)*add cases"):
+    with pytest.raises(
+        UserError, match=r"1 patient in all, but a split needs at least 2(.|\n)*two patients at least(.|\n)*add cases"
+    ):
         stages(source, tmp_path)
 
 

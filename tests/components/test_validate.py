@@ -224,7 +224,7 @@ def test_nothing_left_and_rules_for_the_whole_data_set(suite, tmp_path):
     root = tmp_path / "raw"
     index = write_dataset(root, 2)
     config = ValidateConfig(suite=suite, on_invalid="exclude", bounds={"spacing_max_mm": (None, 0.5)})
-    with pytest.raises(DataError, match="0 patients are left"):
+    with pytest.raises(DataError, match="0 patients left after 2 errors"):
         run(config, {"dataset": root}, {"validation": tmp_path / "v"})
     own = tmp_path / "own.yaml"
     own.write_text(
