@@ -63,6 +63,7 @@ STRUCTURES = {
     "pancreas": ["pancreas", "cancer"],
     "brats2020": ["WT", "TC", "ET"],
     "acdc": ["RV", "MYO", "LV"],
+    "brats2015": ["necrosis", "oedema", "non_enhancing", "enhancing"],
 }
 
 
@@ -88,12 +89,19 @@ def test_preset_runs_end_to_end(name, tmp_path):
     if name == "brats2020":
         check_brats(at, tmp_path, case)
         return
-    channels = sorted((at.raw / "imagesTr").glob(f"{case}*"))
+    channels = channels_of(at.raw, name, case)
     mask = tmp_path / "mask.nii.gz"
     assert main(["predict", str(at.export), *map(str, channels), "-o", str(mask)]) == 0
     scored = at.scores / "predictions" / f"{case}.nii.gz"
     agree = np.mean(nib.load(mask).get_fdata() == nib.load(scored).get_fdata())
     assert agree > 0.999
+
+
+def channels_of(raw: Path, name: str, case: str) -> list[Path]:
+    """The image files of a case, in the order of its channels."""
+    if name == "brats2015":
+        return sorted(next(raw.rglob(case)).glob("*_subtrMeanDivStd.nii.gz"))
+    return sorted((raw / "imagesTr").glob(f"{case}*"))
 
 
 def test_the_papers_recipe_runs_end_to_end(tmp_path):

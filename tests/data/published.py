@@ -17,6 +17,7 @@ SHAPES = {
     "pancreas": ((56, 56, 14), (0.8, 0.8, 2.5)),
     "brats2020": ((48, 48, 24), (1.0, 1.0, 1.0)),
     "acdc": ((48, 44, 8), (1.5, 1.5, 10.0)),
+    "brats2015": ((48, 48, 24), (1.0, 1.0, 1.0)),
 }
 """(X, Y, Z) and voxel size in mm; fewer voxels than the real ones, with their anisotropy."""
 MSD = {
@@ -25,6 +26,9 @@ MSD = {
     "prostate": ({"0": "T2", "1": "ADC"}, {"0": "background", "1": "PZ", "2": "TZ"}),
     "pancreas": ({"0": "CT"}, {"0": "background", "1": "pancreas", "2": "cancer"}),
 }
+
+LPS = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]])
+"""The affine of the BraTS data sets."""
 
 
 def made_case(name: str, seed: int, channels: int, values: tuple[int, ...]) -> tuple[list[np.ndarray], np.ndarray]:
@@ -43,7 +47,7 @@ def made_case(name: str, seed: int, channels: int, values: tuple[int, ...]) -> t
         if name == "pancreas":
             image = image - 180  # Hounsfield units, air outside
             image[:4] = -1000
-        if name == "brats2020":
+        if name.startswith("brats"):
             image[:, :6] = 0  # skull-stripped
         images.append(image.astype(np.float32))
     return images, label
@@ -58,6 +62,10 @@ def write_published(name: str, root: Path, cases: int = 4) -> Path:
         for k in range(cases):
             write_brats_case(top, f"BraTS20_Training_{k + 1:03d}", k)
         return top
+    if name == "brats2015":
+        for k in range(cases):
+            write_brats2015_case(root / ("test" if k % 2 else "train") / f"brats_2013_pat{k + 1:04d}_1", k)
+        return root
     (root / "imagesTr").mkdir(parents=True)
     (root / "labelsTr").mkdir()
     if name == "acdc":
@@ -96,9 +104,18 @@ def write_brats_case(root: Path, case: str, seed: int, *, labelled: bool = True)
     folder = root / case
     folder.mkdir(parents=True)
     images, label = made_case("brats2020", seed, 4, (2, 1, 4))
-    affine = np.array([[-1.0, 0, 0, 0], [0, -1.0, 0, 239], [0, 0, 1.0, 0], [0, 0, 0, 1]])
     for name, image in zip(("flair", "t1", "t1ce", "t2"), images, strict=True):
-        nib.save(nib.Nifti1Image(image, affine), folder / f"{case}_{name}.nii.gz")
+        nib.save(nib.Nifti1Image(image, LPS), folder / f"{case}_{name}.nii.gz")
     if labelled:
-        nib.save(nib.Nifti1Image(label, affine), folder / f"{case}_seg.nii.gz")
+        nib.save(nib.Nifti1Image(label, LPS), folder / f"{case}_seg.nii.gz")
     return folder
+
+
+def write_brats2015_case(folder: Path, seed: int) -> None:
+    """FLAIR and T1c of a case with five labels, as float32 and in LPS orientation as there."""
+    folder.mkdir(parents=True)
+    images, label = made_case("brats2015", seed, 2, (2, 3, 1, 4))
+    for name, image in zip(("Flair", "T1c"), images, strict=True):
+        nib.save(nib.Nifti1Image(image, LPS), folder / f"{name}_subtrMeanDivStd.nii.gz")
+    nib.save(nib.Nifti1Image(label.astype(np.float32), LPS), folder / "OTMultiClass.nii.gz")
+    nib.save(nib.Nifti1Image((label > 0).astype(np.float32), LPS), folder / "brainmask.nii.gz")
