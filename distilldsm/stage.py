@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,8 @@ from distilldsm.progress import progress
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
+HOW = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
+"""Parameters of any stage that say where and how it computes, not what: work begun with others goes on."""
 _FULL_BYTES = 64 << 10
 """An error with so little space left is taken for one of the full disk."""
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
@@ -113,8 +116,8 @@ def output_directory(
 
     The manifest (schema version, stage, config, input hashes, file hashes, package versions, and what `extra`
     adds) is written at the end. With `resumable`, an interrupted block leaves its work directory, and the next
-    call with the same stage, config and inputs yields it again with what is in it; otherwise it starts empty. A
-    lock keeps a second process from the same output.
+    call with the same stage, config (but for HOW) and inputs yields it again with what is in it; otherwise it starts
+    empty, and a line on stderr says so. A lock keeps a second process from the same output.
 
     Args:
         kept: says of the work directory how much is done, for a person who interrupts it.
@@ -134,7 +137,7 @@ def output_directory(
         ) from None
     try:
         input_hashes = {name: content_hash(p) for name, p in inputs.items()}
-        key = {"stage": stage, "config": to_mapping(config), "inputs": input_hashes, "extra": dict(extra or {})}
+        key = {"stage": stage, "config": what(config), "inputs": input_hashes, "extra": dict(extra or {})}
         _prepare(work, sha256_json(key), resumable)
         try:
             yield work
@@ -172,6 +175,11 @@ def output_directory(
         lock.release()
 
 
+def what(config: Any) -> dict[str, Any]:
+    """A stage's config as a mapping, without HOW."""
+    return {name: value for name, value in to_mapping(config).items() if name not in HOW}
+
+
 def _kept(work: Path, kept: Callable[[Path], str] | None) -> str:
     try:
         return kept(work) if kept else "what is done is kept"
@@ -187,7 +195,7 @@ def is_current(
     inputs: Mapping[str, str | os.PathLike[str]],
     extra: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether `output_directory`, called with the same arguments, has already made what lies in `path`.
+    """Whether `output_directory`, called with the same arguments (but for HOW), has made what lies in `path`.
 
     Raises:
         UserError: an input is missing, or the manifest cannot be read.
@@ -196,9 +204,10 @@ def is_current(
     if not (path / MANIFEST).is_file():
         return False
     made = read_json(path / MANIFEST)
+    made["config"] = what(made.get("config", {}))
     wanted = {
         "stage": stage,
-        "config": to_mapping(config),
+        "config": what(config),
         "inputs": {name: content_hash(p) for name, p in inputs.items()},
         **(extra or {}),
     }
@@ -226,6 +235,8 @@ def _prepare(work: Path, key: str, resumable: bool) -> None:
     if work.exists():
         same = resumable and stamp.is_file() and read_json(stamp).get("key") == key
         if not same:
+            if resumable and stamp.is_file():
+                print(f"{work}: begun with other parameters or inputs, starts anew", file=sys.stderr)
             shutil.rmtree(work)
     write_json(stamp, {"key": key})
     work.mkdir(exist_ok=True)

@@ -66,7 +66,7 @@ def test_new_output_replaces_the_old_wholly(tmp_path: Path):
     assert not (tmp_path / "out" / "stale.txt").exists()
 
 
-def test_resume_only_with_the_same_key(tmp_path: Path):
+def test_resume_only_with_the_same_key(tmp_path: Path, capsys):
     def interrupted(config):
         with (
             pytest.raises(KeyboardInterrupt),
@@ -79,7 +79,10 @@ def test_resume_only_with_the_same_key(tmp_path: Path):
 
     assert interrupted({"a": 1}) == []
     assert interrupted({"a": 1}) == ["done.txt"]
+    assert interrupted({"a": 1, "workers": 2, "device": "cpu", "memory_gb": 9.0}) == ["done.txt"]  # how, not what
+    assert capsys.readouterr().err == ""
     assert interrupted({"a": 2}) == []
+    assert "begun with other parameters or inputs, starts anew" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -93,6 +96,7 @@ def test_what_is_current_need_not_be_made_again(tmp_path: Path):
     assert is_current(tmp_path / "out", **key)
     assert not is_current(tmp_path / "out", **{**key, "extra": {"fold": 1}})
     assert not is_current(tmp_path / "out", **{**key, "config": EvaluateConfig(checkpoint="best")})
+    assert is_current(tmp_path / "out", **{**key, "config": EvaluateConfig(workers=2)})
     (tmp_path / "out" / "a.txt").unlink()
     assert not is_current(tmp_path / "out", **key)
     (tmp_path / "out" / "a.txt").write_text("a")

@@ -12,12 +12,12 @@ from distilldsm.cost import TIMING, training_cost
 from distilldsm.errors import DataError
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import POSTPROCESSED
-from distilldsm.stage import MANIFEST, content_hash, read_json, sha256_file
+from distilldsm.stage import HOW, MANIFEST, content_hash, read_json, sha256_file
 from distilldsm.tracking.values import flatten
 
 Row = dict[str, Any]
 NUMBERS = (*METRICS, "volume_truth_ml", "volume_predicted_ml")
-ALIKE = frozenset({"workers", "device", "checkpoint_minutes", "compile", "save_masks"})
+ALIKE = HOW | {"save_masks"}
 """Parameters that may differ from fold to fold: where and how it was computed, not what."""
 
 
