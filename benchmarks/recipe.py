@@ -48,15 +48,16 @@ def compose(work: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def stage(work: Path, name: str, arguments: list[str], output: Path, threads: int) -> None:
-    """Run a stage unless its output is there."""
-    if (output / "manifest.json").exists():
-        return
+    """Run a stage unless its output is there; what variants or other calls share is made once, by the first."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     log = work / "logs" / f"{name}-{output.name}.log"
     log.parent.mkdir(exist_ok=True)
-    with open(log, "a") as stream:
-        command = [sys.executable, "-m", f"components.{name}", *arguments]
-        finished = subprocess.run(command, cwd=work, env=environment, stdout=stream, stderr=subprocess.STDOUT)
+    with FileLock(log.with_suffix(".lock")):
+        if (output / "manifest.json").exists():
+            return
+        with open(log, "a") as stream:
+            command = [sys.executable, "-m", f"components.{name}", *arguments]
+            finished = subprocess.run(command, cwd=work, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     if finished.returncode:
         raise SystemExit(f"{name} failed; see {log}")
 
@@ -71,11 +72,10 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
     trained = work / f"model-{digest(prepared_key, params['train'], fold)}"
     scored = work / f"evaluation-{digest(prepared_key, params['train'], params['evaluate'], fold)}"
     common = ["--params", str(path)]
-    with _LOCK:  # what variants share is made once, by the first
-        stage(work, "download", [*common, "--output", str(raw)], raw, threads)
-        stage(work, "validate", [*common, "--dataset", str(raw), "--output", str(checked)], checked, threads)
-        arguments = ["--dataset", str(raw), "--validation", str(checked), "--output", str(prepared)]
-        stage(work, "preprocess", [*common, *arguments], prepared, threads)
+    stage(work, "download", [*common, "--output", str(raw)], raw, threads)
+    stage(work, "validate", [*common, "--dataset", str(raw), "--output", str(checked)], checked, threads)
+    arguments = ["--dataset", str(raw), "--validation", str(checked), "--output", str(prepared)]
+    stage(work, "preprocess", [*common, *arguments], prepared, threads)
     of_fold = ["--fold", str(fold)]
     arguments = [*of_fold, "--preprocessed", str(prepared), "--output", str(trained)]
     stage(work, "train", [*common, *arguments], trained, threads)

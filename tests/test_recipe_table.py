@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 from concurrent.futures import ThreadPoolExecutor
+from time import sleep
+from types import SimpleNamespace
 
-from benchmarks.recipe import keep
+from benchmarks.recipe import keep, stage
 
 
 def row(fold: int, **scores: float) -> dict:
@@ -25,6 +27,22 @@ def test_rows_of_other_labels_keep_their_columns_and_none_is_told_twice(tmp_path
         ("0", "", "0.7", "0.9"),
         ("1", "0.65", "", ""),
     ]
+
+
+def test_what_two_variants_share_is_made_once(tmp_path, monkeypatch):
+    calls = []
+
+    def run(command, **_):
+        calls.append(command)
+        sleep(0.05)
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "manifest.json").write_text("{}")
+        return SimpleNamespace(returncode=0)
+
+    monkeypatch.setattr("benchmarks.recipe.subprocess.run", run)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda _: stage(tmp_path, "train", [], tmp_path / "model", 1), range(8)))
+    assert len(calls) == 1
 
 
 def test_folds_that_end_together_are_all_kept(tmp_path):
