@@ -34,6 +34,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         require(self.subjects >= 5, "subjects", self.subjects, "at least 5, one per fold")
+        require(self.seed >= 0, "seed", self.seed, "0 or more")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,6 +194,7 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         require(self.folds >= 2, "folds", self.folds, "at least 2")
+        require(self.split_seed >= 0, "split_seed", self.split_seed, "0 or more")
         if self.target_spacing_mm is not None:
             require(min(self.target_spacing_mm) > 0, "target_spacing_mm", self.target_spacing_mm, "above 0")
         if self.patch_size is not None:

@@ -136,7 +136,7 @@ class TrainConfig:
         for key in ("epochs", "samples_per_case", "accumulate", "validate_every"):
             require(getattr(self, key) >= 1, key, getattr(self, key), "at least 1")
         require(0 <= self.deep_supervision <= 3, "deep_supervision", self.deep_supervision, "from 0 to 3")
-        for key in ("early_stopping", "workers", "gradient_clip_norm", "weight_decay", "checkpoint_minutes"):
+        for key in ("early_stopping", "workers", "gradient_clip_norm", "weight_decay", "checkpoint_minutes", "seed"):
             require(getattr(self, key) >= 0, key, getattr(self, key), "0 or more")
         if self.batch_size is not None:
             require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")

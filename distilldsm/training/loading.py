@@ -10,11 +10,36 @@ import numpy as np
 import torch
 
 from distilldsm.data.patches import PatchSampler
-from distilldsm.errors import UserError
+from distilldsm.errors import ConfigError, UserError
 from distilldsm.training.distributed import Processes
 from distilldsm.workers import end_with_parent
 
 Batch = tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]
+
+
+def batch_size_of(set_to: int | None, *, begun_with: int, planned: int, unit: int) -> int:
+    """Patches a step, over all processes.
+
+    Args:
+        set_to: `train.batch_size`, taken as it is; None: as near to the plan's as the processes can share.
+        begun_with: of the training that is resumed, which keeps it: the schedule counts in its steps. 0: none is.
+        unit: processes x accumulate, which the batch is shared by.
+
+    Raises:
+        ConfigError: it cannot be shared evenly.
+    """
+    batch = set_to or begun_with
+    if not batch:
+        return max(planned // unit, 1) * unit
+    if batch % unit:
+        raise ConfigError(
+            "the batch cannot be shared evenly",
+            where="train.batch_size",
+            seen=f"{batch}" if set_to else f"{batch}, which the training was begun with",
+            rule=f"a multiple of processes x accumulate ({unit})",
+            mend=None if set_to else "resume on another number of processes",
+        )
+    return batch
 
 
 def batches(sampler: PatchSampler, epoch: int, workers: int, processes: Processes) -> Iterator[Batch]:

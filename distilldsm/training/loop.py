@@ -21,7 +21,7 @@ from distilldsm.data.augment import Draws, augment, centre_crop
 from distilldsm.data.patches import PatchSampler
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
-from distilldsm.errors import ConfigError, DataError, UserError
+from distilldsm.errors import DataError, UserError
 from distilldsm.interruption import explains_interrupt
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
@@ -31,7 +31,7 @@ from distilldsm.training.checkpoint import load_tensors, load_weights, pack_opti
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
-from distilldsm.training.loading import batches, loaders_are_watched
+from distilldsm.training.loading import batch_size_of, batches, loaders_are_watched
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
 from distilldsm.training.setup import choose_bf16, choose_device, hash_seed, make_optimizer, seed_everything
@@ -54,6 +54,8 @@ class TrainingState:
     """Optimizer steps done."""
     best_dice: float = -1.0
     validations_without_gain: int = 0
+    batch_size: int = 0
+    """Patches a step, over all processes; 0 in checkpoints of versions that did not keep it."""
     history: list[dict[str, Any]] = field(default_factory=list)
     plateau: dict[str, float] = field(default_factory=dict)
 
@@ -102,10 +104,10 @@ class Trainer:
         self.plateau = Plateau()
         self.state = TrainingState()
         train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
-        self.sampler = self._make_sampler(train_ids)
-        self.total_steps = config.epochs * self.sampler.steps_per_epoch
         if (work / RESUME).exists():
             self._resume()
+        self.sampler = self._make_sampler(train_ids)
+        self.total_steps = config.epochs * self.sampler.steps_per_epoch
         self.parallel = self._wrap()
 
     def _build_network(self) -> SegmentationNetwork:
@@ -121,17 +123,12 @@ class Trainer:
         return network
 
     def _make_sampler(self, train_ids: list[str]) -> PatchSampler:
-        batch = self.config.batch_size or self.plan.batch_size
-        unit = self.processes.world * self.config.accumulate
-        if self.config.batch_size is None:
-            batch = max(batch // unit, 1) * unit
-        elif batch % unit:
-            raise ConfigError(
-                "'batch_size' cannot be shared evenly",
-                where="train.batch_size",
-                seen=batch,
-                rule=f"a multiple of processes x accumulate ({unit})",
-            )
+        self.state.batch_size = batch_size_of(
+            self.config.batch_size,
+            begun_with=self.state.batch_size,
+            planned=self.plan.batch_size,
+            unit=self.processes.world * self.config.accumulate,
+        )
         spatial = self.config.augment.spatial_probability + self.config.augment.elastic_probability > 0
         return PatchSampler(
             self.preprocessed,
@@ -140,7 +137,7 @@ class Trainer:
             stride=self.network.stride,
             foreground_oversampling=self.config.foreground_oversampling,
             samples_per_case=self.config.samples_per_case,
-            batch_size=batch,
+            batch_size=self.state.batch_size,
             seed=self.config.seed,
             **({} if spatial else {"margin": 1.0}),
         )

@@ -19,7 +19,7 @@ def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str,
     if schedule in ("constant", "plateau"):
         return peak
     if schedule == "poly":
-        return peak * (1 - step / max(total_steps, 1)) ** 0.9
+        return peak * max(1 - step / max(total_steps, 1), 0.0) ** 0.9
     warmup = int(total_steps * warmup_fraction)
     if step < warmup:
         share = (step + 1) / warmup

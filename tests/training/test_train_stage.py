@@ -191,6 +191,19 @@ def test_two_gloo_processes_train_one_model(preprocessed, tmp_path):
     )
 
 
+def test_a_resumed_training_keeps_its_batch_size(preprocessed, tmp_path, monkeypatch):
+    """The schedule counts in its steps, but a batch of the plan's is fitted to the processes, which may change."""
+    monkeypatch.setattr(Trainer, "_wrap", lambda self: self.network)
+    settings = config(batch_size=None, schedule="poly", epochs=4)
+    begun = Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0)
+    begun.state.batch_size, begun.state.epoch, begun.state.step = 2, 3, 6
+    begun._save_resume()
+    two = Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0, processes=Processes(world=2))
+    assert (two.sampler.batch_size, two.total_steps) == (2, 8)
+    with pytest.raises(ConfigError, match="which the training was begun with"):
+        Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0, processes=Processes(world=3))
+
+
 def test_a_loss_that_is_not_finite_stops_before_the_step(preprocessed, tmp_path, monkeypatch):
     trainer = Trainer(config(), preprocessed=preprocessed, work=tmp_path, fold=0)
     before = {k: v.clone() for k, v in trainer.network.named_parameters()}
