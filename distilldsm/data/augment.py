@@ -92,9 +92,11 @@ def augment(
         for k in torch.nonzero(flip).flatten().tolist():
             images[k] = images[k].flip(_AXES[axis] - 1)
             labels[k] = labels[k].flip(_AXES[axis] - 2)
+    # Before the white noise, for which a single process takes its numbers from the same stream.
+    coarse = draws.rand(*images.shape[:2], 2) if config.low_resolution_probability else None
     images = change_intensities(images, config.intensity_probability, draws)
-    if config.low_resolution_probability:
-        images = coarsen(images, config.low_resolution_probability, spacing_mm, draws)
+    if coarse is not None:
+        images = coarsen(images, config.low_resolution_probability, spacing_mm, coarse)
     return images, labels
 
 
@@ -184,19 +186,17 @@ def _bend(
     return smooth.movedim(1, -1).flip(-1)
 
 
-def coarsen(
-    images: Tensor, probability: float, spacing_mm: Sequence[float], generator: torch.Generator | Draws
-) -> Tensor:
+def coarsen(images: Tensor, probability: float, spacing_mm: Sequence[float], drawn: Tensor) -> Tensor:
     """Images as a coarser scan would show them: sampled at 1/2 to 1 of the resolution, brought back linearly.
 
-    images: (B, C, D, H, W); drawn for each channel. Coarse slices (see the plan) stay: only the plane is coarsened.
+    images: (B, C, D, H, W); drawn: (B, C, 2), uniform in [0, 1): whether, and how much. Coarse slices (see the plan)
+    stay: only the plane is coarsened.
     """
     depth_too = spacing_mm[0] < COARSE_RATIO * max(spacing_mm[1:])
     out = images.clone()
-    drawn = _draws(generator).rand(*images.shape[:2], 2).tolist()
     for b in range(images.shape[0]):
         for c in range(images.shape[1]):
-            chosen, share = drawn[b][c]
+            chosen, share = drawn[b, c].tolist()
             if chosen >= probability:
                 continue
             factor = 0.5 + 0.5 * share
