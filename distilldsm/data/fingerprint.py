@@ -34,8 +34,15 @@ class CaseFingerprint:
     foreground_percentiles: tuple[tuple[float, ...], ...]
     """Per channel, at PERCENTILES."""
     label_volumes_ml: Mapping[str, float]
+    nonzero_shape: tuple[int, int, int] | None = None
+    """Extent of the box around the voxels that are not zero in every channel; None in older fingerprints."""
     scan: ScanMeasures | None = None
-    """What a new scan can be compared with (docs/drift.md); None in fingerprints of versions that did not know it."""
+    """What a new scan can be compared with (docs/drift.md); None in older fingerprints."""
+
+    @property
+    def has_foreground(self) -> bool:
+        """Whether a label is in it: intensities are those of all non-zero voxels otherwise."""
+        return any(self.label_volumes_ml.values())
 
 
 def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Volume, npt.NDArray[np.uint8]]:
@@ -77,6 +84,18 @@ def classes_from_values(
     return classes
 
 
+def nonzero_box(array: npt.NDArray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
+    """Bounding box (start, stop) of the voxels that are not zero in every channel; all of it if there are none."""
+    nonzero = (array != 0).any(axis=0)
+    start, stop = [], []
+    for axis in range(3):
+        others = tuple(k for k in range(3) if k != axis)
+        hit = np.flatnonzero(nonzero.any(axis=others))
+        start.append(int(hit[0]) if hit.size else 0)
+        stop.append(int(hit[-1]) + 1 if hit.size else nonzero.shape[axis])
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
+
+
 def ras_orientation(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """nibabel's orientation (axis, flip) of each array axis; sheared axes go to their closest scanner axis."""
     orientation = nib.orientations.io_orientation(affine)
@@ -90,6 +109,7 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
     volume, classes = load_case(root, case, index)
     order = np.argsort(ras_orientation(volume.affine)[:, 0])
     nonzero = (volume.data != 0).any(axis=0)
+    start, stop = nonzero_box(nonzero[None])
     mask = classes > 0
     if not mask.any():
         mask = nonzero
@@ -113,6 +133,7 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
             tuple(float(v) for v in np.percentile(channel, PERCENTILES)) for channel in samples
         ),
         label_volumes_ml=volumes_ml,
+        nonzero_shape=_ordered([b - a for a, b in zip(start, stop, strict=True)], order),
         scan=_scan_measures(volume, classes, index, shape, spacing_mm, volumes_ml),
     )
 
@@ -156,7 +177,11 @@ def _ordered(values: Sequence[float], order: npt.NDArray[np.integer]) -> tuple:
 
 
 def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str, object]:
-    """The data set's fingerprint as plain JSON types: medians and ranges, and every case."""
+    """The data set's fingerprint as plain JSON types: medians and ranges, and every case.
+
+    Foreground intensities are those of the cases that have a label, if any have.
+    """
+    labelled = [c for c in cases if c.has_foreground] or cases
 
     def spread(rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
         table = np.asarray(rows, dtype=np.float64)
@@ -177,9 +202,9 @@ def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str
         "percentiles": list(PERCENTILES),
         "foreground_intensity": {
             channel.name: {
-                "mean": float(np.mean([c.foreground_mean[k] for c in cases])),
-                "sd": float(np.sqrt(np.mean([c.foreground_sd[k] ** 2 for c in cases]))),
-                "percentiles": np.median([c.foreground_percentiles[k] for c in cases], axis=0).tolist(),
+                "mean": float(np.mean([c.foreground_mean[k] for c in labelled])),
+                "sd": float(np.sqrt(np.mean([c.foreground_sd[k] ** 2 for c in labelled]))),
+                "percentiles": np.median([c.foreground_percentiles[k] for c in labelled], axis=0).tolist(),
             }
             for k, channel in enumerate(index.channels)
         },

@@ -13,13 +13,15 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.data.fingerprint import ras_orientation
+from distilldsm.data.fingerprint import nonzero_box, ras_orientation
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
 from distilldsm.data.resampling import CubicSlices
 from distilldsm.data.targets import Targets
 from distilldsm.data.volume import Volume, spacing_of
 
 Float32 = npt.NDArray[np.float32]
+CONSTANT = 1e-6
+"""Voxels whose sd is this share of their mean differ by float32's rounding only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,18 +58,6 @@ def undo_reorient(array: npt.NDArray, affine: npt.NDArray[np.float64], axis_orde
     return np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(ras, 0, -1), back), -1, 0)
 
 
-def nonzero_box(array: npt.NDArray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Bounding box (start, stop) of the voxels that are not zero in every channel; all of it if there are none."""
-    nonzero = (array != 0).any(axis=0)
-    start, stop = [], []
-    for axis in range(3):
-        others = tuple(k for k in range(3) if k != axis)
-        hit = np.flatnonzero(nonzero.any(axis=others))
-        start.append(int(hit[0]) if hit.size else 0)
-        stop.append(int(hit[-1]) + 1 if hit.size else nonzero.shape[axis])
-    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
-
-
 def normalise(image: Float32, normalisation: Sequence[Normalisation]) -> Float32:
     """Normalise each channel of (C, D, H, W) as the plan says; returns a new float32 array."""
     out = np.empty_like(image, dtype=np.float32)
@@ -99,14 +89,17 @@ class Normaliser:
             return channel.astype(np.float32)
         if rule.scheme == "ct":
             return ((np.clip(channel, rule.low, rule.high) - rule.mean) / rule.sd).astype(np.float32)
-        scaled = (channel - self.mean) / max(self.sd, 1e-8)
+        scaled = (channel - self.mean) / self.sd
         if rule.scheme == "zscore_foreground":
             scaled = np.where(channel != 0, scaled, 0.0)
         return scaled.astype(np.float32)
 
 
 def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
-    """Of the voxels that are not zero; 0 and 1 where there are none. `planes` is iterated twice."""
+    """Of the voxels that are not zero; 0 and 1 where there are none. `planes` is iterated twice.
+
+    Where they are all the same, as of a mask, the sd is their size: voxels that are zero are then one sd away.
+    """
 
     def nonzero() -> Iterable[npt.NDArray[np.float64]]:
         for plane in planes:
@@ -120,7 +113,8 @@ def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
     if not count:
         return 0.0, 1.0
     mean = math.fsum(sums) / count
-    return mean, math.sqrt(math.fsum(float(((values - mean) ** 2).sum()) for values in nonzero()) / count)
+    sd = math.sqrt(math.fsum(float(((values - mean) ** 2).sum()) for values in nonzero()) / count)
+    return mean, sd if sd > CONSTANT * abs(mean) else abs(mean)
 
 
 def resample(array: Float32, shape: Sequence[int], *, order: int, coarse_slices: bool) -> Float32:
@@ -202,11 +196,14 @@ def label_to_network_space(
     array = array[:, d0:d1, h0:h1, w0:w1]
     if array.shape[1:] == record.resampled:
         return np.ascontiguousarray(array[0])
-    maps = [
-        resample((array == k).astype(np.float32), record.resampled, order=1, coarse_slices=record.coarse_slices)[0]
-        for k in range(class_count)
-    ]
-    return np.argmax(maps, axis=0).astype(np.uint8)
+    label = np.zeros(record.resampled, dtype=np.uint8)
+    best = np.full(record.resampled, -1, dtype=np.float32)
+    for k in range(class_count):  # one map at a time: a data set may have a hundred classes
+        of_class = (array == k).astype(np.float32)
+        of_class = resample(of_class, record.resampled, order=1, coarse_slices=record.coarse_slices)[0]
+        label[of_class > best] = k
+        np.maximum(best, of_class, out=best)
+    return label
 
 
 def scores_to_scan(scores: Float32, record: GeometryRecord, targets: Targets) -> npt.NDArray[np.uint8]:

@@ -65,7 +65,7 @@ class Plan:
     """(depth, height, width) of a training patch, in voxels."""
     batch_size: int
     median_shape: tuple[int, int, int]
-    """(depth, height, width) after resampling."""
+    """(depth, height, width) after cropping and resampling."""
     training_memory_gb: float
     """Rough estimate for one optimizer step of the paper-size network."""
     reasons: Mapping[str, str]
@@ -118,7 +118,9 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
         spacing = np.median(spacings, axis=0)
         reasons["target_spacing_mm"] = "median of the data set"
 
-    resampled = np.array([resampled_shape(c.shape, c.spacing_mm, (spacing[0], spacing[1], spacing[2])) for c in cases])
+    target = (spacing[0], spacing[1], spacing[2])
+    kept = [c.nonzero_shape if config.crop_to_nonzero and c.nonzero_shape else c.shape for c in cases]
+    resampled = np.array([resampled_shape(n, c.spacing_mm, target) for n, c in zip(kept, cases, strict=True)])
     median = np.median(resampled, axis=0)
     if config.depth_axis != "auto":
         depth = AXES.index(config.depth_axis)
@@ -237,6 +239,8 @@ def _normalisation(
             scheme, reasons[key] = "zscore", f"modality {channel.modality}"
     if scheme != "ct":
         return Normalisation(scheme=scheme)
+    # Of a case without labels the foreground is not known: its intensities are those of air and all else.
+    cases = [c for c in cases if c.has_foreground] or cases
     percentiles = np.median([c.foreground_percentiles[k] for c in cases], axis=0)
     mean = float(np.mean([c.foreground_mean[k] for c in cases]))
     # Variance of the pooled foreground: within the cases plus between their means.

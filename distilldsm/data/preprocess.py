@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -14,10 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.config import PreprocessConfig
-from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_case, summarise
 from distilldsm.data.geometry import label_to_network_space, to_network_space
-from distilldsm.data.plan import Plan, make_plan
+from distilldsm.data.plan import Plan, make_plan, regions_of, resampled_shape
 from distilldsm.data.splits import make_splits
 from distilldsm.data.volume import load_nifti
 from distilldsm.errors import ConfigError, DataError, UserError
@@ -28,6 +29,7 @@ from distilldsm.workers import worker_pool
 
 LOCATIONS_PER_CLASS = 2_000
 """Foreground voxels remembered per case and class, for oversampling."""
+LARGEST_STORED = 65_000
 _BYTES_PER_VOXEL = 40
 """Peak of reading, normalising and resampling one channel (float64 temporaries), bytes."""
 
@@ -46,11 +48,11 @@ def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig
     folds = make_splits(index, count=config.folds, seed=config.split_seed)
     for name in ("images", "labels", "locations", "cases", ".fingerprint"):
         (output / name).mkdir(parents=True, exist_ok=True)
-    workers = _workers(root, index, config)
     # What a task needs of the data set; sending all cases along would take the square of their number.
     about = replace(index, cases=index.cases[:1])
 
     todo = [c for c in index.cases if not (output / ".fingerprint" / f"{c.id}.json").exists()]
+    workers = _workers(index, config, _largest_scan(root, index))
     run_cases("fingerprint", _fingerprint, [(root, c, about, output) for c in todo], workers)
     fingerprints = [
         from_mapping(CaseFingerprint, read_json(output / ".fingerprint" / f"{c.id}.json"), where=c.id)
@@ -61,6 +63,12 @@ def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig
 
     # The arrays in a resumed directory belong to the same plan: the directory's key holds data and config.
     todo = [c for c in index.cases if not (output / "cases" / f"{c.id}.json").exists()]
+    order = plan.axis_order
+    spacing = [plan.target_spacing_mm[order.index(k)] for k in range(3)]
+    largest = max(
+        max(math.prod(f.shape), math.prod(resampled_shape(f.shape, f.spacing_mm, spacing))) for f in fingerprints
+    )
+    workers = _workers(index, config, largest)
     run_cases("preprocess", _preprocess, [(root, c, about, plan, output) for c in todo], workers)
 
     plan.save(output / "plan.json")
@@ -116,8 +124,16 @@ def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output:
     volume, classes = load_case(root, case, index)
     image, record = to_network_space(volume, plan)
     label = label_to_network_space(classes, record, len(plan.class_names))
-    stored = np.clip(image, -65_000, 65_000).astype(np.float16)
-    save_array(output / "images" / f"{case.id}.npy", stored)
+    largest = float(np.abs(image).max(initial=0))
+    if not largest <= LARGEST_STORED:
+        raise DataError(
+            "has intensities too large to be stored for training",
+            where=root / case.images[0],
+            seen=f"{largest:.4g} after normalisation",
+            rule=f"at most {LARGEST_STORED} (half precision)",
+            mend="set preprocess.normalisation to zscore, or scale the images",
+        )
+    save_array(output / "images" / f"{case.id}.npy", image.astype(np.float16))
     save_array(output / "labels" / f"{case.id}.npy", label)
     save_array(output / "locations" / f"{case.id}.npy", foreground_locations(label, len(plan.class_names)))
     write_json(output / "cases" / f"{case.id}.json", {"patient": case.patient, "geometry": record})
@@ -145,21 +161,40 @@ def save_array(path: Path, array: npt.NDArray) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _workers(root: Path, index: DatasetIndex, config: PreprocessConfig) -> int:
-    """As many workers as there are cores, as long as the largest case fits that often into the memory budget."""
+def _largest_scan(root: Path, index: DatasetIndex) -> int:
+    """Voxels of the largest scan, by the headers of some fifty of them."""
     largest = 0
     for case in index.cases[:: max(1, len(index.cases) // 50)]:
         with contextlib.suppress(DataError):  # a damaged case is reported with all others, later
             largest = max(largest, int(np.prod(load_nifti(root / case.images[0]).shape[:3])))
+    return largest
+
+
+def _workers(index: DatasetIndex, config: PreprocessConfig, largest: int) -> int:
+    """As many workers as there are cores and as cases of `largest` voxels fit into the memory budget."""
     per_worker = largest * _BYTES_PER_VOXEL * (len(index.channels) + 1) + 150_000_000
     return max(1, min(worker_count(config.workers, len(index.cases)), int(config.memory_gb * 1e9 // per_worker)))
 
 
 def _check_plan(plan: Plan, index: DatasetIndex, config: PreprocessConfig) -> None:
-    if (plan.class_values, len(plan.channels)) != (index.class_values, len(index.channels)):
+    def told(channels: Sequence[Channel], names: Sequence[str], values: Sequence[int]) -> str:
+        labels = ", ".join(f"{value} {name}" for value, name in zip(values, names, strict=True))
+        return f"channels {', '.join(f'{c.name} ({c.modality})' for c in channels)}; labels {labels}"
+
+    seen = told(plan.channels, plan.class_names, plan.class_values)
+    rule = told(index.channels, index.class_names, index.class_values)
+    if seen != rule:
         raise ConfigError(
             "the plan is for another data set",
             where=config.plan,
-            seen=f"{len(plan.channels)} channels, labels {list(plan.class_values)}",
-            rule=f"{len(index.channels)} channels, labels {list(index.class_values)}",
+            seen=seen,
+            rule=rule,
+            mend="make a plan of this data (preprocess.plan: null), or correct the names in a copy of the plan",
+        )
+    if config.regions is not None and plan.regions != regions_of(index, config):
+        raise ConfigError(
+            "the plan has other regions than preprocess.regions",
+            where=config.plan,
+            seen=[region.name for region in plan.regions],
+            mend="set preprocess.regions to null, or correct a copy of the plan",
         )

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from distilldsm.data.dataset import Channel
 from distilldsm.data.geometry import (
     label_to_network_space,
+    make_record,
     nonzero_box,
     normalise,
     reorient,
@@ -187,3 +188,34 @@ def test_normalisation_schemes():
     assert np.array_equal(normalise(image, [Normalisation(scheme="none")]), image)
     constant = normalise(np.full((1, 2, 2, 2), 7, dtype=np.float32), [Normalisation(scheme="zscore")])
     assert np.isfinite(constant).all()
+
+
+@pytest.mark.parametrize("scheme", ["zscore", "zscore_foreground"])
+@pytest.mark.parametrize("value", [1.0, 1000.0, 1e-9])
+def test_a_mask_as_a_channel_stays_small(scheme, value):
+    mask = np.zeros((1, 4, 5, 6), dtype=np.float32)
+    mask[:, 1:3] = value
+    z = normalise(mask, [Normalisation(scheme=scheme)])[0]
+    assert np.allclose(z[mask[0] > 0], 0, atol=1e-5)
+    assert np.allclose(z[mask[0] == 0], -1 if scheme == "zscore" else 0)
+
+
+def test_intensities_of_any_unit_are_normalised_alike():
+    image = np.random.default_rng(0).normal(50, 10, (1, 4, 5, 6))
+    wanted = normalise(image.astype(np.float32), [Normalisation(scheme="zscore")])
+    for factor in (1e-12, 1e6):  # diffusivity in m²/s, counts
+        scaled = normalise((image * factor).astype(np.float32), [Normalisation(scheme="zscore")])
+        np.testing.assert_allclose(scaled, wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("coarse", [False, True])
+def test_resampled_labels_are_the_largest_of_their_maps(coarse):
+    """Ties go to the smaller class, as with argmax over all maps at once."""
+    classes = np.random.default_rng(0).integers(0, 5, (6, 8, 10)).astype(np.uint8)
+    plan = make_plan(depth_axis="x", target_spacing_mm=(2.0, 0.5, 1.5), coarse_slices=coarse, crop_to_nonzero=False)
+    record = make_record(np.eye(4), classes.shape, (0, 0, 0), classes.shape, plan)
+    maps = [
+        resample((classes[None] == k).astype(np.float32), record.resampled, order=1, coarse_slices=coarse)[0]
+        for k in range(5)
+    ]
+    assert np.array_equal(label_to_network_space(classes, record, 5), np.argmax(maps, axis=0))

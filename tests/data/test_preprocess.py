@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -11,7 +12,7 @@ import pytest
 from components.preprocess import main, run
 from distilldsm.config import PreprocessConfig
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case
+from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, summarise
 from distilldsm.data.plan import Plan, choose_patch, make_plan
 from distilldsm.data.preprocess import foreground_locations, preprocess_dataset
 from distilldsm.data.splits import load_fold, make_splits
@@ -71,6 +72,42 @@ def test_plan_normalises_by_modality():
     assert (ct.scheme, ct.low, ct.high, ct.mean, ct.sd) == ("ct", 50.0, 150.0, 100.0, 10.0)
     forced = make_plan(INDEX, [case_fingerprint()], PreprocessConfig(normalisation="none"))
     assert forced.normalisation[0].scheme == "none"
+
+
+def test_healthy_cases_leave_the_ct_window_alone():
+    """The foreground of a case without labels is all of it, air included."""
+    index = index_of(["a"], "CT")
+    lesion = case_fingerprint(foreground_mean=(60.0,), foreground_sd=(15.0,))
+    healthy = case_fingerprint(
+        foreground_mean=(-600.0,),
+        foreground_sd=(500.0,),
+        foreground_percentiles=((-1000.0, -990.0, -700.0, 60.0, 300.0),),
+        label_volumes_ml={"one": 0.0},
+    )
+    alone = make_plan(index, [lesion], PreprocessConfig()).normalisation
+    assert make_plan(index, [lesion, healthy, healthy], PreprocessConfig()).normalisation == alone
+    assert summarise([lesion, healthy], index)["foreground_intensity"]["c"]["mean"] == 60.0
+    assert make_plan(index, [healthy], PreprocessConfig()).normalisation[0].mean == -600.0  # there is nothing else
+
+
+def test_plan_measures_what_is_left_by_the_crop(tmp_path: Path):
+    case = case_fingerprint(shape=(240, 240, 155), nonzero_shape=(138, 169, 137))
+    plan = make_plan(INDEX, [case], PreprocessConfig())
+    assert (plan.median_shape, plan.depth_axis) == ((137, 138, 169), "z")
+    whole = make_plan(INDEX, [case], PreprocessConfig(crop_to_nonzero=False))
+    assert whole.median_shape == (155, 240, 240)
+    older = case_fingerprint(shape=(240, 240, 155))
+    assert make_plan(INDEX, [older], PreprocessConfig()).median_shape == (155, 240, 240)
+
+    index = write_dataset(tmp_path, cases=5, shape=(12, 20, 16))
+    for written in index.cases:
+        image = nib.load(tmp_path / written.images[0])
+        data = image.get_fdata(dtype=np.float32)
+        data[0] = data[:, -3:] = 0
+        nib.save(nib.Nifti1Image(data, image.affine), tmp_path / written.images[0])
+    made = preprocess_dataset(tmp_path, index, PreprocessConfig(workers=1), tmp_path / "out")
+    arrays = [np.load(p) for p in sorted((tmp_path / "out" / "images").iterdir())]
+    assert made.median_shape == tuple(np.median([a.shape[1:] for a in arrays], axis=0))
 
 
 def test_plan_obeys_the_config():
@@ -205,14 +242,34 @@ def test_a_plan_of_ones_own_is_used_and_checked(prepared, tmp_path: Path):
     write_json(tmp_path / "mine.json", mine)
     config = PreprocessConfig(folds=3, workers=1, plan=str(tmp_path / "mine.json"))
     assert preprocess_dataset(root, index, config, tmp_path / "out").patch_size == (4, 32, 32)
-    mine["class_values"] = [0, 1, 7]
+    other = [
+        {"class_values": [0, 1, 7]},
+        {"class_names": [mine["class_names"][k] for k in (0, 2, 1)]},
+        {"channels": mine["channels"][::-1]},
+    ]
+    for changes in other:
+        write_json(tmp_path / "mine.json", mine | changes)
+        with pytest.raises(ConfigError, match="another data set"):
+            preprocess_dataset(root, index, config, tmp_path / "out2")
     write_json(tmp_path / "mine.json", mine)
-    with pytest.raises(ConfigError, match="another data set"):
-        preprocess_dataset(root, index, config, tmp_path / "out2")
+    with pytest.raises(ConfigError, match="other regions"):
+        preprocess_dataset(
+            root, index, replace(config, regions={"all": ("shell", "core"), "core": ("core",)}), tmp_path / "out2"
+        )
     mine["patch"] = 1
     write_json(tmp_path / "mine.json", mine)
     with pytest.raises(ConfigError, match="unknown parameter 'patch'"):
         preprocess_dataset(root, index, config, tmp_path / "out3")
+
+
+def test_intensities_that_training_cannot_store_are_refused(tmp_path: Path):
+    """Prediction would not clip them: the network would see another range than it was trained with."""
+    index = write_dataset(tmp_path, cases=5)
+    image = nib.load(tmp_path / index.cases[2].images[0])
+    nib.save(nib.Nifti1Image(image.get_fdata() * 1e6, image.affine), tmp_path / index.cases[2].images[0])
+    with pytest.raises(DataError, match=r"case_02(.|\n)*too large(.|\n)*65000"):
+        preprocess_dataset(tmp_path, index, PreprocessConfig(workers=1, normalisation="none"), tmp_path / "out")
+    preprocess_dataset(tmp_path, index, PreprocessConfig(workers=1), tmp_path / "out2")
 
 
 def test_stage_uses_only_accepted_cases_and_leaves_the_input(tmp_path: Path):
