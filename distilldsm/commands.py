@@ -155,6 +155,9 @@ def compose(args: argparse.Namespace) -> None:
         Path(args.output), f"# Written by: {command}\n# What each parameter means: distilldsm/config.py\n{text}"
     )
     print(f"{args.output}: {' '.join(args.overrides) or 'the defaults'}")
+    named = {override.partition("=")[0] for override in args.overrides}
+    if "download.source" in named and not args.keep and "dataset" not in named:
+        print("The training is the sample's; for data of your own: dataset=custom", file=sys.stderr)
 
 
 def _yaml(values: dict[str, Any]) -> str:

@@ -116,7 +116,7 @@ class DownloadConfig:
     def __post_init__(self) -> None:
         import re
 
-        require(bool(self.source.strip()), "source", self.source, "must not be empty")
+        require(bool(self.source.strip()), "source", self.source, "must be given: download.source=FOLDER")
         for key, address in (("source", self.source), *(("mirrors", mirror) for mirror in self.mirrors)):
             _refuse_secret(key, address)
         require(

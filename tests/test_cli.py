@@ -171,6 +171,7 @@ def test_compose_writes_checked_parameters(repository, tmp_path, capsys):
         ("train.epochs=many", "a whole number"),
         ("train", "train"),
         ("+surprise=1", "unknown parameter 'surprise'"),
+        ("dataset=custom", "download.source=FOLDER"),
     ],
 )
 def test_compose_refuses_and_keeps_what_was_there(repository, tmp_path, capsys, override, words):
@@ -179,6 +180,18 @@ def test_compose_refuses_and_keeps_what_was_there(repository, tmp_path, capsys, 
     assert compose(repository, override, "-o", str(output)) == 2
     assert words in capsys.readouterr().err
     assert output.read_text() == "kept"
+
+
+def test_compose_does_not_give_the_samples_training_to_other_data_unsaid(repository, tmp_path, capsys):
+    output = tmp_path / "params.yaml"
+    assert compose(repository, "download.source=/data/mine", "-o", str(output)) == 0
+    assert "dataset=custom" in capsys.readouterr().err
+    assert compose(repository, "--keep", "dataset=custom", "download.source=/data/mine", "-o", str(output)) == 0
+    kept = load_params(output)
+    assert compose(repository, "dataset=custom", "download.source=/data/mine", "-o", str(output)) == 0
+    assert capsys.readouterr().err == ""
+    assert load_params(output) == kept
+    assert (kept.train.batch_size, kept.train.samples_per_case) == (None, 1)
 
 
 def test_compose_on_top_of_what_is_there(repository, tmp_path, capsys):
@@ -191,6 +204,7 @@ def test_compose_on_top_of_what_is_there(repository, tmp_path, capsys):
     before["train"]["model"] = {"name": "unet2d", "options": {"width": 1.0}}
     before["train"]["seed"] = 7
     assert yaml.safe_load(output.read_text()) == before
+    capsys.readouterr()
     assert compose(repository, "--keep", "model=unet4d", "-o", str(output)) == 2
     assert "unet3d" in capsys.readouterr().err
     assert compose(repository, "--keep", "train.epoch=7", "-o", str(output)) == 2
