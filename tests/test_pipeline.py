@@ -104,6 +104,15 @@ def test_every_output_is_there(clone: Path):
     assert not list(clone.rglob("*.partial"))
 
 
+def test_all_that_a_stage_writes_goes_with_dvc_push(clone: Path):
+    """Else `dvc pull` in another clone brings models that lack files."""
+    stages = yaml.safe_load((clone / "dvc.lock").read_text())["stages"].values()
+    outs = {clone / out["path"] for stage in stages for out in stage["outs"]}
+    for name in ("data/validation", "evaluation/fold0", "export/fold0", "cross_validation"):
+        for file in (clone / name).rglob("*"):
+            assert file.is_dir() or outs & {file, *file.parents}, file
+
+
 def test_nothing_to_do_runs_nothing(clone: Path):
     done = run("dvc", "repro", cwd=clone)
     assert sorted(stages_that_ran(done), key=ORDER.index) == []

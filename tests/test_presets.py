@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,6 +18,7 @@ from distilldsm.params import from_mapping, to_mapping
 
 ROOT = Path(__file__).resolve().parent.parent
 DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))
+STAGES = ("download", "validate", "preprocess", "train", "evaluate", "export", "cross_validate")
 MODEL_PRESETS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
@@ -43,7 +45,9 @@ def test_params_yaml_lists_every_parameter():
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("model", MODEL_PRESETS)
 def test_every_preset_composes_to_valid_parameters(dataset, model):
-    params = from_mapping(Params, composed(f"dataset={dataset}", f"model={model}"), where="composed")
+    params = from_mapping(
+        Params, composed(f"dataset={dataset}", f"model={model}", "download.source=/data"), where="composed"
+    )
     assert params.train.model.name == model
 
 
@@ -79,8 +83,43 @@ def test_every_model_has_a_preset_with_known_options():
 
 def test_dvc_yaml_names_existing_code():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert list(stages) == ["download", "validate", "preprocess", "train", "evaluate", "export", "cross_validate"]
+    assert tuple(stages) == STAGES
     for stage in stages.values():
         for dep in stage.get("do", stage)["deps"]:
             if dep.startswith(("components", "distilldsm", "conf")):
                 assert (ROOT / dep).exists(), dep
+
+
+SHAPING = {"data", "models", "training", "inference", "evaluation", "export", "crossval", "drift"}
+"""Packages whose code decides what a stage writes; the others read parameters, show progress, track."""
+
+
+def imported(path: Path) -> set[Path]:
+    """Files that a module imports, now or when it is called, and not only for its types."""
+    names = set()
+    todo = list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        todo += ast.iter_child_nodes(node)
+    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
+    return {file for file in files if file.is_file() and file.parent.name in SHAPING}
+
+
+@pytest.mark.parametrize(
+    "name", ["download", "validate", "preprocess", "train", "evaluate", "export", "cross_validate"]
+)
+def test_a_stage_runs_again_when_code_it_imports_changes(name):
+    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]
+    deps = {ROOT / dep for dep in stage.get("do", stage)["deps"]}
+    seen, todo = set(), {ROOT / "components" / f"{name}.py"}
+    while todo:
+        seen |= todo
+        todo = set().union(*map(imported, todo)) - seen
+    missing = {file.relative_to(ROOT).as_posix() for file in seen if not deps & {file, *file.parents}}
+    assert missing == set()

@@ -22,6 +22,7 @@ from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
 from distilldsm.export.openvino_export import export_openvino
 from distilldsm.export.package import (
     HASHED_FILES,
+    INT8_DECISION,
     INT8_FILES,
     INTENDED_USE,
     METADATA,
@@ -121,9 +122,10 @@ def build_package(
         rows = [row for row in rows if row.runtime != "openvino"] + again
     parity.require_parity(rows, max_voxel_difference)
 
+    (output / INT8_DECISION).parent.mkdir()
     quantised = make_int8(
         ir,
-        output / "model_int8.xml",
+        output / "int8" / "model.xml",
         preprocessed,
         config=int8 or Int8Config(enabled=False),
         training_cases=training,
@@ -132,10 +134,11 @@ def build_package(
         depth_halo=network.depth_halo,
         targets=plan.targets,
     )
+    write_json(output / INT8_DECISION, quantised)
     # Faster, and not the same: what they differ by is reported, Dice decides.
     faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, precision="auto")}
     if quantised.shipped:
-        faster["openvino-int8"] = OpenVINOEngine(output / "model_int8.xml", precision="auto")
+        faster["openvino-int8"] = OpenVINOEngine(output / "int8" / "model.xml", precision="auto")
     rows += compare(faster)
 
     summary = parity.summary(rows)

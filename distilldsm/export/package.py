@@ -2,7 +2,7 @@
 
 Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
 `fingerprint.json` (for `distilldsm drift`), `README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`,
-where it is worth it `model_int8.xml` and `model_int8.bin`, and the folder `monai_bundle`.
+the folders `int8` (what was decided, and where it is worth it another IR) and `monai_bundle`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
 }
 """What prediction with a runtime reads."""
 MONAI_BUNDLE = "monai_bundle"
-INT8_FILES = ("model_int8.bin", "model_int8.xml")
+INT8_DECISION = "int8/decision.json"
+INT8_FILES = ("int8/model.bin", "int8/model.xml")
 SERVICE = "inference_service.yaml"
 HASHED_FILES = (
     "README.md",
     "fingerprint.json",
     SERVICE,
+    INT8_DECISION,
     "model.bin",
     "model.onnx",
     "model.safetensors",
@@ -130,7 +132,7 @@ class ModelMetadata:
     openvino_weights: Literal["FP16", "FP32"]
     """How model.bin stores the weights."""
     int8: Int8Report = Int8Report(shipped=False, reason="not made")
-    """Whether there is a `model_int8.xml`, and why, or why not."""
+    """Whether there is an IR in `int8`, and why, or why not."""
     postprocessing: tuple[str, ...] | None = None
     """Labels of which `distilldsm predict --postprocess` keeps the largest component only, decided on the held-out
     cases; null: not decided, the fold was not evaluated."""

@@ -194,7 +194,7 @@ def _engine(
         return OnnxEngine(model_dir / "model.onnx")
     if runtime == "torch":
         return _exported_network(model_dir, metadata)
-    name = "model_int8.xml" if precision == "int8" else "model.xml"
+    name = "int8/model.xml" if precision == "int8" else "model.xml"
     return OpenVINOEngine(model_dir / name, precision="f32" if precision == "f32" else "auto", fixed_size=fixed_size)
 
 

@@ -71,6 +71,7 @@ def test_it_writes_a_whole_model_directory(made):
         "README.md",
         "fingerprint.json",
         "inference_service.yaml",
+        "int8",
         "manifest.json",
         "metadata.json",
         "metrics.json",
@@ -78,13 +79,12 @@ def test_it_writes_a_whole_model_directory(made):
         "model.onnx",
         "model.safetensors",
         "model.xml",
-        "model_int8.bin",
-        "model_int8.xml",
         "monai_bundle",
         "parity.json",
         "plan.json",
         "scores.json",
     ]
+    assert sorted(p.name for p in (made.export / "int8").iterdir()) == ["decision.json", "model.bin", "model.xml"]
     verify(made.export)
     trained, shipped = load_file(made.model / "last.safetensors"), load_file(made.export / "model.safetensors")
     assert all(torch.equal(trained[k], shipped[k]) for k in trained)

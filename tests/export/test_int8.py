@@ -56,7 +56,7 @@ def test_the_shipped_model_is_quantised_and_its_numbers_are_true(made):
     assert set(report.calibration_cases) <= set(training)
     assert report.cases == len(held_out)
     assert report.speedup is not None
-    text = (made.export / "model_int8.xml").read_text()
+    text = (made.export / "int8" / "model.xml").read_text()
     assert "FakeQuantize" in text
     assert "FakeQuantize" not in (made.export / "model.xml").read_text()
 
@@ -71,7 +71,7 @@ def test_the_shipped_model_is_quantised_and_its_numbers_are_true(made):
         return float(np.mean(scores))
 
     loss = dice(OpenVINOEngine(made.export / "model.xml")) - dice(
-        OpenVINOEngine(made.export / "model_int8.xml", precision="auto")
+        OpenVINOEngine(made.export / "int8" / "model.xml", precision="auto")
     )
     assert report.dice_loss == pytest.approx(loss, abs=1e-6)
 
