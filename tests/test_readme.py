@@ -15,7 +15,7 @@ from components import all_folds
 from distilldsm.cli import _parser
 from pipeline import cli as pipeline_cli
 from pipeline import doctor
-from tests.test_presets import composed
+from tests.test_presets import STAGES, composed
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -49,6 +49,8 @@ def test_command(command):
         assert words[2] in ("show", "diff")
     elif words[:2] == ["distilldsm", "doctor"]:
         doctor.parser().parse_args(words[2:])
+    elif words[0] == "distilldsm" and words[1] in STAGES:
+        check_options(importlib.import_module(f"components.{words[1]}").main, words[2:])
     elif words[0] == "distilldsm":
         _parser().parse_args(words[1:])
     elif words[:3] == ["dvc", "exp", "run"]:
@@ -61,16 +63,21 @@ def test_command(command):
         assert command in ("dvc repro", "dvc repro preprocess", "source .venv/bin/activate"), f"no check for: {command}"
 
 
+def check_options(main, words, sub=()):
+    """For parsers that nothing but `main` makes: the options are in what --help says."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
+        main([*sub, "--help"])
+    assert ended.value.code == 0
+    for option in (word for word in words if word.startswith("--")):
+        assert option in shown.getvalue(), option
+
+
 def check_pipeline_command(words):
-    """`trainjob` and `sweep` have parsers of their own: they are asked with --help that follows."""
+    """`trainjob` and `sweep` have parsers of their own."""
     if words[0] in pipeline_cli.DELEGATED:
-        shown = io.StringIO()
-        with contextlib.redirect_stdout(shown), pytest.raises(SystemExit) as ended:
-            sub = [word for word in words[1:2] if not word.startswith("-")]
-            importlib.import_module(pipeline_cli.DELEGATED[words[0]]).main([*sub, "--help"])
-        assert ended.value.code == 0
-        for option in (word for word in words[1:] if word.startswith("--")):
-            assert option in shown.getvalue(), option
+        sub = [word for word in words[1:2] if not word.startswith("-")]
+        check_options(importlib.import_module(pipeline_cli.DELEGATED[words[0]]).main, words[1:], sub)
     else:
         pipeline_cli._parser().parse_args(words)
 
