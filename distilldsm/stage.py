@@ -24,7 +24,7 @@ from distilldsm.progress import progress
 
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
-HOW = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
+EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
 """Parameters of any stage that say where and how it computes, not what: work begun with others goes on."""
 _FULL_BYTES = 64 << 10
 """An error with so little space left is taken for one of the full disk."""
@@ -116,8 +116,8 @@ def output_directory(
 
     The manifest (schema version, stage, config, input hashes, file hashes, package versions, and what `extra`
     adds) is written at the end. With `resumable`, an interrupted block leaves its work directory, and the next
-    call with the same stage, config (but for HOW) and inputs yields it again with what is in it; otherwise it starts
-    empty, and a line on stderr says so. A lock keeps a second process from the same output.
+    call with the same stage, config (EXECUTION_PARAMETERS apart) and inputs yields it again with what is in it;
+    otherwise it starts empty, and a line on stderr says so. A lock keeps a second process from the same output.
 
     Args:
         kept: says of the work directory how much is done, for a person who interrupts it.
@@ -137,7 +137,7 @@ def output_directory(
         ) from None
     try:
         input_hashes = {name: content_hash(p) for name, p in inputs.items()}
-        key = {"stage": stage, "config": what(config), "inputs": input_hashes, "extra": dict(extra or {})}
+        key = {"stage": stage, "config": result_config(config), "inputs": input_hashes, "extra": dict(extra or {})}
         _prepare(work, sha256_json(key), resumable)
         try:
             yield work
@@ -175,9 +175,9 @@ def output_directory(
         lock.release()
 
 
-def what(config: Any) -> dict[str, Any]:
-    """A stage's config as a mapping, without HOW."""
-    return {name: value for name, value in to_mapping(config).items() if name not in HOW}
+def result_config(config: Any) -> dict[str, Any]:
+    """A stage's config as a mapping, without EXECUTION_PARAMETERS."""
+    return {name: value for name, value in to_mapping(config).items() if name not in EXECUTION_PARAMETERS}
 
 
 def _kept(work: Path, kept: Callable[[Path], str] | None) -> str:
@@ -195,7 +195,7 @@ def is_current(
     inputs: Mapping[str, str | os.PathLike[str]],
     extra: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether `output_directory`, called with the same arguments (but for HOW), has made what lies in `path`.
+    """Whether `output_directory`, called with the same arguments, has made what lies in `path`; EXECUTION_PARAMETERS may differ.
 
     Raises:
         UserError: an input is missing, or the manifest cannot be read.
@@ -204,10 +204,10 @@ def is_current(
     if not (path / MANIFEST).is_file():
         return False
     made = read_json(path / MANIFEST)
-    made["config"] = what(made.get("config", {}))
+    made["config"] = result_config(made.get("config", {}))
     wanted = {
         "stage": stage,
-        "config": what(config),
+        "config": result_config(config),
         "inputs": {name: content_hash(p) for name, p in inputs.items()},
         **(extra or {}),
     }

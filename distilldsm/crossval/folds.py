@@ -12,12 +12,12 @@ from distilldsm.cost import TIMING, training_cost
 from distilldsm.errors import DataError
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import POSTPROCESSED
-from distilldsm.stage import HOW, MANIFEST, content_hash, read_json, sha256_file
+from distilldsm.stage import EXECUTION_PARAMETERS, MANIFEST, content_hash, read_json, sha256_file
 from distilldsm.tracking.values import flatten
 
 Row = dict[str, Any]
 NUMBERS = (*METRICS, "volume_truth_ml", "volume_predicted_ml")
-ALIKE = HOW | {"save_masks"}
+ALIKE = EXECUTION_PARAMETERS | {"save_masks"}
 """Parameters that may differ from fold to fold: where and how it was computed, not what."""
 
 

@@ -124,7 +124,7 @@ def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output:
     volume, classes = load_case(root, case, index)
     image, record = to_network_space(volume, plan)
     label = label_to_network_space(classes, record, len(plan.class_names))
-    largest = float(np.abs(image).max(initial=0))
+    largest = max(float(image.max(initial=0)), -float(image.min(initial=0)))
     if not largest <= LARGEST_STORED:
         raise DataError(
             "has intensities too large to be stored for training",
