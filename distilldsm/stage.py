@@ -195,7 +195,9 @@ def is_current(
     inputs: Mapping[str, str | os.PathLike[str]],
     extra: Mapping[str, Any] | None = None,
 ) -> bool:
-    """Whether `output_directory`, called with the same arguments, has made what lies in `path`; EXECUTION_PARAMETERS may differ.
+    """Whether `output_directory`, called with the same arguments, has made what lies in `path`.
+
+    EXECUTION_PARAMETERS may differ.
 
     Raises:
         UserError: an input is missing, or the manifest cannot be read.
