@@ -64,7 +64,7 @@ def _print_model(metadata: Any) -> None:
         ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
         ("INT8", f"{'shipped' if metadata.int8.shipped else 'not shipped'}: {metadata.int8.reason}"),
         ("mirroring", ", ".join(network.mirror_axes) or "trained without"),
-        ("largest part", _postprocessing(metadata.postprocessing)),
+        ("postprocess", _postprocessing(metadata.postprocessing)),
         ("files", f"{len(metadata.files)}, unchanged since the export"),
     ]
     for key, value in rows:
@@ -75,7 +75,7 @@ def _print_model(metadata: Any) -> None:
 def _postprocessing(labels: tuple[str, ...] | None) -> str:
     if labels is None:
         return "not decided (exported without an evaluation)"
-    return f"only, with --postprocess, of {', '.join(labels)}" if labels else "only: no label gained by it"
+    return f"largest component of {', '.join(labels)}" if labels else "none: no label gained by its largest component"
 
 
 def plan(args: argparse.Namespace) -> None:

@@ -190,7 +190,7 @@ def test_info_tells_of_both(folds, tmp_path_factory, capsys):
     assert main(["info", str(folds[0])]) == 0
     text = capsys.readouterr().out
     assert "depth, width" in text
-    assert "with --postprocess, of shell, core" in text
+    assert "postprocess largest component of shell, core" in text
     assert main(["info", str(exported(tmp_path_factory).export)]) == 0
     text = capsys.readouterr().out
     assert "trained without" in text
