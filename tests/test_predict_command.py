@@ -202,11 +202,11 @@ def test_probabilities_lie_beside_the_mask_and_agree_with_it(made, scan, tmp_pat
 
 
 def test_the_budget_is_kept_or_refused(made, tmp_path, capsys):
-    scan = write_scan(tmp_path, ("a.nii", "b.nii"), shape=(130, 140, 60))
+    scan = write_scan(tmp_path, ("a.nii", "b.nii"), shape=(46, 160, 180))
     assert predict(made.export, scan, tmp_path / "whole.nii", "--json") == 0
     assert json.loads(capsys.readouterr().out)["scans"][0]["pieces"] == 1
     reports = {}
-    for name, gigabytes in (("pieces", "0.55"), ("tiles", "0.49")):
+    for name, gigabytes in (("pieces", "0.64"), ("tiles", "0.55")):
         assert predict(made.export, scan, tmp_path / f"{name}.nii", "--json", "--max-memory", gigabytes) == 0
         captured = capsys.readouterr()
         reports[name] = json.loads(captured.out)["scans"][0]

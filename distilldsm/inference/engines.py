@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.errors import DataError
+from distilldsm.inference.depth_stream import DepthStream, NotStreamableError, Shape, stream_graph
 
 if TYPE_CHECKING:
     from distilldsm.models.base import SegmentationNetwork
@@ -48,6 +49,18 @@ def release(engine: Engine) -> None:
         give_back()
 
 
+class Stream(Protocol):
+    """A network that takes a volume in chunks: see `depth_stream.DepthStream`."""
+
+    def __call__(self, chunk: Float32, first: int, depth: int) -> Float32: ...
+
+
+def open_stream(engine: Engine, shape: Shape, *, lag: int) -> Stream | None:
+    """A stream of chunks of `shape` through the engine's network, logits `lag` slices late; None if there is none."""
+    opening = getattr(engine, "open_stream", None)
+    return None if opening is None else opening(shape, lag=lag)
+
+
 class TorchEngine:
     """Runs the network itself, on the CPU or a GPU."""
 
@@ -62,6 +75,15 @@ class TorchEngine:
         with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
             logits = self.network(torch.from_numpy(np.ascontiguousarray(image)).to(self.device))
             return logits.float().cpu().numpy()
+
+    def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
+        """As `OpenVINOEngine.open_stream`; the networks of `UNet2D` can."""
+        from distilldsm.inference.torch_stream import TorchStream
+        from distilldsm.models.unet import UNet2D
+
+        if not isinstance(self.network, UNet2D) or self.network.depth_halo != lag:
+            return None
+        return TorchStream(self.network, device=self.device, bf16=self.bf16)
 
 
 class OnnxEngine:
@@ -109,6 +131,7 @@ class OpenVINOEngine:
         self._properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
         self._shape: tuple[int, ...] | None = None
         self._compiled: Any = None
+        self._stream: tuple[Shape, DepthStream] | None = None
         self._core = openvino_core()
         try:
             _require_ir(self.path)
@@ -125,7 +148,7 @@ class OpenVINOEngine:
     def _compile_for(self, shape: tuple[int, ...] | None) -> None:
         """Compile for images of one shape, or of any (None)."""
         # The old one goes first: both at once would be the peak of the memory.
-        self._compiled = None
+        self.release()
         try:
             self._model.reshape(self._free_shape if shape is None else list(shape))
             self._compiled = self._core.compile_model(self._model, "CPU", self._properties)
@@ -135,7 +158,29 @@ class OpenVINOEngine:
 
     def release(self) -> None:
         """Drop the compiled network, with the buffers between its layers."""
-        self._compiled = None
+        self._compiled = self._stream = None
+
+    def stream_bytes(self, shape: Shape, *, lag: int) -> int | None:
+        """float32 features that a stream of chunks of `shape` keeps; None where there is no stream with that lag."""
+        try:
+            graph = stream_graph(self._model, shape)
+        except NotStreamableError:
+            return None
+        return graph.state_bytes if graph.lag == lag else None
+
+    def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
+        """The network for chunks of `shape`, until it is called as a whole; None: see `stream_bytes`."""
+        if self._stream is None or self._stream[0] != shape:
+            try:
+                graph = stream_graph(self._model, shape)
+            except NotStreamableError:
+                return None
+            if graph.lag != lag:
+                return None
+            self.release()
+            compiled = self._core.compile_model(graph.model, "CPU", self._properties)
+            self._stream = shape, DepthStream(compiled, graph.lag)
+        return self._stream[1]
 
     def __call__(self, image: Float32) -> Float32:
         shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None

@@ -14,13 +14,20 @@ import numpy as np
 from distilldsm.data.geometry import spacing_along
 from distilldsm.errors import DataError, UserError
 from distilldsm.inference.inputs import Format, Input, stem
-from distilldsm.inference.memory import DEFAULT_PIECE_VOXELS, MODEL_BYTES, Pieces, activation_bytes, plan_pieces
+from distilldsm.inference.memory import (
+    DEFAULT_PIECE_VOXELS,
+    MODEL_BYTES,
+    Pieces,
+    activation_bytes,
+    plan_pieces,
+    stream_cost,
+)
 from distilldsm.inference.output import replacing, scratch_array, write_nifti
 from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
 from distilldsm.inference.predict import Precision, Predictor, Runtime
 from distilldsm.inference.report import Stopwatch, peak_memory_mb
 from distilldsm.inference.scan import Scan, check_scale
-from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan
+from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan, stream_chunks
 from distilldsm.progress import beside_the_bar, progress
 
 
@@ -84,7 +91,10 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         image = NetworkImage(scan, plan)
     pieces = _plan_memory(job, scan, image, predictor, settings)
     padded = -(-image.shape[0] // geometry.stride[0]) * geometry.stride[0]
-    windows = len(depth_windows(padded, pieces.window, geometry.depth_halo, geometry.stride[0]))
+    if pieces.streamed:
+        windows = len(stream_chunks(padded, pieces.window, geometry.depth_halo or 0))
+    else:
+        windows = len(depth_windows(padded, pieces.window, geometry.depth_halo, geometry.stride[0]))
     _announce(job, pieces, windows, settings.budget)
 
     def track(stream: Iterator[Piece]) -> Iterator[Piece]:
@@ -110,6 +120,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
             probabilities=maps,
             clock=clock,
             track=track,
+            streamed=pieces.streamed,
         )
         with clock("restore"):
             if predictor.keep_largest:
@@ -158,8 +169,10 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
     plane = image.cropped[1] * image.cropped[2]
     held = scan.nbytes + voxels * (5 if job.format == "seg" else 1) + plane * (160 * channels + 40 * classes)
     held += sum(MODEL_BYTES + 4 * network.parameters for network in networks[1:])
+    padded = [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)]
+    kept = predictor.stream_bytes(padded)
     return plan_pieces(
-        [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)],
+        padded,
         stride=stride,
         depth_halo=predictor.geometry.depth_halo,
         per_voxel=max(activation_bytes(network.name, network.options, kind) for network in networks),
@@ -173,6 +186,7 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
         mirrored=predictor.scorer.mirrored,
         averaged=len(networks) > 1,
         after_bytes=BYTES_PER_VOXEL * voxels if predictor.keep_largest else 0,
+        stream=None if kept is None else stream_cost(networks[0].name, networks[0].options, kind, kept),
     )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from distilldsm.errors import ConfigError, DataError
-from distilldsm.inference.windows import UNBOUNDED_HALO
+from distilldsm.inference.windows import STREAM_SLICES, UNBOUNDED_HALO
 from distilldsm.models.registry import MODELS
 
 DEFAULT_GB = 3.0
@@ -26,6 +26,10 @@ BYTES_PER_VOXEL: Mapping[str, Mapping[str, float]] = {
     "unet3d": {"openvino": 250, "openvino-auto": 160, "onnx": 390, "torch": 360},
 }
 """Activations per voxel of a piece, at the reference widths (measured on pieces of 2 to 8 million voxels)."""
+STREAM_BYTES_PER_VOXEL: Mapping[str, float] = {"openvino": 350, "openvino-auto": 200}
+"""Activations per voxel of the slices that are streamed at a time (measured on 1 to 16 slices of 512 x 512)."""
+STREAM_COPIES: Mapping[str, float] = {"openvino": 2.5, "openvino-auto": 1.2}
+"""Copies that the runtime holds of what a stream keeps, for float32 features (measured likewise)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,13 +37,23 @@ class Pieces:
     """How a scan goes through the network.
 
     window: slices at once; tile: (height, width) in plane, None for whole slices; estimate_bytes: peak of the
-    process; exact: the labels are those of the whole volume in one piece.
+    process; exact: the labels are those of the whole volume in one piece; streamed: the pieces follow each other
+    without halo, features are kept between them (depth_stream.py).
     """
 
     window: int
     tile: tuple[int, int] | None
     estimate_bytes: int
     exact: bool
+    streamed: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamCost:
+    """Memory of a network that streams: what it keeps, and its activations per voxel of a chunk."""
+
+    kept_bytes: float
+    per_voxel: float
 
 
 def available_bytes() -> int | None:
@@ -88,9 +102,22 @@ def budget_bytes(max_memory_gb: float | None) -> int:
 def activation_bytes(name: str, options: Mapping[str, object], engine: str) -> float:
     """Memory that a network takes while it runs, per voxel that goes in at once."""
     family = "unet3d" if name == "unet3d" else "unet2d"
+    return BYTES_PER_VOXEL[family][engine] * _width(name, options)
+
+
+def stream_cost(name: str, options: Mapping[str, object], engine: str, state_bytes: int) -> StreamCost:
+    """Memory of a network that streams and keeps `state_bytes` of float32 features from chunk to chunk."""
+    return StreamCost(
+        kept_bytes=STREAM_COPIES[engine] * state_bytes,
+        per_voxel=STREAM_BYTES_PER_VOXEL[engine] * _width(name, options),
+    )
+
+
+def _width(name: str, options: Mapping[str, object]) -> float:
+    """Channels over those of the reference network."""
     options = {**(MODELS[name].options if name in MODELS else {}), **options}
-    width = float(str(options.get("base_width", 8))) / 8 if family == "unet3d" else float(str(options.get("width", 1)))
-    return BYTES_PER_VOXEL[family][engine] * max(width, 0.25)
+    width = float(str(options.get("base_width", 8))) / 8 if name == "unet3d" else float(str(options.get("width", 1)))
+    return max(width, 0.25)
 
 
 def plan_pieces(
@@ -109,10 +136,12 @@ def plan_pieces(
     mirrored: bool = False,
     averaged: bool = False,
     after_bytes: int = 0,
+    stream: StreamCost | None = None,
 ) -> Pieces:
     """Choose the pieces for a volume of padded `size` (D, H, W) in network space.
 
-    Whole slices as long as the depth's halo and a few slices more fit; tiles in plane only beyond that.
+    All at once if that fits, else streamed where the network can be, else in windows of whole slices as long as the
+    depth's halo and a few slices more fit; tiles in plane only beyond that.
 
     Args:
         stride: the network's; per_voxel: see `activation_bytes`.
@@ -121,6 +150,7 @@ def plan_pieces(
         mirrored: views of the piece are mirrored and their scores added up; averaged: those of several networks are,
             of which one at a time holds activations.
         after_bytes: what is taken when the networks have given their memory back.
+        stream: of a network that can be streamed.
 
     Raises:
         DataError: not even the smallest tile fits, or what comes after it does not.
@@ -148,6 +178,12 @@ def plan_pieces(
     if limit_voxels is not None:
         voxels = min(voxels, limit_voxels)
     window = min(int(voxels // (height * width)), depth)
+    if stream is not None and window < depth:
+        for slices in range(min(STREAM_SLICES, depth), 0, -1):
+            needed = base + stream.kept_bytes + (stream.per_voxel + whole_slices) * slices * height * width
+            if needed <= usable:
+                estimated = int(max(needed, after))
+                return Pieces(window=slices, tile=None, estimate_bytes=estimated, exact=True, streamed=True)
     if window >= smallest or estimate(smallest, None) <= usable:
         window = max(window, smallest)
         window = max(window // stride[0] * stride[0], 1)

@@ -20,7 +20,7 @@ from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, Tor
 from distilldsm.inference.ensemble import check_same_task, common_postprocessing
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.inference.scores import AXES, Member, Mirror, Scorer, mirror_axes
-from distilldsm.inference.windows import MAX_VOXELS, predict_logits, predict_scores
+from distilldsm.inference.windows import MAX_VOXELS, STREAM_SLICES, predict_logits, predict_scores
 from distilldsm.stage import read_json
 
 Runtime = Literal["openvino", "onnx", "torch"]
@@ -81,6 +81,7 @@ class Predictor:
             stride=self.geometry.stride,
             depth_halo=self.geometry.depth_halo,
             max_voxels=self.max_voxels,
+            single=self.scorer.single,
         )
         classes = scores_to_scan(scores, record, self.plan.targets)
         mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
@@ -97,6 +98,13 @@ class Predictor:
             depth_halo=self.geometry.depth_halo,
             max_voxels=self.max_voxels,
         )
+
+    def stream_bytes(self, padded: Sequence[int]) -> int | None:
+        """Features kept while a volume of padded size (D, H, W) is streamed by OpenVINO; None where it cannot be."""
+        halo, engine = self.geometry.depth_halo, self.scorer.single
+        if not (halo and self.geometry.stride[0] == 1 and isinstance(engine, OpenVINOEngine)):
+            return None
+        return engine.stream_bytes((1, len(self.plan.channels), STREAM_SLICES, padded[1], padded[2]), lag=halo)
 
     @classmethod
     def from_training(

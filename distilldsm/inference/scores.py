@@ -17,11 +17,9 @@ from distilldsm.config import MirrorAxis
 from distilldsm.data.targets import softmax
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.inference.engines import Engine, release
-from distilldsm.inference.windows import WHOLE, Box
+from distilldsm.inference.windows import WHOLE, Box, Run
 
 Float32 = npt.NDArray[np.float32]
-Run = Callable[[Engine, Float32], Float32]
-"""How an engine goes over a piece: (1, C, D, H, W) to logits (K, D, H, W)."""
 Mirror = Literal["trained"] | tuple[MirrorAxis, ...]
 """Axes to mirror along: those of the training, or these."""
 
@@ -54,6 +52,15 @@ class Scorer:
     def mirrored(self) -> bool:
         """Whether any member looks at mirrored views."""
         return any(member.mirror_axes for member in self.members)
+
+    @property
+    def single(self) -> Engine | None:
+        """The engine, where there is one that sees the image as it is: only then scores can be streamed.
+
+        Of several networks or mirrored views, each would have features of its own to keep.
+        """
+        member = self.members[0]
+        return member.engine if len(self.members) == 1 and not member.mirror_axes else None
 
     def release(self) -> None:
         """Give back the memory of all networks; the next call takes it again."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -18,10 +17,10 @@ from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record, re
 from distilldsm.data.plan import Plan
 from distilldsm.data.resampling import CubicSlices, LinearSlices
 from distilldsm.errors import DataError
-from distilldsm.inference.engines import Engine
+from distilldsm.inference.engines import Engine, open_stream
 from distilldsm.inference.scan import Scan
 from distilldsm.inference.scores import Scorer
-from distilldsm.inference.windows import UNBOUNDED_HALO
+from distilldsm.inference.windows import UNBOUNDED_HALO, Window, stream_chunks
 
 Float32 = npt.NDArray[np.float32]
 Clock = Callable[[str], AbstractContextManager[object]]
@@ -31,16 +30,6 @@ Piece = tuple[int, list[Float32]]
 
 OVERLAP = 0.5
 """Of neighbouring tiles, where slices do not fit in memory."""
-
-
-@dataclass(frozen=True)
-class Window:
-    """Slices [low, high) go through the network; those in [start, stop) are kept."""
-
-    low: int
-    high: int
-    start: int
-    stop: int
 
 
 def depth_windows(depth: int, size: int, halo: int | None, stride: int) -> list[Window]:
@@ -102,6 +91,7 @@ class NetworkImage:
         cropped = [b - a for a, b in zip(start, stop, strict=True)]
         self._slices = CubicSlices(normalised, cropped, self.record.resampled, coarse_slices=plan.coarse_slices)
         self.cropped = tuple(cropped)
+        self.channels = len(views)
         self._low = 0
         self._kept: list[Float32] = []
 
@@ -130,32 +120,45 @@ def network_scores(
     window: int,
     tile: tuple[int, int] | None,
     clock: Clock,
+    streamed: bool = False,
 ) -> Iterator[Piece]:
     """Scores of consecutive slices in ascending order: (number of the first, [(K, H, W), ...]).
+
+    streamed: `window` slices at a time go through the network once, without halo (depth_stream.py).
 
     Raises:
         DataError: scores that are not finite; a mask made from them would be garbage.
     """
 
-    def run(engine: Engine, piece: Float32) -> Float32:
-        return engine(piece)[0] if tile is None else blend_tiles(engine, piece, tile)
-
     shape = image.shape
     padded = [-(-n // s) * s for n, s in zip(shape, stride, strict=True)]
     d, h, w = ((p - n) // 2 for p, n in zip(padded, shape, strict=True))
-    for part in depth_windows(padded[0], window, depth_halo, stride[0]):
+
+    def run(engine: Engine, piece: Float32) -> Float32:
+        if stream is not None:
+            return stream(piece, part.low, padded[0])[0]
+        return engine(piece)[0] if tile is None else blend_tiles(engine, piece, tile)
+
+    stream, lag = None, 0
+    if not streamed:
+        parts = depth_windows(padded[0], window, depth_halo, stride[0])
+    else:
+        assert depth_halo is not None
+        lag, parts = depth_halo, stream_chunks(padded[0], window, depth_halo)
+        assert scorer.single is not None
+        stream = open_stream(scorer.single, (1, image.channels, window, padded[1], padded[2]), lag=lag)
+        assert stream is not None
+    for part in parts:
         with clock("preprocess"):
             low, high = max(part.low - d, 0), min(part.high - d, shape[0])
-            piece: Float32 | None = None
+            piece = np.zeros((1, image.channels, part.high - part.low, *padded[1:]), dtype=np.float32)
             for k, plane in enumerate(image.slices(low, high), start=low + d - part.low):
-                if piece is None:
-                    piece = np.zeros((1, plane.shape[0], part.high - part.low, *padded[1:]), dtype=np.float32)
                 piece[0, :, k, h : h + shape[1], w : w + shape[2]] = plane
-            assert piece is not None
         with clock("network"):
             # What the depth was padded by is cut away here.
             start, stop = max(part.start, d), min(part.stop, d + shape[0])
-            keep = (slice(start - part.low, stop - part.low), slice(h, h + shape[1]), slice(w, w + shape[2]))
+            first = part.low - lag
+            keep = (slice(start - first, stop - first), slice(h, h + shape[1]), slice(w, w + shape[2]))
             with np.errstate(over="ignore", invalid="ignore"):
                 scores = scorer(piece, keep, run)
             del piece
@@ -223,6 +226,7 @@ def predict_scan(
     probabilities: npt.NDArray[np.uint8] | None = None,
     clock: Clock = lambda phase: nullcontext(),
     track: Callable[[Iterator[Piece]], Iterator[Piece]] = iter,
+    streamed: bool = False,
 ) -> npt.NDArray[np.int64]:
     """Fill `mask` (X, Y, Z), zeros on entry, with label values; returns the voxels per class.
 
@@ -230,6 +234,7 @@ def predict_scan(
         probabilities: (X, Y, Z, K), zeros on entry, filled with round(255 p) where given.
         clock: told which phase is running.
         track: goes through the pieces, e.g. to show progress.
+        streamed: see `network_scores`; of one OpenVINO network that can be streamed.
     """
     record = image.record
     affine = np.array(record.affine)
@@ -247,7 +252,16 @@ def predict_scan(
     kept: dict[int, Float32] = {}
     restored = LinearSlices(kept.__getitem__, image.shape, image.cropped, coarse_slices=plan.coarse_slices)
     done = 0
-    pieces = network_scores(scorer, image, stride=stride, depth_halo=depth_halo, window=window, tile=tile, clock=clock)
+    pieces = network_scores(
+        scorer,
+        image,
+        stride=stride,
+        depth_halo=depth_halo,
+        window=window,
+        tile=tile,
+        clock=clock,
+        streamed=streamed,
+    )
     for first, planes in track(pieces):
         with clock("restore"):
             stop = first + len(planes)

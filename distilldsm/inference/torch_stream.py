@@ -1,0 +1,89 @@
+"""The U-Net in PyTorch, a few slices of a volume at a time: what depth_stream.py does for OpenVINO, and why."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from distilldsm.inference.depth_stream import Float32
+from distilldsm.models.depth_shift import DistillDepthShift, ResidualDepthShift
+from distilldsm.models.unet import Block, UNet2D
+
+
+class TorchStream:
+    """Chunks of a volume go in one after the other, logits come out `lag` slices later.
+
+    Each call goes through the network in the same order, so that the tensors that wait are told apart by their number.
+    """
+
+    def __init__(self, network: UNet2D, *, device: str, bf16: bool) -> None:
+        assert network.depth_halo is not None
+        self.network, self.device, self.bf16 = network, device, bf16
+        self.lag: int = network.depth_halo
+        self._kept: list[Tensor] = []
+        self._number = 0
+        self._valid = torch.empty(0)
+
+    def __call__(self, chunk: Float32, first: int, depth: int) -> Float32:
+        """As `DepthStream.__call__`."""
+        if first == 0:
+            self._kept.clear()
+        self._number = 0
+        slices = torch.arange(first - self.lag, first + chunk.shape[2], device=self.device)
+        self._valid = ((slices >= 0) & (slices < depth)).view(-1, 1, 1, 1)
+        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+            x = torch.from_numpy(np.ascontiguousarray(chunk[0])).to(self.device).transpose(0, 1)
+            return self._logits(x).float().transpose(0, 1)[None].cpu().numpy()
+
+    def _logits(self, x: Tensor) -> Tensor:
+        """(n, C, H, W) to (n, K, H, W), as `UNet2D.forward_slices`."""
+        skips, lag = [], 0
+        for level, block in enumerate(self.network.encoder):
+            if level:
+                x = F.max_pool2d(x, 2)
+            x, lag = self._block(block, x, lag)
+            skips.append((x, lag))
+        skips.pop()
+        for block in self.network.decoder:
+            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+            skip, before = skips.pop()
+            x, lag = self._block(block, torch.cat((self._late(skip, lag - before), x), dim=1), lag)
+        return self.network.head(x)
+
+    def _block(self, block: nn.Module, x: Tensor, lag: int) -> tuple[Tensor, int]:
+        """A block's output, and how many slices late it is."""
+        assert isinstance(block, Block)
+        x, shift = block.first(x), block.shift
+        if isinstance(shift, DistillDepthShift) and shift.convolution is not None:
+            unchanged, last = x.split((shift.unchanged, shift.distilled), dim=1)
+            shifted = self._shifted(shift.convolution(last), shift.each_way, lag)
+            x = torch.cat((self._late(unchanged, 1), shifted), dim=1)
+        elif isinstance(shift, ResidualDepthShift):
+            shifted = self._shifted(x, shift.each_way, lag)
+            x = self._late(x, 1) + shifted if shift.add else shifted
+        elif shift is not None:  # a module without channels to shift
+            x = self._late(x, 1)
+        return block.second(x), lag if shift is None else lag + 1
+
+    def _shifted(self, x: Tensor, each_way: int, lag: int) -> Tensor:
+        """`depth_shift` of x, one slice late; x lags `lag` slices and is zero outside the volume."""
+        start = self.lag - lag
+        x = torch.where(self._valid[start : start + len(x)], x, 0)
+        line = self._line(x, 2)
+        stay = x.shape[1] - 2 * each_way
+        parts = (line[1:-1, :stay], line[2:, stay : stay + each_way], line[:-2, stay + each_way :])
+        return torch.cat(parts, dim=1)
+
+    def _late(self, x: Tensor, slices: int) -> Tensor:
+        return self._line(x, slices)[: len(x)] if slices else x
+
+    def _line(self, x: Tensor, slices: int) -> Tensor:
+        """x after the last `slices` slices of the calls before, zeros in the first."""
+        if self._number == len(self._kept):
+            self._kept.append(x.new_zeros((slices, *x.shape[1:])))
+        line = torch.cat((self._kept[self._number], x))
+        self._kept[self._number] = line[len(x) :].clone()
+        self._number += 1
+        return line

@@ -1,0 +1,229 @@
+"""A volume a few slices at a time: the logits of the whole volume at once, whatever the network and the chunk."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import openvino
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from distilldsm.data.plan import Plan
+from distilldsm.export.onnx_export import export_onnx
+from distilldsm.inference.depth_stream import NotStreamableError, stream_graph
+from distilldsm.inference.engines import OpenVINOEngine, TorchEngine
+from distilldsm.inference.predict import Predictor
+from distilldsm.inference.scores import Member, Scorer
+from distilldsm.inference.windows import predict_logits, stream_chunks
+from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.depth_shift import depth_shift, masked_depth_shift
+from distilldsm.models.insert import insert_depth_shift
+from distilldsm.models.unet import UNet2D
+from tests.data.volumes import affine
+from tests.export.fake import exported, random_network
+from tests.inference.test_streaming import in_pieces, stored
+from tests.models.foreign import network as foreign
+from tests.models.test_insert import random_modules
+
+OURS = {
+    "distill_dsm": {},
+    "distill_dsm, alpha 1": {"alpha": 1.0},
+    "residual_dsm": {},
+    "residual_dsm without the addition": {"add": False},
+}
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Exported networks, made when first asked for."""
+    made: dict[str, OpenVINOEngine] = {}
+
+    def get(name: str) -> OpenVINOEngine:
+        if name not in made:
+            if name in OURS:
+                network = random_network(name.split()[0].rstrip(","), **OURS[name])
+            else:
+                network = insert_depth_shift(foreign(name))
+                random_modules(network)
+            path = tmp_path_factory.mktemp("stream") / "model.onnx"
+            export_onnx(network, path)
+            made[name] = OpenVINOEngine(path)
+        return made[name]
+
+    return get
+
+
+def streamed(engine: OpenVINOEngine, image: np.ndarray, count: int) -> np.ndarray:
+    depth, shape = image.shape[2], (1, image.shape[1], count, *image.shape[3:])
+    lag = stream_graph(engine._model, shape).lag
+    stream, parts = engine.open_stream(shape, lag=lag), []
+    for part in stream_chunks(depth, count, lag):
+        chunk = np.zeros(shape, dtype=np.float32)
+        there = image[:, :, part.low : part.high]
+        chunk[:, :, : there.shape[2]] = there
+        logits = stream(chunk, part.low, depth)
+        first = part.low - lag
+        parts.append(logits[:, :, part.start - first : part.stop - first])
+    return np.concatenate(parts, axis=2)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    name=st.sampled_from(list(OURS)),
+    depth=st.integers(1, 20),
+    count=st.integers(1, 9),
+    size=st.tuples(st.sampled_from((16, 32)), st.sampled_from((16, 48))),
+)
+def test_logits_are_those_of_the_whole_volume(engines, name, depth, count, size):
+    image = np.random.default_rng(depth).normal(size=(1, 2, depth, *size)).astype(np.float32)
+    expected = engines(name)(image)
+    found = streamed(engines(name), image, count)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    name=st.sampled_from([*OURS, "distill_dsm, alpha 0"]),
+    shape=st.tuples(st.integers(1, 20), st.sampled_from((7, 16)), st.sampled_from((16, 33))),
+    slices=st.integers(1, 12),
+)
+def test_pytorch_streams_the_same(name, shape, slices):
+    network = random_network(name.split()[0].rstrip(","), **OURS.get(name, {"alpha": 0.0}))
+    image = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
+    geometry = {"stride": network.stride, "depth_halo": network.depth_halo}
+    expected = predict_logits(TorchEngine(network), image, **geometry)
+    area = 16 * -(-shape[2] // 16) * 16
+    with patch.object(UNet2D, "forward", autospec=True, side_effect=UNet2D.forward) as whole:
+        found = predict_logits(TorchEngine(network), image, max_voxels=slices * area, **geometry)
+    assert whole.call_count == (shape[0] <= slices), "in one piece if it fits, else never as a whole"
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_network_without_shifts_goes_in_windows_and_a_foreign_one_too():
+    for network in (random_network("unet2d"), insert_depth_shift(foreign("smp U-Net"))):
+        assert TorchEngine(network).open_stream((1, 2, 8, 16, 16), lag=1) is None
+
+
+@pytest.mark.parametrize("name", ["smp U-Net", "MONAI BasicUNet", "torchvision convnext"])
+def test_other_networks_too(engines, name):
+    channels = 3 if name == "torchvision convnext" else 1
+    image = np.random.default_rng(0).normal(size=(1, channels, 11, 64, 96)).astype(np.float32)
+    expected = engines(name)(image)
+    if name == "torchvision convnext":  # its norms are over channels, of tensors whose axes were exchanged
+        with pytest.raises(NotStreamableError, match="may mix slices"):
+            streamed(engines(name), image, 4)
+        assert engines(name).stream_bytes((1, channels, 4, 64, 96), lag=8) is None
+        return
+    np.testing.assert_allclose(streamed(engines(name), image, 4), expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+
+
+def test_a_volume_does_not_see_the_one_before(engines):
+    engine, rng = engines("distill_dsm"), np.random.default_rng(0)
+    one, two = (rng.normal(size=(1, 2, n, 16, 16)).astype(np.float32) for n in (7, 5))
+    first = streamed(engine, one, 3)
+    second = streamed(engine, two, 3)
+    np.testing.assert_array_equal(streamed(engine, one, 3), first)
+    np.testing.assert_allclose(second, engine(two), rtol=0, atol=1e-5 * np.abs(second).max())
+
+
+def test_what_is_kept_is_what_a_slice_must_wait_for(engines):
+    """Of the paper's widths: two slices for each shift, one of what passes by, and the skip connections."""
+    shifted = [(16, 2), (32, 4), (64, 8), (64, 16), (64, 8), (32, 4), (16, 2), (8, 1)]
+    """Distilled channels (half of the block's) and the level's reduction in plane."""
+    skips = [(16, 1, 7), (32, 2, 5), (64, 4, 3), (128, 8, 1)]
+    """Channels, reduction, and the shifts between the two ends."""
+    size = 64 * 32
+    expected = sum(2 * c * size // r**2 for c, r in shifted) + sum(n * c * size // r**2 for c, r, n in skips)
+    # The channels that pass by are added after a convolution, when they have the channels of the block's output.
+    passing = [(32, 2), (64, 4), (128, 8), (128, 16), (64, 8), (32, 4), (16, 2), (16, 1)]
+    expected += sum(c * size // r**2 for c, r in passing)
+    for count in (1, 8):
+        assert engines("distill_dsm").stream_bytes((1, 2, count, 64, 32), lag=8) == 4 * expected
+    assert engines("distill_dsm").stream_bytes((1, 2, 4, 64, 32), lag=7) is None, "another reach than was written down"
+
+
+class Twice(SegmentationNetwork):
+    """Shifts of which the second works on the first one's shifted channels alone, with nothing between."""
+
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.head = nn.Conv2d(2, 2, kernel_size=1)
+
+    def forward(self, x, features=None):
+        x = x[0].transpose(0, 1)
+        x = masked_depth_shift(masked_depth_shift(x, x.shape[0], 2, 0), x.shape[0], 2, 0)
+        return self.head(x).transpose(0, 1)[None]
+
+
+class AcrossSlices(SegmentationNetwork):
+    def __init__(self) -> None:
+        super().__init__(2, 2)
+        self.head = nn.Conv2d(2, 2, kernel_size=1)
+
+    def forward(self, x, features=None):
+        x = masked_depth_shift(x[0].transpose(0, 1), x.shape[2], 1, 1)
+        return self.head(x - x.mean(dim=0, keepdim=True)).transpose(0, 1)[None]
+
+
+@pytest.mark.parametrize("make", [lambda: random_network("unet2d"), lambda: random_network("unet3d"), AcrossSlices])
+def test_what_cannot_be_streamed_is_refused(make, tmp_path):
+    export_onnx(make().eval(), tmp_path / "model.onnx")
+    model = openvino.Core().read_model(tmp_path / "model.onnx")
+    with pytest.raises(NotStreamableError):
+        stream_graph(model, (1, 2, 16, 32, 32))
+
+
+def test_a_shift_of_a_shift_is_right_or_refused(tmp_path):
+    export_onnx(Twice().eval(), tmp_path / "model.onnx")
+    engine = OpenVINOEngine(tmp_path / "model.onnx")
+    image = np.random.default_rng(0).normal(size=(1, 2, 6, 8, 8)).astype(np.float32)
+    try:
+        found = streamed(engine, image, 2)
+    except NotStreamableError:
+        return
+    np.testing.assert_allclose(found, engine(image), rtol=0, atol=1e-6)
+
+
+def test_a_scan_through_the_exported_model(tmp_path_factory):
+    made = exported(tmp_path_factory)
+    plan = replace(Plan.load(made.export / "plan.json"), depth_axis="z", target_spacing_mm=(2.0, 1.0, 1.1))
+    data = np.random.default_rng(0).normal(100, 40, size=(2, 20, 23, 75)).astype(np.float32)
+    scan = stored(data, affine("LPS", (1.0, 1.0, 1.5)))
+    engine = OpenVINOEngine(made.export / "model.xml", fixed_size=True)
+    whole, _ = in_pieces(engine, scan, plan, window=1000, stride=(1, 16, 16), halo=8)
+    assert len(np.unique(whole)) > 1, "a mask of one label would make any comparison pass"
+    found, counts = in_pieces(engine, scan, plan, window=8, stride=(1, 16, 16), halo=8, streamed=True)
+    np.testing.assert_array_equal(found, whole)
+    assert counts.sum() == whole.size
+
+
+def test_averages_are_not_streamed(tmp_path_factory):
+    made = exported(tmp_path_factory)
+    predictor = Predictor.from_export(made.export)
+    size = (40, 32, 32)
+    assert predictor.stream_bytes(size)
+    for members in ([Member(predictor.engine)] * 2, [Member(predictor.engine, ("height",))]):
+        predictor.scorer = Scorer(members)
+        assert predictor.stream_bytes(size) is None
+    for other in ({"runtime": "onnx"}, {"precision": "int8"}):
+        assert Predictor.from_export(made.export, **other).stream_bytes(size) is None
+
+
+@settings(deadline=None, max_examples=100)
+@given(depth=st.integers(1, 60), size=st.integers(1, 20), lag=st.integers(0, 12))
+def test_chunks_follow_each_other_and_keep_each_slice_once(depth, size, lag):
+    chunks = stream_chunks(depth, size, lag)
+    assert [s for c in chunks for s in range(c.start, c.stop)] == list(range(depth))
+    assert [s for c in chunks for s in range(c.low, c.high)] == list(range(len(chunks) * size))
+    for c in chunks:
+        assert c.low - lag <= c.start <= c.stop <= c.high - lag or c.start == c.stop
+
+
+def test_the_masked_shift_is_the_shift():
+    x = torch.randn(5, 6, 2, 2)
+    torch.testing.assert_close(masked_depth_shift(x, 5, 2, 1), depth_shift(x, 5, 2, 1))
