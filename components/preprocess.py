@@ -10,6 +10,7 @@ from components._main import stage_main
 from distilldsm.config import PreprocessConfig, load_params
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.errors import ConfigError
 from distilldsm.stage import output_directory, read_json
 
 
@@ -22,10 +23,17 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
     """
     root = inputs["dataset"]
     accepted = read_json(inputs["validation"] / "accepted.json")["accepted"]
-    index = DatasetIndex.load(root).subset(set(accepted))
+    everything = DatasetIndex.load(root)
+    index = everything.subset(set(accepted))
+    left_out = {case.id for case in everything.cases} - {case.id for case in index.cases}
     hashed = {"dataset": root, "accepted": inputs["validation"] / "accepted.json"}
-    if config.plan:
-        hashed["plan"] = Path(config.plan)
+    for name, path in (("plan", config.plan), ("splits", config.splits)):
+        if path and not Path(path).is_file():
+            raise ConfigError(
+                "names no file", where=f"preprocess.{name}", seen=path, mend="correct it, or set it to null"
+            )
+        if path:
+            hashed[name] = Path(path)
 
     def kept(work: Path) -> str:
         done = {name: len(list((work / name).glob("*.json"))) for name in ("cases", ".fingerprint")}
@@ -35,11 +43,21 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
     with output_directory(
         outputs["preprocessed"], stage="preprocess", config=config, inputs=hashed, resumable=True, kept=kept
     ) as work:
-        plan = preprocess_dataset(root, index, config, work)
+        plan = preprocess_dataset(root, index, config, work, left_out=left_out)
+        folds = read_json(work / "splits.json")["folds"]
     print(
         f"{len(index.cases)} cases; depth axis {plan.depth_axis}, spacing {plan.target_spacing_mm} mm, "
         f"patch {plan.patch_size}, batch {plan.batch_size}"
     )
+    if config.splits:
+        _tell_splits(config.splits, folds, len(index.cases))
+
+
+def _tell_splits(path: str, folds: Sequence[Mapping[str, Sequence[str]]], cases: int) -> None:
+    named = {case for fold in folds for case in (*fold["train"], *fold["held_out"])}
+    held_out = sum(len(fold["held_out"]) for fold in folds)
+    unused = f"; {cases - len(named)} cases are in no fold and not used" if len(named) < cases else ""
+    print(f"folds from {path}: {len(folds)}, {held_out} of {cases} cases are held out{unused}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

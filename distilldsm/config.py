@@ -187,6 +187,8 @@ class PreprocessConfig:
     """Number of cross-validation folds, split by patient."""
     split_seed: int = 0
     """Seed of the split."""
+    splits: str | None = None
+    """Path of folds of one's own instead of those two: nnU-Net's splits_final.json, or a splits.json."""
     workers: int = 0
     """Processes; 0 takes one per core, within the memory budget."""
     memory_gb: float = 2.5

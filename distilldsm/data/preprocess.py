@@ -6,10 +6,11 @@ import contextlib
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import as_completed
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_case, summarise
 from distilldsm.data.geometry import label_to_network_space, to_network_space
 from distilldsm.data.plan import Plan, make_plan, regions_of, resampled_shape
-from distilldsm.data.splits import make_splits
+from distilldsm.data.splits import make_splits, read_splits
 from distilldsm.data.volume import load_nifti
 from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.params import from_mapping
@@ -34,7 +35,9 @@ _BYTES_PER_VOXEL = 40
 """Peak of reading, normalising and resampling one channel (float64 temporaries), bytes."""
 
 
-def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig, output: Path) -> Plan:
+def preprocess_dataset(
+    root: Path, index: DatasetIndex, config: PreprocessConfig, output: Path, *, left_out: Collection[str] = ()
+) -> Plan:
     """Write everything training needs into `output`.
 
     Layout: `plan.json`, `fingerprint.json`, `splits.json`, `dataset_index.json`, and per case
@@ -42,10 +45,19 @@ def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig
     `locations/<id>.npy` (n, 4) int32 rows (class, d, h, w), `cases/<id>.json` (the geometry record). A case whose
     `cases/<id>.json` exists is done.
 
+    Args:
+        left_out: cases of the data set that are not in `index`, which `config.splits` may name.
+
     Raises:
-        DataError: cases that cannot be read (all of them are named), or too few patients for the folds.
+        DataError: cases that cannot be read (all of them are named), or folds of one's own that are impossible.
+        ConfigError: too few patients for the folds.
     """
-    folds = make_splits(index, count=config.folds, seed=config.split_seed)
+    if config.splits:
+        origin: dict[str, Any] = {"source": Path(config.splits).name}
+        folds = read_splits(config.splits, index, left_out=left_out)
+    else:
+        origin = {"seed": config.split_seed}
+        folds = make_splits(index, count=config.folds, seed=config.split_seed)
     for name in ("images", "labels", "locations", "cases", ".fingerprint"):
         (output / name).mkdir(parents=True, exist_ok=True)
     # What a task needs of the data set; sending all cases along would take the square of their number.
@@ -73,7 +85,7 @@ def preprocess_dataset(root: Path, index: DatasetIndex, config: PreprocessConfig
 
     plan.save(output / "plan.json")
     write_json(output / "fingerprint.json", summarise(fingerprints, index))
-    write_json(output / "splits.json", {"schema_version": 1, "seed": config.split_seed, "folds": folds})
+    write_json(output / "splits.json", {"schema_version": 1, **origin, "folds": folds})
     index.save(output)
     shutil.rmtree(output / ".fingerprint")
     return plan

@@ -1,8 +1,11 @@
-"""Cross-validation folds, by patient, seeded."""
+"""Cross-validation folds by patient: seeded, or read from a file."""
 
 from __future__ import annotations
 
+import os
 import random
+from collections.abc import Collection
+from typing import Any
 
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.errors import ConfigError, DataError
@@ -36,6 +39,83 @@ def make_splits(index: DatasetIndex, *, count: int, seed: int) -> list[dict[str,
         }
         for k in range(count)
     ]
+
+
+def read_splits(
+    path: str | os.PathLike[str], index: DatasetIndex, *, left_out: Collection[str] = ()
+) -> list[dict[str, list[str]]]:
+    """Folds from a file: nnU-Net's `splits_final.json`, [{"train": [case ids], "val": [...]}, ...], or a `splits.json`.
+
+    Args:
+        left_out: cases that validation has excluded; they are dropped from the folds. Cases that no fold names are not
+            used.
+
+    Raises:
+        DataError: the file says something else, a case is unknown, is held out twice, or is trained on and held out in
+            the same fold as itself or as another scan of its patient; a fold has no training or no held-out case.
+    """
+    content = read_json(path)
+    folds = content.get("folds") if isinstance(content, dict) else content
+    if not (isinstance(folds, list) and folds and all(_is_fold(fold) for fold in folds)):
+        raise DataError(
+            "holds no folds",
+            where=path,
+            seen=repr(folds)[:100],
+            rule='[{"train": [case ids], "val": [case ids]}, ...], as nnU-Net\'s splits_final.json',
+        )
+    patients = {case.id: case.patient for case in index.cases}
+    known, held_out_in = {*patients, *left_out}, dict[str, int]()
+    read = []
+    for number, fold in enumerate(folds):
+        train, held_out = fold["train"], fold.get("val", fold.get("held_out"))
+        unknown = [case for case in (*train, *held_out) if case not in known]
+        if unknown:
+            raise DataError(
+                f"fold {number} names cases that the data set does not have",
+                where=path,
+                seen=f"{len(unknown)}, e.g. {', '.join(unknown[:3])}",
+                rule=f"case ids as in dataset_index.json, e.g. {index.cases[0].id}",
+            )
+        train, held_out = ([c for c in dict.fromkeys(cases) if c in patients] for cases in (train, held_out))
+        _require_apart(path, number, train, held_out, patients)
+        for case in held_out:
+            if case in held_out_in:
+                raise DataError(
+                    "a case is held out in two folds",
+                    where=path,
+                    seen=f"{case}, in folds {held_out_in[case]} and {number}",
+                    rule="each case is held out once at most",
+                )
+            held_out_in[case] = number
+        if not train or not held_out:
+            raise DataError(
+                f"fold {number} has no {'held-out' if train else 'training'} case",
+                where=path,
+                seen=f"{len(train)} to train on, {len(held_out)} held out, of those that validation accepted",
+                rule="at least one of each",
+            )
+        read.append({"train": train, "held_out": held_out})
+    return read
+
+
+def _is_fold(fold: Any) -> bool:
+    if not isinstance(fold, dict) or ("val" in fold) == ("held_out" in fold):
+        return False
+    lists = [fold.get("train"), fold.get("val", fold.get("held_out"))]
+    return all(isinstance(cases, list) and all(isinstance(case, str) for case in cases) for cases in lists)
+
+
+def _require_apart(path: object, number: int, train: list[str], held_out: list[str], patients: dict[str, str]) -> None:
+    trained = {patients[case]: case for case in train}
+    for case in held_out:
+        if patients[case] in trained:
+            raise DataError(
+                f"fold {number} trains on a patient that it holds out",
+                where=str(path),
+                seen=f"{patients[case]}: trains on {trained[patients[case]]}, holds out {case}",
+                rule="all scans of a patient on one side",
+                mend="move them to one side; if they are different patients, set download.patient_pattern",
+            )
 
 
 def load_fold(path: object, fold: int) -> tuple[list[str], list[str]]:

@@ -140,10 +140,10 @@ def _depth_step(node: Any) -> int:
     """+1: the features of the slice before, -1: of the slice after, 0: no depth shift."""
     if node.get_type_name() != "Pad" or node.get_attributes()["pad_mode"] != "constant":
         return 0
-    before, after = (list(node.input_value(k).get_node().get_vector()) for k in (1, 2))
+    before, after = _vector(node, 1), _vector(node, 2)
     if len(before) != 4 or any([*before[1:], *after[1:]]) or before[0] != -after[0] or abs(before[0]) != 1:
         return 0
-    return int(before[0])
+    return before[0] if node.get_input_size() == 3 or _vector(node, 3) == [0] else 0
 
 
 def _shifted(

@@ -178,7 +178,10 @@ class OpenVINOEngine:
             if graph.lag != lag:
                 return None
             self.release()
-            compiled = self._core.compile_model(graph.model, "CPU", self._properties)
+            try:
+                compiled = self._core.compile_model(graph.model, "CPU", self._properties)
+            except Exception as error:
+                raise self._unloadable(error) from None
             self._stream = shape, DepthStream(compiled, graph.lag)
         return self._stream[1]
 

@@ -15,7 +15,6 @@ from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, summarise
 from distilldsm.data.plan import Plan, choose_patch, make_plan
 from distilldsm.data.preprocess import foreground_locations, preprocess_dataset
-from distilldsm.data.splits import load_fold, make_splits
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.stage import file_hashes, read_json, write_json
 from tests.data.volumes import affine, write_case, write_dataset
@@ -128,30 +127,6 @@ def test_patches_fit_the_limit(median, limit):
     assert depth * height * width <= limit
     assert height % 16 == width % 16 == 0
     assert min(depth, height, width) >= 1
-
-
-def test_splits_are_by_patient_and_hold_out_every_case_once():
-    index = index_of(["a", "a", "b", "c", "d", "d", "e", "f", "g"])
-    folds = make_splits(index, count=3, seed=1)
-    held_out = [case for fold in folds for case in fold["held_out"]]
-    assert sorted(held_out) == sorted(c.id for c in index.cases)
-    for fold in folds:
-        patients = {name.split("_")[0] for name in fold["train"]} & {n.split("_")[0] for n in fold["held_out"]}
-        assert not patients
-    assert make_splits(index, count=3, seed=1) == folds != make_splits(index, count=3, seed=2)
-
-
-def test_more_folds_than_patients_is_refused():
-    with pytest.raises(ConfigError, match="fewer patients than folds"):
-        make_splits(index_of(["a", "a", "b"]), count=3, seed=0)
-
-
-def test_unknown_or_empty_folds_are_refused(tmp_path: Path):
-    write_json(tmp_path / "splits.json", {"folds": [{"train": ["a"], "held_out": []}]})
-    with pytest.raises(DataError, match="no such fold"):
-        load_fold(tmp_path / "splits.json", 1)
-    with pytest.raises(DataError, match="lacks"):
-        load_fold(tmp_path / "splits.json", 0)
 
 
 def test_fingerprint_in_ras_order(tmp_path: Path):
