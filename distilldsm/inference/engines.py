@@ -131,7 +131,7 @@ class OpenVINOEngine:
         self._properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
         self._shape: tuple[int, ...] | None = None
         self._compiled: Any = None
-        self._stream: tuple[Shape, DepthStream] | None = None
+        self._stream: tuple[Shape, Any, int] | None = None
         self._core = openvino_core()
         try:
             _require_ir(self.path)
@@ -169,21 +169,21 @@ class OpenVINOEngine:
         return graph.state_bytes if graph.lag == lag else None
 
     def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
-        """The network for chunks of `shape`, until it is called as a whole; None: see `stream_bytes`."""
+        """The network for chunks of `shape`, for one volume after the other; None: see `stream_bytes`."""
         if self._stream is None or self._stream[0] != shape:
             try:
                 graph = stream_graph(self._model, shape)
             except NotStreamableError:
-                return None
-            if graph.lag != lag:
                 return None
             self.release()
             try:
                 compiled = self._core.compile_model(graph.model, "CPU", self._properties)
             except Exception as error:
                 raise self._unloadable(error) from None
-            self._stream = shape, DepthStream(compiled, graph.lag)
-        return self._stream[1]
+            self._stream = shape, compiled, graph.lag
+        # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
+        stream = DepthStream(*self._stream[1:])
+        return stream if stream.lag == lag else None
 
     def __call__(self, image: Float32) -> Float32:
         shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None
