@@ -242,7 +242,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CrossValidationConfig:
-    """Which folds to run; how many there are is `preprocess.folds`."""
+    """Which folds to run; how many there are is `preprocess.folds`, or what `preprocess.splits` holds."""
 
     folds: tuple[int, ...] = (0,)
     """The folds that are trained, scored and exported, from 0; several make a cross-validation."""
@@ -270,6 +270,8 @@ class Params:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
+        if self.preprocess.splits:  # how many folds it holds is known when it is read
+            return
         require(
             max(self.cv.folds) < self.preprocess.folds,
             "cv.folds",

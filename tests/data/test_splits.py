@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from components import preprocess
-from distilldsm.config import PreprocessConfig
+from distilldsm.config import PreprocessConfig, load_params
 from distilldsm.data.splits import load_fold, make_splits, read_splits
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.stage import MANIFEST, read_json, sha256_file, write_json
@@ -100,6 +100,15 @@ def test_impossible_folds_are_refused(tmp_path, content, words):
     with pytest.raises(DataError, match=words) as caught:
         read_splits(path, INDEX, left_out={"gone"})
     assert str(caught.value.where) == str(path)
+
+
+def test_any_of_its_folds_can_be_run(tmp_path):
+    path = tmp_path / "params.yaml"
+    path.write_text("preprocess: {splits: splits_final.json}\ncv: {folds: [0, 7]}\n")
+    assert load_params(path).cv.folds == (0, 7)
+    path.write_text("cv: {folds: [0, 7]}\n")
+    with pytest.raises(ConfigError, match=r"cv\.folds"):
+        load_params(path)
 
 
 def test_the_stage_takes_them_and_does_anew_when_the_file_changes(tmp_path, capsys):
