@@ -51,7 +51,8 @@ def read_splits(
             used.
 
     Raises:
-        DataError: the file says something else, a case is unknown, is held out twice, or is trained on and held out in
+        UserError: the file is missing or no JSON.
+        DataError: it says something else, a case is unknown, is held out twice, or is trained on and held out in
             the same fold as itself or as another scan of its patient; a fold has no training or no held-out case.
     """
     content = read_json(path)

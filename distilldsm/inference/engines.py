@@ -175,6 +175,8 @@ class OpenVINOEngine:
                 graph = stream_graph(self._model, shape)
             except NotStreamableError:
                 return None
+            if graph.lag != lag:
+                return None
             self.release()
             try:
                 compiled = self._core.compile_model(graph.model, "CPU", self._properties)
@@ -182,8 +184,7 @@ class OpenVINOEngine:
                 raise self._unloadable(error) from None
             self._stream = shape, compiled, graph.lag
         # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
-        stream = DepthStream(*self._stream[1:])
-        return stream if stream.lag == lag else None
+        return DepthStream(*self._stream[1:])
 
     def __call__(self, image: Float32) -> Float32:
         shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None

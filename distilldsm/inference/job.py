@@ -18,6 +18,7 @@ from distilldsm.inference.memory import (
     DEFAULT_PIECE_VOXELS,
     MODEL_BYTES,
     Pieces,
+    StreamCost,
     activation_bytes,
     plan_pieces,
     stream_cost,
@@ -170,7 +171,11 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
     held = scan.nbytes + voxels * (5 if job.format == "seg" else 1) + plane * (160 * channels + 40 * classes)
     held += sum(MODEL_BYTES + 4 * network.parameters for network in networks[1:])
     padded = [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)]
-    kept = predictor.stream_bytes(padded)
+
+    def stream() -> StreamCost | None:
+        kept = predictor.stream_bytes(padded)
+        return None if kept is None else stream_cost(networks[0].name, networks[0].options, kind, kept)
+
     return plan_pieces(
         padded,
         stride=stride,
@@ -186,7 +191,7 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
         mirrored=predictor.scorer.mirrored,
         averaged=len(networks) > 1,
         after_bytes=BYTES_PER_VOXEL * voxels if predictor.keep_largest else 0,
-        stream=None if kept is None else stream_cost(networks[0].name, networks[0].options, kind, kept),
+        stream=stream,
     )
 
 

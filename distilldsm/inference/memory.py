@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distilldsm.errors import ConfigError, DataError
@@ -136,7 +136,7 @@ def plan_pieces(
     mirrored: bool = False,
     averaged: bool = False,
     after_bytes: int = 0,
-    stream: StreamCost | None = None,
+    stream: Callable[[], StreamCost | None] = lambda: None,
 ) -> Pieces:
     """Choose the pieces for a volume of padded `size` (D, H, W) in network space.
 
@@ -150,7 +150,7 @@ def plan_pieces(
         mirrored: views of the piece are mirrored and their scores added up; averaged: those of several networks are,
             of which one at a time holds activations.
         after_bytes: what is taken when the networks have given their memory back.
-        stream: of a network that can be streamed.
+        stream: what streaming takes, None if the network cannot; asked for where the volume does not fit at once.
 
     Raises:
         DataError: not even the smallest tile fits, or what comes after it does not.
@@ -178,9 +178,10 @@ def plan_pieces(
     if limit_voxels is not None:
         voxels = min(voxels, limit_voxels)
     window = min(int(voxels // (height * width)), depth)
-    if stream is not None and window < depth:
+    cost = stream() if window < depth else None
+    if cost is not None:
         for slices in range(min(STREAM_SLICES, depth), 0, -1):
-            needed = base + stream.kept_bytes + (stream.per_voxel + whole_slices) * slices * height * width
+            needed = base + cost.kept_bytes + (cost.per_voxel + whole_slices) * slices * height * width
             if needed <= usable:
                 estimated = int(max(needed, after))
                 return Pieces(window=slices, tile=None, estimate_bytes=estimated, exact=True, streamed=True)

@@ -144,10 +144,11 @@ def network_scores(
         parts = depth_windows(padded[0], window, depth_halo, stride[0])
     else:
         assert depth_halo is not None
-        lag, parts = depth_halo, stream_chunks(padded[0], window, depth_halo)
         assert scorer.single is not None
+        lag, parts = depth_halo, stream_chunks(padded[0], window, depth_halo)
         stream = open_stream(scorer.single, (1, image.channels, window, padded[1], padded[2]), lag=lag)
-        assert stream is not None
+        if stream is None:
+            raise DataError("the network cannot be streamed", rule="see distilldsm/inference/depth_stream.py")
     for part in parts:
         with clock("preprocess"):
             low, high = max(part.low - d, 0), min(part.high - d, shape[0])
@@ -234,7 +235,7 @@ def predict_scan(
         probabilities: (X, Y, Z, K), zeros on entry, filled with round(255 p) where given.
         clock: told which phase is running.
         track: goes through the pieces, e.g. to show progress.
-        streamed: see `network_scores`; of one OpenVINO network that can be streamed.
+        streamed: see `network_scores`; of one network that can be streamed.
     """
     record = image.record
     affine = np.array(record.affine)

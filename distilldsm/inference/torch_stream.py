@@ -63,8 +63,10 @@ class TorchStream:
         elif isinstance(shift, ResidualDepthShift):
             shifted = self._shifted(x, shift.each_way, lag)
             x = self._late(x, 1) + shifted if shift.add else shifted
-        elif shift is not None:  # a module without channels to shift
+        elif isinstance(shift, DistillDepthShift):  # without channels to distil
             x = self._late(x, 1)
+        elif shift is not None:
+            raise TypeError(f"{type(shift).__name__} cannot be streamed")
         return block.second(x), lag if shift is None else lag + 1
 
     def _shifted(self, x: Tensor, each_way: int, lag: int) -> Tensor:

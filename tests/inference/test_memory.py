@@ -101,6 +101,41 @@ def test_averages_and_what_comes_after_are_in_the_estimate():
     assert plan(int((needed + 0.01) * 1e9), after_bytes=2 * 10**9).exact
 
 
+def test_what_does_not_fit_at_once_is_streamed_as_many_slices_as_fit():
+    known = memory.StreamCost(kept_bytes=4e8, per_voxel=350.0)
+
+    def plan(gigabytes: float, cost=known):
+        return plan_pieces(
+            (100, 512, 512),
+            stride=(1, 16, 16),
+            depth_halo=8,
+            per_voxel=235.0,
+            channels=1,
+            classes=3,
+            held_bytes=10**8,
+            budget=int(gigabytes * 1e9),
+            where="scan.nii",
+            stream=lambda: cost,
+        )
+
+    slice_bytes = (350 + 4 * 2 * (1 + 3)) * 512 * 512
+    for gigabytes in (1.1, 1.3, 1.6, 2.0, 3.0):
+        pieces = plan(gigabytes)
+        fits = int((gigabytes * 1e9 * memory.USABLE - memory.BASE_BYTES - 1e8 - 4e8) // slice_bytes)
+        assert (pieces.streamed, pieces.exact, pieces.tile, pieces.window) == (True, True, None, min(fits, 8))
+        estimate = memory.BASE_BYTES + 1e8 + 4e8 + pieces.window * slice_bytes
+        assert pieces.estimate_bytes == pytest.approx(estimate, abs=1)
+    assert not plan(100).streamed, "all at once if it fits"
+    assert not plan(2.0, None).streamed
+    assert plan(1.0).tile is not None
+
+
+def test_what_a_stream_takes_grows_with_the_networks_width():
+    paper, large = (memory.stream_cost(name, {}, "openvino", 1000) for name in ("distill_dsm", "distill_dsm_l"))
+    assert large.per_voxel == 2 * paper.per_voxel
+    assert large.kept_bytes == paper.kept_bytes == 1000 * memory.STREAM_COPIES["openvino"]
+
+
 def test_a_budget_too_small_says_what_would_do():
     def plan(budget: int):
         return plan_pieces(
