@@ -210,10 +210,11 @@ def test_the_budget_is_kept_or_refused(made, tmp_path, capsys):
         assert predict(made.export, scan, tmp_path / f"{name}.nii", "--json", "--max-memory", gigabytes) == 0
         captured = capsys.readouterr()
         reports[name] = json.loads(captured.out)["scans"][0]
-        assert "GB, in" in captured.err
+        assert ("GB, streamed, " in captured.err) == (name == "pieces")
         assert ("tiles of" in captured.err) == (name == "tiles")
         assert reports[name]["estimated_memory_mb"] <= 1000 * float(gigabytes)
     assert reports["pieces"]["exact"]
+    assert [reports[name]["streamed"] for name in ("pieces", "tiles")] == [True, False]
     assert reports["pieces"]["pieces"] > 1
     assert not reports["tiles"]["exact"]
     whole, pieces, tiles = (np.asarray(nib.load(tmp_path / f"{n}.nii").dataobj) for n in ("whole", "pieces", "tiles"))

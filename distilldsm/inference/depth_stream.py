@@ -8,9 +8,9 @@ different lags meet (skip connections), the one ahead waits. What waits is kept 
 The graph is made from the exported one, whatever network it came from. A shift is a padding by one slice at one end and
 by minus one at the other (`masked_depth_shift`); every other operation must be one that is known to keep slices apart,
 or the network is refused. So that nothing depends on how many slices come at a time, the graph is looked at for two
-numbers of slices: the depth is the one axis in which a tensor differs. Slices outside the volume are zero where they
-enter a shift, as in the padding it replaces. INT8 is refused: among other neighbours, OpenVINO rounds its layers
-elsewhere, and a hundredth of the labels of a random network changes.
+very different numbers of them: the depth is the one axis in which a tensor differs. Slices outside the volume are zero
+where they enter a shift, as in the padding it replaces. INT8 is refused: among other neighbours, OpenVINO rounds its
+layers elsewhere, and a hundredth of the labels of a random network changes.
 """
 
 from __future__ import annotations
@@ -40,10 +40,12 @@ IN_PLANE = frozenset((
 # fmt: on
 ALONG_AXES = {"MVN": 1, "ReduceMean": 1, "Slice": 4, "Split": 1, "VariadicSplit": 1}
 """Operations along some axes, and which of their inputs says which."""
+MANY = 1009
+"""Slices more, for the second look at a graph."""
 
 
 class NotStreamableError(ValueError):
-    """The network has an operation whose reach along the depth is not known."""
+    """The network has an operation whose reach along the depth is not known, or nothing that reaches along it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class _Rewriting:
         for k, node in enumerate(named.get_ordered_ops()):
             node.set_friendly_name(f"{node.get_type_name()}_{k}")
         self.graph = _folded(named, shape)
-        longer = _folded(named, (*shape[:2], shape[2] + 1, *shape[3:]))
+        longer = _folded(named, (*shape[:2], shape[2] + MANY, *shape[3:]))
         self.longer = {node.get_friendly_name(): node for node in longer.get_ordered_ops()}
         self.known: dict[tuple[str, int], _Tensor] = {}
         self.lines: dict[tuple[str, int], _Line] = {}
@@ -156,7 +158,7 @@ class _Rewriting:
             self.known[_key(output)] = _Tensor(output, axis, lag=late)
 
     def _depth_axis(self, node: Any, output: Any) -> int:
-        """The axis that is longer by one where the volume is."""
+        """The axis that is longer where the volume is."""
         other = self.longer.get(node.get_friendly_name())
         shape = list(output.get_shape())
         longer = list(other.output(output.get_index()).get_shape()) if other is not None else []
@@ -220,7 +222,7 @@ class _Rewriting:
             selection = self.ops.select(np.ones((1,) * rank, dtype=bool), tensor.source, np.float32(0))
             selection.set_friendly_name(f"inside_{key[0]}_{key[1]}")
             self.chosen.setdefault((tensor.lag, tensor.axis, rank), []).append(selection)
-            # Its other readers take it, too: they read the same slices, and one line serves all.
+            # Those that read it from here on take this, too: they read the same slices, and one line serves all.
             tensor.source, tensor.zero_outside = selection.output(0), True
         return _Tensor(tensor.source, tensor.axis, tensor.wait + (step == 1), tensor.lag + (step == -1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import threading
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -81,7 +82,7 @@ class TorchEngine:
         from distilldsm.inference.torch_stream import TorchStream
         from distilldsm.models.unet import UNet2D
 
-        if not isinstance(self.network, UNet2D) or self.network.depth_halo != lag:
+        if type(self.network) is not UNet2D or self.network.depth_halo != lag:
             return None
         return TorchStream(self.network, device=self.device, bf16=self.bf16)
 
@@ -132,6 +133,7 @@ class OpenVINOEngine:
         self._shape: tuple[int, ...] | None = None
         self._compiled: Any = None
         self._stream: tuple[Shape, Any, int] | None = None
+        self._lock = threading.Lock()
         self._core = openvino_core()
         try:
             _require_ir(self.path)
@@ -170,6 +172,10 @@ class OpenVINOEngine:
 
     def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
         """The network for chunks of `shape`, for one volume after the other; None: see `stream_bytes`."""
+        with self._lock:
+            return self._opened(shape, lag)
+
+    def _opened(self, shape: Shape, lag: int) -> Stream | None:
         if self._stream is None or self._stream[0] != shape:
             try:
                 graph = stream_graph(self._model, shape)
@@ -177,16 +183,29 @@ class OpenVINOEngine:
                 return None
             if graph.lag != lag:
                 return None
-            self.release()
+            # The network for any size holds no buffers yet, or small ones; that for a large size goes.
+            self._stream = None
+            if self.fixed_size:
+                self._compiled = None
             try:
                 compiled = self._core.compile_model(graph.model, "CPU", self._properties)
             except Exception as error:
-                raise self._unloadable(error) from None
+                raise DataError(
+                    "cannot be compiled for a stream of slices",
+                    where=self.path,
+                    seen=str(error)[:300],
+                    mend="free memory, or predict with --engine onnx",
+                ) from None
             self._stream = shape, compiled, graph.lag
         # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
         return DepthStream(*self._stream[1:])
 
     def __call__(self, image: Float32) -> Float32:
+        # A compiled network computes one image at a time; a server may ask for several.
+        with self._lock:
+            return self._whole(image)
+
+    def _whole(self, image: Float32) -> Float32:
         shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None
         if self._compiled is None or shape != self._shape:
             self._compile_for(shape)

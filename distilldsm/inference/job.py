@@ -96,7 +96,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         windows = len(stream_chunks(padded, pieces.window, geometry.depth_halo or 0))
     else:
         windows = len(depth_windows(padded, pieces.window, geometry.depth_halo, geometry.stride[0]))
-    _announce(job, pieces, windows, settings.budget)
+    _announce(job, pieces, windows, settings)
 
     def track(stream: Iterator[Piece]) -> Iterator[Piece]:
         if not (settings.alone and windows > 1):
@@ -153,7 +153,9 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
             for name, value, count in zip(plan.class_names, plan.class_values, counts, strict=True)
             if value != 0
         },
-        "exact": pieces.exact,
+        # In bf16 the runtime rounds a network and its stream in another order.
+        "exact": pieces.exact and not (pieces.streamed and settings.precision != "f32"),
+        "streamed": pieces.streamed,
         "pieces": windows,
         "estimated_memory_mb": round(pieces.estimate_bytes / 1e6, 1),
         "peak_memory_mb": peak_memory_mb(),
@@ -195,11 +197,19 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
     )
 
 
-def _announce(job: Job, pieces: Pieces, windows: int, budget: int) -> None:
-    size = f"about {pieces.estimate_bytes / 1e9:.1f} of {budget / 1e9:.1f} GB"
+def _announce(job: Job, pieces: Pieces, windows: int, settings: Settings) -> None:
+    size = f"about {pieces.estimate_bytes / 1e9:.1f} of {settings.budget / 1e9:.1f} GB"
     how = "in one piece" if windows == 1 else f"in {windows} pieces of {pieces.window} slices"
+    if pieces.streamed:
+        how = f"streamed, {pieces.window} slices at a time"
     with beside_the_bar():
         print(f"{job.input.name}: {size}, {how}", file=sys.stderr)
+        if settings.precision == "int8" and windows > 1:
+            print(
+                f"{job.input.name}: INT8 is not streamed, and slices near the ends of a piece are computed again: "
+                "--precision auto may be faster on a scan of this size",
+                file=sys.stderr,
+            )
         if pieces.tile is not None:
             print(
                 f"{job.input.name}: whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are "

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from unittest.mock import patch
+from types import SimpleNamespace
+from unittest.mock import MagicMock, patch
 
 import numpy as np
 import pytest
@@ -125,6 +127,44 @@ def test_a_volume_does_not_see_the_one_before(engines):
     np.testing.assert_allclose(second, engine(two), rtol=0, atol=1e-5 * np.abs(second).max())
 
 
+def test_two_volumes_at_once_and_one_that_is_broken_off(engines):
+    engine, shape = engines("distill_dsm"), (1, 2, 4, 16, 16)
+    one, two = np.random.default_rng(0).normal(size=(2, 1, 2, 12, 16, 16)).astype(np.float32)
+    first, second, broken_off = (engine.open_stream(shape, lag=8) for _ in range(3))
+    broken_off(one[:, :, :4], 0, 12)
+    found = [[], []]
+    for part in stream_chunks(12, 4, 8):
+        for stream, image, parts in ((first, one, found[0]), (second, two, found[1])):
+            chunk = np.zeros(shape, dtype=np.float32)
+            there = image[:, :, part.low : part.high]
+            chunk[:, :, : there.shape[2]] = there
+            parts.append(stream(chunk, part.low, 12))
+    for image, parts in ((one, found[0]), (two, found[1])):
+        np.testing.assert_allclose(np.concatenate(parts, axis=2)[:, :, 8:], engine(image), rtol=0, atol=1e-4)
+
+
+def test_another_lag_compiles_nothing_and_whole_volumes_stay_compiled(engines):
+    engine, compiled = engines("residual_dsm"), []
+    engine(np.zeros((1, 2, 3, 16, 16), dtype=np.float32))
+    with patch.object(engine, "_core", SimpleNamespace(compile_model=lambda *a: compiled.append(a) or MagicMock())):
+        assert engine.open_stream((1, 2, 8, 32, 32), lag=7) is None
+        assert not compiled
+        engine.open_stream((1, 2, 8, 32, 32), lag=8)
+        engine.open_stream((1, 2, 8, 32, 32), lag=8)
+        engine(np.zeros((1, 2, 3, 16, 16), dtype=np.float32))
+        assert len(compiled) == 1
+    engine.release()
+
+
+def test_threads_share_an_engine(engines):
+    engine = engines("distill_dsm")
+    images = np.random.default_rng(0).normal(size=(4, 1, 2, 6, 32, 32)).astype(np.float32)
+    expected = [engine(image) for image in images]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(engine, images))
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_what_is_kept_is_what_a_slice_must_wait_for(engines):
     """Of the paper's widths: two slices for each shift, one of what passes by, and the skip connections."""
     shifted = [(16, 2), (32, 4), (64, 8), (64, 16), (64, 8), (32, 4), (16, 2), (8, 1)]
@@ -175,6 +215,7 @@ TOGETHER = {
     "turned round, channels first": lambda x, depth: volume(volume(x) + volume(x).flip(1)),
     "the number of the slice": lambda x, depth: x + torch.arange(depth, dtype=torch.float32).view(-1, 1, 1, 1),
     "how many slices": lambda x, depth: x / depth,
+    "how many tens of slices": lambda x, depth: x * (1 + depth // 10),
     "a shift by two": lambda x, depth: F.pad(x, (0, 0, 0, 0, 0, 0, 2, -2)),
     "a shift that copies the end": lambda x, depth: torch.cat((x[:1], x[:-1])),
 }
