@@ -148,7 +148,7 @@ def network_scores(
         lag, parts = depth_halo, stream_chunks(padded[0], window, depth_halo)
         stream = open_stream(scorer.single, (1, image.channels, window, padded[1], padded[2]), lag=lag)
         if stream is None:
-            raise DataError("the network cannot be streamed", rule="see distilldsm/inference/depth_stream.py")
+            raise DataError("the network cannot be streamed", mend="predict with --engine onnx, which needs no stream")
     for part in parts:
         with clock("preprocess"):
             low, high = max(part.low - d, 0), min(part.high - d, shape[0])

@@ -72,20 +72,25 @@ def test_pieces_stay_within_the_budget(size, halo, gigabytes, held, limited):
         assert all(0 < t <= n and (t % 16 == 0 or t == n) for t, n in zip(pieces.tile, padded[1:], strict=True))
 
 
+def plan_of_100_slices(budget: float, *, channels: int = 1, **more) -> memory.Pieces:
+    """Of 512 x 512, three classes, 0.1 GB held."""
+    return plan_pieces(
+        (100, 512, 512),
+        stride=(1, 16, 16),
+        depth_halo=8,
+        per_voxel=235.0,
+        channels=channels,
+        classes=3,
+        held_bytes=10**8,
+        budget=int(budget),
+        where="scan.nii",
+        **more,
+    )
+
+
 def test_averages_and_what_comes_after_are_in_the_estimate():
     def plan(budget: int = 10**12, **more):
-        return plan_pieces(
-            (100, 512, 512),
-            stride=(1, 16, 16),
-            depth_halo=8,
-            per_voxel=235.0,
-            channels=2,
-            classes=3,
-            held_bytes=10**8,
-            budget=budget,
-            where="scan.nii",
-            **more,
-        )
+        return plan_of_100_slices(budget, channels=2, **more)
 
     voxels = 100 * 512 * 512
     plain = plan().estimate_bytes
@@ -105,18 +110,7 @@ def test_what_does_not_fit_at_once_is_streamed_as_many_slices_as_fit():
     known = memory.StreamCost(kept_bytes=4e8, per_voxel=350.0)
 
     def plan(gigabytes: float, cost=known):
-        return plan_pieces(
-            (100, 512, 512),
-            stride=(1, 16, 16),
-            depth_halo=8,
-            per_voxel=235.0,
-            channels=1,
-            classes=3,
-            held_bytes=10**8,
-            budget=int(gigabytes * 1e9),
-            where="scan.nii",
-            stream=lambda: cost,
-        )
+        return plan_of_100_slices(gigabytes * 1e9, stream=lambda: cost)
 
     slice_bytes = (350 + 4 * 2 * (1 + 3)) * 512 * 512
     for gigabytes in (1.1, 1.3, 1.6, 2.0, 3.0):
@@ -138,17 +132,7 @@ def test_what_a_stream_takes_grows_with_the_networks_width():
 
 def test_a_budget_too_small_says_what_would_do():
     def plan(budget: int):
-        return plan_pieces(
-            (100, 512, 512),
-            stride=(1, 16, 16),
-            depth_halo=8,
-            per_voxel=235.0,
-            channels=1,
-            classes=3,
-            held_bytes=10**8,
-            budget=budget,
-            where="scan.nii",
-        )
+        return plan_of_100_slices(budget)
 
     with pytest.raises(DataError, match="--max-memory") as caught:
         plan(500_000_000)
