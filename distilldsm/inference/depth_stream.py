@@ -74,7 +74,7 @@ class _Tensor:
 
 @dataclass
 class _Line:
-    """A tensor that some readers get later than it is computed: slices of wait to the readers."""
+    """A tensor that some readers get later than it is computed: from how many slices later to the readers."""
 
     source: Any
     axis: int
@@ -97,6 +97,8 @@ def stream_graph(network: Any, shape: Shape) -> StreamGraph:
 
 
 class _Rewriting:
+    """One walk through a graph, from the image to the logits, that notes what has to wait; then the delays go in."""
+
     def __init__(self, network: Any, shape: Shape) -> None:
         import openvino.opset13 as ops
 
