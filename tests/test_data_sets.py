@@ -67,6 +67,7 @@ STRUCTURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STRUCTURES))
 def test_preset_runs_end_to_end(name, tmp_path):
     at = run_stages(name, tmp_path)
@@ -104,6 +105,7 @@ def channels_of(raw: Path, name: str, case: str) -> list[Path]:
     return sorted((raw / "imagesTr").glob(f"{case}*"))
 
 
+@pytest.mark.slow
 def test_the_papers_recipe_runs_end_to_end(tmp_path):
     at = run_stages("hippocampus", tmp_path, "recipe=paper")
     model = read_json(at.model / "model.json")

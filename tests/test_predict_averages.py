@@ -76,6 +76,7 @@ def predicted(tmp_path, capsys) -> Callable[..., tuple[np.ndarray, dict, str]]:
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["openvino", "onnx"])
 def test_all_at_once_in_pieces_and_in_memory(folds, predicted, tmp_path, engine):
     first, second = folds

@@ -201,6 +201,7 @@ def test_probabilities_lie_beside_the_mask_and_agree_with_it(made, scan, tmp_pat
     assert files(tmp_path) == {"T0.nii.gz", "T1.nii.gz", "mask.nii.gz", "mask_probabilities.nii.gz"}
 
 
+@pytest.mark.slow
 def test_the_budget_is_kept_or_refused(made, tmp_path, capsys):
     scan = write_scan(tmp_path, ("a.nii", "b.nii"), shape=(46, 160, 180))
     assert predict(made.export, scan, tmp_path / "whole.nii", "--json") == 0

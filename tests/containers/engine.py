@@ -95,7 +95,8 @@ def stop_engine(state: dict, *, keep: bool = False) -> None:
     except ProcessLookupError:
         pass
     if not keep:
-        shutil.rmtree(state["folder"], ignore_errors=True)
+        # In the background: some disks take minutes for the gigabytes of the images.
+        subprocess.Popen(["rm", "-rf", "--", state["folder"]], start_new_session=True, stderr=subprocess.DEVNULL)
 
 
 def base_archive() -> Path:

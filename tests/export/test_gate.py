@@ -136,6 +136,7 @@ values = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=50)
 @given(pairs=values, metric=st.sampled_from(METRICS), margin=st.integers(0, 50), p=st.none() | st.floats(0.01, 1))
 def test_the_decision_is_antisymmetric(pairs, metric, margin, p):

@@ -70,6 +70,7 @@ def contents(directory: Path) -> dict[str, bytes]:
     return {p.relative_to(directory).as_posix(): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", list(TIMED))
 def test_two_runs_write_the_same_bytes(twice, stage):
     one, two = (contents(run[stage]) for run in twice)

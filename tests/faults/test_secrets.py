@@ -117,6 +117,7 @@ def params(place: Path, source: str, **more: object) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_a_small_pipeline_writes_no_secret(place, packed, monkeypatch, capfd, empty_store):
     """Download with a password, all stages, MLflow in SQLite: nothing holds any secret."""
     monkeypatch.setenv("DISTILLDSM_DOWNLOAD_USERNAME", "me")

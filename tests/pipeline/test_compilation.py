@@ -91,6 +91,7 @@ def test_parameters_survive_kfps_floats(epochs, rate, folds, batch):
     assert check_parameters(carried["folds"], {name: carried[name] for name in SECTIONS}) == params
 
 
+@pytest.mark.slow
 def test_every_profile_compiles_for_every_step_and_reaches_the_pods(tmp_path):
     cluster = load_cluster(CLUSTER)
     for name, profile in cluster.profiles.items():
