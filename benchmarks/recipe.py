@@ -6,8 +6,9 @@
 The arguments are Hydra overrides over conf/; a variant adds its own. A stage whose parameters two variants share runs
 once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row for each variant and
 fold. Of several folds (--fold 0 1 2 3 4) the table of the cross-validation is printed for each variant; folds done by
-earlier calls are read, not computed again. What is chosen by this must be reported on other folds, or on all of them
-(docs/recipe.md).
+earlier calls are read, not computed again. Several variants are compared case by case with the first one, as
+`distilldsm compare` does: printed, and written to `comparison.csv` and `comparison.png` there. What is chosen by this
+must be reported on other folds, or on all of them (docs/recipe.md).
 """
 
 from __future__ import annotations
@@ -92,11 +93,13 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
         "epochs": len(history),
         "seconds_per_epoch": epochs[len(epochs) // 2],
         "train_seconds": round(sum(epochs)),
+        "evaluation": scored.name,
         "overrides": " ".join(overrides),
     }
     with _LOCK:
         keep(work / "results.csv", row)
-        print("  ".join(f"{k}={v}" for k, v in row.items() if k not in ("overrides", "train_seconds")), flush=True)
+        shown = {k: v for k, v in row.items() if k not in ("overrides", "train_seconds", "evaluation")}
+        print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
     return trained, scored
 
 
@@ -112,6 +115,17 @@ def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
                 Path(folder, kind, f"fold{number}").symlink_to(part)
         found = load_folds(list(folds), Path(folder, "evaluation"), Path(folder, "models"))
         return format_table(summarise(found), name)
+
+
+def compare_variants(found: dict[str, list[Path]], work: Path) -> str:
+    """The evaluated folds of every variant against those of the first one; also written below `work`."""
+    from distilldsm.evaluation import comparison
+
+    trainings = [comparison.load_training(name, folders) for name, folders in found.items()]
+    rows = comparison.compare(trainings)
+    comparison.write_comparison(rows, work / "comparison.csv")
+    comparison.draw(trainings, work / "comparison.png")
+    return comparison.format_comparison(rows)
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:
@@ -163,6 +177,9 @@ def main() -> None:
     for name, _ in variants if len(args.fold) > 1 else []:
         of_folds = {job[2]: found for job, found in zip(jobs, folders, strict=True) if job[0] == name}
         print(f"\n{table_of(name, of_folds)}")
+    if len(variants) > 1:
+        scored = {name: [f[1] for job, f in zip(jobs, folders, strict=True) if job[0] == name] for name, _ in variants}
+        print(f"\n{compare_variants(scored, work)}")
 
 
 if __name__ == "__main__":

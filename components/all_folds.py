@@ -38,10 +38,12 @@ class Folds:
         params: all parameters.
         arguments: `--params` and `--set`, for every stage.
         jobs: folds at a time; they share the cores.
+        output: where `models/`, `evaluation/` and `logs/` go.
     """
 
-    def __init__(self, params: Params, arguments: Sequence[str], jobs: int) -> None:
+    def __init__(self, params: Params, arguments: Sequence[str], jobs: int, output: Path = Path()) -> None:
         self.params, self.arguments, self.jobs = params, list(arguments), jobs
+        self.output = output
         self._running: dict[int, subprocess.Popen[str]] = {}
         self._lock = threading.Lock()
         self._stopped = False
@@ -69,7 +71,7 @@ class Folds:
                 raise self._error
 
     def _fold(self, fold: int, shown: Meter) -> None:
-        model, evaluation = Path(f"models/fold{fold}"), Path(f"evaluation/fold{fold}")
+        model, evaluation = self.output / f"models/fold{fold}", self.output / f"evaluation/fold{fold}"
         inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
         try:
             if is_current(model, **train.key(self.params.train, inputs, fold)):
@@ -92,7 +94,7 @@ class Folds:
             self._stop()
 
     def _stage(self, fold: int, stage: str) -> None:
-        log = LOGS / f"fold{fold}-{stage}.log"
+        log = self.output / LOGS / f"fold{fold}-{stage}.log"
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
             with self._lock:
@@ -121,7 +123,10 @@ class Folds:
         raise _failed(fold, stage, log, code)
 
     def command(self, stage: str, fold: int) -> list[str]:
-        return [sys.executable, "-m", f"components.{stage}", *self.arguments, "--fold", str(fold)]
+        model, evaluation = self.output / f"models/fold{fold}", self.output / f"evaluation/fold{fold}"
+        of_stage = {"train": ["--output", model], "evaluate": ["--model", model, "--output", evaluation]}[stage]
+        shared = [sys.executable, "-m", f"components.{stage}", *self.arguments, "--fold", str(fold)]
+        return [*shared, *map(str, of_stage)]
 
     def _environment(self) -> dict[str, str]:
         inherited = {**os.environ, RESUME_VARIABLE: command_again()}
@@ -190,13 +195,16 @@ def check_preprocessed(params: Params) -> int:
     return len(read_json(PREPROCESSED / "splits.json")["folds"])
 
 
-def run(params_file: str, assignments: Sequence[str], folds: Sequence[int] | None, jobs: int) -> None:
+def run(
+    params_file: str, assignments: Sequence[str], folds: Sequence[int] | None, jobs: int, output: Path = Path()
+) -> None:
     """The command.
 
     Args:
         params_file, assignments: the parameters, and changes to them.
         folds: which; None: all there are.
         jobs: folds at a time.
+        output: where `models/`, `evaluation/`, `cross_validation/` and `logs/` go.
 
     Raises:
         UserError: no preprocessed data, a fold that does not exist, or a stage that failed.
@@ -208,14 +216,14 @@ def run(params_file: str, assignments: Sequence[str], folds: Sequence[int] | Non
     if beyond:
         raise DataError("there is no such fold", where="--folds", seen=beyond[0], rule=f"0 to {count - 1}")
     arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
-    Folds(params, arguments, max(1, min(jobs, len(numbers)))).run(numbers)
+    Folds(params, arguments, max(1, min(jobs, len(numbers))), output).run(numbers)
     from components import cross_validate
 
     params = load_params(params_file, [*assignments, f"cv.folds={json.dumps(numbers)}"])
     cross_validate.run(
         params.cv,
-        {"evaluation": Path("evaluation"), "models": Path("models"), "splits": PREPROCESSED / "splits.json"},
-        {"cross_validation": Path("cross_validation")},
+        {"evaluation": output / "evaluation", "models": output / "models", "splits": PREPROCESSED / "splits.json"},
+        {"cross_validation": output / "cross_validation"},
         tracking=params.tracking,
     )
 
@@ -227,12 +235,19 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
     made.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all of the split")
     made.add_argument("--jobs", type=int, default=1, help="folds at a time; they share the cores (%(default)s)")
+    made.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="holds models/, evaluation/, cross_validation/, logs/",
+    )
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs))
+    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs, args.output))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from typing import Any
 from components._main import stage_main
 from distilldsm.config import CrossValidationConfig, TrackingConfig, load_params
 from distilldsm.crossval import report, table
-from distilldsm.crossval.folds import NUMBERS, Fold, load_folds
+from distilldsm.crossval.folds import CASES_POSTPROCESSED, NUMBERS, Fold, load_folds
 from distilldsm.evaluation.tables import write_csv
 from distilldsm.stage import content_hash, output_directory, sha256_json, write_json
 
@@ -28,7 +28,7 @@ def run(
         inputs: `evaluation` and `models`, the folders that hold `fold0` ...; `splits` (of the preprocessed data) where
             it is at hand.
         outputs: `cross_validation`: `summary.json`, `table.csv`, `cases.csv`, `metrics.json`, `dice.png`,
-            `report.html`, and `mlflow_run.json` where it is tracked.
+            `report.html`; of two folds or more `cases_postprocessed.csv`, and `mlflow_run.json` where it is tracked.
         tracking: makes a run with the folds' runs as its children, unless there is one fold only.
 
     Raises:
@@ -43,14 +43,25 @@ def run(
         write_json(work / "summary.json", summary)
         write_json(work / "metrics.json", table.metrics_for_dvc(summary))
         write_csv(work / "table.csv", table.table_rows(summary))
-        columns = ("case", "label", *NUMBERS)
-        rows = [{"fold": fold.number, **{key: row[key] for key in columns}} for fold in folds for row in fold.rows]
+        rows = _rows({fold.number: fold.rows for fold in folds})
         write_csv(work / "cases.csv", rows)
+        processed = table.postprocessed_rows(folds)
+        if processed is not None:
+            write_csv(work / CASES_POSTPROCESSED, _rows(processed))
         report.draw(folds, work / "dice.png")
         (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
         if len(folds) > 1 and tracking is not None:
             _track(tracking, folds, summary, work, rows)
     print(table.format_table(summary, "cross-validation"))
+
+
+def _rows(by_fold: Mapping[int, Sequence[Mapping]]) -> list[dict[str, Any]]:
+    columns = ("case", "patient", "label", *NUMBERS)
+    return [
+        {"fold": number, **{key: row[key] for key in columns if key in row}}
+        for number, rows in by_fold.items()
+        for row in rows
+    ]
 
 
 def _track(

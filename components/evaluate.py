@@ -75,11 +75,10 @@ def run(
             (work / name).mkdir(exist_ok=True)
         score_all(config, inputs, work, cases, index, targets)
         scores = {case.id: read_json(work / "scores" / f"{case.id}.json") for case in cases}
-        rows = [{"case": case, **row} for case, one in scores.items() for row in one["rows"]]
+        rows = _with_names(cases, scores, "rows")
         summary = tables.summarise(rows, targets.structures)
         tables.write_csv(work / "cases.csv", rows)
-        largest = [{"case": case, **row} for case, one in scores.items() for row in one["largest"]]
-        decided = write_postprocessing(work, rows, largest)
+        decided = write_postprocessing(work, rows, _with_names(cases, scores, "largest"))
         sure = intervals(rows, list(targets.structures))
         write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": sure})
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
@@ -110,6 +109,11 @@ def run(
     for label in decided.kept:
         print(f"{label}, largest component only: {decided.labels[label].reason} ({POSTPROCESSING})")
     _track(tracking, inputs, outputs["evaluation"], summary, sure, rows)
+
+
+def _with_names(cases: Sequence[Case], scores: Mapping[str, Mapping], table: str) -> list[dict[str, Any]]:
+    """The rows of all cases. The patient, too: several cases of one are not independent of each other."""
+    return [{"case": case.id, "patient": case.patient, **row} for case in cases for row in scores[case.id][table]]
 
 
 def _predictor(model: Path, config: EvaluateConfig) -> Any:

@@ -129,13 +129,18 @@ def _parser() -> argparse.ArgumentParser:
         "compare",
         help="several trainings side by side, case by case",
         description="Means, standard deviations over cases and folds, and a paired Wilcoxon test against the first "
-        "one, Holm-corrected, over the cases that all were scored on.",
+        "one, a pair for each patient, Holm-corrected, over the cases that all were scored on.",
     )
     compare.add_argument(
         "trainings",
         metavar="NAME=DIR[,DIR...]",
         nargs="+",
         help="a cross_validation, an evaluated fold, or a folder of them, e.g. distill=runs/distill/cross_validation",
+    )
+    compare.add_argument(
+        "--postprocessed",
+        action="store_true",
+        help="scores after the post-processing that the other folds decide on (of cross-validations)",
     )
     compare.add_argument("-o", "--output", metavar="DIR", help="also write comparison.csv, costs.csv, comparison.png")
     compare.add_argument("--json", action="store_true", help="print a JSON object")

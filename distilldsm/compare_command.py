@@ -6,6 +6,8 @@ import argparse
 import dataclasses
 import glob
 import json
+import sys
+from functools import partial
 from pathlib import Path
 
 from distilldsm.errors import ConfigError
@@ -15,7 +17,7 @@ def compare(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        UserError: a folder is no evaluated fold, or the trainings share no case.
+        UserError: a folder is no evaluated fold, or the trainings share no case or not its truth.
     """
     from distilldsm.evaluation import comparison
     from distilldsm.evaluation.tables import write_csv
@@ -26,8 +28,11 @@ def compare(args: argparse.Namespace) -> None:
         raise ConfigError("a name is given twice", seen=", ".join(names))
     if len(named) < 2:
         raise ConfigError("there is nothing to compare", seen=names[0], rule="two trainings or more")
-    trainings = [comparison.load_training(name, directories) for name, directories in named]
+    load = partial(comparison.load_training, postprocessed=args.postprocessed)
+    trainings = [load(name, directories) for name, directories in named]
     rows, costs = comparison.compare(trainings), comparison.cost_rows(trainings)
+    for line in comparison.unmatched(trainings):
+        print(f"compare: {line}: not scored in all of them", file=sys.stderr)
     if args.output:
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from time import sleep
 from types import SimpleNamespace
 
-from benchmarks.recipe import keep, stage
+from benchmarks.recipe import compare_variants, keep, stage
+from tests.evaluation.test_comparison import random_cases, write_fold
 
 
 def row(fold: int, **scores: float) -> dict:
@@ -51,3 +52,13 @@ def test_folds_that_end_together_are_all_kept(tmp_path):
         list(pool.map(lambda fold: keep(path, row(fold, dice=0.5)), range(64)))
     with open(path, newline="") as stream:
         assert sorted(int(r["fold"]) for r in csv.DictReader(stream)) == list(range(64))
+
+
+def test_variants_are_compared_with_the_first(tmp_path):
+    names = [f"c{k}" for k in range(6)]
+    folders = {name: write_fold(tmp_path / name, random_cases(names, seed)) for seed, name in enumerate(("a", "b"))}
+    text = compare_variants({name: [folder] for name, folder in folders.items()}, tmp_path)
+    assert "p (Holm)" in text
+    with open(tmp_path / "comparison.csv", newline="") as stream:
+        assert {(row["training"], row["cases"]) for row in csv.DictReader(stream)} == {("a", "6"), ("b", "6")}
+    assert (tmp_path / "comparison.png").stat().st_size > 1000

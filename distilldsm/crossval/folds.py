@@ -16,6 +16,8 @@ from distilldsm.stage import EXECUTION_PARAMETERS, MANIFEST, content_hash, read_
 from distilldsm.tracking.values import flatten
 
 Row = dict[str, Any]
+CASES_POSTPROCESSED = "cases_postprocessed.csv"
+"""Of a cross-validation: the cases after the post-processing that the other folds decide on."""
 NUMBERS = (*METRICS, "volume_truth_ml", "volume_predicted_ml")
 ALIKE = EXECUTION_PARAMETERS | {"save_masks"}
 """Parameters that may differ from fold to fold: where and how it was computed, not what."""

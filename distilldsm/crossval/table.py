@@ -59,9 +59,9 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
         "mean": {metric: the same of the labels' mean}, "network": its name and options,
         "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
-        {"labels": as above, "chosen": {fold: [labels]}}: the same scores where, of labels that gain by it in the
-        **other** folds, only the largest component is kept}. The numbers of folds and cases are those where the score
-        is defined.
+        {"labels", "mean": as above, "chosen": {fold: [labels]}}: the same scores where, of labels that gain by it in
+        the **other** folds, only the largest component is kept}. The numbers of folds and cases are those where the
+        score is defined.
     """
     by_fold = {fold.number: [_with_size(row) for row in fold.rows] for fold in folds}
     labels = list(dict.fromkeys(row["label"] for row in folds[0].rows))
@@ -88,27 +88,36 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     return summary
 
 
-def _largest_component(folds: Sequence[Fold], labels: Sequence[str]) -> dict[str, Any] | None:
-    """Scores after post-processing, decided for each fold by the others; None for one fold or without a change."""
+def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Row]] | None:
+    """Fold to its rows after post-processing, decided for each fold by the others; None where that cannot be."""
     tables = {fold.number: (fold.rows, fold.largest) for fold in folds if fold.largest is not None}
-    if len(tables) < max(len(folds), 2):
+    return nested(tables) if len(tables) >= max(len(folds), 2) else None
+
+
+def _largest_component(folds: Sequence[Fold], labels: Sequence[str]) -> dict[str, Any] | None:
+    """Scores after post-processing; None for one fold or without a change."""
+    rows = postprocessed_rows(folds)
+    if rows is None:
         return None
-    rows = nested(tables)
     changed = {
-        fold: sorted({row["label"] for row, raw in zip(rows[fold], tables[fold][0], strict=True) if row is not raw})
-        for fold in rows
+        fold.number: sorted(
+            {row["label"] for row, raw in zip(rows[fold.number], fold.rows, strict=True) if row is not raw}
+        )
+        for fold in folds
     }
     if not any(changed.values()):
         return None
+    of_labels = {
+        label: {
+            metric: _statistics({f: [r[metric] for r in of if r["label"] == label] for f, of in rows.items()})
+            for metric in POSTPROCESSED_METRICS
+        }
+        for label in labels
+    }
     return {
         "chosen": {str(fold): chosen for fold, chosen in changed.items()},
-        "labels": {
-            label: {
-                metric: _statistics({f: [r[metric] for r in of if r["label"] == label] for f, of in rows.items()})
-                for metric in POSTPROCESSED_METRICS
-            }
-            for label in labels
-        },
+        "labels": of_labels,
+        "mean": {metric: _of_labels(rows, of_labels, metric) for metric in POSTPROCESSED_METRICS},
     }
 
 
@@ -249,32 +258,46 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
 
 
 def largest_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and its scores after post-processing; nothing where no fold was changed."""
+    """Label and its scores after post-processing, mean and sd over folds; nothing where no fold was changed."""
     found = summary["largest_component"]
     if not found:
         return []
+
+    def text(metric: str, entry: Mapping[str, Any]) -> str:
+        sd = "" if entry["sd_folds"] is None else f" ± {number(entry['sd_folds'], metric)}"
+        return f"{TITLES[metric]} {number(entry['mean_folds'], metric)}{sd}"
+
+    # Summaries from before the labels' mean was written hold none.
+    labels = dict(found["labels"]) | ({"mean": found["mean"]} if len(found["labels"]) > 1 and "mean" in found else {})
     return [
-        (label, ", ".join(f"{TITLES[m]} {number(of_label[m]['mean_folds'], m)}" for m in POSTPROCESSED_METRICS))
-        for label, of_label in found["labels"].items()
+        (label, ", ".join(text(metric, of_label[metric]) for metric in POSTPROCESSED_METRICS))
+        for label, of_label in labels.items()
     ]
 
 
 def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Few numbers, well rounded: {metric: {label: {mean, sd_folds, sd_cases}}} and costs; undefined ones left out."""
-    found: dict[str, Any] = {}
-    for metric in REPORTED:
-        digits = 3 if metric.endswith(("_mm", "_ml")) else 5
-        entries = {label: of_label[metric] for label, of_label in summary["labels"].items()}
-        found[metric] = {
-            label: {
-                key: round(entry[source], digits)
-                for key, source in (("mean", "mean_folds"), ("sd_folds", "sd_folds"), ("sd_cases", "sd_cases"))
-                if entry[source] is not None
-            }
-            for label, entry in {"mean": summary["mean"][metric], **entries}.items()
-        }
+    """Few numbers, well rounded: {metric: {label: {mean, sd_folds, sd_cases}}} and costs; undefined ones left out.
+
+    Scores after post-processing, where it changed anything, are `postprocessed_METRIC`.
+    """
+    found = {metric: _rounded(summary, metric) for metric in REPORTED}
+    if processed := summary["largest_component"]:
+        found |= {f"postprocessed_{metric}": _rounded(processed, metric) for metric in POSTPROCESSED_METRICS}
     measured = {key: value for key, value in summary["cost"].items() if isinstance(value, int | float)}
     return found | {"cost": measured}
+
+
+def _rounded(scores: Mapping[str, Any], metric: str) -> dict[str, dict[str, float]]:
+    digits = 3 if metric.endswith(("_mm", "_ml")) else 5
+    entries = {label: of_label[metric] for label, of_label in scores["labels"].items()}
+    return {
+        label: {
+            key: round(entry[source], digits)
+            for key, source in (("mean", "mean_folds"), ("sd_folds", "sd_folds"), ("sd_cases", "sd_cases"))
+            if entry[source] is not None
+        }
+        for label, entry in {"mean": scores["mean"][metric], **entries}.items()
+    }
 
 
 def metrics_for_mlflow(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,8 @@
 """Several trainings side by side, compared case by case on the cases that all of them were scored on.
 
 The test is the two-sided Wilcoxon signed-rank test of the paired differences to the first one (F. Wilcoxon, 1945), its
-p-values corrected for the number of comparisons of a metric by Holm's step-down procedure (S. Holm, 1979).
+p-values corrected for the number of comparisons of a metric by Holm's step-down procedure (S. Holm, 1979). It takes its
+pairs for independent: of several cases of a patient the mean difference is one pair.
 """
 
 from __future__ import annotations
@@ -10,18 +11,23 @@ import csv
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from distilldsm.cost import TIMING
+from distilldsm.crossval.folds import CASES_POSTPROCESSED
 from distilldsm.crossval.table import COSTS, combine_costs, costs_of_fold
 from distilldsm.errors import DataError
 from distilldsm.stage import read_json
 
-COMPARED = ("dice", "hd95_mm", "nsd")
+COMPARED = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_abs_ml")
+"""The scores that are compared; the last is the size of `volume_error_ml`."""
+READ = (*COMPARED[:-1], "volume_error_ml", "volume_truth_ml")
+VOLUME_TOLERANCE = 1e-3
+"""By which share the volumes of one truth may differ: tables hold six digits."""
 Scores = Mapping[tuple[str, str], Mapping[str, float]]
 """(case, label) to metric to value; undefined values are missing."""
 
@@ -34,6 +40,8 @@ class Training:
     folds: tuple[Scores, ...]
     costs: tuple[Mapping[str, Any], ...] = ()
     """Of each fold, as far as they are known, see `crossval.table.costs_of_fold`."""
+    patients: Mapping[str, str] = field(default_factory=dict)
+    """Case to patient; cases that are missing are taken for patients of their own."""
 
     @property
     def scores(self) -> dict[tuple[str, str], Mapping[str, float]]:
@@ -50,6 +58,8 @@ class Comparison:
     metric: str
     cases: int
     """Cases of this label for which the metric is defined in all trainings."""
+    patients: int
+    """Whose cases these are: the pairs of the test."""
     mean: float
     sd: float
     """Sample standard deviation over the cases."""
@@ -63,11 +73,12 @@ class Comparison:
     """Corrected for the number of comparisons of the metric."""
 
 
-def load_training(name: str, directories: Sequence[Path]) -> Training:
+def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool = False) -> Training:
     """Read `cases.csv` of evaluated folds.
 
     Args:
         directories: each a cross-validation, an evaluated fold, or a folder that holds `fold0`, `fold1` ...
+        postprocessed: read the scores after post-processing, which cross-validations of two folds or more hold.
 
     Raises:
         DataError: a table is missing or damaged, or a case was scored in two folds.
@@ -75,9 +86,19 @@ def load_training(name: str, directories: Sequence[Path]) -> Training:
     folds: list[Scores] = []
     taken: list[dict[str, Any]] = []
     seen: dict[str, Path] = {}
+    patients: dict[str, str] = {}
     for directory in _tables(directories):
-        path = directory / "cases.csv"
+        path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
+        if not path.is_file():
+            raise DataError(
+                "holds no scores after post-processing",
+                where=directory,
+                seen=f"no {path.name}",
+                rule="a cross-validation of two folds or more: for each fold the others decide",
+                mend="distilldsm cross-validate; of an older one remove its folder first",
+            )
         rows = _read(path)
+        patients |= {row["case"]: row["patient"] for row in rows if row.get("patient")}
         by_fold: dict[str, list[dict[str, str]]] = {}
         for row in rows:
             by_fold.setdefault(row.get("fold", ""), []).append(row)
@@ -88,7 +109,7 @@ def load_training(name: str, directories: Sequence[Path]) -> Training:
                 seen[case] = path
             folds.append(_scores(of_fold, path))
         taken += _costs(directory)
-    return Training(name=name, folds=tuple(folds), costs=tuple(taken))
+    return Training(name=name, folds=tuple(folds), costs=tuple(taken), patients=patients)
 
 
 def _tables(directories: Sequence[Path]) -> list[Path]:
@@ -105,16 +126,20 @@ def _tables(directories: Sequence[Path]) -> list[Path]:
 def _read(path: Path) -> list[dict[str, str]]:
     with open(path, newline="", encoding="utf-8") as stream:
         rows = list(csv.DictReader(stream))
-    if not rows or not {"case", "label", *COMPARED} <= rows[0].keys():
-        raise DataError("is no table of scores", where=path, rule=f"columns case, label, {', '.join(COMPARED)}")
+    if not rows or not {"case", "label", *READ} <= rows[0].keys():
+        raise DataError("is no table of scores", where=path, rule=f"columns case, label, {', '.join(READ)}")
     return rows
 
 
 def _scores(rows: Sequence[Mapping[str, str]], path: Path) -> Scores:
     try:
-        return {(r["case"], r["label"]): {m: float(r[m]) for m in COMPARED if r[m]} for r in rows}
+        found = {(r["case"], r["label"]): {m: float(r[m]) for m in READ if r[m]} for r in rows}
     except ValueError as error:
         raise DataError("a score is no number", where=path, seen=str(error)) from None
+    for values in found.values():
+        if "volume_error_ml" in values:
+            values["volume_error_abs_ml"] = abs(values["volume_error_ml"])
+    return found
 
 
 def _costs(directory: Path) -> list[dict[str, Any]]:
@@ -131,12 +156,14 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
     """Every training, label and metric, over the cases that all of them have.
 
     Raises:
-        DataError: no case is common to all.
+        DataError: no case is common to all, or a case was scored against another truth.
     """
     tables = [training.scores for training in trainings]
     shared = set.intersection(*(set(table) for table in tables))
     if not shared:
         raise DataError("no case was scored in all of them", seen=", ".join(t.name for t in trainings))
+    _check_truth(trainings, sorted(shared))
+    patients = {case: patient for training in reversed(trainings) for case, patient in training.patients.items()}
     labels = list(dict.fromkeys(label for _, label in tables[0] if any(key[1] == label for key in shared)))
     found: list[Comparison] = []
     for metric in COMPARED:
@@ -146,6 +173,7 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
             if not keys:
                 continue
             values = np.array([[table[k][metric] for k in keys] for table in tables])
+            whose = [patients.get(case, case) for case, _ in keys]
             for number, training in enumerate(trainings):
                 first = number == 0
                 rows.append(
@@ -154,16 +182,55 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
                         label=label,
                         metric=metric,
                         cases=len(keys),
+                        patients=len(set(whose)),
                         mean=float(values[number].mean()),
                         sd=float(values[number].std(ddof=1)) if len(keys) > 1 else 0.0,
                         sd_folds=_sd_of_folds(training, keys, metric),
                         difference=None if first else float((values[number] - values[0]).mean()),
-                        p=None if first else wilcoxon_p(values[number] - values[0]),
+                        p=None if first else wilcoxon_p(_by_patient(values[number] - values[0], whose)),
                         p_holm=None,
                     )
                 )
         found += _corrected(rows)
     return found
+
+
+def _check_truth(trainings: Sequence[Training], shared: Sequence[tuple[str, str]]) -> None:
+    """Refuse cases that are called alike but hold another structure: another data set, or labels changed since."""
+    first = trainings[0].scores
+    for training in trainings[1:]:
+        table = training.scores
+        for case, label in shared:
+            volumes = [scores[case, label]["volume_truth_ml"] for scores in (first, table)]
+            if not math.isclose(*volumes, rel_tol=VOLUME_TOLERANCE, abs_tol=1e-6):
+                raise DataError(
+                    "a case was scored against another truth",
+                    where=f"{trainings[0].name}, {training.name}",
+                    seen=f"{case}, {label}: {volumes[0]:g} ml and {volumes[1]:g} ml",
+                    rule="the same labelled data",
+                    mend="evaluate both on the same data set",
+                )
+
+
+def unmatched(trainings: Sequence[Training]) -> list[str]:
+    """What is left out because not all trainings were scored on it, a line for each training and kind."""
+    names = [[{key[k] for key in training.scores} for k in (0, 1)] for training in trainings]
+    lines = []
+    for k, kind in enumerate(("cases", "labels")):
+        shared = set.intersection(*(of_training[k] for of_training in names))
+        for training, of_training in zip(trainings, names, strict=True):
+            if left := sorted(of_training[k] - shared):
+                some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
+                lines.append(f"{training.name}: {len(left)} of {len(of_training[k])} {kind} left out ({some})")
+    return lines
+
+
+def _by_patient(differences: np.ndarray, patients: Sequence[str]) -> np.ndarray:
+    """The mean difference of each patient, in the order of their first cases."""
+    of_patient: dict[str, list[float]] = {}
+    for patient, difference in zip(patients, differences, strict=True):
+        of_patient.setdefault(patient, []).append(float(difference))
+    return np.array([statistics.fmean(values) for values in of_patient.values()])
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:

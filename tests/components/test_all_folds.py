@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import threading
 import time
@@ -60,6 +61,12 @@ def test_all_folds_and_again_only_what_is_missing(place, capsys):
     after = times(place)
     assert [name for name in after if after[name] != before[name]] == ["evaluation/fold1/manifest.json"]
     assert "fold 1 | train: up to date" in capsys.readouterr().out
+    for name in ("models", "evaluation"):
+        shutil.copytree(place / name, place / "runs/first" / name)
+    assert main(["cross-validate", "--set", "train.samples_per_case=2", "--output", "runs/first"]) == 0
+    said = capsys.readouterr().out
+    assert said.count("up to date") == 4
+    assert (place / "runs/first/cross_validation/summary.json").is_file()
     assert main(["summary"]) == 0
     shown = capsys.readouterr().out
     assert "cross_validation: folds 0, 1, 4 cases" in shown
@@ -67,6 +74,15 @@ def test_all_folds_and_again_only_what_is_missing(place, capsys):
     (place / "evaluation/fold1/manifest.json").write_text('{"files": {}}')
     assert main(["summary"]) == 0
     assert "over 2 folds" in capsys.readouterr().out, "a table older than a fold is not shown"
+
+
+def test_another_output_folder_reaches_the_stages():
+    command = all_folds.Folds(Params(), ["--params", "p.yaml"], jobs=1, output=Path("runs/b")).command
+    for stage, options in (
+        ("train", ["--output", "runs/b/models/fold3"]),
+        ("evaluate", ["--model", "runs/b/models/fold3", "--output", "runs/b/evaluation/fold3"]),
+    ):
+        assert command(stage, 3)[3:] == ["--params", "p.yaml", "--fold", "3", *options]
 
 
 def test_what_must_be_there_before(place, capsys):

@@ -15,6 +15,7 @@ import pytest
 import components.evaluate as stage
 from components.evaluate import main, run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.volume import read_image
 from distilldsm.errors import DataError
@@ -90,6 +91,9 @@ def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
     decided = load_postprocessing(tmp_path / "e" / "postprocessing.json")
     assert (decided.kept, decided.cases, list(decided.labels)) == ((), len(held_out), ["shell", "core"])
     assert (tmp_path / "e" / "postprocessed.csv").read_text() == (tmp_path / "e" / "cases.csv").read_text()
+    patients = {case.id: case.patient for case in DatasetIndex.load(trained["dataset"]).cases}
+    with open(tmp_path / "e" / "cases.csv") as stream:
+        assert all(row["patient"] == patients[row["case"]] for row in csv.DictReader(stream))
 
 
 def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_path, monkeypatch, capsys):

@@ -20,23 +20,37 @@ from distilldsm.errors import DataError
 from distilldsm.evaluation.comparison import compare, draw, holm, load_training
 from tests.crossval import folds as crossval
 
+SCORES = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_ml")
 
-def write_fold(directory: Path, cases: dict[str, dict[str, float | None]]) -> Path:
-    """A fold with two labels; the second has half the Dice."""
+
+def write_fold(
+    directory: Path,
+    cases: dict[str, dict[str, float | None]],
+    *,
+    patients: dict[str, str] | None = None,
+    truth_ml: float = 2.0,
+    labels: tuple[str, ...] = ("A", "B"),
+) -> Path:
+    """A fold with two labels; the second has half of every score."""
     directory.mkdir(parents=True)
     with open(directory / "cases.csv", "w", newline="") as stream:
         writer = csv.writer(stream)
-        writer.writerow(["case", "label", "dice", "hd95_mm", "nsd"])
+        writer.writerow(["case", *(["patient"] if patients else []), "label", *SCORES, "volume_truth_ml"])
         for case, row in cases.items():
-            for label, factor in (("A", 1.0), ("B", 0.5)):
-                values = [None if row[m] is None else row[m] * factor for m in ("dice", "hd95_mm", "nsd")]
-                writer.writerow([case, label, *("" if v is None else v for v in values)])
+            for label, factor in zip(labels, (1.0, 0.5), strict=False):
+                values = [None if row[m] is None else row[m] * factor for m in SCORES]
+                names = [case, *([patients[case]] if patients else []), label]
+                writer.writerow([*names, *("" if v is None else v for v in values), truth_ml])
     return directory
 
 
 def random_cases(names: list[str], seed: int) -> dict[str, dict[str, float | None]]:
     rng = np.random.default_rng(seed)
-    return {n: {"dice": rng.uniform(0.5, 1), "hd95_mm": rng.uniform(0, 5), "nsd": rng.uniform(0.5, 1)} for n in names}
+    high = {"hd95_mm": 5.0}
+    return {
+        n: {m: rng.normal(0, 3) if m == "volume_error_ml" else rng.uniform(0, high.get(m, 1)) for m in SCORES}
+        for n in names
+    }
 
 
 def test_numbers_are_those_of_numpy_and_scipy(tmp_path):
@@ -63,6 +77,43 @@ def test_numbers_are_those_of_numpy_and_scipy(tmp_path):
     assert second.p == pytest.approx(wilcoxon(values[1], values[0]).pvalue)
     assert second.p_holm == pytest.approx(min(1, 2 * second.p))  # two labels, the same differences but for a factor
     assert (first.difference, first.p, first.p_holm) == (None, None, None)
+    (size,) = (r for r in rows if (r.training, r.label, r.metric) == ("b", "A", "volume_error_abs_ml"))
+    errors = np.abs([[rows[n]["volume_error_ml"] for n in names] for rows in (a, b)])
+    assert size.mean == pytest.approx(errors[1].mean())
+    assert size.p == pytest.approx(wilcoxon(errors[1], errors[0]).pvalue)
+
+
+def test_a_patient_is_one_pair(tmp_path):
+    names = [f"c{k}" for k in range(14)]
+    patients = {name: f"p{k // 2}" for k, name in enumerate(names)}
+    a, b = random_cases(names, 0), random_cases(names, 1)
+    folders = [write_fold(tmp_path / n, rows, patients=patients) for n, rows in (("a", a), ("b", b))]
+    found = compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
+    (row,) = (r for r in found if (r.training, r.label, r.metric) == ("b", "A", "dice"))
+    differences = np.array([b[n]["dice"] - a[n]["dice"] for n in names])
+    assert (row.cases, row.patients) == (14, 7)
+    assert row.difference == pytest.approx(differences.mean())
+    assert row.p == pytest.approx(wilcoxon(differences.reshape(7, 2).mean(axis=1)).pvalue)
+    assert row.p != pytest.approx(wilcoxon(differences).pvalue)
+
+
+def test_another_truth_is_refused(tmp_path):
+    rows = random_cases(["c0", "c1"], 0)
+    folders = [write_fold(tmp_path / "a", rows, truth_ml=1.0), write_fold(tmp_path / "b", rows, truth_ml=7.0)]
+    with pytest.raises(DataError, match="another truth") as caught:
+        compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
+    assert "c0, A: 1 ml and 7 ml" in str(caught.value)
+
+
+def test_what_is_left_out_is_said(tmp_path, capsys):
+    a, b = random_cases(["c0", "c1", "c2", "c3"], 0), random_cases(["c2", "c3"], 1)
+    write_fold(tmp_path / "a", a)
+    write_fold(tmp_path / "b", b, labels=("A",))
+    assert main(["compare", f"a={tmp_path}/a", f"b={tmp_path}/b"]) == 0
+    said = capsys.readouterr().err
+    assert "a: 2 of 4 cases left out (c0, c1)" in said
+    assert "a: 1 of 2 labels left out (B)" in said
+    assert "b:" not in said
 
 
 @given(st.lists(st.floats(0, 1), max_size=8))
@@ -83,7 +134,9 @@ def test_only_common_cases_count_and_undefined_scores_do_not(tmp_path):
     b["c3"]["hd95_mm"] = None
     folders = [write_fold(tmp_path / "a", a), write_fold(tmp_path / "b", b)]
     rows = compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
-    assert {r.metric: r.cases for r in rows} == {"dice": 3, "hd95_mm": 2, "nsd": 3}
+    cases = {r.metric: r.cases for r in rows}
+    assert cases.pop("hd95_mm") == 2
+    assert set(cases.values()) == {3}
     assert {r.sd_folds for r in rows} == {None}
 
 
@@ -113,7 +166,8 @@ def test_bad_tables_are_named(tmp_path):
     other = write_fold(tmp_path / "b", random_cases(["c1"], 0))
     with pytest.raises(DataError, match="no case was scored in all"):
         compare([load_training("a", [folder]), load_training("b", [other])])
-    (folder / "cases.csv").write_text("case,label,dice,hd95_mm,nsd\nc0,A,good,1,1\n")
+    text = (folder / "cases.csv").read_text()
+    (folder / "cases.csv").write_text(text.splitlines()[0] + "\nc0,A,good,1,1,1,1,1,1\n")
     with pytest.raises(DataError, match="is no number"):
         load_training("a", [folder])
     (folder / "cases.csv").write_text("case,dice\n")
@@ -164,6 +218,9 @@ def test_cross_validations_are_compared_with_their_costs(tmp_path, capsys):
     assert [row["seconds_per_epoch"] for row in found[0]["costs"]] == [3.5, 3.5]
     assert "macs_per_voxel" in text
     assert "gpu" not in text, "what nobody measured is no column"
+    capsys.readouterr()
+    assert main(["compare", *(t.replace("evaluation/fold0", "cv") for t in trainings), "--postprocessed"]) == 1
+    assert "cases_postprocessed.csv" in capsys.readouterr().err
     with open(tmp_path / "out" / "costs.csv", newline="") as stream:
         assert [(row["training"], row["parameters"]) for row in csv.DictReader(stream)] == [
             ("a", "1000"),
