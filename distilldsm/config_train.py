@@ -39,19 +39,19 @@ class ModelConfig:
 class AugmentConfig:
     """Random changes of a training patch; each is drawn anew per sample."""
 
-    spatial_probability: float = 0.8
+    spatial_probability: float = 0.5
     """Share of samples that are rotated and scaled."""
     rotation_deg: float = 15.0
     """Largest rotation about the depth axis, degrees."""
-    tilt_deg: float = 10.0
-    """Largest rotation about the two in-plane axes, degrees; keep small for coarse slices."""
+    tilt_deg: float | None = None
+    """Largest rotation about the two in-plane axes, degrees; null: 10, and 0 where the plan calls the slices coarse."""
     scale: float = 0.2
     """Largest relative change of size: 0.2 draws factors from 0.8 to 1.2."""
     elastic_probability: float = 0.0
     """Share of samples that are bent."""
     elastic_mm: float = 2.0
     """Standard deviation of the displacement at five control points along each axis of a patch, mm."""
-    intensity_probability: float = 0.5
+    intensity_probability: float = 0.2
     """Share of samples whose contrast, brightness, gamma, noise and blur change (each on its own)."""
     low_resolution_probability: float = 0.0
     """Share of samples, channel by channel, that are coarsened by up to a factor of two and brought back."""
@@ -69,7 +69,14 @@ class AugmentConfig:
         require(0 <= self.scale < 0.9, "scale", self.scale, "from 0 to below 0.9")
         require(self.elastic_mm >= 0, "elastic_mm", self.elastic_mm, "0 or more, mm")
         for key in ("rotation_deg", "tilt_deg"):
-            require(0 <= getattr(self, key) <= 180, key, getattr(self, key), "from 0 to 180 degrees")
+            degrees = getattr(self, key)
+            require(degrees is None or 0 <= degrees <= 180, key, degrees, "from 0 to 180 degrees")
+
+    def largest_tilt(self, *, coarse_slices: bool) -> float:
+        """`tilt_deg`, where it is left to the plan what fits: tilted, coarse slices would be mixtures of several."""
+        if self.tilt_deg is not None:
+            return self.tilt_deg
+        return 0.0 if coarse_slices else 10.0
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -136,8 +136,9 @@ def _draw_matrices(batch: int, config: AugmentConfig, spacing_mm: Sequence[float
         return (draws.rand(batch) * 2 - 1) * limit
 
     about_depth = uniform(math.radians(config.rotation_deg))
-    about_height = uniform(math.radians(config.tilt_deg))
-    about_width = uniform(math.radians(config.tilt_deg))
+    coarse = spacing_mm[0] / max(spacing_mm[1:]) >= COARSE_RATIO
+    tilt = math.radians(config.largest_tilt(coarse_slices=coarse))
+    about_height, about_width = uniform(tilt), uniform(tilt)
     scale = 1 + uniform(config.scale)
     keep = draws.rand(batch) >= config.spatial_probability
     rotation = _rotation(about_depth, 1, 2) @ _rotation(about_height, 0, 2) @ _rotation(about_width, 0, 1)

@@ -83,6 +83,24 @@ def test_rotation_in_mm_keeps_the_volume_of_a_structure():
     assert y.dtype == torch.int64
 
 
+@pytest.mark.parametrize(("slices_mm", "mixed"), [(4.0, False), (1.0, True)])
+def test_coarse_slices_are_not_tilted_if_nothing_else_is_said(slices_mm, mixed):
+    """Every slice holds its own number: turned about the depth axis it still does, tilted it does not."""
+    images = torch.arange(9.0)[None, None, :, None, None].expand(4, 1, 9, 32, 32).clone()
+    config = AugmentConfig(spatial_probability=1, intensity_probability=0, scale=0)
+    middle, _ = augment(
+        images,
+        torch.zeros(4, 9, 32, 32, dtype=torch.int64),
+        (9, 12, 12),
+        config,
+        classes=2,
+        spacing_mm=(slices_mm, 1.0, 1.0),
+        generator=torch.Generator().manual_seed(0),
+    )
+    spread = (middle[:, :, 4].amax() - middle[:, :, 4].amin()).item()
+    assert (spread > 0.1) == mixed
+
+
 def test_scale_changes_size_as_told():
     torch.manual_seed(0)
     sizes = []
