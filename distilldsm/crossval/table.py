@@ -59,9 +59,9 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
         "mean": {metric: the same of the labels' mean}, "network": its name and options,
         "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
-        {"labels": as above, "chosen": {fold: [labels]}}: the same scores where, of labels that gain by it in the
-        **other** folds, only the largest component is kept}. The numbers of folds and cases are those where the score
-        is defined.
+        {"labels": as above, "chosen": {fold: [labels that change]}}: the same scores where, of labels that gain by it
+        in the **other** folds, only the largest component is kept}. The numbers of folds and cases are those where
+        the score is defined.
     """
     by_fold = {fold.number: [_with_size(row) for row in fold.rows] for fold in folds}
     labels = list(dict.fromkeys(row["label"] for row in folds[0].rows))
@@ -93,7 +93,7 @@ def _largest_component(folds: Sequence[Fold], labels: Sequence[str]) -> dict[str
     tables = {fold.number: (fold.rows, fold.largest) for fold in folds if fold.largest is not None}
     if len(tables) < max(len(folds), 2):
         return None
-    rows = nested(tables)
+    rows = nested(tables, folds[0].groups)
     changed = {
         fold: sorted({row["label"] for row, raw in zip(rows[fold], tables[fold][0], strict=True) if row is not raw})
         for fold in rows
