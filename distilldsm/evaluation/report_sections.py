@@ -90,6 +90,14 @@ def observations(rows: Rows, summary: Mapping[str, Any]) -> list[tuple[str, str]
             f"Largest HD95: {farthest['hd95_mm']:.1f} mm, {farthest['label']} in {farthest['case']}.",
         )
     )
+    nowhere = [
+        label
+        for label in summary["labels"]
+        if not any(r["volume_truth_ml"] or r["volume_predicted_ml"] for r in rows if r["label"] == label)
+    ]
+    if nowhere:
+        text = "In no held-out case, neither in truth nor in prediction: "
+        found.append(("bad", f"{text}{_named(nowhere)}. By the convention its Dice is 1, and counts in the mean."))
     biases = _relative_biases(rows, list(summary["labels"]))
     if biases:
         label, (share, agreement) = max(biases.items(), key=lambda item: abs(item[1][0]))
