@@ -64,7 +64,7 @@ def _print_model(metadata: Any) -> None:
         ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
         ("INT8", f"{'shipped' if metadata.int8.shipped else 'not shipped'}: {metadata.int8.reason}"),
         ("mirroring", ", ".join(network.mirror_axes) or "trained without"),
-        ("postprocess", _postprocessing(metadata.postprocessing)),
+        ("postprocess", _postprocessing(metadata)),
         ("files", f"{len(metadata.files)}, unchanged since the export"),
     ]
     for key, value in rows:
@@ -72,10 +72,15 @@ def _print_model(metadata: Any) -> None:
             print(f"{key:12}{value}")
 
 
-def _postprocessing(labels: tuple[str, ...] | None) -> str:
-    if labels is None:
+def _postprocessing(metadata: Any) -> str:
+    from distilldsm.data.targets import LARGEST_NOT_TRIED
+
+    kept = metadata.postprocessing
+    if kept is None:
         return "not decided (exported without an evaluation)"
-    return f"largest component of {', '.join(labels)}" if labels else "none: no label gained by its largest component"
+    if not metadata.targets.largest:
+        return f"none: {LARGEST_NOT_TRIED}"
+    return f"largest component of {', '.join(kept)}" if kept else "none: nothing was gained by a largest component"
 
 
 def plan(args: argparse.Namespace) -> None:

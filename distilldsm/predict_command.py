@@ -67,7 +67,7 @@ def add_predict(commands: Any) -> None:
     predict.add_argument(
         "--postprocess",
         action="store_true",
-        help="keep only the largest connected component of the labels that gained by it on the held-out cases",
+        help="keep only the largest connected component of what gained by it on the held-out cases",
     )
     predict.add_argument(
         "--engine", choices=tuple(ENGINES), help="runs the network (default: openvino, else onnx, else torch)"
@@ -146,7 +146,7 @@ def predict(args: argparse.Namespace) -> None:
             "engine": engine,
             "mirror": [list(member.mirror_axes) for member in predictor.scorer.members],
             "labels": labels,
-            "keep_largest": [label for label, value in labels.items() if value in predictor.keep_largest],
+            "keep_largest": list(predictor.keep_largest),
             "scans": done,
             "failures": [_failure(job, error) for job, error in failures],
         }
@@ -163,6 +163,8 @@ def predict(args: argparse.Namespace) -> None:
 
 def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
     """What was asked for and may not be what was meant."""
+    from distilldsm.data.targets import LARGEST_NOT_TRIED
+
     for folder, metadata, member in zip(
         (args.model_dir, *args.ensemble), predictor.models, predictor.scorer.members, strict=True
     ):
@@ -170,7 +172,9 @@ def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
         if unseen:
             print(f"{folder}: was not trained with flips along {', '.join(unseen)}", file=sys.stderr)
     if args.postprocess and not predictor.keep_largest:
-        print("--postprocess changes nothing: no label gained by it on the held-out cases", file=sys.stderr)
+        tried = predictor.plan.targets.largest
+        why = "nothing was gained by it on the held-out cases" if tried else LARGEST_NOT_TRIED
+        print(f"--postprocess changes nothing: {why}", file=sys.stderr)
 
 
 def _installed_engine() -> Runtime:

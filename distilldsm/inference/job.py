@@ -126,10 +126,10 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         with clock("restore"):
             if predictor.keep_largest:
                 predictor.scorer.release()
-            for value in predictor.keep_largest:
-                removed = keep_largest(mask, value)
-                counts[plan.class_values.index(value)] -= removed
-                counts[0] += removed
+            for values in predictor.keep_largest.values():
+                for value, removed in keep_largest(mask, values).items():
+                    counts[plan.class_values.index(value)] -= removed
+                    counts[0] += removed
         with clock("write"):
             if maps is not None:
                 write_nifti(job.probabilities, maps, scan, slope=1 / 255)
