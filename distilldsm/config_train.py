@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from distilldsm.errors import ConfigError
-from distilldsm.models.registry import MODEL_NAMES
+from distilldsm.models.registry import MODEL_NAMES, Options
 from distilldsm.params import require
 
 MirrorAxis = Literal["depth", "height", "width"]
@@ -19,7 +18,7 @@ class ModelConfig:
 
     name: str = "distill_dsm"
     """A name from the registry (`distilldsm info --models`)."""
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
+    options: Options = field(default_factory=dict)
     """Options of that network, e.g. `alpha: 0.5`."""
 
     def __post_init__(self) -> None:

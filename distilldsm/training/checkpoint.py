@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.registry import Options
 from distilldsm.params import from_mapping
 from distilldsm.stage import read_json
 
@@ -125,7 +126,7 @@ class ModelSpec:
     """What `model.json` must say for the network to be built again; it says more."""
 
     name: str
-    options: Mapping[str, bool | int | float | str]
+    options: Options
     in_channels: int
     out_channels: int
 
@@ -160,7 +161,7 @@ def described_network(
     """
     from distilldsm.models.registry import build_model
 
-    sizes = [in_channels, out_channels, *(value for value in options.values() if not isinstance(value, str))]
+    sizes = [in_channels, out_channels, *_numbers(options)]
     try:
         if max(sizes) > MAX_SIZE:
             raise ValueError(f"{max(sizes)} is more than {MAX_SIZE}")
@@ -175,3 +176,13 @@ def described_network(
             rule="a name and options of `distilldsm info --models`",
             mend="train the model again, or copy the file again",
         ) from None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        for inner in value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float):
+        yield value
