@@ -19,7 +19,7 @@ class ModelConfig:
     name: str = "distill_dsm"
     """A name from the registry (`distilldsm info --models`)."""
     options: Options = field(default_factory=dict)
-    """Options of that network, e.g. `alpha: 0.5`."""
+    """Options of that network, e.g. `alpha: 0.5`; of `inserted`, the code that makes it: docs/any-2d-network.md."""
 
     def __post_init__(self) -> None:
         import difflib
@@ -32,6 +32,10 @@ class ModelConfig:
                 rule="one of " + ", ".join(MODEL_NAMES),
                 mend=f"did you mean '{close[0]}'?" if close else None,
             )
+        if self.name == "inserted":
+            builder = self.options.get("builder")
+            valid = isinstance(builder, str) and all(builder.partition(":"))
+            require(valid, "options.builder", builder, "package.module:function, e.g. monai.networks.nets:BasicUNet")
 
 
 @dataclass(frozen=True, kw_only=True)

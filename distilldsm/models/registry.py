@@ -23,7 +23,7 @@ class ModelEntry:
 
     summary: str
     family: str
-    """`unet2d` (slices, with or without depth shift) or `unet3d`."""
+    """`unet2d` (slices, with or without depth shift), `unet3d` or `inserted` (a 2-D network of the user's)."""
     fixed: Mapping[str, Any]
     """Arguments that make the variant what it is."""
     options: Mapping[str, Any]
@@ -72,6 +72,22 @@ MODELS: Mapping[str, ModelEntry] = {
         fixed={},
         options={"base_width": 8},
     ),
+    "inserted": ModelEntry(
+        summary="a 2-D network of your own, 'builder' package.module:function, with depth shifts put into it",
+        family="inserted",
+        fixed={},
+        options={
+            "builder": "",
+            "arguments": {},
+            "in_argument": "in_channels",
+            "out_argument": "out_channels",
+            "stride": 32,
+            "kind": "distill",
+            "alpha": 0.5,
+            "where": "auto",
+            "initialisation": "identity",
+        },
+    ),
 }
 
 MODEL_NAMES = tuple(MODELS)
@@ -81,7 +97,7 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
     """Build the network `name`; input and output are (B, C, D, H, W).
 
     Raises:
-        ConfigError: unknown name or option, or an impossible value.
+        ConfigError: unknown name or option, or an impossible value; what is wrong with a builder of the user's.
     """
     if name not in MODELS:
         raise ConfigError("unknown model", seen=repr(name), rule="one of " + ", ".join(MODELS))
@@ -110,6 +126,10 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
         from distilldsm.models.unet3d import UNet3D
 
         return UNet3D(in_channels, out_channels, **arguments)
+    if entry.family == "inserted":
+        from distilldsm.models.inserted import build_inserted
+
+        return build_inserted(in_channels, out_channels, **arguments)
     from distilldsm.models.unet import UNet2D
 
     width = float(arguments.pop("width"))

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.models.base import SegmentationNetwork
-from distilldsm.models.registry import Options
+from distilldsm.models.inserted import require_trusted
+from distilldsm.models.registry import MODELS, Options, build_model
 from distilldsm.params import from_mapping
 from distilldsm.stage import read_json
 
@@ -157,10 +158,11 @@ def described_network(
     """The network that the file `where` describes, whatever it says.
 
     Raises:
-        DataError: there is no such network, or it would be larger than any that is trained.
+        DataError: there is no such network, it would be larger than any that is trained, or code that is not trusted
+            makes it (models/inserted.py).
     """
-    from distilldsm.models.registry import build_model
-
+    if name in MODELS and MODELS[name].family == "inserted":
+        require_trusted(options, where)
     sizes = [in_channels, out_channels, *_numbers(options)]
     try:
         if max(sizes) > MAX_SIZE:

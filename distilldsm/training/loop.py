@@ -98,7 +98,9 @@ class Trainer:
         self.cost = self.network.cost()
         self.average = WeightAverage(self.network, config.ema_decay)
         self.trained: nn.Module = self.network
-        if config.deep_supervision:
+        if config.deep_supervision and not self.network.decoder_widths:
+            self._say(f"{config.model.name} tells no decoder levels: trained without train.deep_supervision")
+        elif config.deep_supervision:
             self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
         self.optimizer = make_optimizer(config, self.trained)
         self.plateau = Plateau()
@@ -121,6 +123,10 @@ class Trainer:
         if self.config.channels_last and network.depth_halo is not None:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(f"train: {text}", file=sys.stderr)
 
     def _make_sampler(self, train_ids: list[str]) -> PatchSampler:
         self.state.batch_size = batch_size_of(

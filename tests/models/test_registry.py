@@ -10,6 +10,7 @@ import torch
 from distilldsm.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import MODEL_NAMES, build_model
+from tests.models.small import NEEDED
 
 
 @pytest.mark.parametrize(
@@ -56,7 +57,7 @@ def test_cost_leaves_the_network_as_it_was():
 @pytest.fixture(params=MODEL_NAMES)
 def network(request):
     torch.manual_seed(0)
-    return build_model(request.param, in_channels=2, out_channels=3).eval()
+    return build_model(request.param, in_channels=2, out_channels=3, **NEEDED.get(request.param, {})).eval()
 
 
 def test_shapes_for_any_depth(network):
