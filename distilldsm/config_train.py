@@ -81,6 +81,12 @@ class TrainConfig:
 
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
+    initial_weights: str | None = None
+    """Path of a `.safetensors` to start from: weights of an earlier training, or of the 2-D network alone. If they were
+    trained on cases that are held out here, the scores look better than they are."""
+    initial_weights_strict: bool = True
+    """Whether every tensor must fit. `false`: those that the file lacks, or has in another shape (another number of
+    classes), are told and start at random."""
     epochs: int = 30
     """Passes over the training cases."""
     samples_per_case: int = 1
