@@ -27,6 +27,7 @@ from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessi
 from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
 from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.postprocess import keep_largest
+from distilldsm.models.inserted import trust_builder
 from distilldsm.progress import progress
 from distilldsm.stage import output_directory, read_json, worker_count, write_json
 from distilldsm.workers import worker_pool
@@ -263,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def stage() -> None:
         params = load_params(args.params, args.set)
+        trust_builder(params.train.model.options)
         run(
             params.evaluate,
             {

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from components._main import stage_main
 from distilldsm.config import ExportConfig, TrackingConfig, load_params
+from distilldsm.models.inserted import trust_builder
 from distilldsm.params import to_mapping
 from distilldsm.stage import output_directory, write_json
 
@@ -123,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = args.evaluation or Path(f"evaluation/fold{args.fold}")
         if args.evaluation or evaluation.is_dir():
             inputs["evaluation"] = evaluation
+        trust_builder(params.train.model.options)
         run(
             params.export,
             inputs,

@@ -17,6 +17,7 @@ from typing import Literal
 from distilldsm.config import MirrorAxis, Modality
 from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
 from distilldsm.errors import ConfigError, DataError
+from distilldsm.models.registry import Options
 from distilldsm.params import from_mapping
 from distilldsm.stage import MANIFEST, read_json, sha256_file
 
@@ -75,7 +76,7 @@ class NetworkInfo:
     """What the network is, and what prediction must know of it besides its weights."""
 
     name: str
-    options: Mapping[str, bool | int | float | str]
+    options: Options
     stride: tuple[int, int, int]
     depth_halo: int | None
     """Slices beyond a slice that take part in its logits; null: the whole depth."""

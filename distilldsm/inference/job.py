@@ -175,14 +175,14 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
     padded = [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)]
 
     def stream() -> StreamCost | None:
-        kept = predictor.stream_bytes(padded)
-        return None if kept is None else stream_cost(networks[0].name, networks[0].options, kind, kept)
+        kept, network = predictor.stream_bytes(padded), networks[0]
+        return None if kept is None else stream_cost(network.name, network.options, kind, kept, network.macs_per_voxel)
 
     return plan_pieces(
         padded,
         stride=stride,
         depth_halo=predictor.geometry.depth_halo,
-        per_voxel=max(activation_bytes(network.name, network.options, kind) for network in networks),
+        per_voxel=max(activation_bytes(n.name, n.options, kind, n.macs_per_voxel) for n in networks),
         channels=channels,
         classes=classes,
         held_bytes=held,
