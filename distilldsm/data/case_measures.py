@@ -28,20 +28,23 @@ Mask = npt.NDArray[np.bool_]
 PERCENTILES = {"p0_5": 0.5, "p50": 50.0, "p99_5": 99.5}
 
 
-def measure_case(root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int]) -> CaseRow:
+def measure_case(
+    root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int], ignored: int | None = None
+) -> CaseRow:
     """Measure one case; never raises.
 
     Args:
         root: the data set's root.
         channels: the declared channels.
         labels: label name to value in the files.
+        ignored: value of the label `ignore`, where the data set declares one.
     """
     row = CaseRow()
     row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
         with _quiet_nibabel():
             image, blank = _measure_images(row, root, case.images, channels, labels)
-            _measure_label(row, root, case.label, labels, image, blank)
+            _measure_label(row, root, case.label, labels, image, blank, ignored)
     except Exception as error:  # whatever a damaged file provokes must not hide the findings of the other cases
         row.note("read_error", case.images[0], first_line(error))
     errors = row.details.get("read_error", [])
@@ -198,6 +201,7 @@ def _measure_label(
     labels: Mapping[str, int],
     base: nib.Nifti1Image | None,
     blank: Mask | None,
+    ignored: int | None,
 ) -> None:
     image = open_file(row, root, file)
     if image is None:
@@ -227,8 +231,11 @@ def _measure_label(
         row.note("label_deviation", file, f"values such as {', '.join(f'{float(v):g}' for v in odd)}")
     counts = _count(rounded)
     row.values["label_values"] = " ".join(str(v) for v in list(counts)[:20]) + (" ..." if len(counts) > 20 else "")
-    undeclared = sorted(set(counts) - set(labels.values()))
+    undeclared = sorted(set(counts) - set(labels.values()) - {ignored})
     row.values["undeclared_values"] = " ".join(str(v) for v in undeclared[:20]) or None
+    if ignored is not None:
+        row.values["ignored_voxels"] = counts.get(ignored, 0)
+        row.note("ignored_voxels", file, f"{counts.get(ignored, 0)} voxels of the label 'ignore', {ignored}")
     absent = [name for name, value in labels.items() if value != 0 and not counts.get(value)]
     row.values["absent_labels"] = ", ".join(absent) or None
     voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000 if affine_finite else float("nan")

@@ -42,6 +42,7 @@ class Found:
     reference: str | None = None
     note: str | None = None
     regions: tuple[Region, ...] = ()
+    ignored_value: int | None = None
 
 
 def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> DatasetIndex:
@@ -75,6 +76,7 @@ def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> Dataset
         channels=_with_modalities(found.channels, config.modalities),
         labels=found.labels,
         regions=found.regions,
+        ignored_value=found.ignored_value,
         cases=tuple(
             Case(
                 id=files.id,
@@ -163,10 +165,12 @@ def _msd(root: Path) -> Found:
             raise DataError("each entry of 'training' names image and label", where=path, seen=repr(entry)[:100])
         image, label = (_inside(entry[k], path) for k in ("image", "label"))
         cases.append(Files(_stem(image), (image,), label))
+    labels = descriptions.need(description, "labels", dict, path)
     return Found(
         name=descriptions.text(description, "name"),
         channels=channels,
-        labels=descriptions.labels_of(descriptions.need(description, "labels", dict, path), path),
+        labels=descriptions.labels_of(labels, path),
+        ignored_value=descriptions.ignored_of(labels, path),
         cases=cases,
         licence=descriptions.text(description, "licence", "license"),
         reference=descriptions.text(description, "reference"),
@@ -208,6 +212,7 @@ def _nnunet(root: Path) -> Found:
         name=descriptions.text(description, "name"),
         channels=channels,
         labels=descriptions.labels_of(labels, path),
+        ignored_value=descriptions.ignored_of(labels, path),
         cases=cases,
         licence=descriptions.text(description, "licence", "license"),
         reference=descriptions.text(description, "reference"),

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distilldsm.config import DownloadConfig, PatternConfig
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.descriptions import labels_of, modality_of
+from distilldsm.data.descriptions import ignored_of, labels_of, modality_of
 from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.data.patterns import matches
 from distilldsm.errors import ConfigError, DataError
@@ -307,8 +307,16 @@ def test_both_ways_to_write_labels_mean_the_same(names):
     assert labels_of({"nothing": 0} | {k: v for k, v in wanted.items() if v}, Path()) == wanted
 
 
-def test_the_ignore_label_of_nnunet_is_no_class():
+def test_the_ignore_label_of_nnunet_is_no_class_and_its_value_is_kept(tmp_path):
     assert labels_of({"background": 0, "x": 1, "ignore": 2}, Path()) == PEEKED
+    assert ignored_of(PEEKED, Path()) is None
+    found = index(write_nnunet(tmp_path / "plain", labels=PEEKED | {"ignore": 2}))
+    assert (found.labels, found.ignored_value) == (PEEKED, 2)
+    regions = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    found = index(write_nnunet(tmp_path / "regions", labels=regions, regions_class_order=[1, 2]))
+    assert (found.labels, found.ignored_value) == ({"background": 0, "label_1": 1, "core": 2}, 3)
+    with pytest.raises(DataError, match="impossible"):
+        labels_of(PEEKED | {"ignore": 1}, Path())
 
 
 @pytest.mark.parametrize(
