@@ -20,7 +20,7 @@ import numpy.typing as npt
 from distilldsm.data.case_row import CaseRow, first_line, listed
 from distilldsm.data.content_measures import measure_content
 from distilldsm.data.dataset import Case, Channel
-from distilldsm.data.header_measures import compare_grids, measure_geometry, measure_header, open_file
+from distilldsm.data.header_measures import compare_grids, measure_geometry, measure_header, open_file, why_unreadable
 
 Float32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -64,13 +64,13 @@ def voxels_of_largest_file(root: Path, case: Case) -> int:
     return largest
 
 
-def _voxels(row: CaseRow, image: nib.Nifti1Image, file: str) -> Float32 | None:
+def _voxels(row: CaseRow, root: Path, image: nib.Nifti1Image, file: str) -> Float32 | None:
     """The voxels, scaled, as float32; trailing axes of length 1 are dropped."""
     try:
         with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is found as such
             data = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
-        row.note("read_error", file, f"is truncated or damaged ({first_line(error)})")
+        row.note("read_error", file, why_unreadable(root / file, error))
         return None
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
@@ -94,7 +94,7 @@ def _measure_images(
         measure_header(row, root, file, image)
     measure_geometry(row, first)
     _compare_channels(row, opened)
-    blank = _measure_intensities(row, opened, len(files), channels, labels)
+    blank = _measure_intensities(row, root, opened, len(files), channels, labels)
     return first if opened[0][0] == files[0] else None, blank
 
 
@@ -105,10 +105,12 @@ def _compare_channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]
         compare_grids(row, (base_file, base), (file, image), "channel_shapes_agree", "channel_offset_mm")
 
 
-def _channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int) -> Iterator[tuple[str, Float32]]:
+def _channels(
+    row: CaseRow, root: Path, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int
+) -> Iterator[tuple[str, Float32]]:
     """One 3-D array a channel, one file in memory at a time; notes files that do not hold volumes."""
     for file, image in opened:
-        data = _voxels(row, image, file)
+        data = _voxels(row, root, image, file)
         if data is None:
             continue
         volumes = data.shape[3] if files == 1 and data.ndim == 4 else 1
@@ -123,6 +125,7 @@ def _channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files
 
 def _measure_intensities(
     row: CaseRow,
+    root: Path,
     opened: Sequence[tuple[str, nib.Nifti1Image]],
     files: int,
     channels: Sequence[Channel],
@@ -133,7 +136,7 @@ def _measure_intensities(
     digest = hashlib.sha256()
     voxels = finite_voxels = constant = count = 0
     bad: dict[str, int] = defaultdict(int)
-    for file, array in _channels(row, opened, files):
+    for file, array in _channels(row, root, opened, files):
         ordered = np.sort(array, axis=None) + np.float32(0)  # -0 is 0
         digest.update(str(sorted(array.shape)).encode())  # a scan that is stored in another orientation is no other
         digest.update(ordered.data)
@@ -207,7 +210,7 @@ def _measure_label(
     if image is None:
         return
     row.values["label_dtype"] = str(image.get_data_dtype())
-    data = _voxels(row, image, file)
+    data = _voxels(row, root, image, file)
     if data is None:
         return
     row.values["label_dimensions"] = data.ndim
