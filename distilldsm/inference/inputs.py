@@ -56,6 +56,7 @@ class Input:
 
 
 def tell_on_stderr(remark: str) -> None:
+    """Print a remark beside what the command prints."""
     print(remark, file=sys.stderr)
 
 
@@ -141,19 +142,19 @@ def _files(files: Sequence[Path], channels: int) -> list[Input]:
         return [Input(stem(path), (path,), "nifti") for path in files]
     if not files:
         return []
-    if all(_CHANNEL.match(path.name) for path in files):
-        if len({_key(path) for path in files}) > 1:
-            return _group(files, channels)
-        _refuse_other_order(files)
+    if all(_CHANNEL.match(path.name) for path in files) and len({_key(path) for path in files}) > 1:
+        return _group(files, channels)
     if len(files) > 1 and not all(_is_4d(path) for path in files):
+        _refuse_other_order(files)
         return [Input(stem(files[0]), tuple(files), "nifti")]
     return [Input(stem(path), (path,), "nifti") for path in files]
 
 
 def _refuse_other_order(files: Sequence[Path]) -> None:
     """Raise ConfigError where the names of one scan's files number its channels in another order."""
-    right = sorted(files, key=lambda path: _CHANNEL.sub(r"\g<channel>", path.name))
-    if list(files) != right:
+    numbers = [match["channel"] for path in files if (match := _CHANNEL.match(path.name))]
+    if len(numbers) == len(files) and numbers != sorted(numbers):
+        right = [path for _, path in sorted(zip(numbers, files, strict=True))]
         raise ConfigError(
             "the channels are in another order than their names say",
             where=files[0].parent,
@@ -195,10 +196,16 @@ def _group(files: Sequence[Path], channels: int) -> list[Input]:
 def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], object]) -> list[Input]:
     """All but those called after another scan as its mask, e.g. `CASE_seg`."""
     cases = {name for one in found for name in (one.name, _key(one.paths[0])[1])}
-    masks = [one for one in found if (match := _MASK.match(one.name)) and match["case"] in cases]
+
+    def is_mask(one: Input) -> bool:
+        match = _MASK.match(one.name)
+        numbered = _CHANNEL.match(one.paths[0].name)  # as an image, whatever else its name says
+        return match is not None and match["case"] in cases and not numbered
+
+    masks = [one.name for one in found if is_mask(one)]
     if masks:
-        tell(f"{folder}: left out, as their names are those of masks: {listed([one.name for one in masks])}")
-    return [one for one in found if one not in masks]
+        tell(f"{folder}: left out, as their names are those of masks: {listed(masks)}")
+    return [one for one in found if not is_mask(one)]
 
 
 def _remark_on_channels(found: Sequence[Input], tell: Callable[[str], object]) -> None:

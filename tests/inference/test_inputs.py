@@ -59,6 +59,8 @@ def test_masks_beside_their_scans_are_left_out_of_folders(tmp_path, ending, caps
     # Of two channels likewise; a file that is given itself, or whose scan is not there, is a scan.
     touch(tmp_path / "two", "p_0000.nii", "p_0001.nii", f"p_{ending}.nii")
     assert found([tmp_path / "two"], 2)[0] == ["p"]
+    touch(tmp_path / "numbered", "p_0000.nii", f"p_{ending}_0000.nii")
+    assert found([tmp_path / "numbered"], 1) == (["p", f"p_{ending}"], [])
     assert found([tmp_path / masks[0]], 1) == ([f"p0_{ending}"], [])
     assert found([tmp_path / "masks"], 1) == ([f"p{k}_{ending}" for k in range(5)], [])
 
