@@ -14,6 +14,7 @@ from distilldsm.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from distilldsm.data.plan import Plan
+    from distilldsm.data.targets import Targets
 
 
 def info(args: argparse.Namespace) -> None:
@@ -57,6 +58,7 @@ def _print_model(metadata: Any) -> None:
         ("cost", f"{network.macs_per_voxel:,.0f} convolution MACs per voxel"),
         ("channels", "; ".join(f"{c.name} ({c.modality}, {c.normalisation})" for c in metadata.channels)),
         ("labels", ", ".join(f"{value} {label}" for label, value in metadata.labels.items())),
+        ("regions", _regions(metadata.targets)),
         ("trained on", f"{data.name}, without fold {metadata.fold}, checkpoint {metadata.checkpoint}"),
         ("licence", data.licence),
         ("reference", data.reference),
@@ -70,6 +72,12 @@ def _print_model(metadata: Any) -> None:
     for key, value in rows:
         if value:
             print(f"{key:12}{value}")
+
+
+def _regions(targets: Targets) -> str:
+    """Each region with its labels, e.g. `whole (core, shell); inner (core)`; empty where there are none."""
+    names = dict(zip(targets.class_values, targets.class_names, strict=True))
+    return "; ".join(f"{region.name} ({', '.join(names[v] for v in region.values)})" for region in targets.regions)
 
 
 def _postprocessing(metadata: Any) -> str:
@@ -98,6 +106,8 @@ def plan(args: argparse.Namespace) -> None:
     reasons = dict(found.reasons)
     row("data set", found.name)
     row("labels", ", ".join(f"{v} {n}" for n, v in zip(found.class_names, found.class_values, strict=True)))
+    if found.regions:
+        row("regions", _regions(found.targets))
     row("depth axis", found.depth_axis, reasons.get("depth_axis"))
     row("spacing", f"{_sizes(found.target_spacing_mm)} mm", reasons.get("target_spacing_mm"))
     row("coarse slices", "yes" if found.coarse_slices else "no", reasons.get("coarse_slices"))

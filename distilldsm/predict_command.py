@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +51,9 @@ def add_predict(commands: Any) -> None:
         action="store_true",
         help="also write NAME_probabilities.nii.gz: (X, Y, Z, classes), uint8 scaled to 0..1",
     )
-    predict.add_argument("--volumes", metavar="FILE", help="write the volume of each label, ml: .json or .csv")
+    predict.add_argument(
+        "--volumes", metavar="FILE", help="write the volume of each label and region, ml: .json or .csv"
+    )
     predict.add_argument(
         "--ensemble",
         metavar="MODEL",
@@ -112,6 +115,9 @@ def predict(args: argparse.Namespace) -> None:
     )
     _remark(predictor, args)
     jobs, many = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
+    made = many and not Path(args.output).exists()
+    if made:
+        Path(args.output).mkdir()
     settings = Settings(
         engine=engine,
         precision=args.precision,
@@ -134,18 +140,23 @@ def predict(args: argparse.Namespace) -> None:
                 if many:
                     with beside_the_bar():
                         print(f"error: {error}", file=sys.stderr)
+    if made and not done:
+        with suppress(OSError):
+            Path(args.output).rmdir()
     if args.volumes and done:
         from distilldsm.inference.output import write_volumes
 
         write_volumes(Path(args.volumes), {row["scan"]: row["volume_ml"] for row in done})
     if args.json:
         labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
+        regions = {region.name: region.values for region in predictor.plan.regions}
         report = {
             "model": str(args.model_dir),
             "ensemble": args.ensemble,
             "engine": engine,
             "mirror": [list(member.mirror_axes) for member in predictor.scorer.members],
             "labels": labels,
+            **({"regions": regions} if regions else {}),
             "keep_largest": list(predictor.keep_largest),
             "scans": done,
             "failures": [_failure(job, error) for job, error in failures],
@@ -188,12 +199,21 @@ def _installed_engine() -> Runtime:
 
 def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
     """Everything that can be refused before any scan is read."""
-    from distilldsm.inference.inputs import check_output, find_inputs, output_path, refuse_input
+    from distilldsm.inference.inputs import check_output, find_inputs, listed, output_path, refuse_input
     from distilldsm.inference.job import Job
 
     output = Path(args.output)
     given = [Path(path) for path in args.inputs]
     found, many = find_inputs(given, len(names), names)
+    if many and output.name.endswith((".nii", ".nii.gz", ".dcm")) and not output.is_dir():
+        if len(found) > 1:
+            raise ConfigError(
+                f"is a file name, but these are {len(found)} scans",
+                where=output,
+                seen=listed([one.name for one in found]),
+                mend="give a directory",
+            )
+        many = False  # a folder of one scan
     parent = output if many and output.exists() else output.parent
     if not parent.is_dir():
         raise ConfigError(
@@ -220,8 +240,6 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
                 "cannot hold the volumes", where=volumes, rule="a .json or .csv file in an existing directory"
             )
         refuse_input(volumes, every, "is an input")
-    if many and not output.exists():
-        output.mkdir()
     return jobs, many
 
 

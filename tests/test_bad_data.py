@@ -226,6 +226,21 @@ def test_values_that_are_not_declared_are_an_error(source, tmp_path):
         stages(source, tmp_path, until="validate")
 
 
+def test_voxels_to_be_ignored_are_an_error_and_the_label_alone_is_none(source, tmp_path):
+    description = read_json(source / "dataset.json")
+    description["labels"] |= {"9": "ignore"}
+    (source / "dataset.json").write_text(json.dumps(description))
+    stages(source, tmp_path / "declared", until="preprocess")
+    change(labels(source)[0], lambda a: np.where(a == 2, 9, a))
+    with pytest.raises(UserError) as caught:
+        stages(source, tmp_path / "used", until="validate")
+    told = str(caught.value)
+    for words in ("not supported (nothing_to_ignore)", "voxels of the label 'ignore', 9", "a label or background"):
+        assert words in told
+    assert "declared_labels" not in told
+    stages(source, tmp_path / "without", until="preprocess", on_invalid="exclude")
+
+
 def test_files_that_store_left_to_right_the_other_way_give_the_same_arrays(source, tmp_path):
     plain = stages(source, tmp_path / "plain", until="preprocess")
     for path in [*labels(source)[:2], *sorted((source / "imagesTr").glob("*.nii.gz"))[:2]]:

@@ -110,6 +110,7 @@ COLUMNS: tuple[Column, ...] = (
     _column("label_deviation", "number", "label", "largest distance of a label value from a whole number"),
     _column("label_values", "text", "label", "label values found"),
     _column("undeclared_values", "text", "label", "label values the data set does not declare"),
+    _column("ignored_voxels", "number", "label", "voxels of the label `ignore`; empty if none is declared"),
     _column("absent_labels", "text", "label", "declared labels without a voxel"),
     _column("labels_in_no_case", "text", "dataset", "declared labels of which no case has a voxel"),
     _column("foreground_fraction", "number", "label", "share of voxels that are not background"),
@@ -223,7 +224,7 @@ def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> Ca
 
 
 def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[CaseRow]:
-    arguments = [(root, case, index.channels, dict(index.labels)) for case in index.cases]
+    arguments = [(root, case, index.channels, dict(index.labels), index.ignored_value) for case in index.cases]
     sizes = [voxels_of_largest_file(root, case) for case in index.cases]
     in_memory = MEMORY_BYTES // max(1, max(sizes) * BYTES_PER_VOXEL)
     workers = max(1, min(worker_count(requested, len(arguments)), in_memory))
@@ -234,7 +235,7 @@ def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[Ca
         yield from pool.map(_measure, arguments, chunksize=max(1, min(8, len(arguments) // (4 * workers))))
 
 
-def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int]]) -> CaseRow:
+def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], int | None]) -> CaseRow:
     return measure_case(*arguments)
 
 
