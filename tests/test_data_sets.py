@@ -93,6 +93,8 @@ def test_preset_runs_end_to_end(name, tmp_path):
 
     case = sorted(folds[0]["held_out"])[0]
     if name == "brats2020":
+        tried = read_json(at.scores / "postprocessing.json")["labels"]
+        assert {region: one["scores_of"] for region, one in tried.items()} == {"WT": STRUCTURES[name]}
         check_brats(at, tmp_path, case)
         return
     channels = channels_of(at.raw, name, case)
