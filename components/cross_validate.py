@@ -28,7 +28,7 @@ def run(
         inputs: `evaluation` and `models`, the folders that hold `fold0` ...; `splits` (of the preprocessed data) where
             it is at hand.
         outputs: `cross_validation`: `summary.json`, `table.csv`, `cases.csv`, `metrics.json`, `dice.png`,
-            `report.html`; of two folds or more `cases_postprocessed.csv`, and `mlflow_run.json` where it is tracked.
+            `report.html`, `cases_postprocessed.csv` (empty for a single fold); `mlflow_run.json` where it is tracked.
         tracking: makes a run with the folds' runs as its children, unless there is one fold only.
 
     Raises:
@@ -45,9 +45,12 @@ def run(
         write_csv(work / "table.csv", table.table_rows(summary))
         rows = _rows({fold.number: fold.rows for fold in folds})
         write_csv(work / "cases.csv", rows)
-        processed = table.postprocessed_rows(folds)
-        if processed is not None:
-            write_csv(work / CASES_POSTPROCESSED, _rows(processed))
+        # There always, as DVC expects it: without rows where no other fold is left to decide.
+        processed = _rows(table.postprocessed_rows(folds) or {})
+        if processed:
+            write_csv(work / CASES_POSTPROCESSED, processed)
+        else:
+            (work / CASES_POSTPROCESSED).touch()
         report.draw(folds, work / "dice.png")
         (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
         if len(folds) > 1 and tracking is not None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distilldsm.errors import ConfigError
-from distilldsm.models.registry import MODEL_NAMES, Options
+from distilldsm.models.registry import MODEL_NAMES, Options, check_options
 from distilldsm.params import require
 
 MirrorAxis = Literal["depth", "height", "width"]
@@ -32,10 +32,7 @@ class ModelConfig:
                 rule="one of " + ", ".join(MODEL_NAMES),
                 mend=f"did you mean '{close[0]}'?" if close else None,
             )
-        if self.name == "inserted":
-            builder = self.options.get("builder")
-            valid = isinstance(builder, str) and all(builder.partition(":"))
-            require(valid, "options.builder", builder, "package.module:function, e.g. monai.networks.nets:BasicUNet")
+        check_options(self.name, self.options)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -89,11 +89,11 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
     patients: dict[str, str] = {}
     for directory in _tables(directories):
         path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
-        if not path.is_file():
+        if postprocessed and (not path.is_file() or not path.read_text(encoding="utf-8").strip()):
             raise DataError(
                 "holds no scores after post-processing",
                 where=directory,
-                seen=f"no {path.name}",
+                seen=f"no {path.name}, or an empty one",
                 rule="a cross-validation of two folds or more: for each fold the others decide",
                 mend="distilldsm cross-validate; of an older one remove its folder first",
             )

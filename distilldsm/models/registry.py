@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +30,6 @@ class ModelEntry:
     """Options a user may set, with their defaults."""
 
 
-_LISTS = ("shift_at", "where")
-"""Options that may be lists."""
 _SHIFT = {"shift_at": "all", "initialisation": "paper"}
 _WIDTHS_2D = (16, 32, 64, 128, 128)
 
@@ -93,6 +91,72 @@ MODELS: Mapping[str, ModelEntry] = {
 MODEL_NAMES = tuple(MODELS)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object, least: int = 1) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_list_of(value: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
+
+
+def _is_name(value: object) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+_SHARE = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
+_NAME = (_is_name, "a name")
+_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
+    "width": (lambda v: _is_number(v) and v > 0, "a number above 0"),
+    "alpha": _SHARE,
+    "fraction": _SHARE,
+    "add": (lambda v: isinstance(v, bool), "true or false"),
+    "base_width": (_is_count, "a whole number from 1"),
+    "stride": (_is_count, "a whole number from 1"),
+    "initialisation": (lambda v: v in ("paper", "identity"), "paper or identity"),
+    "shift_at": (
+        lambda v: v in ("all", "encoder", "decoder") or _is_list_of(v, lambda one: _is_count(one, 0)),
+        "all, encoder, decoder, or a list of levels from 0 (full resolution)",
+    ),
+    "kind": (lambda v: v in ("distill", "residual", "shift"), "distill, residual or shift"),
+    "where": (lambda v: _is_name(v) or _is_list_of(v, _is_name), "auto, or patterns of module names"),
+    "builder": (
+        lambda v: isinstance(v, str) and all(v.partition(":")),
+        "package.module:function, e.g. monai.networks.nets:BasicUNet",
+    ),
+    "arguments": (lambda v: isinstance(v, Mapping), "a mapping, e.g. {spatial_dims: 2}"),
+    "in_argument": _NAME,
+    "out_argument": _NAME,
+}
+"""What an option must be, and how that is told."""
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Check the options of a network without building it, which loads torch.
+
+    Raises:
+        ConfigError: an option that network `name` has not, an impossible value, or one that must be given is missing.
+    """
+    known = MODELS[name].options
+    for key in options:
+        if key not in known:
+            raise ConfigError(
+                f"model '{name}' has no option '{key}'",
+                where="train.model.options",
+                rule="allowed: " + ", ".join(known),
+                mend=f"take it out; `distilldsm compose --keep model={name}` sets network and options together",
+            )
+    for key, value in options.items() if "builder" not in known else {"builder": "", **options}.items():
+        fits, rule = _RULES[key]
+        if not fits(value):
+            raise ConfigError(
+                f"option '{key}' has an impossible value", where="train.model.options", seen=repr(value), rule=rule
+            )
+
+
 def build_model(name: str, *, in_channels: int, out_channels: int, **options: Any) -> SegmentationNetwork:
     """Build the network `name`; input and output are (B, C, D, H, W).
 
@@ -101,23 +165,8 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
     """
     if name not in MODELS:
         raise ConfigError("unknown model", seen=repr(name), rule="one of " + ", ".join(MODELS))
+    check_options(name, options)
     entry = MODELS[name]
-    for key in options:
-        if key not in entry.options:
-            raise ConfigError(
-                f"model '{name}' has no option '{key}'",
-                where="train.model.options",
-                rule="allowed: " + ", ".join(entry.options),
-            )
-    for key, value in options.items():
-        mapping = isinstance(entry.options[key], Mapping)
-        if isinstance(value, Mapping) != mapping or (isinstance(value, list | tuple) and key not in _LISTS):
-            raise ConfigError(
-                f"option '{key}' has the wrong type",
-                where="train.model.options",
-                seen=repr(value),
-                rule="a mapping" if mapping else "a list or one value" if key in _LISTS else "one value",
-            )
     for key, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"'{key}' must be a whole number from 1", seen=repr(value))
