@@ -27,6 +27,7 @@ from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessi
 from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
 from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.postprocess import keep_largest
+from distilldsm.models.inserted import trust_builder
 from distilldsm.progress import progress
 from distilldsm.stage import output_directory, read_json, worker_count, write_json
 from distilldsm.workers import worker_pool
@@ -58,7 +59,7 @@ def run(
             a page that tells what was found in the data, `validation`.
         outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `timing.json`, `report.html`, `figures/`,
             `plots/`, `predictions/`: all of the predictions as they are; `postprocessed.csv` and
-            `postprocessing.json`: what keeping the largest component of each label would change.
+            `postprocessing.json`: what keeping the largest component of each label or region would change.
     """
     index = DatasetIndex.load(inputs["dataset"])
     _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
@@ -78,7 +79,8 @@ def run(
         rows = _with_names(cases, scores, "rows")
         summary = tables.summarise(rows, targets.structures)
         tables.write_csv(work / "cases.csv", rows)
-        decided = write_postprocessing(work, rows, _with_names(cases, scores, "largest"))
+        largest = _with_names(cases, scores, "largest")
+        decided = write_postprocessing(work, rows, largest, targets.changed_with)
         sure = intervals(rows, list(targets.structures))
         write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": sure})
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
@@ -96,6 +98,7 @@ def run(
             rows=rows,
             summary=summary,
             intervals=sure,
+            postprocessing=decided,
             prediction_cost=taken,
             training_cost=training,
         )
@@ -163,16 +166,16 @@ def score_all(
 
 
 def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm: float, output: Path) -> None:
-    """Score one predicted mask file, as it is and with only the largest component of each label; written as JSON."""
+    """Score one predicted mask file, as it is and with only the largest components; written as JSON."""
     truth, affine = read_label(truth_path)
     mask, _ = read_label(mask_path)
     score = partial(score_case, truth, spacing_mm=spacing_of(affine), tolerance_mm=tolerance_mm)
     scores = score(mask, labels=targets.structures)
     table = confusion(truth, mask, targets.class_values)
-    # Regions overlap: what should become of a removed part is another region's to say. They stay as they are.
-    labels = {} if targets.regions else {name: values[0] for name, values in targets.structures.items()}
-    changed = {name: value for name, value in labels.items() if keep_largest(mask, value)}
-    again = {one.label: one for one in score(mask, labels=changed)}
+    cut = [name for name, values in targets.largest.items() if keep_largest(mask, values)]
+    changed = {other for name in cut for other in targets.changed_with[name]}
+    labels = {name: values for name, values in targets.structures.items() if name in changed}
+    again = {one.label: one for one in score(mask, labels=labels)}
     largest = [again.get(one.label, one) for one in scores]
     rows = {"rows": [asdict(one) for one in scores], "largest": [asdict(one) for one in largest]}
     write_json(output, {**rows, "confusion": table.tolist()})
@@ -261,6 +264,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     def stage() -> None:
         params = load_params(args.params, args.set)
+        trust_builder(params.train.model.options)
         run(
             params.evaluate,
             {

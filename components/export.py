@@ -8,6 +8,7 @@ from pathlib import Path
 
 from components._main import stage_main
 from distilldsm.config import ExportConfig, TrackingConfig, load_params
+from distilldsm.models.inserted import trust_builder
 from distilldsm.params import to_mapping
 from distilldsm.stage import output_directory, write_json
 
@@ -29,7 +30,6 @@ def run(
         fold: the fold that was held out.
         tracking: attaches to the training run; None leaves MLflow out.
     """
-    from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
     from distilldsm.export.build import build_package
     from distilldsm.export.scores import SCORES, collect_scores
 
@@ -45,7 +45,7 @@ def run(
         )
         # Only an evaluation of this very model decides.
         scored = scores.source == "evaluation"
-        decided = load_postprocessing(inputs["evaluation"] / POSTPROCESSING) if scored else None
+        decided = _decided(inputs["model"], inputs["evaluation"]) if scored else None
         built = build_package(
             inputs["model"],
             inputs["preprocessed"],
@@ -55,7 +55,7 @@ def run(
             parity_cases=config.parity_cases,
             max_voxel_difference=config.max_voxel_difference,
             int8=config.int8,
-            postprocessing=None if decided is None else decided.kept,
+            postprocessing=decided,
         )
         write_json(work / SCORES, scores)
     for name, row in built.summary.items():
@@ -97,6 +97,17 @@ def run(
             print(mlflow_run.registration)
 
 
+def _decided(model: Path, evaluation: Path) -> tuple[str, ...] | None:
+    """Of what only the largest component is kept; None where that was not decided."""
+    from distilldsm.data.plan import Plan
+    from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
+
+    found = load_postprocessing(evaluation / POSTPROCESSING)
+    if found is None or (found.schema_version < 2 and Plan.load(model / "plan.json").regions):
+        return None
+    return found.kept
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distilldsm export", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
@@ -113,6 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         evaluation = args.evaluation or Path(f"evaluation/fold{args.fold}")
         if args.evaluation or evaluation.is_dir():
             inputs["evaluation"] = evaluation
+        trust_builder(params.train.model.options)
         run(
             params.export,
             inputs,

@@ -11,17 +11,28 @@ from typing import Any
 
 from components._main import stage_main
 from distilldsm.config import TrackingConfig, TrainConfig, load_params
+from distilldsm.errors import ConfigError
 from distilldsm.stage import content_hash, output_directory, write_json
 
 
 def key(config: TrainConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
-    """What decides the output, for `output_directory` and `is_current`."""
-    return {
-        "stage": "train",
-        "config": config,
-        "inputs": {"preprocessed": inputs["preprocessed"]},
-        "extra": {"fold": fold},
-    }
+    """What decides the output, for `output_directory` and `is_current`.
+
+    Raises:
+        ConfigError: `train.initial_weights` names no file.
+    """
+    hashed = {"preprocessed": inputs["preprocessed"]}
+    if config.initial_weights is not None:
+        hashed["initial_weights"] = Path(config.initial_weights)
+        if not hashed["initial_weights"].is_file():
+            raise ConfigError(
+                "names no file",
+                where="train.initial_weights",
+                seen=config.initial_weights,
+                rule="a .safetensors",
+                mend="correct it, or set it to null",
+            )
+    return {"stage": "train", "config": config, "inputs": hashed, "extra": {"fold": fold}}
 
 
 def run(

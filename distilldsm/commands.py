@@ -12,6 +12,7 @@ from distilldsm.errors import DataError
 
 if TYPE_CHECKING:
     from distilldsm.data.plan import Plan
+    from distilldsm.data.targets import Targets
 
 
 def info(args: argparse.Namespace) -> None:
@@ -55,6 +56,7 @@ def _print_model(metadata: Any) -> None:
         ("cost", f"{network.macs_per_voxel:,.0f} convolution MACs per voxel"),
         ("channels", "; ".join(f"{c.name} ({c.modality}, {c.normalisation})" for c in metadata.channels)),
         ("labels", ", ".join(f"{value} {label}" for label, value in metadata.labels.items())),
+        ("regions", _regions(metadata.targets)),
         ("trained on", f"{data.name}, without fold {metadata.fold}, checkpoint {metadata.checkpoint}"),
         ("licence", data.licence),
         ("reference", data.reference),
@@ -62,7 +64,7 @@ def _print_model(metadata: Any) -> None:
         ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
         ("INT8", f"{'shipped' if metadata.int8.shipped else 'not shipped'}: {metadata.int8.reason}"),
         ("mirroring", ", ".join(network.mirror_axes) or "trained without"),
-        ("postprocess", _postprocessing(metadata.postprocessing)),
+        ("postprocess", _postprocessing(metadata)),
         ("files", f"{len(metadata.files)}, unchanged since the export"),
     ]
     for key, value in rows:
@@ -70,10 +72,21 @@ def _print_model(metadata: Any) -> None:
             print(f"{key:12}{value}")
 
 
-def _postprocessing(labels: tuple[str, ...] | None) -> str:
-    if labels is None:
+def _regions(targets: Targets) -> str:
+    """Each region with its labels, e.g. `whole (core, shell); inner (core)`; empty where there are none."""
+    names = dict(zip(targets.class_values, targets.class_names, strict=True))
+    return "; ".join(f"{region.name} ({', '.join(names[v] for v in region.values)})" for region in targets.regions)
+
+
+def _postprocessing(metadata: Any) -> str:
+    from distilldsm.data.targets import LARGEST_NOT_TRIED
+
+    kept = metadata.postprocessing
+    if kept is None:
         return "not decided (exported without an evaluation)"
-    return f"largest component of {', '.join(labels)}" if labels else "none: no label gained by its largest component"
+    if not metadata.targets.largest:
+        return f"none: {LARGEST_NOT_TRIED}"
+    return f"largest component of {', '.join(kept)}" if kept else "none: nothing was gained by a largest component"
 
 
 def plan(args: argparse.Namespace) -> None:
@@ -91,6 +104,8 @@ def plan(args: argparse.Namespace) -> None:
     reasons = dict(found.reasons)
     row("data set", found.name)
     row("labels", ", ".join(f"{v} {n}" for n, v in zip(found.class_names, found.class_values, strict=True)))
+    if found.regions:
+        row("regions", _regions(found.targets))
     row("depth axis", found.depth_axis, reasons.get("depth_axis"))
     row("spacing", f"{_sizes(found.target_spacing_mm)} mm", reasons.get("target_spacing_mm"))
     row("coarse slices", "yes" if found.coarse_slices else "no", reasons.get("coarse_slices"))

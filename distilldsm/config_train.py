@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
 from distilldsm.errors import ConfigError
-from distilldsm.models.registry import MODEL_NAMES
+from distilldsm.models.registry import MODEL_NAMES, Options
 from distilldsm.params import require
 
 MirrorAxis = Literal["depth", "height", "width"]
@@ -19,8 +18,8 @@ class ModelConfig:
 
     name: str = "distill_dsm"
     """A name from the registry (`distilldsm info --models`)."""
-    options: Mapping[str, bool | int | float | str] = field(default_factory=dict)
-    """Options of that network, e.g. `alpha: 0.5`."""
+    options: Options = field(default_factory=dict)
+    """Options of that network, e.g. `alpha: 0.5`; of `inserted`, the code that makes it: docs/any-2d-network.md."""
 
     def __post_init__(self) -> None:
         import difflib
@@ -33,6 +32,10 @@ class ModelConfig:
                 rule="one of " + ", ".join(MODEL_NAMES),
                 mend=f"did you mean '{close[0]}'?" if close else None,
             )
+        if self.name == "inserted":
+            builder = self.options.get("builder")
+            valid = isinstance(builder, str) and all(builder.partition(":"))
+            require(valid, "options.builder", builder, "package.module:function, e.g. monai.networks.nets:BasicUNet")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +88,12 @@ class TrainConfig:
 
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
+    initial_weights: str | None = None
+    """Path of a `.safetensors` to start from: weights of an earlier training, or of the 2-D network alone. If they were
+    trained on cases that are held out here, the scores look better than they are."""
+    initial_weights_strict: bool = True
+    """Whether every tensor must fit. `false`: those that the file lacks, or has in another shape (another number of
+    classes), are told and start at random."""
     epochs: int = 30
     """Passes over the training cases."""
     samples_per_case: int = 1

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,9 @@ def add_predict(commands: Any) -> None:
         action="store_true",
         help="also write NAME_probabilities.nii.gz: (X, Y, Z, classes), uint8 scaled to 0..1",
     )
-    predict.add_argument("--volumes", metavar="FILE", help="write the volume of each label, ml: .json or .csv")
+    predict.add_argument(
+        "--volumes", metavar="FILE", help="write the volume of each label and region, ml: .json or .csv"
+    )
     predict.add_argument(
         "--ensemble",
         metavar="MODEL",
@@ -68,7 +71,7 @@ def add_predict(commands: Any) -> None:
     predict.add_argument(
         "--postprocess",
         action="store_true",
-        help="keep only the largest connected component of the labels that gained by it on the held-out cases",
+        help="keep only the largest connected component of what gained by it on the held-out cases",
     )
     predict.add_argument(
         "--engine", choices=tuple(ENGINES), help="runs the network (default: openvino, else onnx, else torch)"
@@ -113,6 +116,9 @@ def predict(args: argparse.Namespace) -> None:
     )
     _remark(predictor, args)
     jobs, many = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
+    made = many and not Path(args.output).exists()
+    if made:
+        Path(args.output).mkdir()
     settings = Settings(
         engine=engine,
         precision=args.precision,
@@ -135,19 +141,24 @@ def predict(args: argparse.Namespace) -> None:
                 if many:
                     with beside_the_bar():
                         print(f"error: {error}", file=sys.stderr)
+    if made and not done:
+        with suppress(OSError):
+            Path(args.output).rmdir()
     if args.volumes and done:
         from distilldsm.inference.output import write_volumes
 
         write_volumes(Path(args.volumes), {row["scan"]: row["volume_ml"] for row in done})
     if args.json:
         labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
+        regions = {region.name: region.values for region in predictor.plan.regions}
         report = {
             "model": str(args.model_dir),
             "ensemble": args.ensemble,
             "engine": engine,
             "mirror": [list(member.mirror_axes) for member in predictor.scorer.members],
             "labels": labels,
-            "keep_largest": [label for label, value in labels.items() if value in predictor.keep_largest],
+            **({"regions": regions} if regions else {}),
+            "keep_largest": list(predictor.keep_largest),
             "scans": done,
             "failures": [_failure(job, error) for job, error in failures],
         }
@@ -164,6 +175,8 @@ def predict(args: argparse.Namespace) -> None:
 
 def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
     """What was asked for and may not be what was meant."""
+    from distilldsm.data.targets import LARGEST_NOT_TRIED
+
     for folder, metadata, member in zip(
         (args.model_dir, *args.ensemble), predictor.models, predictor.scorer.members, strict=True
     ):
@@ -171,7 +184,9 @@ def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
         if unseen:
             print(f"{folder}: was not trained with flips along {', '.join(unseen)}", file=sys.stderr)
     if args.postprocess and not predictor.keep_largest:
-        print("--postprocess changes nothing: no label gained by it on the held-out cases", file=sys.stderr)
+        tried = predictor.plan.targets.largest
+        why = "nothing was gained by it on the held-out cases" if tried else LARGEST_NOT_TRIED
+        print(f"--postprocess changes nothing: {why}", file=sys.stderr)
 
 
 def _installed_engine() -> Runtime:
@@ -185,12 +200,21 @@ def _installed_engine() -> Runtime:
 
 def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
     """Everything that can be refused before any scan is read."""
-    from distilldsm.inference.inputs import check_output, find_inputs, output_path, refuse_input
+    from distilldsm.inference.inputs import check_output, find_inputs, listed, output_path, refuse_input
     from distilldsm.inference.job import Job
 
     output = Path(args.output)
     given = [Path(path) for path in args.inputs]
     found, many = find_inputs(given, len(names), names)
+    if many and output.name.endswith((".nii", ".nii.gz", ".dcm")) and not output.is_dir():
+        if len(found) > 1:
+            raise ConfigError(
+                f"is a file name, but these are {len(found)} scans",
+                where=output,
+                seen=listed([one.name for one in found]),
+                mend="give a directory",
+            )
+        many = False  # a folder of one scan
     parent = output if many and output.exists() else output.parent
     if not parent.is_dir():
         raise ConfigError(
@@ -219,8 +243,6 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
         refuse_input(volumes, every, "is an input")
         if not os.access(volumes if volumes.exists() else volumes.parent, os.W_OK):
             raise UserError("cannot be written", where=volumes, mend="name a place that you may write to")
-    if many and not output.exists():
-        output.mkdir()
     return jobs, many
 
 

@@ -105,11 +105,11 @@ def _one_image(path: Path) -> Input:
 def _mask(path: Path, scan: Scan) -> npt.NDArray[np.uint8]:
     """A label map (X, Y, Z) on the scan's grid."""
     from distilldsm.data.volume import read_label
-    from distilldsm.inference.nifti import check_same_grid, open_nifti
+    from distilldsm.inference.nifti import MEND_MASK, check_same_grid, open_nifti
 
     file = open_nifti(path)
     labels, _ = read_label(path)
-    check_same_grid(scan.path, scan.shape, scan.affine, path, labels.shape, file.affine)
+    check_same_grid(scan.path, scan.shape, scan.affine, path, labels.shape, file.affine, MEND_MASK)
     return labels
 
 

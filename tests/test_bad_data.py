@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,11 +10,13 @@ from types import SimpleNamespace
 import nibabel as nib
 import numpy as np
 import pytest
+import yaml
 from safetensors.numpy import load_file, save_file
 
 from components import download, evaluate, preprocess, train, validate
 from distilldsm.config import DownloadConfig as Source
 from distilldsm.config import EvaluateConfig, ModelConfig, Params, PreprocessConfig, TrainConfig, ValidateConfig
+from distilldsm.data.dataset import INDEX
 from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.stage import read_json
 from tests.data.published import write_published
@@ -21,12 +24,21 @@ from tests.data.published import write_published
 SMALL = ModelConfig(name="distill_dsm", options={"width": 0.25})
 
 
-def stages(source: Path, root: Path, *, until: str = "evaluate", folds: int = 2, on_invalid: str = "fail"):
+def stages(
+    source: Path,
+    root: Path,
+    *,
+    until: str = "evaluate",
+    folds: int = 2,
+    on_invalid: str = "fail",
+    suite: str | Path = "conf/expectations.yaml",
+    fold: int = 0,
+):
     """Run the stages; returns their directories."""
     at = SimpleNamespace(**{k: root / k for k in ("raw", "validation", "arrays", "model", "scores")})
     params = Params(
         download=Source(source=str(source)),
-        validate=ValidateConfig(on_invalid=on_invalid, suite="conf/expectations.yaml", workers=1),
+        validate=ValidateConfig(on_invalid=on_invalid, suite=str(suite), workers=1),
         preprocess=PreprocessConfig(folds=folds, workers=1),
         train=TrainConfig(model=SMALL, epochs=1, batch_size=2),
         evaluate=EvaluateConfig(workers=1),
@@ -38,9 +50,9 @@ def stages(source: Path, root: Path, *, until: str = "evaluate", folds: int = 2,
     preprocess.run(params.preprocess, {"dataset": at.raw, "validation": at.validation}, {"preprocessed": at.arrays})
     if until == "preprocess":
         return at
-    train.run(params.train, {"preprocessed": at.arrays}, {"model": at.model}, fold=0)
+    train.run(params.train, {"preprocessed": at.arrays}, {"model": at.model}, fold=fold)
     inputs = {"dataset": at.raw, "preprocessed": at.arrays, "model": at.model}
-    evaluate.run(params.evaluate, inputs, {"evaluation": at.scores}, fold=0)
+    evaluate.run(params.evaluate, inputs, {"evaluation": at.scores}, fold=fold)
     return at
 
 
@@ -89,6 +101,52 @@ def test_an_empty_mask_is_an_error_or_left_out(source, tmp_path):
     assert "hippocampus_00" not in {c for fold in splits for c in fold["held_out"]}
 
 
+@pytest.mark.parametrize("fold", [0, 1])
+def test_a_healthy_case_goes_all_the_way_where_the_rule_is_a_warning(source, tmp_path, fold):
+    change(labels(source)[0], np.zeros_like)
+    suite = yaml.safe_load(Path("conf/expectations.yaml").read_text())
+    next(rule for rule in suite["rules"] if rule["rule"] == "some_foreground")["severity"] = "warning"
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump(suite))
+    at = stages(source, tmp_path, suite=tmp_path / "suite.yaml", fold=fold)
+    assert warned(at, "some_foreground") == {"hippocampus_00"}
+    with open(at.scores / "cases.csv") as stream:
+        rows = [row for row in csv.DictReader(stream) if row["case"] == "hippocampus_00"]
+    held_out = "hippocampus_00" in read_json(at.arrays / "splits.json")["folds"][fold]["held_out"]
+    assert len(rows) == (2 if held_out else 0), "it is scored in one fold, and trained on in the other"
+    for row in rows:
+        found = float(row["volume_predicted_ml"]) > 0
+        assert (float(row["dice"]), row["sensitivity"]) == (0.0 if found else 1.0, "")
+
+
+def declare(source: Path, **more: str) -> None:
+    description = read_json(source / "dataset.json")
+    description["labels"] |= more
+    (source / "dataset.json").write_text(json.dumps(description))
+
+
+def test_a_label_that_no_case_has_is_a_finding_of_the_data_set(source, tmp_path):
+    declare(source, **{"3": "Ghost", "4": "Rare"})
+    change(labels(source)[1], lambda a: np.where((a == 2) & (np.arange(a.shape[0]) % 2 == 0)[:, None, None], 4, a))
+    at = stages(source, tmp_path)
+    found = [f for f in read_json(at.validation / "report.json")["findings"] if f["rule"] == "every_label_somewhere"]
+    assert [(f["case"], f["file"], f["seen"], f["severity"]) for f in found] == [(None, INDEX, "Ghost", "warning")]
+    assert "take it out of the labels" in found[0]["mend"]
+    summary = read_json(at.scores / "summary.json")
+    assert summary["labels"].keys() == {"Anterior", "Posterior", "Ghost", "Rare"}
+    with open(at.scores / "cases.csv") as stream:
+        absent = not any(float(r["volume_predicted_ml"]) for r in csv.DictReader(stream) if r["label"] == "Ghost")
+    assert ("Ghost. By the convention its Dice is 1" in (at.scores / "report.html").read_text()) == absent
+
+
+def test_a_label_of_which_nothing_was_measured_is_not_told_absent(source, tmp_path):
+    for path in labels(source):
+        path.write_bytes(b"no volume")
+    with pytest.raises(UserError, match="readable"):
+        stages(source, tmp_path, until="validate")
+    report = read_json(tmp_path / "validation-failed" / "report.json")
+    assert not [f for f in report["findings"] if f["rule"] == "every_label_somewhere"]
+
+
 def test_one_case_only_is_refused(tmp_path):
     source = write_published("hippocampus", tmp_path / "source", cases=1)
     with pytest.raises(
@@ -124,11 +182,29 @@ def test_fewer_patients_than_folds(source, tmp_path):
         stages(source, tmp_path, folds=5)
 
 
-def test_a_modality_that_one_case_lacks_is_named(tmp_path):
-    source = write_published("brats2020", tmp_path / "source")
+def without_t1ce(source: Path) -> None:
     (source / "BraTS20_Training_002" / "BraTS20_Training_002_t1ce.nii.gz").unlink()
-    with pytest.raises(DataError, match=r"missing(.|\n)*BraTS20_Training_002_t1ce"):
-        stages(source, tmp_path)
+
+
+def without_adc(source: Path) -> None:
+    path = source / "imagesTr" / "prostate_02.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., :1], image.affine), path)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "stage", "message"),
+    [
+        ("brats2020", without_t1ce, "download", r"missing(.|\n)*BraTS20_Training_002_t1ce"),
+        ("prostate", without_adc, "validate", r"prostate_02\.nii\.gz: .*\(declared_channels\)\n.*1 channels"),
+    ],
+)
+def test_a_modality_that_one_case_lacks_is_named(tmp_path, name, damage, stage, message):
+    source = write_published(name, tmp_path / "source")
+    damage(source)
+    with pytest.raises(DataError, match=message):
+        stages(source, tmp_path, until="validate")
+    assert (tmp_path / "raw").exists() == (stage == "validate"), "the download went through"
 
 
 def test_float_labels_are_read_where_they_are_whole(source, tmp_path):
@@ -148,6 +224,21 @@ def test_values_that_are_not_declared_are_an_error(source, tmp_path):
     change(labels(source)[0], lambda a: np.where(a == 2, 7, a))
     with pytest.raises(UserError, match="declared_labels"):
         stages(source, tmp_path, until="validate")
+
+
+def test_voxels_to_be_ignored_are_an_error_and_the_label_alone_is_none(source, tmp_path):
+    description = read_json(source / "dataset.json")
+    description["labels"] |= {"9": "ignore"}
+    (source / "dataset.json").write_text(json.dumps(description))
+    stages(source, tmp_path / "declared", until="preprocess")
+    change(labels(source)[0], lambda a: np.where(a == 2, 9, a))
+    with pytest.raises(UserError) as caught:
+        stages(source, tmp_path / "used", until="validate")
+    told = str(caught.value)
+    for words in ("not supported (nothing_to_ignore)", "voxels of the label 'ignore', 9", "a label or background"):
+        assert words in told
+    assert "declared_labels" not in told
+    stages(source, tmp_path / "without", until="preprocess", on_invalid="exclude")
 
 
 def test_files_that_store_left_to_right_the_other_way_give_the_same_arrays(source, tmp_path):

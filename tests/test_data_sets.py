@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from distilldsm.cli import main
 from distilldsm.config import Params
 from distilldsm.data.plan import Plan
 from distilldsm.export.package import load_metadata
+from distilldsm.models.inserted import trust_builder
 from distilldsm.params import from_mapping
 from distilldsm.stage import read_json
 from tests.data.published import SHAPES, write_brats_case, write_published
@@ -32,7 +34,6 @@ def params_of(name: str, source: Path, *overrides: str) -> Params:
             "train.epochs=2",
             "train.batch_size=2",
             "train.samples_per_case=1",
-            "train.model.options.width=0.25",
             "evaluate.workers=1",
             "export.int8.enabled=false",
             "export.register_model=false",
@@ -42,9 +43,13 @@ def params_of(name: str, source: Path, *overrides: str) -> Params:
     )
 
 
-def run_stages(name: str, root: Path, *overrides: str) -> SimpleNamespace:
+NARROW = ("train.model.options.width=0.25",)
+
+
+def run_stages(name: str, root: Path, *overrides: str, network: Sequence[str] = NARROW) -> SimpleNamespace:
     """All stages, called as functions."""
-    params = params_of(name, write_published(name, root / "source"), *overrides)
+    params = params_of(name, write_published(name, root / "source"), *network, *overrides)
+    trust_builder(params.train.model.options)
     at = SimpleNamespace(**{k: root / k for k in ("raw", "validation", "arrays", "model", "scores", "export")})
     download.run(params.download, {}, {"dataset": at.raw})
     validate.run(params.validate, {"dataset": at.raw}, {"validation": at.validation})
@@ -88,6 +93,8 @@ def test_preset_runs_end_to_end(name, tmp_path):
 
     case = sorted(folds[0]["held_out"])[0]
     if name == "brats2020":
+        tried = read_json(at.scores / "postprocessing.json")["labels"]
+        assert {region: one["scores_of"] for region, one in tried.items()} == {"WT": STRUCTURES[name]}
         check_brats(at, tmp_path, case)
         return
     channels = channels_of(at.raw, name, case)
@@ -114,6 +121,28 @@ def test_the_papers_recipe_runs_end_to_end(tmp_path):
     assert list(read_json(at.scores / "summary.json")["labels"]) == STRUCTURES["hippocampus"]
     losses = [record["train_loss"] for record in read_json(at.model / "history.json")]
     assert losses[-1] < losses[0] < 1  # Dice alone
+
+
+@pytest.mark.slow
+def test_a_network_of_ones_own_runs_end_to_end(tmp_path, monkeypatch, capfd):
+    pytest.importorskip("monai")
+    own = ("model=inserted", "+train.model.options.arguments.features=[8,8,8,8,8,8]")
+    at = run_stages("heart", tmp_path, network=own)
+    assert "trained without train.deep_supervision" in capfd.readouterr().err
+    metadata = load_metadata(at.export)
+    assert metadata.network.stride == (1, 32, 32)
+    assert metadata.network.options["arguments"] == {"spatial_dims": 2, "features": (8, 8, 8, 8, 8, 8)}
+    case = sorted(read_json(at.arrays / "splits.json")["folds"][0]["held_out"])[0]
+    (image,) = channels_of(at.raw, "heart", case)
+    scored = nib.load(at.scores / "predictions" / f"{case}.nii.gz").get_fdata()
+
+    monkeypatch.setattr("distilldsm.models.inserted._trusted", set())
+    for engine in ("openvino", "onnx"):  # graphs: nothing of the builder's is carried out
+        mask = tmp_path / f"{engine}.nii.gz"
+        assert main(["predict", str(at.export), str(image), "-o", str(mask), "--engine", engine]) == 0
+        assert np.mean(nib.load(mask).get_fdata() == scored) > 0.999
+    assert main(["predict", str(at.export), str(image), "-o", str(tmp_path / "m.nii.gz"), "--engine", "torch"]) == 1
+    assert "DISTILLDSM_BUILDER=monai.networks.nets:BasicUNet" in capfd.readouterr().err
 
 
 def check_brats(at: SimpleNamespace, tmp_path: Path, case: str) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from scipy import ndimage
 
 from distilldsm.cli import main
 from distilldsm.data.volume import read_image
@@ -101,7 +102,7 @@ def test_all_at_once_in_pieces_and_in_memory(folds, predicted, tmp_path, engine)
 
     # Each of them matters, or the comparison would be of nothing.
     raw = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained").predict(volume)
-    assert keep_largest(raw, 2) > 0
+    assert keep_largest(raw, [2])
     np.testing.assert_array_equal(raw, whole)
     for less in ({"mirror": "trained"}, {"ensemble": [second]}):
         assert (Predictor.from_export(first, runtime=engine, postprocess=True, **less).predict(volume) != whole).any()
@@ -185,6 +186,58 @@ def changed_decision(source: Path, target: Path) -> Path:
     shutil.copytree(source, target)
     write_json(target / "metadata.json", read_json(target / "metadata.json") | {"postprocessing": []})
     return target
+
+
+NESTED = [("whole", (2, 1, 4)), ("core", (1, 4)), ("inner", (4,))]
+CROSSED = [("a", (2, 1)), ("b", (1, 4)), ("c", (4,))]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    return exported(tmp_path_factory).export
+
+
+def of_regions(made: Path, target: Path, regions: list, **metadata) -> Path:
+    """The model with its three channels taken for regions of three labels."""
+    labels = {"background": 0, "necrosis": 1, "oedema": 2, "enhancing": 4}
+    described = [{"name": name, "values": values, "written_as": values[0]} for name, values in regions]
+    plan = {"class_names": list(labels), "class_values": list(labels.values()), "regions": described}
+    return changed(made, target, plan=plan, labels=labels, regions=described, **metadata)
+
+
+@pytest.mark.parametrize("more", [(), ("--ensemble",), ("--max-memory",)])
+def test_of_nested_regions_the_outermost_keeps_its_largest_component(made, predicted, tmp_path, more):
+    model = of_regions(made, tmp_path / "model", NESTED, postprocessing=["whole"])
+    scan = write_scan(tmp_path, ("a.nii", "b.nii"), shape=(300, 60, 20))
+    options = [("--ensemble", model)] if more == ("--ensemble",) else []
+    raw, report, _ = predicted(model, scan, *(part for pair in options for part in pair), "--probabilities")
+    maps = np.asarray(nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj.get_unscaled()).copy()
+    if more == ("--max-memory",):
+        options = [(*more, report["scans"][0]["estimated_memory_mb"] / 1000 * 0.96)]
+    given = [part for pair in options for part in pair]
+    found, report, _ = predicted(model, scan, *given, "--postprocess", "--probabilities")
+    assert report["keep_largest"] == ["whole"]
+    assert (report["scans"][0]["pieces"] > 1) == (more == ("--max-memory",))
+    components, count = ndimage.label(raw, np.ones((3, 3, 3)))
+    largest = components == 1 + np.bincount(components.ravel())[1:].argmax()
+    assert count > 1
+    assert len(np.unique(raw[(components > 0) & ~largest])) > 1, "labels of several regions are cut off"
+    np.testing.assert_array_equal(found, np.where(largest, raw, 0))
+    # Volumes are those of the mask; probabilities are as before.
+    voxel_ml = abs(np.linalg.det(nib.load(scan[0]).affine[:3, :3])) / 1000
+    for name, value in (("necrosis", 1), ("oedema", 2), ("enhancing", 4)):
+        assert report["scans"][0]["volume_ml"][name] == pytest.approx(voxel_ml * (found == value).sum(), abs=1e-3)
+    np.testing.assert_array_equal(maps, nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj.get_unscaled())
+    predictor = Predictor.from_export(model, postprocess=True)
+    np.testing.assert_array_equal(predictor.predict(read_image(scan, 2)), found)
+
+
+def test_what_was_not_tried_is_told_so(made, predicted, tmp_path):
+    scan = write_scan(tmp_path, ("a.nii", "b.nii"))
+    _, _, remarks = predicted(of_regions(made, tmp_path / "x", CROSSED, postprocessing=[]), scan, "--postprocess")
+    assert "--postprocess changes nothing: not tried, as regions overlap" in remarks
+    _, _, remarks = predicted(of_regions(made, tmp_path / "n", NESTED, postprocessing=[]), scan, "--postprocess")
+    assert "--postprocess changes nothing: nothing was gained by it" in remarks
 
 
 def test_info_tells_of_both(folds, tmp_path_factory, capsys):

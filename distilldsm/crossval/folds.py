@@ -11,7 +11,7 @@ from typing import Any
 from distilldsm.cost import TIMING, training_cost
 from distilldsm.errors import DataError
 from distilldsm.evaluation.metrics import METRICS
-from distilldsm.evaluation.postprocess import POSTPROCESSED
+from distilldsm.evaluation.postprocess import POSTPROCESSED, POSTPROCESSING, load_postprocessing
 from distilldsm.stage import EXECUTION_PARAMETERS, MANIFEST, content_hash, read_json, sha256_file
 from distilldsm.tracking.values import flatten
 
@@ -32,6 +32,8 @@ class Fold:
     """One per case and label; undefined scores are None."""
     largest: tuple[Row, ...] | None = None
     """The same with only the largest component of every label; None where it was not scored."""
+    groups: Mapping[str, tuple[str, ...]] | None = None
+    """Which of their labels change together, see `postprocess.Groups`; None where it is not told: each by itself."""
     model: Mapping[str, Any]
     """`model.json`."""
     train: Mapping[str, Any]
@@ -106,10 +108,12 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             mend=f"dvc repro, or distilldsm evaluate --fold {number}",
         )
     timing, largest = evaluation / TIMING, evaluation / POSTPROCESSED
+    decided = load_postprocessing(evaluation / POSTPROCESSING)
     return Fold(
         number=number,
         rows=tuple(read_rows(evaluation / "cases.csv")),
         largest=tuple(read_rows(largest)) if largest.is_file() else None,
+        groups=None if decided is None else decided.groups,
         model=read_json(model / "model.json"),
         train=train,
         evaluate=evaluate,
@@ -146,6 +150,12 @@ def _check_recipe(folds: Sequence[Fold]) -> None:
         "other parameters of the evaluation",
         lambda fold: _settings(fold.evaluate),
         lambda fold: fold.evaluation_directory / MANIFEST,
+    )
+    _same(
+        [fold for fold in folds if fold.groups is not None] or folds,
+        "another post-processing",
+        lambda fold: {"tried": {name: ", ".join(group) for name, group in (fold.groups or {}).items()}},
+        lambda fold: fold.evaluation_directory / POSTPROCESSING,
     )
     _same(
         folds,

@@ -59,9 +59,9 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
         "mean": {metric: the same of the labels' mean}, "network": its name and options,
         "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
-        {"labels", "mean": as above, "chosen": {fold: [labels]}}: the same scores where, of labels that gain by it in
-        the **other** folds, only the largest component is kept}. The numbers of folds and cases are those where the
-        score is defined.
+        {"labels", "mean": as above, "chosen": {fold: [labels that change]}}: the same scores where, of labels that gain
+        by it in the **other** folds, only the largest component is kept}. The numbers of folds and cases are those
+        where the score is defined.
     """
     by_fold = {fold.number: [_with_size(row) for row in fold.rows] for fold in folds}
     labels = list(dict.fromkeys(row["label"] for row in folds[0].rows))
@@ -88,10 +88,10 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     return summary
 
 
-def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Row]] | None:
+def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Mapping[str, Any]]] | None:
     """Fold to its rows after post-processing, decided for each fold by the others; None where that cannot be."""
     tables = {fold.number: (fold.rows, fold.largest) for fold in folds if fold.largest is not None}
-    return nested(tables) if len(tables) >= max(len(folds), 2) else None
+    return nested(tables, folds[0].groups) if len(tables) >= max(len(folds), 2) else None
 
 
 def _largest_component(folds: Sequence[Fold], labels: Sequence[str]) -> dict[str, Any] | None:
@@ -134,7 +134,7 @@ def _statistics(values: Mapping[int, Sequence[float | None]]) -> dict[str, Any]:
     return _entry(over_folds, over_cases, fold_means)
 
 
-def _of_labels(by_fold: Mapping[int, Sequence[Row]], labels: Mapping[str, Any], metric: str) -> dict[str, Any]:
+def _of_labels(by_fold: Mapping[int, Sequence[Mapping]], labels: Mapping[str, Any], metric: str) -> dict[str, Any]:
     """Of the labels' mean: in a fold the mean of its labels' means, in a case that of its labels."""
     fold_means = {
         str(number): spread(of_label[metric]["fold_means"][str(number)] for of_label in labels.values())[0]

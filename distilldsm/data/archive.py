@@ -116,10 +116,17 @@ def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member]
     except (*_BROKEN, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the disk's trouble; what gzip and bz2 say of bad bytes carries no number
+        if archive.name.endswith((".nii", ".nii.gz", ".dcm", ".json")):
+            raise DataError(
+                "is one file, no data set",
+                where=archive,
+                rule="download.source: sample, msd:TASK, an address, an archive (tar, tar.gz/bz2/xz, zip) or a folder",
+                mend="name the folder that holds scans and masks",
+            ) from None
         raise DataError(
             "is no readable archive, or is truncated",
             where=archive,
-            seen=f"{type(error).__name__}: {error}",
+            seen=f"{type(error).__name__}: {error}".splitlines()[0],  # tarfile adds a line for each way it tried
             rule="tar (also gz, bz2, xz) or zip",
             mend="download or copy it again",
         ) from None

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from distilldsm.data.case_row import CaseRow, first_line, listed
 from distilldsm.data.content_measures import measure_content
 from distilldsm.data.dataset import Case, Channel
-from distilldsm.data.header_measures import compare_grids, measure_geometry, measure_header, open_file
+from distilldsm.data.header_measures import compare_grids, measure_geometry, measure_header, open_file, why_unreadable
 
 Float32 = npt.NDArray[np.float32]
 Mask = npt.NDArray[np.bool_]
@@ -28,20 +28,23 @@ Mask = npt.NDArray[np.bool_]
 PERCENTILES = {"p0_5": 0.5, "p50": 50.0, "p99_5": 99.5}
 
 
-def measure_case(root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int]) -> CaseRow:
+def measure_case(
+    root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int], ignored: int | None = None
+) -> CaseRow:
     """Measure one case; never raises.
 
     Args:
         root: the data set's root.
         channels: the declared channels.
         labels: label name to value in the files.
+        ignored: value of the label `ignore`, where the data set declares one.
     """
     row = CaseRow()
     row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
         with _quiet_nibabel():
             image, blank = _measure_images(row, root, case.images, channels, labels)
-            _measure_label(row, root, case.label, labels, image, blank)
+            _measure_label(row, root, case.label, labels, image, blank, ignored)
     except Exception as error:  # whatever a damaged file provokes must not hide the findings of the other cases
         row.note("read_error", case.images[0], first_line(error))
     errors = row.details.get("read_error", [])
@@ -61,13 +64,13 @@ def voxels_of_largest_file(root: Path, case: Case) -> int:
     return largest
 
 
-def _voxels(row: CaseRow, image: nib.Nifti1Image, file: str) -> Float32 | None:
+def _voxels(row: CaseRow, root: Path, image: nib.Nifti1Image, file: str) -> Float32 | None:
     """The voxels, scaled, as float32; trailing axes of length 1 are dropped."""
     try:
         with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is found as such
             data = np.asarray(image.dataobj, dtype=np.float32)
     except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
-        row.note("read_error", file, f"is truncated or damaged ({first_line(error)})")
+        row.note("read_error", file, why_unreadable(root / file, error))
         return None
     while data.ndim > 3 and data.shape[-1] == 1:
         data = data[..., 0]
@@ -91,7 +94,7 @@ def _measure_images(
         measure_header(row, root, file, image)
     measure_geometry(row, first)
     _compare_channels(row, opened)
-    blank = _measure_intensities(row, opened, len(files), channels, labels)
+    blank = _measure_intensities(row, root, opened, len(files), channels, labels)
     return first if opened[0][0] == files[0] else None, blank
 
 
@@ -102,10 +105,12 @@ def _compare_channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]
         compare_grids(row, (base_file, base), (file, image), "channel_shapes_agree", "channel_offset_mm")
 
 
-def _channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int) -> Iterator[tuple[str, Float32]]:
+def _channels(
+    row: CaseRow, root: Path, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int
+) -> Iterator[tuple[str, Float32]]:
     """One 3-D array a channel, one file in memory at a time; notes files that do not hold volumes."""
     for file, image in opened:
-        data = _voxels(row, image, file)
+        data = _voxels(row, root, image, file)
         if data is None:
             continue
         volumes = data.shape[3] if files == 1 and data.ndim == 4 else 1
@@ -120,6 +125,7 @@ def _channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]], files
 
 def _measure_intensities(
     row: CaseRow,
+    root: Path,
     opened: Sequence[tuple[str, nib.Nifti1Image]],
     files: int,
     channels: Sequence[Channel],
@@ -130,7 +136,7 @@ def _measure_intensities(
     digest = hashlib.sha256()
     voxels = finite_voxels = constant = count = 0
     bad: dict[str, int] = defaultdict(int)
-    for file, array in _channels(row, opened, files):
+    for file, array in _channels(row, root, opened, files):
         ordered = np.sort(array, axis=None) + np.float32(0)  # -0 is 0
         digest.update(str(sorted(array.shape)).encode())  # a scan that is stored in another orientation is no other
         digest.update(ordered.data)
@@ -198,12 +204,13 @@ def _measure_label(
     labels: Mapping[str, int],
     base: nib.Nifti1Image | None,
     blank: Mask | None,
+    ignored: int | None,
 ) -> None:
     image = open_file(row, root, file)
     if image is None:
         return
     row.values["label_dtype"] = str(image.get_data_dtype())
-    data = _voxels(row, image, file)
+    data = _voxels(row, root, image, file)
     if data is None:
         return
     row.values["label_dimensions"] = data.ndim
@@ -227,8 +234,11 @@ def _measure_label(
         row.note("label_deviation", file, f"values such as {', '.join(f'{float(v):g}' for v in odd)}")
     counts = _count(rounded)
     row.values["label_values"] = " ".join(str(v) for v in list(counts)[:20]) + (" ..." if len(counts) > 20 else "")
-    undeclared = sorted(set(counts) - set(labels.values()))
+    undeclared = sorted(set(counts) - set(labels.values()) - {ignored})
     row.values["undeclared_values"] = " ".join(str(v) for v in undeclared[:20]) or None
+    if ignored is not None:
+        row.values["ignored_voxels"] = counts.get(ignored, 0)
+        row.note("ignored_voxels", file, f"{counts.get(ignored, 0)} voxels of the label 'ignore', {ignored}")
     absent = [name for name, value in labels.items() if value != 0 and not counts.get(value)]
     row.values["absent_labels"] = ", ".join(absent) or None
     voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000 if affine_finite else float("nan")

@@ -56,6 +56,8 @@ class DatasetIndex:
     """Label name to value in the files; background is 0."""
     regions: tuple[Region, ...] = ()
     """Overlapping unions of labels that this data set is meant to be scored by, in the order masks are written."""
+    ignored_value: int | None = None
+    """Value of nnU-Net's label `ignore`, where one is declared: validation refuses masks that hold it."""
     cases: tuple[Case, ...]
     licence: str = "unknown"
     reference: str = "unknown"

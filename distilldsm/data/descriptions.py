@@ -69,7 +69,36 @@ def channels_of(numbered: Mapping[str, Any], path: Path, key: str) -> tuple[Chan
 
 
 def labels_of(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
-    """Name to value, from either {"0": "background"} or {"background": 0}."""
+    """Name to value, from either {"0": "background"} or {"background": 0}, without nnU-Net's `ignore`.
+
+    Raises:
+        DataError: names or values that appear twice, are none, or are too few.
+    """
+    found = _named(labels, path)
+    zero = next((name for name, value in found.items() if value == 0), None)
+    if zero is None:
+        found = {"background": 0, **found}
+    elif zero != "background":
+        found["background"] = found.pop(zero)
+    distinct = len(set(found.values())) == len(found) and all(0 <= v <= 255 for v in found.values())
+    classes = {name: value for name, value in found.items() if name != "ignore"}
+    if not distinct or len(classes) < 2:
+        raise DataError(
+            "'labels' are impossible", where=path, seen=found, rule="distinct values 0 to 255, one besides background"
+        )
+    return classes
+
+
+def ignored_of(labels: Mapping[str, Any], path: Path) -> int | None:
+    """The value of nnU-Net's label `ignore`; None where there is none.
+
+    Raises:
+        DataError: as `labels_of`.
+    """
+    return _named(labels, path).get("ignore") or None
+
+
+def _named(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
     found: dict[str, int] = {}
     for key, value in labels.items():
         if isinstance(value, list):
@@ -80,16 +109,6 @@ def labels_of(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
         if str(name) in found:
             raise DataError("a name appears twice in 'labels'", where=path, seen=name)
         found[str(name)] = int(number)
-    zero = next((name for name, value in found.items() if value == 0), None)
-    if zero is None:
-        found = {"background": 0, **found}
-    elif zero != "background":
-        found["background"] = found.pop(zero)
-    found.pop("ignore", None)
-    if len(set(found.values())) != len(found) or len(found) < 2 or not all(0 <= v <= 255 for v in found.values()):
-        raise DataError(
-            "'labels' are impossible", where=path, seen=found, rule="distinct values 0 to 255, one besides background"
-        )
     return found
 
 
@@ -143,4 +162,5 @@ def split_regions(
         )
     except ConfigError as error:
         raise DataError(error.problem, where=path, seen=error.seen, rule=error.rule) from None
-    return {"background": 0} | {named.get(value, f"label_{value}"): value for value in values}, regions
+    plain = {named.get(value, f"label_{value}"): value for value in values}
+    return {key: labels[key] for key in ("ignore",) if key in labels} | {"background": 0} | plain, regions

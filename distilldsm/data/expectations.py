@@ -332,6 +332,10 @@ def _findings(rule: Rule, result: Any, table: CaseTable, path: str) -> Iterator[
         "mend": rule.mend,
     }
     unexpected = result.result.get("unexpected_index_list")
+    if unexpected and {c.of for c in table.columns if c.name in rule.columns} == {"dataset"}:
+        values = table.by_case[str(unexpected[0]["case"])].values  # the same for all
+        yield Finding(case=None, file=INDEX, seen=", ".join(show(values.get(c)) for c in rule.columns), **common)
+        return
     if not unexpected:  # an expectation on the whole column or table
         observed = result.result.get("observed_value")
         yield Finding(case=None, file=INDEX, seen=f"{', '.join(rule.columns) or 'table'}: {observed}", **common)

@@ -15,7 +15,7 @@ import numpy as np
 from nibabel.openers import ImageOpener
 
 from distilldsm.data.case_row import CaseRow, first_line, listed
-from distilldsm.data.volume import corner_distance_mm, spacing_of
+from distilldsm.data.volume import corner_distance_mm, spacing_of, unreadable
 
 _FLAT = 1e-9
 """Voxel volume, mm3, below which a geometry has lost an axis (the rule of `volume.load_nifti`)."""
@@ -33,7 +33,7 @@ def open_file(row: CaseRow, root: Path, file: str) -> nib.Nifti1Image | None:
     try:
         image = nib.load(root / file)
     except Exception as error:  # nibabel raises many kinds for broken headers
-        row.note("read_error", file, f"is not a readable NIfTI file ({first_line(error)})")
+        row.note("read_error", file, why_unreadable(root / file, error, "is not a readable NIfTI file"))
         return None
     if not isinstance(image, nib.Nifti1Image):
         row.note("read_error", file, f"is not a NIfTI file but {type(image).__name__}")
@@ -44,7 +44,7 @@ def open_file(row: CaseRow, root: Path, file: str) -> nib.Nifti1Image | None:
     try:
         surplus = _bytes_in(root / file) - _bytes_declared(image)
     except Exception as error:  # zlib, EOF and OS errors, a checksum that does not fit
-        row.note("read_error", file, f"is truncated or damaged ({first_line(error)})")
+        row.note("read_error", file, why_unreadable(root / file, error))
         return None
     if surplus < 0:
         row.note("read_error", file, f"is truncated or damaged (header {image.shape}: {-surplus} bytes are missing)")
@@ -54,6 +54,12 @@ def open_file(row: CaseRow, root: Path, file: str) -> nib.Nifti1Image | None:
         row.note("surplus_bytes", file, f"{surplus} bytes more than {image.shape} of {image.get_data_dtype()} take")
     _measure_soundness(row, file, image, _header_bytes(root / file, image))
     return image
+
+
+def why_unreadable(path: Path, error: BaseException, otherwise: str = "is truncated or damaged") -> str:
+    """Why a file cannot be used, as a finding tells it: the system refuses it, or `otherwise`."""
+    refused = unreadable(path, error)
+    return f"{refused.problem} ({refused.seen})" if refused else f"{otherwise} ({first_line(error)})"
 
 
 def _bytes_in(path: Path) -> int:

@@ -42,6 +42,7 @@ class Found:
     reference: str | None = None
     note: str | None = None
     regions: tuple[Region, ...] = ()
+    ignored_value: int | None = None
 
 
 def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> DatasetIndex:
@@ -75,6 +76,7 @@ def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> Dataset
         channels=_with_modalities(found.channels, config.modalities),
         labels=found.labels,
         regions=found.regions,
+        ignored_value=found.ignored_value,
         cases=tuple(
             Case(
                 id=files.id,
@@ -113,7 +115,7 @@ def recognise(root: Path) -> tuple[Layout, Path]:
     raise DataError(
         "the layout is not recognised",
         where=inner,
-        seen="no dataset.json, no */*_seg.nii.gz",
+        seen="no dataset.json, no */*_seg.nii.gz with _flair, _t1, _t1ce or _t2 beside it",
         rule="Medical Segmentation Decathlon, nnU-Net raw, BraTS 2020, or a pattern of your own",
         mend="set download.layout: pattern and download.pattern (see docs/data.md)",
     )
@@ -153,9 +155,46 @@ def _numbered(description: Mapping[str, Any], key: str, path: Path) -> tuple[Cha
     return descriptions.channels_of(descriptions.need(description, key, dict, path), path, key)
 
 
+def _refuse_other_format(root: Path, description: Mapping[str, Any], layout: Layout) -> None:
+    """Raise DataError for the description of another format than the layout's: it would only seem to lack a key."""
+    path = root / "dataset.json"
+    if _is_first_nnunet(root, description):
+        raise DataError(
+            "is a description of nnU-Net's first version",
+            where=path,
+            seen="'modality', and images CASE_0000.nii.gz",
+            rule="nnU-Net's second version names the channels in 'channel_names'",
+            mend="rename 'modality' to 'channel_names', with download.layout: nnunet or auto",
+        )
+    own, other, layout_of_other = "modality", "channel_names", "nnunet"
+    if layout == "nnunet":
+        own, other, layout_of_other = other, own, "msd"
+    if own not in description and other in description:
+        raise DataError(
+            f"is no description of the layout {layout}",
+            where=path,
+            seen=f"'{other}'",
+            rule=f"'{own}'",
+            mend=f"set download.layout: {layout_of_other}, or auto",
+        )
+
+
+def _is_first_nnunet(root: Path, description: Mapping[str, Any]) -> bool:
+    """The Decathlon's keys (at times without its list) over files that end in their channel's number."""
+    if "modality" not in description or "channel_names" in description:
+        return False
+    training = description.get("training")
+    if not isinstance(training, list) or not training:
+        return any((root / "imagesTr").glob("*_0000.nii*"))
+    image = str(training[0].get("image")) if isinstance(training[0], dict) else ""
+    numbered = root / "imagesTr" / f"{_stem(image)}_0000{_suffix(image)}"
+    return numbered.is_file() and not (root / image).is_file()
+
+
 def _msd(root: Path) -> Found:
     path = root / "dataset.json"
     description = descriptions.read(path)
+    _refuse_other_format(root, description, "msd")
     channels = _numbered(description, "modality", path)
     cases = []
     for entry in descriptions.need(description, "training", list, path):
@@ -163,10 +202,12 @@ def _msd(root: Path) -> Found:
             raise DataError("each entry of 'training' names image and label", where=path, seen=repr(entry)[:100])
         image, label = (_inside(entry[k], path) for k in ("image", "label"))
         cases.append(Files(_stem(image), (image,), label))
+    labels = descriptions.need(description, "labels", dict, path)
     return Found(
         name=descriptions.text(description, "name"),
         channels=channels,
-        labels=descriptions.labels_of(descriptions.need(description, "labels", dict, path), path),
+        labels=descriptions.labels_of(labels, path),
+        ignored_value=descriptions.ignored_of(labels, path),
         cases=cases,
         licence=descriptions.text(description, "licence", "license"),
         reference=descriptions.text(description, "reference"),
@@ -177,6 +218,7 @@ def _msd(root: Path) -> Found:
 def _nnunet(root: Path) -> Found:
     path = root / "dataset.json"
     description = descriptions.read(path)
+    _refuse_other_format(root, description, "nnunet")
     channels = descriptions.channels_of(
         descriptions.need(description, "channel_names", dict, path), path, "channel_names"
     )
@@ -208,6 +250,7 @@ def _nnunet(root: Path) -> Found:
         name=descriptions.text(description, "name"),
         channels=channels,
         labels=descriptions.labels_of(labels, path),
+        ignored_value=descriptions.ignored_of(labels, path),
         cases=cases,
         licence=descriptions.text(description, "licence", "license"),
         reference=descriptions.text(description, "reference"),
@@ -225,11 +268,17 @@ def _brats_root(root: Path) -> Path | None:
     """The folder whose sub-folders are BraTS cases: one that wraps nothing else, or the named one beside others."""
     folders = list(wrapped(root))
     folders += [folder / _BRATS_TOP for folder in folders if (folder / _BRATS_TOP).is_dir()]
-    return next((folder for folder in folders if _brats_labels(folder)), None)
+    return next((folder for folder in folders if _holds_brats(folder)), None)
 
 
-def _brats_labels(root: Path) -> list[Path]:
-    return [p for p in sorted(root.glob("*/*_seg.nii*")) if not p.name.startswith(".")]
+def _holds_brats(root: Path) -> bool:
+    """Whether some case has a modality beside its label: `masks/CASE_seg.nii.gz` alone is anybody's way to name one."""
+    for label in root.glob("*/*_seg.nii*"):
+        case = label.name.rpartition("_seg.nii")[0]
+        beside = [case + f"_{channel}{suffix}" for channel in _BRATS_CHANNELS for suffix in _SUFFIXES]
+        if not label.name.startswith(".") and any((label.parent / name).is_file() for name in beside):
+            return True
+    return False
 
 
 def _brats2020(root: Path) -> Found:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from distilldsm.errors import ConfigError
 
 Float32 = npt.NDArray[np.float32]
+LARGEST_NOT_TRIED = "not tried, as regions overlap and none contains all others"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,30 @@ class Targets:
         if self.regions:
             return {region.name: region.values for region in self.regions}
         return {name: (v,) for name, v in zip(self.class_names, self.class_values, strict=True) if v}
+
+    @property
+    def largest(self) -> dict[str, tuple[int, ...]]:
+        """Of what post-processing may keep the largest connected component only: structure to its values in a mask.
+
+        Labels, and regions that share no label: each by itself. Of regions that overlap: the one that contains all
+        others; what is cut off it becomes background in all of them, as in the first step of nnU-Net (Isensee et al.,
+        2021), the whole foreground's. Where none does, nothing: of a part that is cut off one region, another one
+        would have to say what it becomes.
+        """
+        structures = self.structures
+        listed = [value for values in structures.values() for value in values]
+        if len(set(listed)) == len(listed):
+            return structures
+        outermost = [name for name, values in structures.items() if set(values) == set(listed)]
+        return {name: structures[name] for name in outermost[:1]}
+
+    @property
+    def changed_with(self) -> dict[str, tuple[str, ...]]:
+        """Of each key of `largest` the structures that lose what it loses, itself among them."""
+        return {
+            name: tuple(other for other, own in self.structures.items() if set(own) & set(values))
+            for name, values in self.largest.items()
+        }
 
     def membership(self) -> npt.NDArray[np.bool_]:
         """(structures, classes): which class belongs to which structure."""

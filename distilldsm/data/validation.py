@@ -14,7 +14,7 @@ import numpy as np
 
 from distilldsm.data.case_measures import PERCENTILES, measure_case, voxels_of_largest_file
 from distilldsm.data.case_row import CaseRow, Detail, Value
-from distilldsm.data.dataset import Case, Channel, DatasetIndex
+from distilldsm.data.dataset import INDEX, Case, Channel, DatasetIndex
 from distilldsm.progress import progress
 from distilldsm.stage import worker_count
 from distilldsm.workers import worker_pool
@@ -30,18 +30,22 @@ SERIAL_VOXELS = 4_000_000
 """Below this much work starting processes costs more than it gains."""
 
 
+ColumnOf = Literal["image", "label", "dataset"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Column:
     """A column of the case table."""
 
     name: str
     kind: Literal["number", "text"]
-    of: Literal["image", "label"]
-    """Which of the case's files a finding on this column points to, where no detail names a file."""
+    of: ColumnOf
+    """Which of the case's files a finding on this column points to, where no detail names a file; `dataset`: it has the
+    same value for all cases, and a finding on it is told once, of the data set."""
     meaning: str
 
 
-def _column(name: str, kind: Literal["number", "text"], of: Literal["image", "label"], meaning: str) -> Column:
+def _column(name: str, kind: Literal["number", "text"], of: ColumnOf, meaning: str) -> Column:
     return Column(name=name, kind=kind, of=of, meaning=meaning)
 
 
@@ -106,7 +110,9 @@ COLUMNS: tuple[Column, ...] = (
     _column("label_deviation", "number", "label", "largest distance of a label value from a whole number"),
     _column("label_values", "text", "label", "label values found"),
     _column("undeclared_values", "text", "label", "label values the data set does not declare"),
+    _column("ignored_voxels", "number", "label", "voxels of the label `ignore`; empty if none is declared"),
     _column("absent_labels", "text", "label", "declared labels without a voxel"),
+    _column("labels_in_no_case", "text", "dataset", "declared labels of which no case has a voxel"),
     _column("foreground_fraction", "number", "label", "share of voxels that are not background"),
     _column("border_fraction", "number", "label", "share of foreground voxels on the volume's border"),
     _column("blank_foreground_fraction", "number", "label", "share of foreground voxels where the image is 0"),
@@ -161,7 +167,8 @@ class CaseTable:
         if noted:
             return noted
         of = next((c.of for c in self.columns if c.name == column), "image")
-        return [Detail(file=str(row.values[of]), seen=f"{column} {show(row.values.get(column))}")]
+        file = INDEX if of == "dataset" else str(row.values[of])
+        return [Detail(file=file, seen=f"{column} {show(row.values.get(column))}")]
 
     def write_csv(self, path: Path) -> None:
         """One line a case, empty where a value could not be measured."""
@@ -212,11 +219,12 @@ def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> Ca
     """
     rows = tuple(progress(_measure_all(root, index, workers), total=len(index.cases), title="validate", unit="case"))
     _mark_duplicates(rows)
+    _mark_labels_in_no_case(rows, index.labels)
     return CaseTable(columns=table_columns(index), rows=rows)
 
 
 def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[CaseRow]:
-    arguments = [(root, case, index.channels, dict(index.labels)) for case in index.cases]
+    arguments = [(root, case, index.channels, dict(index.labels), index.ignored_value) for case in index.cases]
     sizes = [voxels_of_largest_file(root, case) for case in index.cases]
     in_memory = MEMORY_BYTES // max(1, max(sizes) * BYTES_PER_VOXEL)
     workers = max(1, min(worker_count(requested, len(arguments)), in_memory))
@@ -227,7 +235,7 @@ def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[Ca
         yield from pool.map(_measure, arguments, chunksize=max(1, min(8, len(arguments) // (4 * workers))))
 
 
-def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int]]) -> CaseRow:
+def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], int | None]) -> CaseRow:
     return measure_case(*arguments)
 
 
@@ -250,6 +258,21 @@ def _mark_duplicates(rows: Sequence[CaseRow]) -> None:
         for row in group:
             same = row.values.get("image_sha256")
             _name(row, "same_label_as", [o for o in group if o is not row and o.values.get("image_sha256") != same])
+
+
+def _mark_labels_in_no_case(rows: Sequence[CaseRow], labels: Mapping[str, int]) -> None:
+    """Fill the column that names them. Cases whose label could not be measured do not count."""
+    columns = [(name, f"volume_ml[{name}]") for name, value in labels.items() if value != 0]
+    measured = [row for row in rows if all(column in row.values for _, column in columns)]
+    # A voxel without volume is another finding.
+    nowhere = [
+        name
+        for name, column in columns
+        if measured and all(row.values.get("absent_labels") and row.values[column] == 0 for row in measured)
+    ]
+    if nowhere:
+        for row in rows:
+            row.values["labels_in_no_case"] = ", ".join(nowhere)
 
 
 def _name(row: CaseRow, column: str, others: Sequence[CaseRow]) -> None:

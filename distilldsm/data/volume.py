@@ -47,6 +47,30 @@ def spacing_of(affine: npt.NDArray[np.float64]) -> tuple[float, float, float]:
     return x, y, z
 
 
+def unreadable(path: Path, error: BaseException) -> DataError | None:
+    """The error to raise for a file that the system does not let us read; None where its bytes are at fault.
+
+    Args:
+        error: what reading it raised; libraries hide the system's answer behind answers of their own.
+    """
+    if not (isinstance(error, OSError) and error.errno is not None):  # gzip's and nibabel's own carry no number
+        try:
+            with open(path, "rb") as stream:
+                stream.read(1)
+        except OSError as refused:
+            error = refused
+        else:
+            return None
+    return DataError(
+        "cannot be read",
+        where=path,
+        seen=_first_line(error),
+        mend="get the right to read it (its owner: chmod u+r)"
+        if isinstance(error, PermissionError)
+        else "look after the disk or the network it lies on",
+    )
+
+
 def load_nifti(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     """Open a NIfTI file; the voxels are read later.
 
@@ -59,7 +83,9 @@ def load_nifti(path: str | os.PathLike[str]) -> nib.Nifti1Image:
     try:
         image = nib.load(path)
     except Exception as error:  # nibabel raises many kinds for broken headers
-        raise DataError("is not a readable NIfTI file", where=path, seen=_first_line(error)) from None
+        raise unreadable(path, error) or DataError(
+            "is not a readable NIfTI file", where=path, seen=_first_line(error)
+        ) from None
     if not isinstance(image, nib.Nifti1Image):
         raise DataError("is not a NIfTI file", where=path, seen=type(image).__name__, rule=".nii or .nii.gz")
     affine = image.affine
@@ -85,7 +111,7 @@ def read_voxels(image: nib.Nifti1Image, path: str | os.PathLike[str]) -> npt.NDA
     try:
         return np.asanyarray(image.dataobj)
     except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
-        raise DataError(
+        raise unreadable(Path(path), error) or DataError(
             "is truncated or damaged", where=path, seen=_first_line(error), mend="copy or export the file again"
         ) from None
 

@@ -70,7 +70,7 @@ def drift_of_files(
 
 
 def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[str, Any]:
-    scan = one.read(len(plan.channels), budget)
+    scan = one.read(len(plan.channels), budget, [channel.name for channel in plan.channels])
     found = None if masks is None else find_mask(masks, one)
     classes = None if found is None else read_mask(found, scan, plan)
     measured = measure_scan(scan, plan, classes)

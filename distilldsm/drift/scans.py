@@ -15,7 +15,7 @@ from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_c
 from distilldsm.data.volume import read_label
 from distilldsm.errors import DataError
 from distilldsm.inference.inputs import Input
-from distilldsm.inference.nifti import check_same_grid
+from distilldsm.inference.nifti import MEND_MASK, check_same_grid
 from distilldsm.inference.scan import Scan
 
 
@@ -60,7 +60,7 @@ def read_mask(path: Path, scan: Scan, plan: Plan) -> npt.NDArray[np.uint8]:
         DataError: it is unreadable, lies on another grid, or holds labels that the model does not know.
     """
     values, affine = read_label(path)
-    check_same_grid(scan.path, scan.shape, scan.affine, path, values.shape, affine)
+    check_same_grid(scan.path, scan.shape, scan.affine, path, values.shape, affine, MEND_MASK)
     return classes_from_values(values, plan.class_values, path)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from distilldsm.evaluation import report_sections as parts
 from distilldsm.evaluation.page import HOW_TO_READ, cases_table, facts_table, figure, page, section
+from distilldsm.evaluation.postprocess import Postprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Report:
     """Of `tables.summarise`."""
     intervals: Mapping[str, Any]
     """Of `statistics.intervals`."""
+    postprocessing: Postprocessing | None = None
+    """What keeping only the largest component would give; None where it was not scored."""
     distributions: Sequence[Picture] = ()
     volumes: Sequence[Picture] = ()
     training: Sequence[Picture] = ()
@@ -59,7 +62,7 @@ def render_report(report: Report) -> str:
     labels = list(report.summary["labels"])
     sections = (
         ("overview", "Overview", "Overview", parts.overview(report.rows, report.summary, report.intervals)),
-        ("scores", "Scores", "Scores", parts.scores(report.summary, report.intervals) + _grid(report.distributions)),
+        ("scores", "Scores", "Scores", _scores(report)),
         ("pictures", "Pictures", "Worst, median and best cases", _overlays(report.overlays)),
         ("viewer", "Viewer", "Look at the volumes", report.viewer),
         ("cases", "Cases", "Cases, worst first", cases_table(report.rows)),
@@ -73,6 +76,11 @@ def render_report(report: Report) -> str:
     contents = {key: short for key, short, _, content in sections if content} | {"reading": "How to read"}
     body = "".join(section(key, heading, content) for key, _, heading, content in sections)
     return page(report.title, report.notes, body + HOW_TO_READ, contents=contents)
+
+
+def _scores(report: Report) -> str:
+    table = parts.scores(report.summary, report.intervals)
+    return table + parts.largest_component(report.postprocessing) + _grid(report.distributions)
 
 
 def _grid(pictures: Sequence[Picture]) -> str:

@@ -15,6 +15,7 @@ from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.volume import read_image, read_label
 from distilldsm.evaluation import figures
 from distilldsm.evaluation.overlays import overlay
+from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_sections import mean_dice
 from distilldsm.stage import MANIFEST, content_hash, package_versions, read_json
@@ -42,6 +43,7 @@ class Evaluation:
     rows: Rows
     summary: Mapping[str, Any]
     intervals: Mapping[str, Any]
+    postprocessing: Postprocessing | None = None
     prediction_cost: Mapping[str, Any]
     training_cost: Mapping[str, Any]
 
@@ -66,6 +68,7 @@ def write_report(work: Path, given: Evaluation) -> None:
         rows=given.rows,
         summary=given.summary,
         intervals=given.intervals,
+        postprocessing=given.postprocessing,
         **_plots(work / "figures", given),
         overlays=overlays,
         viewer=viewer,

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from distilldsm.evaluation.page import facts_table, number, table
+from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.statistics import METHOD, bland_altman
 
 LOW_DICE = 0.7
@@ -18,6 +19,8 @@ TIMES = " \u00d7 "
 NAMED = 5
 """So many cases are named in a sentence."""
 DIGITS = {"hd95_mm": 2}
+
+_ASKED_FOR = "Not in the scores above; <code>distilldsm predict --postprocess</code> does what is kept here"
 
 Rows = Sequence[Mapping[str, Any]]
 
@@ -87,6 +90,14 @@ def observations(rows: Rows, summary: Mapping[str, Any]) -> list[tuple[str, str]
             f"Largest HD95: {farthest['hd95_mm']:.1f} mm, {farthest['label']} in {farthest['case']}.",
         )
     )
+    nowhere = [
+        label
+        for label in summary["labels"]
+        if not any(r["volume_truth_ml"] or r["volume_predicted_ml"] for r in rows if r["label"] == label)
+    ]
+    if nowhere:
+        text = "In no held-out case, neither in truth nor in prediction: "
+        found.append(("bad", f"{text}{_named(nowhere)}. By the convention its Dice is 1, and counts in the mean."))
     biases = _relative_biases(rows, list(summary["labels"]))
     if biases:
         label, (share, agreement) = max(biases.items(), key=lambda item: abs(item[1][0]))
@@ -157,6 +168,19 @@ def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
         "move with other cases of the same kind; with few cases it is too narrow, and of other scanners or hospitals "
         "it says nothing.</p>"
     )
+
+
+def largest_component(found: Postprocessing | None) -> str:
+    """What keeping only the largest connected component would change; the scores above are without it."""
+    if found is None:
+        return ""
+    lines = [
+        (name, "yes" if one.keep_largest else "no", one.reason, f"{one.cases_changed} of {found.cases}")
+        for name, one in found.labels.items()
+    ]
+    told = table(("of", "kept", "why", "cases changed"), lines, text_columns=(0, 1, 2)) if lines else ""
+    note = escape(found.not_tried).capitalize() or _ASKED_FOR
+    return f"<h3>Largest component only</h3>{told}<p class='small'>{note}.</p>"
 
 
 def agreement(rows: Rows, labels: Sequence[str]) -> str:

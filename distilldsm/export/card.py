@@ -121,14 +121,16 @@ def _regions(metadata: ModelMetadata) -> list[str]:
 
 def _options(metadata: ModelMetadata) -> list[str]:
     axes, labels = metadata.network.mirror_axes, metadata.postprocessing
+    changed = metadata.targets.changed_with
+    together = " (what is cut off is lost to all regions)" if any(len(changed[x]) > 1 for x in labels or ()) else ""
     lines = []
     if axes:
         along = ", ".join(axes)
         lines.append(f"`--mirror trained` averages over flips along {along}, in {2 ** len(axes)} times the time.")
     if labels:
         lines.append(
-            f"`--postprocess` keeps only the largest connected component of {', '.join(labels)}, which raised Dice on "
-            "the held-out cases: no proof that it does on others."
+            f"`--postprocess` keeps only the largest connected component of {', '.join(labels)}{together}, which "
+            "raised Dice on the held-out cases: no proof that it does on others."
         )
     return ["", " ".join(lines)] if lines else []
 

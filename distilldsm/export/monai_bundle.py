@@ -45,7 +45,7 @@ def _inert(value: Any) -> Any:
     """
     if isinstance(value, dict):
         return {key: _inert(inner) for key, inner in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_inert(inner) for inner in value]
     return f" {value}" if isinstance(value, str) and value[:1] in ("$", "@", "%") else value
 

@@ -15,8 +15,9 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from distilldsm.config import MirrorAxis, Modality
-from distilldsm.data.targets import Region, Targets
+from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
 from distilldsm.errors import ConfigError, DataError
+from distilldsm.models.registry import Options
 from distilldsm.params import from_mapping
 from distilldsm.stage import MANIFEST, read_json, sha256_file
 
@@ -75,7 +76,7 @@ class NetworkInfo:
     """What the network is, and what prediction must know of it besides its weights."""
 
     name: str
-    options: Mapping[str, bool | int | float | str]
+    options: Options
     stride: tuple[int, int, int]
     depth_halo: int | None
     """Slices beyond a slice that take part in its logits; null: the whole depth."""
@@ -134,8 +135,8 @@ class ModelMetadata:
     int8: Int8Report = Int8Report(shipped=False, reason="not made")
     """Whether there is an IR in `int8`, and why, or why not."""
     postprocessing: tuple[str, ...] | None = None
-    """Labels of which `distilldsm predict --postprocess` keeps the largest component only, decided on the held-out
-    cases; null: not decided, the fold was not evaluated."""
+    """Labels or regions of which `distilldsm predict --postprocess` keeps the largest component only, decided on the
+    held-out cases; null: not decided, the fold was not evaluated."""
     data: DataInfo
     fold: int
     """The fold that was held out from training."""
@@ -148,9 +149,13 @@ class ModelMetadata:
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the metadata", seen=self.schema_version, rule="1")
-        if not set(self.postprocessing or ()) <= {name for name, value in self.labels.items() if value}:
-            raise ConfigError("'postprocessing' names no label", seen=self.postprocessing, rule=", ".join(self.labels))
-        _ = self.targets  # regions must fit the labels
+        largest = self.targets.largest  # regions must fit the labels
+        if not set(self.postprocessing or ()) <= largest.keys():
+            raise ConfigError(
+                "'postprocessing' names no label or region of which only the largest component can be kept",
+                seen=self.postprocessing,
+                rule=", ".join(largest) or LARGEST_NOT_TRIED,
+            )
 
     @property
     def targets(self) -> Targets:

@@ -49,7 +49,7 @@ def _values(first: Exported, other: Exported) -> dict[str, tuple[Any, Any]]:
 
 
 def common_postprocessing(models: Sequence[tuple[Path, ModelMetadata]]) -> tuple[str, ...]:
-    """The labels of which every model's own decision keeps the largest component only.
+    """The labels or regions of which every model's own decision keeps the largest component only.
 
     Raises:
         DataError: a model carries no decision.

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.inference.nifti import is_nifti_name, open_nifti, read_scan
+from distilldsm.inference.nifti import is_nifti_name, open_nifti, read_scan, wanted_channels
 from distilldsm.inference.scan import Scan
 
 Format = Literal["nifti", "seg"]
 
+_MASK = re.compile(r"^(?P<case>.+)_(seg|segmentation|mask|labels?|gt)$", re.IGNORECASE)
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})\.nii(\.gz)?$")
 
 
@@ -26,14 +28,14 @@ class Input:
     paths: tuple[Path, ...]
     kind: Literal["nifti", "dicom"]
 
-    def read(self, channels: int, limit_bytes: float = float("inf")) -> Scan:
-        """Read it, if image and mask take no more than `limit_bytes`.
+    def read(self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = ()) -> Scan:
+        """Read it, if image and mask take no more than `limit_bytes`; `names` of the channels are for errors.
 
         Raises:
             DataError: see `nifti.read_scan` and `dicom.read_series`.
         """
         if self.kind == "nifti":
-            return read_scan(self.paths, channels, limit_bytes=limit_bytes)
+            return read_scan(self.paths, channels, limit_bytes=limit_bytes, names=names)
         from distilldsm.inference.dicom import read_series
 
         if channels != len(self.paths):
@@ -41,7 +43,7 @@ class Input:
                 "a DICOM series is one channel",
                 where=self.paths[0],
                 seen=f"{len(self.paths)} series",
-                rule=f"{channels} channels",
+                rule=wanted_channels(channels, names),
                 mend="give one series folder per channel, in the model's order",
             )
         from distilldsm.inference.nifti import check_same_grid
@@ -53,21 +55,32 @@ class Input:
         return Scan(tuple(scan.channels[0] for scan in scans), first.affine, first.path, first.source)
 
 
-def find_inputs(arguments: Sequence[Path], channels: int, names: Sequence[str] = ()) -> tuple[list[Input], bool]:
-    """The scans that the arguments stand for.
+def tell_on_stderr(remark: str) -> None:
+    """Print a remark beside what the command prints."""
+    print(remark, file=sys.stderr)
+
+
+def find_inputs(
+    arguments: Sequence[Path],
+    channels: int,
+    names: Sequence[str] = (),
+    tell: Callable[[str], object] = tell_on_stderr,
+) -> tuple[list[Input], bool]:
+    """The scans that the arguments stand for. Of folders, files called after a scan as its mask are left out.
 
     Args:
         arguments: files and folders.
         channels: of the model.
         names: of the channels: where there are several, `CASE_<name>.nii.gz` of all names, in whatever order, are one
             scan, and what else is called after that case (its `_seg`) is left alone. So are BraTS cases laid out.
+        tell: is given remarks on what may not be what was meant.
 
     Returns:
         The scans by name, and whether the output is a directory: for several scans, or a folder of scans.
 
     Raises:
         DataError: a path that does not exist, or holds nothing to predict.
-        ConfigError: two scans of one name.
+        ConfigError: two scans of one name, or files whose names number the channels in another order.
     """
     files: list[Path] = []
     series: list[Path] = []
@@ -81,7 +94,7 @@ def find_inputs(arguments: Sequence[Path], channels: int, names: Sequence[str] =
             continue
         nifti, folders = _look_into(path)
         if nifti:
-            found += _by_channel_name(nifti, names) or _group(nifti, channels)
+            found += _without_masks(_by_channel_name(nifti, names) or _group(nifti, channels), path, tell)
             many = True
         elif folders == [path]:
             series.append(path)
@@ -98,9 +111,11 @@ def find_inputs(arguments: Sequence[Path], channels: int, names: Sequence[str] =
                 where=one.paths[0],
                 seen=str(named[one.name].paths[0]),
                 rule="one output file per name",
-                mend="predict them one by one, or rename one",
+                mend="give the folder of the scans alone, predict them one by one, or rename one",
             )
         named[one.name] = one
+    if channels == 1:
+        _remark_on_channels(found, tell)
     return sorted(found, key=lambda one: one.name), many
 
 
@@ -130,8 +145,23 @@ def _files(files: Sequence[Path], channels: int) -> list[Input]:
     if all(_CHANNEL.match(path.name) for path in files) and len({_key(path) for path in files}) > 1:
         return _group(files, channels)
     if len(files) > 1 and not all(_is_4d(path) for path in files):
+        _refuse_other_order(files)
         return [Input(stem(files[0]), tuple(files), "nifti")]
     return [Input(stem(path), (path,), "nifti") for path in files]
+
+
+def _refuse_other_order(files: Sequence[Path]) -> None:
+    """Raise ConfigError where the names of one scan's files number its channels in another order."""
+    numbers = [match["channel"] for path in files if (match := _CHANNEL.match(path.name))]
+    if len(numbers) == len(files) and numbers != sorted(numbers):
+        right = [path for _, path in sorted(zip(numbers, files, strict=True))]
+        raise ConfigError(
+            "the channels are in another order than their names say",
+            where=files[0].parent,
+            seen=" ".join(path.name for path in files),
+            rule="_0000, _0001, ...: the model's order",
+            mend="give " + " ".join(map(str, right)),
+        )
 
 
 def _is_4d(path: Path) -> bool:
@@ -161,6 +191,38 @@ def _group(files: Sequence[Path], channels: int) -> list[Input]:
         else:
             out.append(Input(name, tuple(members), "nifti"))
     return out
+
+
+def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], object]) -> list[Input]:
+    """All but those called after another scan as its mask, e.g. `CASE_seg`."""
+    cases = {name for one in found for name in (one.name, _key(one.paths[0])[1])}
+
+    def is_mask(one: Input) -> bool:
+        match = _MASK.match(one.name)
+        numbered = _CHANNEL.match(one.paths[0].name)  # as an image, whatever else its name says
+        return match is not None and match["case"] in cases and not numbered
+
+    masks = [one.name for one in found if is_mask(one)]
+    if masks:
+        tell(f"{folder}: left out, as their names are those of masks: {listed(masks)}")
+    return [one for one in found if not is_mask(one)]
+
+
+def _remark_on_channels(found: Sequence[Input], tell: Callable[[str], object]) -> None:
+    """Say that `CASE_0001` beside `CASE_0000` is taken for a scan of its own."""
+    cases: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted(one.paths[0] for one in found):
+        if _CHANNEL.match(path.name):
+            cases.setdefault(_key(path), []).append(path)
+    further = [stem(path) for members in cases.values() for path in members[1:]]
+    if further:
+        tell(f"named as further channels, but there is only one, so each is taken for a scan: {listed(further)}")
+
+
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
 
 
 def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distilldsm.data.geometry import spacing_along
+from distilldsm.data.targets import Targets
 from distilldsm.errors import DataError, UserError
 from distilldsm.inference.inputs import Format, Input, stem
 from distilldsm.inference.memory import (
@@ -86,7 +87,7 @@ def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any
 def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
     plan, geometry, clock = predictor.plan, predictor.geometry, Stopwatch()
     with clock("read"):
-        scan = job.input.read(len(plan.channels), settings.budget)
+        scan = job.input.read(len(plan.channels), settings.budget, [channel.name for channel in plan.channels])
     check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
     with clock("preprocess"):
         image = NetworkImage(scan, plan)
@@ -126,10 +127,10 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         with clock("restore"):
             if predictor.keep_largest:
                 predictor.scorer.release()
-            for value in predictor.keep_largest:
-                removed = keep_largest(mask, value)
-                counts[plan.class_values.index(value)] -= removed
-                counts[0] += removed
+            for values in predictor.keep_largest.values():
+                for value, removed in keep_largest(mask, values).items():
+                    counts[plan.class_values.index(value)] -= removed
+                    counts[0] += removed
         with clock("write"):
             if maps is not None:
                 write_nifti(job.probabilities, maps, scan, slope=1 / 255)
@@ -148,11 +149,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         **({"probabilities": str(job.probabilities)} if settings.probabilities else {}),
         "shape": list(scan.shape),
         "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
-        "volume_ml": {
-            name: round(int(count) * voxel_ml, 4)
-            for name, value, count in zip(plan.class_names, plan.class_values, counts, strict=True)
-            if value != 0
-        },
+        "volume_ml": volumes_ml(plan.targets, counts.tolist(), voxel_ml),
         # In bf16 the runtime rounds a network and its stream in another order.
         "exact": pieces.exact and not (pieces.streamed and settings.precision != "f32"),
         "streamed": pieces.streamed,
@@ -161,6 +158,21 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         "peak_memory_mb": peak_memory_mb(),
         "seconds": clock.rounded(),
     }
+
+
+def volumes_ml(targets: Targets, counts: Sequence[int], voxel_ml: float) -> dict[str, float]:
+    """Volume of each label, ml, then of each region: of all its labels in the mask.
+
+    counts: voxels of each class. A region that is called as a label of other voxels appears as `NAME (region)`.
+    """
+    voxels = dict(zip(targets.class_values, counts, strict=True))
+    labels = dict(zip(targets.class_names, targets.class_values, strict=True))
+    found = {name: round(voxels[value] * voxel_ml, 4) for name, value in labels.items() if value != 0}
+    for region in targets.regions:
+        other = region.name in labels and region.values != (labels[region.name],)
+        name = f"{region.name} (region)" if other else region.name
+        found[name] = round(sum(voxels[value] for value in region.values) * voxel_ml, 4)
+    return found
 
 
 def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor, settings: Settings) -> Pieces:
@@ -175,14 +187,14 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
     padded = [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)]
 
     def stream() -> StreamCost | None:
-        kept = predictor.stream_bytes(padded)
-        return None if kept is None else stream_cost(networks[0].name, networks[0].options, kind, kept)
+        kept, network = predictor.stream_bytes(padded), networks[0]
+        return None if kept is None else stream_cost(network.name, network.options, kind, kept, network.macs_per_voxel)
 
     return plan_pieces(
         padded,
         stride=stride,
         depth_halo=predictor.geometry.depth_halo,
-        per_voxel=max(activation_bytes(network.name, network.options, kind) for network in networks),
+        per_voxel=max(activation_bytes(n.name, n.options, kind, n.macs_per_voxel) for n in networks),
         channels=channels,
         classes=classes,
         held_bytes=held,

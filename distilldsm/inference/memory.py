@@ -26,6 +26,8 @@ BYTES_PER_VOXEL: Mapping[str, Mapping[str, float]] = {
     "unet3d": {"openvino": 250, "openvino-auto": 160, "onnx": 390, "torch": 360},
 }
 """Activations per voxel of a piece, at the reference widths (measured on pieces of 2 to 8 million voxels)."""
+REFERENCE_MACS = 42_816.0
+"""Multiply-accumulates per voxel of the network that those figures are of; they grow with the square of the widths."""
 STREAM_BYTES_PER_VOXEL: Mapping[str, float] = {"openvino": 350, "openvino-auto": 200}
 """Activations per voxel of the slices that are streamed at a time (measured on 1 to 16 slices of 512 x 512)."""
 STREAM_COPIES: Mapping[str, float] = {"openvino": 2.5, "openvino-auto": 1.2}
@@ -99,22 +101,28 @@ def budget_bytes(max_memory_gb: float | None) -> int:
     return int(DEFAULT_GB * 1e9) if free is None else min(int(DEFAULT_GB * 1e9), free // 2)
 
 
-def activation_bytes(name: str, options: Mapping[str, object], engine: str) -> float:
+def activation_bytes(
+    name: str, options: Mapping[str, object], engine: str, macs_per_voxel: float = REFERENCE_MACS
+) -> float:
     """Memory that a network takes while it runs, per voxel that goes in at once."""
     family = "unet3d" if name == "unet3d" else "unet2d"
-    return BYTES_PER_VOXEL[family][engine] * _width(name, options)
+    return BYTES_PER_VOXEL[family][engine] * _width(name, options, macs_per_voxel)
 
 
-def stream_cost(name: str, options: Mapping[str, object], engine: str, state_bytes: int) -> StreamCost:
+def stream_cost(
+    name: str, options: Mapping[str, object], engine: str, state_bytes: int, macs_per_voxel: float = REFERENCE_MACS
+) -> StreamCost:
     """Memory of a network that streams and keeps `state_bytes` of float32 features from chunk to chunk."""
     return StreamCost(
         kept_bytes=STREAM_COPIES[engine] * state_bytes,
-        per_voxel=STREAM_BYTES_PER_VOXEL[engine] * _width(name, options),
+        per_voxel=STREAM_BYTES_PER_VOXEL[engine] * _width(name, options, macs_per_voxel),
     )
 
 
-def _width(name: str, options: Mapping[str, object]) -> float:
-    """Channels over those of the reference network."""
+def _width(name: str, options: Mapping[str, object], macs_per_voxel: float) -> float:
+    """Channels over those of the reference network; of a network of the user's, guessed from its arithmetic."""
+    if name in MODELS and MODELS[name].family == "inserted":
+        return max(math.sqrt(macs_per_voxel / REFERENCE_MACS), 1.0)
     options = {**(MODELS[name].options if name in MODELS else {}), **options}
     width = float(str(options.get("base_width", 8))) / 8 if name == "unet3d" else float(str(options.get("width", 1)))
     return max(width, 0.25)

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.volumeutils import apply_read_scaling
 
-from distilldsm.data.volume import corner_distance_mm
+from distilldsm.data.volume import corner_distance_mm, unreadable
 from distilldsm.errors import DataError
 from distilldsm.inference.scan import Channel, Scan, check_affine
 
@@ -25,6 +25,7 @@ MAX_COMPRESSION = 1_100
 """gzip shrinks by no more than 1032; a header that claims more voxels than that is wrong."""
 MM_PER_UNIT = {"mm": 1.0, "unknown": 1.0, "meter": 1000.0, "micron": 0.001}
 SAME_GRID_MM = 1e-2
+MEND_MASK = "resample the mask to the scan's grid (nearest neighbour), or give the mask of this scan"
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,12 @@ def open_nifti(path: Path) -> NiftiFile:
     return NiftiFile(path, header, kept_shape, affine)
 
 
-def read_scan(paths: Sequence[Path], channels: int, *, limit_bytes: float = float("inf")) -> Scan:
+def read_scan(
+    paths: Sequence[Path], channels: int, *, limit_bytes: float = float("inf"), names: Sequence[str] = ()
+) -> Scan:
     """One scan: `channels` 3-D files on one grid, or one 4-D file with `channels` volumes.
+
+    names: of the channels, for errors.
 
     Raises:
         DataError: unreadable file, wrong number of channels, grids that differ, voxels that are not finite, or more
@@ -120,14 +125,19 @@ def read_scan(paths: Sequence[Path], channels: int, *, limit_bytes: float = floa
             raise DataError(
                 "has the wrong number of channels",
                 where=base.path,
-                seen=f"shape {base.shape}",
-                rule=f"{channels} channels: one 3-D file each, or one 4-D file",
+                seen=f"{base.volumes} (shape {base.shape})",
+                rule=f"{wanted_channels(channels, names)}: one 3-D file each, or one 4-D file",
+                mend="give a file for each of them, in this order",
             )
         read = _read(base)
     else:
         if len(files) != channels:
             raise DataError(
-                "wrong number of image files", where=base.path, seen=len(files), rule=f"{channels} channels"
+                "wrong number of image files",
+                where=base.path,
+                seen=f"{len(files)}: {', '.join(path.name for path in paths)}",
+                rule=wanted_channels(channels, names),
+                mend="give a file for each of them, in this order",
             )
         read = []
         for file in files:
@@ -143,6 +153,11 @@ def read_scan(paths: Sequence[Path], channels: int, *, limit_bytes: float = floa
     return Scan(tuple(read), base.affine, base.path, base.header)
 
 
+def wanted_channels(channels: int, names: Sequence[str] = ()) -> str:
+    """How many channels, and which where that is known."""
+    return f"{channels} channels" + (f" ({', '.join(names)})" if names else "")
+
+
 def check_size(path: Path, held_bytes: int, limit_bytes: float) -> None:
     """Raise DataError where image and mask alone take more than `limit_bytes`."""
     if held_bytes > limit_bytes:
@@ -156,9 +171,15 @@ def check_size(path: Path, held_bytes: int, limit_bytes: float) -> None:
 
 
 def check_same_grid(
-    path_a: Path, shape_a: Sequence[int], affine_a: npt.NDArray, path_b: Path, shape_b: Sequence[int], affine_b: Any
+    path_a: Path,
+    shape_a: Sequence[int],
+    affine_a: npt.NDArray,
+    path_b: Path,
+    shape_b: Sequence[int],
+    affine_b: Any,
+    mend: str = "resample all channels to one grid",
 ) -> None:
-    """Raise DataError, printing both geometries, unless two channels share a grid."""
+    """Raise DataError, printing both geometries, unless two channels, or a scan and its mask, share a grid."""
     same_shape = tuple(shape_a) == tuple(shape_b)
     if same_shape and corner_distance_mm(affine_a, affine_b, shape_a) <= SAME_GRID_MM:
         return
@@ -167,7 +188,7 @@ def check_same_grid(
         where=path_b,
         seen=f"shape {tuple(shape_b)}, affine {np.round(affine_b, 4).tolist()}",
         rule=f"shape {tuple(shape_a)}, affine {np.round(affine_a, 4).tolist()}",
-        mend="resample all channels to one grid",
+        mend=mend,
     )
 
 
@@ -318,7 +339,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _damaged(path: Path, error: BaseException) -> DataError:
-    return DataError(
+    return unreadable(path, error) or DataError(
         "is truncated or damaged", where=path, seen=_first_line(error), mend="copy or export the file again"
     )
 

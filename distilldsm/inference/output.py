@@ -137,7 +137,7 @@ def scratch_array(path: Path, shape: Sequence[int]) -> Iterator[npt.NDArray[np.u
 
 
 def write_volumes(path: Path, volumes_ml: Mapping[str, Mapping[str, float]]) -> None:
-    """Volume per label, ml, per scan: .csv (a row per scan and label) or .json ({scan: {label: ml}})."""
+    """Volume per label and region, ml, per scan: .csv (a row per scan and label) or .json ({scan: {label: ml}})."""
     if path.suffix == ".csv":
         import csv
         import io

@@ -1,4 +1,4 @@
-"""Post-processing of masks: only the largest connected component of a label.
+"""Post-processing of masks: only the largest connected component of a label, or of several taken for one.
 
 As in nnU-Net (Isensee et al., 2021), voxels are connected over faces, edges and corners (26 neighbours), and what is
 removed becomes background.
@@ -6,35 +6,37 @@ removed becomes background.
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 import numpy.typing as npt
 
 BYTES_PER_VOXEL = 7
-"""Memory for the search, per voxel of the box around a label: the label's voxels, component numbers, comparisons."""
+"""Memory for the search, per voxel of the box around the labels: their voxels, component numbers, comparisons."""
 
 
-def keep_largest(mask: npt.NDArray[np.uint8], value: int) -> int:
-    """Set all but the largest connected component of `value` in a mask to 0, in place.
+def keep_largest(mask: npt.NDArray[np.uint8], values: Collection[int]) -> dict[int, int]:
+    """Set all but the largest connected component of `values`, taken for one, in a mask to 0, in place.
 
     Of components of the same size the one stays that holds the first voxel in the order of the array's axes (the last
     axis runs fastest), whatever the order in memory is. (nnU-Net keeps them all.)
 
     Args:
         mask: (X, Y, Z) label values.
-        value: the label's, above 0.
+        values: the label's, or the labels' of a region; above 0.
 
     Returns:
-        How many voxels were removed.
+        Value to the number of its voxels that were removed; empty if none were.
     """
     from scipy import ndimage
 
-    box = _box(mask, value)
+    box = _box(mask, values)
     if box is None:
-        return 0
+        return {}
     part = mask[box]
-    components, count = ndimage.label(np.ascontiguousarray(part == value), np.ones((3, 3, 3)), output=np.int32)
+    components, count = ndimage.label(np.ascontiguousarray(_any_of(part, values)), np.ones((3, 3, 3)), output=np.int32)
     if count < 2:
-        return 0
+        return {}
     # In blocks of slices: numpy counts 64-bit numbers only, and would make them of the whole box.
     sizes = np.zeros(count + 1, dtype=np.int64)
     step = 1 + count // components[0].size
@@ -43,16 +45,27 @@ def keep_largest(mask: npt.NDArray[np.uint8], value: int) -> int:
     sizes[0] = 0
     largest = sizes == sizes.max()
     first = components.ravel()[largest[components].argmax()] if largest.sum() > 1 else sizes.argmax()
+    removed = np.zeros(256, dtype=np.int64)
     for plane, numbers in zip(part, components, strict=True):
-        plane[(numbers != first) & (numbers != 0)] = 0
-    return int(sizes.sum() - sizes[first])
+        others = (numbers != first) & (numbers != 0)
+        removed += np.bincount(plane[others], minlength=256)
+        plane[others] = 0
+    return {int(value): int(removed[value]) for value in np.flatnonzero(removed)}
 
 
-def _box(mask: npt.NDArray[np.uint8], value: int) -> tuple[slice, ...] | None:
-    """The smallest box around a label's voxels; None if there are none. No array of the mask's size is made."""
+def _any_of(mask: npt.NDArray[np.uint8], values: Collection[int]) -> npt.NDArray[np.bool_]:
+    """Which voxels have one of the values. (`np.isin` takes several times the memory.)"""
+    found = np.zeros(mask.shape, dtype=bool)
+    for value in values:
+        found |= mask == value
+    return found
+
+
+def _box(mask: npt.NDArray[np.uint8], values: Collection[int]) -> tuple[slice, ...] | None:
+    """The smallest box around the labels' voxels; None if there are none. No array of the mask's size is made."""
     hits = [np.zeros(n, dtype=bool) for n in mask.shape]
     for z in range(mask.shape[2]):
-        plane = mask[:, :, z] == value
+        plane = _any_of(mask[:, :, z], values)
         hits[0] |= plane.any(axis=1)
         hits[1] |= plane.any(axis=0)
         hits[2][z] = plane.any()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -45,7 +45,7 @@ class Predictor:
         max_voxels: largest piece that goes through the network at once.
         metadata: of the exported models, those of the first one first.
         scorer: how scores are computed; by default by `engine` alone.
-        keep_largest: label values of which masks keep the largest connected component only.
+        keep_largest: labels or regions, with their values, of which masks keep the largest connected component only.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class Predictor:
         max_voxels: int = MAX_VOXELS,
         metadata: Sequence[ModelMetadata] = (),
         scorer: Scorer | None = None,
-        keep_largest: Sequence[int] = (),
+        keep_largest: Mapping[str, tuple[int, ...]] | None = None,
     ) -> None:
         self.engine = engine
         self.plan = plan
@@ -65,7 +65,7 @@ class Predictor:
         self.max_voxels = max_voxels
         self.models = tuple(metadata)
         self.scorer = scorer or Scorer([Member(engine)], activation=plan.targets.scores)
-        self.keep_largest = tuple(keep_largest)
+        self.keep_largest = dict(keep_largest or {})
 
     @property
     def metadata(self) -> ModelMetadata | None:
@@ -85,8 +85,8 @@ class Predictor:
         )
         classes = scores_to_scan(scores, record, self.plan.targets)
         mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
-        for value in self.keep_largest:
-            keep_largest(mask, value)
+        for values in self.keep_largest.values():
+            keep_largest(mask, values)
         return mask
 
     def logits(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
@@ -148,8 +148,8 @@ class Predictor:
         fixed_size: compile OpenVINO for each size that comes (half the memory, see `OpenVINOEngine`).
         ensemble: further models of the same task, e.g. other folds; scores are averaged.
         mirror: axes to average over the flips of; `trained`: those that each model was trained with.
-        postprocess: keep the largest component of the labels for which the model was exported with that decision; of
-            an ensemble, of those for which every model was.
+        postprocess: keep the largest component of the labels or regions for which the model was exported with that
+            decision; of an ensemble, of those for which every model was.
 
         Raises:
             DataError: a file is missing, damaged or changed, the model has no INT8 IR, was not trained with mirroring
@@ -174,7 +174,7 @@ class Predictor:
                 [Member(engine, own) for engine, own in zip(engines, axes, strict=True)],
                 activation=plans[0].targets.scores,
             ),
-            keep_largest=[found[0].labels[label] for label in kept],
+            keep_largest={name: plans[0].targets.largest[name] for name in kept},
         )
 
 

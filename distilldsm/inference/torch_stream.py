@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from distilldsm.inference.depth_stream import Float32
-from distilldsm.models.depth_shift import DistillDepthShift, ResidualDepthShift
+from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
+from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift
 from distilldsm.models.unet import Block, UNet2D
 
 
@@ -55,19 +56,33 @@ class TorchStream:
     def _block(self, block: nn.Module, x: Tensor, lag: int) -> tuple[Tensor, int]:
         """A block's output, and how many slices late it is."""
         assert isinstance(block, Block)
-        x, shift = block.first(x), block.shift
-        if isinstance(shift, DistillDepthShift) and shift.convolution is not None:
-            unchanged, last = x.split((shift.unchanged, shift.distilled), dim=1)
-            shifted = self._shifted(shift.convolution(last), shift.each_way, lag)
-            x = torch.cat((self._late(unchanged, 1), shifted), dim=1)
-        elif isinstance(shift, ResidualDepthShift):
+        x = block.first(x)
+        if block.shift is None:
+            return block.second(x), lag
+        return block.second(self._through(block.shift, x, lag)), lag + 1
+
+    def _through(self, shift: DepthModule, x: Tensor, lag: int) -> Tensor:
+        """What a module makes of x, one slice late."""
+        if isinstance(shift, ResidualDepthShift):
             shifted = self._shifted(x, shift.each_way, lag)
-            x = self._late(x, 1) + shifted if shift.add else shifted
-        elif isinstance(shift, DistillDepthShift):  # without channels to distil
-            x = self._late(x, 1)
-        elif shift is not None:
+            return self._late(x, 1) + shifted if shift.add else shifted
+        if isinstance(shift, GatedDepthShift):
+            each_way = 2 * shift.each_way
+            kept, last = x.split((x.shape[1] - each_way, each_way), dim=1)
+            change, last = self._shifted(last, shift.each_way, lag), self._late(last, 1)
+            if not shift.add:
+                change = change - last
+            return torch.cat((self._late(kept, 1), last + shift.gate.to(x.dtype)[:, None, None] * change), dim=1)
+        distil = shift.distil if isinstance(shift, AddedDistillDepthShift) else shift
+        if not isinstance(distil, DistillDepthShift):
             raise TypeError(f"{type(shift).__name__} cannot be streamed")
-        return block.second(x), lag if shift is None else lag + 1
+        if distil.convolution is None:
+            return self._late(x, 1)
+        unchanged, last = x.split((distil.unchanged, distil.distilled), dim=1)
+        shifted = self._shifted(distil.convolution(last), distil.each_way, lag)
+        if distil is not shift:
+            shifted = self._late(last, 1) + shifted
+        return torch.cat((self._late(unchanged, 1), shifted), dim=1)
 
     def _shifted(self, x: Tensor, each_way: int, lag: int) -> Tensor:
         """`depth_shift` of x, one slice late; x lags `lag` slices and is zero outside the volume."""

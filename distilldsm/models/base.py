@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +19,7 @@ class Cost:
 
     parameters: int
     macs_per_voxel: float
-    """Multiply-accumulates of all convolutions, per voxel of the input."""
+    """Multiply-accumulates of all convolutions, transposed ones too, per voxel of the input."""
 
     def __str__(self) -> str:
         return f"{self.parameters:,} parameters, {self.macs_per_voxel:,.0f} convolution MACs per voxel"
@@ -44,6 +49,10 @@ class SegmentationNetwork(nn.Module):
         if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
             raise ValueError(f"sizes {tuple(x.shape[2:])} must be multiples of {self.stride}")
 
+    def flat_names(self) -> dict[str, str]:
+        """Tensors as the network without depth shift modules names them, with their names in `state_dict` here."""
+        return {name: name for name in self.state_dict()}
+
     def cost(self) -> Cost:
         """Count parameters, and the convolutions' MACs by one forward pass on a small volume."""
         size = tuple(max(s * 2, 2) for s in self.stride)
@@ -53,23 +62,34 @@ class SegmentationNetwork(nn.Module):
             nonlocal macs
             weight = module.weight
             assert isinstance(weight, Tensor)
-            macs += output.numel() // output.shape[1] * weight.numel()
+            # A convolution uses each weight once for each place of its output, a transposed one of its input.
+            places = inputs[0] if isinstance(module, _TRANSPOSED) else output
+            macs += places.numel() // places.shape[1] * weight.numel()
 
         hooks = [
             module.register_forward_hook(count)
             for module in self.modules()
-            if isinstance(module, nn.Conv2d | nn.Conv3d)
+            if isinstance(module, _CONVOLUTIONS + _TRANSPOSED)
         ]
-        modes = {module: module.training for module in self.modules()}  # frozen parts stay frozen
         try:
             parameter = next(self.parameters())
-            with torch.no_grad():
-                x = torch.zeros(1, self.in_channels, *size, device=parameter.device, dtype=parameter.dtype)
-                self.eval()(x)
+            with evaluating(self):
+                self(torch.zeros(1, self.in_channels, *size, device=parameter.device, dtype=parameter.dtype))
         finally:
             for hook in hooks:
                 hook.remove()
-            for module, training in modes.items():
-                module.training = training
         voxels = size[0] * size[1] * size[2]
         return Cost(parameters=sum(p.numel() for p in self.parameters()), macs_per_voxel=macs / voxels)
+
+
+@contextmanager
+def evaluating(network: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards every module has its mode again: frozen parts stay frozen."""
+    modes = {module: module.training for module in network.modules()}
+    try:
+        with torch.no_grad():
+            network.eval()
+            yield
+    finally:
+        for module, training in modes.items():
+            module.training = training

@@ -148,6 +148,10 @@ class VolumetricNetwork(SegmentationNetwork):
         # Each module looks one slice further; where some lie on parallel branches, this is more than is needed.
         self.depth_halo = len(modules)
 
+    def flat_names(self) -> dict[str, str]:
+        """See `SegmentationNetwork`."""
+        return {name: f"network.{name}" for name in self.network.state_dict()}
+
     def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Any:
         """(B, C, D, H, W) volumes to what the network gives for slices, each tensor (N, K, ...) as (B, K, D, ...).
 

@@ -12,19 +12,27 @@ if TYPE_CHECKING:
     from distilldsm.models.base import SegmentationNetwork
 
 
+Scalar = bool | int | float | str
+Options = Mapping[str, Scalar | tuple[Scalar, ...] | Mapping[str, Scalar | tuple[Scalar, ...] | None]]
+"""Options of a network as `params.yaml` and the files of a model hold them."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
     """A network of the registry: what it is called, what it is, its options with their defaults."""
 
     summary: str
     family: str
-    """`unet2d` (slices, with or without depth shift) or `unet3d`."""
+    """`unet2d` (slices, with or without depth shift), `unet3d` or `inserted` (a 2-D network of the user's)."""
     fixed: Mapping[str, Any]
     """Arguments that make the variant what it is."""
     options: Mapping[str, Any]
     """Options a user may set, with their defaults."""
 
 
+_LISTS = ("shift_at", "where")
+"""Options that may be lists."""
+_SHIFT = {"shift_at": "all", "initialisation": "paper"}
 _WIDTHS_2D = (16, 32, 64, 128, 128)
 
 MODELS: Mapping[str, ModelEntry] = {
@@ -38,31 +46,47 @@ MODELS: Mapping[str, ModelEntry] = {
         summary="2-D U-Net with a parameter-free depth shift; 'add' adds the unshifted features back",
         family="unet2d",
         fixed={"shift": "residual"},
-        options={"width": 1.0, "fraction": 0.5, "add": True},
+        options={"width": 1.0, "fraction": 0.5, "add": True, **_SHIFT},
     ),
     "distill_dsm": ModelEntry(
         summary="Distill DSM: 2-D U-Net whose slices exchange distilled features",
         family="unet2d",
         fixed={"shift": "distill"},
-        options={"width": 1.0, "alpha": 0.5},
+        options={"width": 1.0, "alpha": 0.5, **_SHIFT},
     ),
     "distill_dsm_m": ModelEntry(
         summary="Distill DSM with 1.5 times the paper's widths",
         family="unet2d",
         fixed={"shift": "distill"},
-        options={"width": 1.5, "alpha": 0.5},
+        options={"width": 1.5, "alpha": 0.5, **_SHIFT},
     ),
     "distill_dsm_l": ModelEntry(
         summary="Distill DSM with twice the paper's widths",
         family="unet2d",
         fixed={"shift": "distill"},
-        options={"width": 2.0, "alpha": 0.5},
+        options={"width": 2.0, "alpha": 0.5, **_SHIFT},
     ),
     "unet3d": ModelEntry(
         summary="the paper's 3-D baseline: residual, pre-activation, GroupNorm",
         family="unet3d",
         fixed={},
         options={"base_width": 8},
+    ),
+    "inserted": ModelEntry(
+        summary="a 2-D network of your own, 'builder' package.module:function, with depth shifts put into it",
+        family="inserted",
+        fixed={},
+        options={
+            "builder": "",
+            "arguments": {},
+            "in_argument": "in_channels",
+            "out_argument": "out_channels",
+            "stride": 32,
+            "kind": "distill",
+            "alpha": 0.5,
+            "where": "auto",
+            "initialisation": "identity",
+        },
     ),
 }
 
@@ -73,7 +97,7 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
     """Build the network `name`; input and output are (B, C, D, H, W).
 
     Raises:
-        ConfigError: unknown name or option, or an impossible value.
+        ConfigError: unknown name or option, or an impossible value; what is wrong with a builder of the user's.
     """
     if name not in MODELS:
         raise ConfigError("unknown model", seen=repr(name), rule="one of " + ", ".join(MODELS))
@@ -85,6 +109,15 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
                 where="train.model.options",
                 rule="allowed: " + ", ".join(entry.options),
             )
+    for key, value in options.items():
+        mapping = isinstance(entry.options[key], Mapping)
+        if isinstance(value, Mapping) != mapping or (isinstance(value, list | tuple) and key not in _LISTS):
+            raise ConfigError(
+                f"option '{key}' has the wrong type",
+                where="train.model.options",
+                seen=repr(value),
+                rule="a mapping" if mapping else "a list or one value" if key in _LISTS else "one value",
+            )
     for key, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if not isinstance(value, int) or value < 1:
             raise ConfigError(f"'{key}' must be a whole number from 1", seen=repr(value))
@@ -93,6 +126,10 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
         from distilldsm.models.unet3d import UNet3D
 
         return UNet3D(in_channels, out_channels, **arguments)
+    if entry.family == "inserted":
+        from distilldsm.models.inserted import build_inserted
+
+        return build_inserted(in_channels, out_channels, **arguments)
     from distilldsm.models.unet import UNet2D
 
     width = float(arguments.pop("width"))

@@ -3,20 +3,30 @@
 Paper: see depth_shift.py. The paper's: five levels, two 3x3 convolutions with BatchNorm a block, max-pooling in plane,
 bilinear upsampling with aligned corners, a depth shift module between the two convolutions of every block but the
 first.
-Ours: any number of slices per call, a volume interface, widths as a parameter.
+Ours: any number of slices per call, a volume interface, widths as a parameter, other places and another start of the
+modules.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distilldsm.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
+from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift
+
+_MODULES: Mapping[tuple[str, str], Callable[..., DepthModule]] = {
+    ("distill", "paper"): DistillDepthShift,
+    ("distill", "identity"): AddedDistillDepthShift,
+    ("residual", "paper"): ResidualDepthShift,
+    ("residual", "identity"): GatedDepthShift,
+}
 
 
 class ConvNormReLU(nn.Sequential):
@@ -53,6 +63,12 @@ class UNet2D(SegmentationNetwork):
         in_channels, out_channels: of the volume.
         widths: channels of the levels, from full resolution down.
         shift: `none`, `residual` or `distill`; further arguments go to that module.
+        shift_at: the blocks that have a module: `all` but the first, those of the `encoder` (the lowest is one of them)
+            or of the `decoder`, or those of some levels, from 0 at full resolution to 4.
+        initialisation: of the modules, `paper` or `identity`: at first the network computes what it would without them.
+
+    Raises:
+        ConfigError: an impossible `shift_at`, `initialisation` or share of channels.
     """
 
     def __init__(
@@ -62,18 +78,24 @@ class UNet2D(SegmentationNetwork):
         *,
         widths: Sequence[int] = (16, 32, 64, 128, 128),
         shift: str = "none",
+        shift_at: str | Sequence[int] = "all",
+        initialisation: str = "paper",
         **shift_options: Any,
     ) -> None:
         super().__init__(in_channels, out_channels)
+        _check_shift_at(shift_at, len(widths))
+        if initialisation not in ("paper", "identity"):
+            raise _impossible("initialisation", initialisation, "paper or identity")
 
-        def make_shift(channels: int) -> DepthModule | None:
-            if shift == "distill":
-                return DistillDepthShift(channels, **shift_options)
-            return ResidualDepthShift(channels, **shift_options) if shift == "residual" else None
+        def make_shift(part: str, level: int, channels: int) -> DepthModule | None:
+            chosen = shift_at in ("all", part) if isinstance(shift_at, str) else level in shift_at
+            if shift == "none" or not chosen or (part, level) == ("encoder", 0):
+                return None
+            return _MODULES[shift, initialisation](channels, **shift_options)
 
         inputs = (in_channels, *widths[:-1])
         self.encoder = nn.ModuleList(
-            Block(i, o, o, make_shift(o) if level else None)
+            Block(i, o, o, make_shift("encoder", level, o))
             for level, (i, o) in enumerate(zip(inputs, widths, strict=True))
         )
         decoder = []
@@ -81,15 +103,20 @@ class UNet2D(SegmentationNetwork):
         for level in range(len(widths) - 2, -1, -1):
             # A level's output has the width of the level above it, so that the next concatenation is balanced.
             joined, out = widths[level] + below, widths[max(level - 1, 0)]
-            decoder.append(Block(joined, joined // 2, out, make_shift(joined // 2)))
+            decoder.append(Block(joined, joined // 2, out, make_shift("decoder", level, joined // 2)))
             below = out
         self.decoder = nn.ModuleList(decoder)
         self.decoder_widths = tuple(widths[max(level - 1, 0)] for level in range(len(widths) - 2, -1, -1))
         self.head = nn.Conv2d(below, out_channels, kernel_size=1)
         in_plane = 2 ** (len(widths) - 1)
         self.stride = (1, in_plane, in_plane)
-        # Each module looks one slice further, so that many slices beyond a slice take part in its logits.
-        self.depth_halo = sum(isinstance(m, DepthModule) for m in self.modules())
+        # Each module looks one slice further, so that many slices beyond a slice take part in its logits: the way
+        # through the lowest block meets all of them, wherever they are.
+        self.depth_halo = sum(isinstance(m, Block) and m.shift is not None for m in self.modules())
+
+    def flat_names(self) -> dict[str, str]:
+        """See `SegmentationNetwork`."""
+        return {name: name for name in self.state_dict() if ".shift." not in name}
 
     def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Tensor:
         """(B, C, D, H, W) image to (B, K, D, H, W) logits; `features`: see `SegmentationNetwork`."""
@@ -117,3 +144,18 @@ class UNet2D(SegmentationNetwork):
             if features is not None:
                 features.append(x)
         return self.head(x)
+
+
+def _check_shift_at(value: object, levels: int) -> None:
+    rule = f"all, encoder, decoder, or a list of levels from 0 (full resolution) to {levels - 1}"
+    if isinstance(value, str):
+        if value not in ("all", "encoder", "decoder"):
+            raise _impossible("shift_at", value, rule)
+    elif not (isinstance(value, Sequence) and value and all(type(v) is int and 0 <= v < levels for v in value)):
+        raise _impossible("shift_at", value, rule, "the network without modules is unet2d")
+
+
+def _impossible(name: str, value: object, rule: str, mend: str | None = None) -> ConfigError:
+    return ConfigError(
+        f"'{name}' has an impossible value", where="train.model.options", seen=repr(value), rule=rule, mend=mend
+    )

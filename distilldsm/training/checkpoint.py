@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.inserted import require_trusted
+from distilldsm.models.registry import MODELS, Options, build_model
 from distilldsm.params import from_mapping
 from distilldsm.stage import read_json
 
@@ -125,7 +127,7 @@ class ModelSpec:
     """What `model.json` must say for the network to be built again; it says more."""
 
     name: str
-    options: Mapping[str, bool | int | float | str]
+    options: Options
     in_channels: int
     out_channels: int
 
@@ -156,11 +158,12 @@ def described_network(
     """The network that the file `where` describes, whatever it says.
 
     Raises:
-        DataError: there is no such network, or it would be larger than any that is trained.
+        DataError: there is no such network, it would be larger than any that is trained, or code that is not trusted
+            makes it (models/inserted.py).
     """
-    from distilldsm.models.registry import build_model
-
-    sizes = [in_channels, out_channels, *(value for value in options.values() if not isinstance(value, str))]
+    if name in MODELS and MODELS[name].family == "inserted":
+        require_trusted(options, where)
+    sizes = [in_channels, out_channels, *_numbers(options)]
     try:
         if max(sizes) > MAX_SIZE:
             raise ValueError(f"{max(sizes)} is more than {MAX_SIZE}")
@@ -175,3 +178,13 @@ def described_network(
             rule="a name and options of `distilldsm info --models`",
             mend="train the model again, or copy the file again",
         ) from None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        for inner in value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float):
+        yield value

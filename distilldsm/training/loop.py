@@ -31,6 +31,7 @@ from distilldsm.training.checkpoint import load_tensors, load_weights, pack_opti
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
+from distilldsm.training.initial_weights import load_initial_weights
 from distilldsm.training.loading import batch_size_of, batches, loaders_are_watched
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
@@ -95,16 +96,23 @@ class Trainer:
         targets = self.plan.targets
         self.regions = torch.from_numpy(targets.membership()) if targets.regions else None
         self.network = self._build_network()
+        resumed = (work / RESUME).exists()
+        if config.initial_weights is not None and not resumed:
+            path = Path(config.initial_weights)
+            others = load_initial_weights(self.network, path, strict=config.initial_weights_strict)
+            self._say(f"starts from {path}" + (f"; at random: {', '.join(others)}" if others else ""))
         self.cost = self.network.cost()
         self.average = WeightAverage(self.network, config.ema_decay)
         self.trained: nn.Module = self.network
-        if config.deep_supervision:
+        if config.deep_supervision and not self.network.decoder_widths:
+            self._say(f"{config.model.name} tells no decoder levels: trained without train.deep_supervision")
+        elif config.deep_supervision:
             self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
         self.optimizer = make_optimizer(config, self.trained)
         self.plateau = Plateau()
         self.state = TrainingState()
         train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
-        if (work / RESUME).exists():
+        if resumed:
             self._resume()
         self.sampler = self._make_sampler(train_ids)
         self.total_steps = config.epochs * self.sampler.steps_per_epoch
@@ -121,6 +129,10 @@ class Trainer:
         if self.config.channels_last and network.depth_halo is not None:
             network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return network
+
+    def _say(self, text: str) -> None:
+        if self.processes.is_main:
+            print(f"train: {text}", file=sys.stderr)
 
     def _make_sampler(self, train_ids: list[str]) -> PatchSampler:
         self.state.batch_size = batch_size_of(

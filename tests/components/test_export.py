@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distilldsm
-from components.export import main, run
+from components.export import _decided, main, run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
 from distilldsm.errors import DataError, UserError
 from distilldsm.evaluation.postprocess import write_postprocessing
@@ -219,6 +219,20 @@ def test_what_training_and_evaluation_decided_travels_with_the_model(made, trace
     write_json(evaluation / "manifest.json", manifest | {"inputs": manifest["inputs"] | {"model": "another"}})
     run(LOOSE, inputs, {"export": tmp_path / "out"}, fold=FOLD)
     assert verify(tmp_path / "out").postprocessing is None
+
+
+def test_older_evaluations_did_not_try_regions(made, tmp_path):
+    model = copy_model(made, tmp_path / "model")
+    facts = {"dice": 0.5, "hd95_mm": 3.0, "volume_predicted_ml": 2.0}
+    rows = [{"case": "one", "label": label, **facts} for label in ("shell", "core")]
+    write_postprocessing(tmp_path, rows, rows)
+    assert _decided(model, tmp_path) == ()
+    write_json(tmp_path / "postprocessing.json", read_json(tmp_path / "postprocessing.json") | {"schema_version": 1})
+    assert _decided(model, tmp_path) == ()
+    plan = read_json(model / "plan.json")
+    regions = [{"name": name, "values": [value], "written_as": value} for name, value in (("shell", 1), ("core", 2))]
+    write_json(model / "plan.json", plan | {"regions": regions})
+    assert _decided(model, tmp_path) is None
 
 
 def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from distilldsm.crossval.folds import CASES_POSTPROCESSED, load_folds, read_rows
 from distilldsm.errors import DataError
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.comparison import load_training
+from distilldsm.evaluation.postprocess import write_postprocessing
 from distilldsm.stage import read_json, write_json
 from tests.crossval.folds import random_rows, write_fold, write_folds, write_splits
 
@@ -209,6 +210,25 @@ def test_post_processing_is_reported_as_the_other_folds_decide(tmp_path):
             assert written[row["case"], row["label"]] == pytest.approx(row["dice"] + gain, abs=1e-5)
     comparable = load_training("cv", [tmp_path / "cv"], postprocessed=True)
     assert {key: scores["dice"] for key, scores in comparable.scores.items()} == pytest.approx(written)
+
+
+def test_nested_regions_are_post_processed_together(tmp_path):
+    splits, rows = write_folds(tmp_path)
+    gains = {"core": 0.1, "shell": -0.01}
+    for fold, of_fold in enumerate(rows):
+        better = [{**r, "dice": r["dice"] + gains[r["label"]], "volume_predicted_ml": 2.0} for r in of_fold]
+        groups = {"core": ("core", "shell")}
+        write_postprocessing(tmp_path / "evaluation" / f"fold{fold}", of_fold, better, groups)
+    folds = load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
+    summary = table.summarise(folds)
+    found = summary["largest_component"]
+    assert found["chosen"] == {str(fold): ["core", "shell"] for fold in range(3)}
+    for label, gain in gains.items():
+        raw = summary["labels"][label]["dice"]["mean_cases"]
+        assert found["labels"][label]["dice"]["mean_cases"] == pytest.approx(raw + gain, abs=1e-5)
+    write_postprocessing(tmp_path / "evaluation" / "fold1", rows[1], rows[1])
+    with pytest.raises(DataError, match=r"fold 1 has another post-processing(.|\n)*tried.core"):
+        load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
 
 
 def test_without_second_components_nothing_is_said(tmp_path):

@@ -208,6 +208,20 @@ def test_other_files(tmp_path, content):
     refused(tmp_path / "x", "no readable archive|no files")
 
 
+@pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "dataset.json"])
+def test_a_single_file_is_told_what_a_source_may_be(tmp_path, name):
+    content = b"\1" * 2000
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    refused(
+        tmp_path / name, r"is one file, no data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*mend: name the folder"
+    )
+
+
+def test_what_tar_says_of_other_bytes_is_told_in_one_line(tmp_path):
+    (tmp_path / "x.tar.gz").write_bytes(b"\1" * 2000)
+    refused(tmp_path / "x.tar.gz", r"truncated\n  seen: .*\n  rule: .*\n  mend: .*\Z")
+
+
 def test_an_archive_of_litter_only_and_a_missing_one(tmp_path):
     refused(tar_of(tmp_path / "x.tar", [(member("._a"), b"x")]), "holds no files")
     with pytest.raises(DataError, match="file not found"):

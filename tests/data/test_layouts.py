@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from distilldsm.config import DownloadConfig, PatternConfig
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.descriptions import labels_of, modality_of
+from distilldsm.data.descriptions import ignored_of, labels_of, modality_of
 from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.data.patterns import matches
 from distilldsm.errors import ConfigError, DataError
@@ -184,6 +184,30 @@ def test_nnunet_descriptions_that_do_not_fit(tmp_path, change, words):
         index(write_nnunet(tmp_path, **change))
 
 
+def test_a_description_of_another_format_is_told_by_name(tmp_path):
+    for write, layout, other in ((write_nnunet, "msd", "nnunet"), (write_msd, "nnunet", "msd")):
+        with pytest.raises(DataError, match=rf"no description of the layout {layout}(.|\n)*layout: {other}, or auto"):
+            index(write(tmp_path / layout), layout=layout)
+        assert index(tmp_path / layout).layout == other
+
+
+@pytest.mark.parametrize("listed", [False, True])
+def test_nnunets_first_version_says_what_to_rename(tmp_path, listed):
+    root = write_nnunet(tmp_path)
+    description = json.loads((root / "dataset.json").read_text())
+    names = description.pop("channel_names")
+    labels = {str(value): name for name, value in description.pop("labels").items()}
+    training = [{"image": f"./imagesTr/{i}.nii.gz", "label": f"./labelsTr/{i}.nii.gz"} for i in "ab"]
+    old = description | {"labels": labels} | ({"training": training} if listed else {})
+    (root / "dataset.json").write_text(json.dumps(old | {"modality": names}))
+    for layout in ("auto", "msd", "nnunet"):
+        with pytest.raises(DataError, match=r"nnU-Net's first version(.|\n)*rename 'modality' to 'channel_names'"):
+            index(root, layout=layout)
+    (root / "dataset.json").write_text(json.dumps(old | {"channel_names": names}))
+    found = index(root)
+    assert (found.layout, len(found.cases), found.labels) == ("nnunet", 2, PEEKED)
+
+
 def test_nnunet_without_cases(tmp_path):
     with pytest.raises(DataError, match="no labelled case"):
         index(write_nnunet(tmp_path, ()))
@@ -230,6 +254,12 @@ def test_a_brats_case_that_lacks_a_file(tmp_path, kind):
     write_brats(tmp_path, "B_001", "B_002")
     (tmp_path / f"B_002/B_002_{kind}.nii").unlink()
     with pytest.raises(DataError, match=rf"1 file\(s\)(.|\n)*B_002_{kind}"):
+        index(tmp_path)
+
+
+def test_masks_called_seg_are_no_brats(tmp_path):
+    touch(tmp_path, "scans/p0_0.nii.gz", "scans/p0_1.nii.gz", "masks/p0_0_seg.nii.gz", "masks/p0_1_seg.nii.gz")
+    with pytest.raises(DataError, match=r"layout is not recognised(.|\n)*_t1ce(.|\n)*download\.layout: pattern"):
         index(tmp_path)
 
 
@@ -307,8 +337,16 @@ def test_both_ways_to_write_labels_mean_the_same(names):
     assert labels_of({"nothing": 0} | {k: v for k, v in wanted.items() if v}, Path()) == wanted
 
 
-def test_the_ignore_label_of_nnunet_is_no_class():
+def test_the_ignore_label_of_nnunet_is_no_class_and_its_value_is_kept(tmp_path):
     assert labels_of({"background": 0, "x": 1, "ignore": 2}, Path()) == PEEKED
+    assert ignored_of(PEEKED, Path()) is None
+    found = index(write_nnunet(tmp_path / "plain", labels=PEEKED | {"ignore": 2}))
+    assert (found.labels, found.ignored_value) == (PEEKED, 2)
+    regions = {"background": 0, "whole": [1, 2], "core": 2, "ignore": 3}
+    found = index(write_nnunet(tmp_path / "regions", labels=regions, regions_class_order=[1, 2]))
+    assert (found.labels, found.ignored_value) == ({"background": 0, "label_1": 1, "core": 2}, 3)
+    with pytest.raises(DataError, match="impossible"):
+        labels_of(PEEKED | {"ignore": 1}, Path())
 
 
 @pytest.mark.parametrize(

@@ -136,3 +136,22 @@ def test_nnunet_regions(tmp_path):
     for description in ({}, {"regions_class_order": [1, 2]}, {"regions_class_order": [1, 1, 3]}):
         with pytest.raises(DataError):
             split_regions(labels, json.loads(json.dumps(description)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("regions", "largest", "together"),
+    [
+        ({}, {"necrotic_core": (1,), "oedema": (2,), "enhancing_tumour": (4,)}, 1),
+        (REGIONS, {"WT": (2, 1, 4)}, 3),
+        ({"a": ["oedema"], "b": ["necrotic_core"], "c": ["enhancing_tumour"]}, {"a": (2,), "b": (1,), "c": (4,)}, 1),
+        ({"all": ["oedema", "necrotic_core"], "in": ["oedema"]}, {"all": (2, 1)}, 2),
+        ({"a": ["oedema", "necrotic_core"], "b": ["oedema"], "c": ["enhancing_tumour"]}, {}, 0),
+    ],
+)
+def test_of_what_the_largest_component_may_be_kept(regions, largest, together):
+    targets = Targets(tuple(LABELS), tuple(LABELS.values()), regions_from_labels(regions, LABELS))
+    assert targets.largest == largest
+    assert targets.changed_with.keys() == largest.keys()
+    for name, changed in targets.changed_with.items():
+        assert len(changed) == together
+        assert name in changed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import os
 import shutil
 from pathlib import Path
@@ -13,12 +14,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from distilldsm.data import validation
+from distilldsm.data import case_measures, validation
 from distilldsm.data.case_measures import measure_case
+from distilldsm.data.case_row import CaseRow
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.validation import build_case_table, table_columns
 from distilldsm.errors import UserError
 from tests.data.volumes import affine, write_case, write_dataset
+from tests.inference.test_nifti import deny
 
 LABELS = {"background": 0, "shell": 1, "core": 2}
 ONE = (Channel(name="T1", modality="MRI"),)
@@ -223,6 +226,22 @@ def test_label_volumes(tmp_path, counts, spacing):
         assert values[f"volume_ml[{name}]"] == pytest.approx(count * spacing / 1000, rel=1e-5)
         assert (name in (values["absent_labels"] or "")) == (count == 0)
     assert values["foreground_fraction"] == pytest.approx(sum(counts) / 60)
+
+
+def test_a_file_that_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch):
+    image, label = blocks()
+    measured(tmp_path, image, label)
+    deny(monkeypatch, tmp_path / "l.nii.gz", PermissionError, errno.EACCES)
+    row = measure_case(tmp_path, Case(id="a", patient="a", images=("i.nii.gz",), label="l.nii.gz"), ONE, LABELS)
+    told = "cannot be read (PermissionError: [Errno 13] Permission denied"
+    assert row.values["read_error"].startswith(f"l.nii.gz: {told}")
+    # Taken away between header and voxels.
+    monkeypatch.undo()
+    half = CaseRow()
+    loaded = nib.load(tmp_path / "l.nii.gz")
+    deny(monkeypatch, tmp_path / "l.nii.gz", PermissionError, errno.EACCES)
+    assert case_measures._voxels(half, tmp_path, loaded, "l.nii.gz") is None
+    assert half.details["read_error"][0].seen.startswith(told)
 
 
 def duplicated(root: Path) -> DatasetIndex:

@@ -127,6 +127,15 @@ def test_empty_masks_follow_the_convention():
     assert missed.hd95_mm == pytest.approx(diagonal)
 
 
+@pytest.mark.parametrize("missed", [True, False])
+def test_the_penalty_is_that_of_the_brats_portal(missed):
+    one, none = (np.zeros((240, 240, 155), dtype=np.uint8) for _ in range(2))
+    one[100:110, 100:110, 70:80] = 4
+    truth, prediction = (one, none) if missed else (none, one)
+    found = score_case(truth, prediction, spacing_mm=(1.0, 1.0, 1.0), labels={"ET": 4})[0]
+    assert (found.dice, round(found.hd95_mm, 4)) == (0.0, 373.1287)
+
+
 def test_labels_by_value_and_shape_check():
     truth = np.zeros((4, 4, 4), dtype=np.uint8)
     truth[0], truth[1] = 1, 4

@@ -45,6 +45,45 @@ def test_what_is_decided_and_why(dice, hd95, volume, keep, words):
     assert re.search(words, decision.reason)
 
 
+GROUPS = {"WT": ("WT", "TC")}
+
+
+@pytest.mark.parametrize(
+    ("inner", "inner_hd95", "keep", "words"),
+    [
+        (0.79, 2.0, True, "mean Dice of WT, TC +0.02000, HD95 -0.500 mm"),
+        (0.75, 2.0, False, "mean Dice of WT, TC +0.00000: not more"),
+        (0.79, 3.1, False, "mean Dice of WT, TC +0.02000, but HD95 +0.050 mm"),
+    ],
+)
+def test_of_nested_regions_the_mean_over_all_decides(inner, inner_hd95, keep, words):
+    raw = rows("WT", 0.8, 0.8) + rows("TC", 0.8, 0.8)
+    kept = rows("WT", 0.85, 0.85, hd95=1.0, volume=0.9) + rows("TC", inner, inner, hd95=inner_hd95)
+    found = decide(raw, kept, GROUPS)
+    assert list(found.labels) == ["WT"]
+    assert found.kept == (("WT",) if keep else ())
+    assert (found.labels["WT"].cases_changed, found.groups, found.not_tried) == (2, GROUPS, "")
+    assert words in found.labels["WT"].reason
+    with pytest.raises(ValueError, match="lack ET"):
+        decide(raw, kept, {"WT": ("WT", "ET")})
+
+
+def test_nothing_tried_is_not_nothing_found(tmp_path):
+    found = write_postprocessing(tmp_path, rows("a", 0.8), rows("a", 0.8), {})
+    assert (found.kept, found.labels) == ((), {})
+    assert read_json(tmp_path / "postprocessing.json")["not_tried"].startswith("not tried, as regions overlap")
+
+
+def test_nested_regions_change_together():
+    folds = {
+        k: (raw + [r | {"label": "b"} for r in raw], kept + [r | {"label": "b"} for r in kept])
+        for k, (raw, kept) in {0: fold("x", -0.1), 1: fold("y", 0.1)}.items()
+    }
+    reported = nested(folds, {"a": ("a", "b")})
+    assert reported[0] == folds[0][1]
+    assert reported[1] == folds[1][0]
+
+
 def test_text_as_csv_gives_it_and_tables_that_do_not_fit():
     raw, kept = rows("a", 0.8, 0.8), rows("a", 0.9, 0.9, volume=0.5)
     text = [[{k: str(v) for k, v in r.items()} for r in table] for table in (raw, kept)]
@@ -90,11 +129,14 @@ def test_files(tmp_path):
     path = tmp_path / "postprocessing.json"
     assert load_postprocessing(path) == found
     written = read_json(path)
-    assert written["schema_version"] == 1
+    assert written["schema_version"] == 2
+    old = {key: {k: v for k, v in one.items() if k != "scores_of"} for key, one in written["labels"].items()}
+    write_json(path, {"schema_version": 1, "cases": 2, "labels": old})
+    assert load_postprocessing(path).groups == {"a": ("a",)}
     assert written["labels"]["a"]["keep_largest"] is True
     assert (tmp_path / "postprocessed.csv").read_text().splitlines()[0] == ",".join(raw[0])
     assert load_postprocessing(tmp_path / "none.json") is None
-    for change in ({"schema_version": 2}, {"labels": []}, {"more": 1}):
+    for change in ({"schema_version": 3}, {"labels": []}, {"more": 1}):
         write_json(path, written | change)
         with pytest.raises(DataError, match="evaluate the fold again"):
             load_postprocessing(path)

@@ -166,6 +166,16 @@ def test_what_stands_out():
     assert "Small structures score lower: one, rank correlation of Dice and volume 1.00" in texts
 
 
+def test_a_label_that_is_nowhere_is_named():
+    empty = {"label": "ghost", "dice": 1.0, "hd95_mm": 0.0, "volume_truth_ml": 0.0, "volume_predicted_ml": 0.0}
+    given = rows() + [row | empty for row in rows()]
+    texts = " ".join(text for _, text in observations(given, tables.summarise(given, ["one", "ghost"])))
+    assert "In no held-out case, neither in truth nor in prediction: ghost. By the convention its Dice is 1" in texts
+    once = [*given[:-1], given[-1] | {"volume_predicted_ml": 0.1}]
+    texts = " ".join(text for _, text in observations(once, tables.summarise(once, ["one", "ghost"])))
+    assert "In no held-out case" not in texts
+
+
 def test_validation_is_counted_by_rule():
     html = validation_section(VALIDATION)
     Tags(html)

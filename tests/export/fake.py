@@ -46,7 +46,7 @@ def random_network(name: str, *, seed: int = 0, **options) -> SegmentationNetwor
             if isinstance(module, torch.nn.BatchNorm2d | torch.nn.GroupNorm):
                 module.weight.uniform_(0.8, 1.2)
                 module.bias.uniform_(-0.2, 0.2)
-        network.head.weight.mul_(5)
+        getattr(network, "network", network).head.weight.mul_(5)
     return network.eval()
 
 

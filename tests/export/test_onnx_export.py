@@ -14,6 +14,7 @@ from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.models import registry
 from distilldsm.models.base import SegmentationNetwork
 from tests.export.fake import CHANNELS, CLASSES, exported, random_network
+from tests.models.small import NEEDED
 
 # (D, H, W) in units of the stride; one slice and one stride step are the smallest volumes there are.
 SIZES = ((1, 1, 1), (2, 1, 3), (7, 3, 2))
@@ -26,7 +27,7 @@ FP16_TOLERANCE = 5e-2
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(registry.MODELS))
 def test_runtimes_say_what_the_network_says(name, tmp_path, monkeypatch, tmp_path_factory):
-    options = {"base_width": 4} if name == "unet3d" else {"width": 0.5}
+    options = NEEDED.get(name, {"base_width": 4} if name == "unet3d" else {"width": 0.5})
     if name == "distill_dsm":
         onnx_path = exported(tmp_path_factory).export / "model.onnx"  # all five levels
     else:

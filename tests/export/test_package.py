@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distilldsm.commands import _print_model
 from distilldsm.data.plan import Normalisation
 from distilldsm.errors import DataError
 from distilldsm.export.build import describe_normalisation
@@ -104,6 +105,27 @@ def test_metadata_from_before_mirroring_and_post_processing_load(package):
     write_json(path, content | {"postprocessing": ["background"]})
     with pytest.raises(DataError, match="'postprocessing' names no label"):
         load_metadata(package)
+
+
+def region(name: str, *values: int) -> dict:
+    return {"name": name, "values": list(values), "written_as": values[0]}
+
+
+def test_post_processing_of_regions_is_described_and_checked(package, capsys):
+    path = package / "metadata.json"
+    content = read_json(path) | {"regions": [region("whole", 1, 2), region("inner", 2)]}
+    write_json(path, content | {"postprocessing": ["whole"]})
+    metadata = load_metadata(package)
+    card = model_card(metadata, plan_spacing_mm=(1.0, 1.0, 1.0), summary={})
+    assert "largest connected component of whole (what is cut off is lost to all regions)" in card
+    write_json(path, content | {"postprocessing": ["inner"]})
+    with pytest.raises(DataError, match=r"names no label or region(.|\n)*seen: .*inner(.|\n)*rule: whole"):
+        load_metadata(package)
+    labels = content["labels"] | {"third": 3}
+    crossed = {"labels": labels, "regions": [region("a", 1, 2), region("b", 2, 3)], "postprocessing": []}
+    write_json(path, content | crossed)
+    _print_model(load_metadata(package))
+    assert "none: not tried, as regions overlap" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

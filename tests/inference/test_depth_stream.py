@@ -106,6 +106,37 @@ def test_pytorch_streams_the_same(name, shape, slices):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
 
 
+VARIANTS = {
+    "distill_dsm, encoder": {"shift_at": "encoder"},
+    "distill_dsm, decoder": {"shift_at": "decoder"},
+    "distill_dsm, levels": {"shift_at": (0, 3)},
+    "distill_dsm, identity": {"initialisation": "identity"},
+    "distill_dsm, identity, alpha 0.3": {"initialisation": "identity", "alpha": 0.3, "shift_at": "decoder"},
+    "residual_dsm, identity": {"initialisation": "identity"},
+    "residual_dsm, identity, encoder": {"initialisation": "identity", "add": False, "shift_at": "encoder"},
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_modules_elsewhere_and_another_start(name, tmp_path):
+    network = random_network(name.split(",")[0], **VARIANTS[name], width=0.5)
+    with torch.no_grad():
+        for parameter_name, parameter in network.named_parameters():
+            if ".shift." in parameter_name:
+                parameter.normal_(std=0.2)
+    image = np.random.default_rng(0).normal(size=(1, 2, 13, 16, 32)).astype(np.float32)
+    expected = TorchEngine(network)(image)
+    tolerance = {"rtol": 0, "atol": 1e-4 * np.abs(expected).max()}
+    engine = made(network, tmp_path)
+    np.testing.assert_allclose(engine(image), expected, **tolerance)
+    assert stream_graph(engine._model, (1, 2, 4, 16, 32)).lag == network.depth_halo
+    geometry = {"stride": network.stride, "depth_halo": network.depth_halo}
+    for slices in (1, 4):
+        np.testing.assert_allclose(streamed(engine, image, slices), expected, **tolerance)
+        found = predict_logits(TorchEngine(network), image[0], max_voxels=slices * 16 * 32, **geometry)
+        np.testing.assert_allclose(found, expected[0], **tolerance)
+
+
 def test_a_network_without_shifts_goes_in_windows_and_a_foreign_one_too():
     for network in (random_network("unet2d"), insert_depth_shift(foreign("smp U-Net"))):
         assert TorchEngine(network).open_stream((1, 2, 8, 16, 16), lag=1) is None

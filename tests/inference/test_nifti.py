@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import builtins
+import errno
 import gzip
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -176,6 +179,31 @@ def test_truncated_and_corrupt_files(tmp_path):
     (tmp_path / "flipped.nii.gz").write_bytes(bytes(flipped))
     with pytest.raises(DataError, match="truncated or damaged"):
         read_scan([tmp_path / "flipped.nii.gz"], 1)
+
+
+def deny(monkeypatch, denied: Path, error: type[OSError], number: int) -> None:
+    """What the system answers to any try to open the file: root, whom tests may run as, may read everything."""
+    really = builtins.open
+
+    def answer(file, *arguments, **options):
+        if not isinstance(file, int) and Path(os.fspath(file)) == denied:
+            raise error(number, os.strerror(number), str(file))
+        return really(file, *arguments, **options)
+
+    monkeypatch.setattr(builtins, "open", answer)
+    monkeypatch.setitem(nib.openers.ImageOpener.compress_ext_map, None, (answer, ("mode", "buffering")))
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
+@pytest.mark.parametrize("read", [read_scan, read_image])
+def test_a_file_that_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, name, read):
+    path = write(tmp_path / name, np.zeros((4, 5, 6), np.int16))
+    for error, number, mend in ((PermissionError, errno.EACCES, "chmod"), (OSError, errno.EIO, "disk")):
+        with monkeypatch.context() as patched:
+            deny(patched, path, error, number)
+            with pytest.raises(DataError, match=f"cannot be read(.|\n)*{os.strerror(number)}(.|\n)*mend: .*{mend}"):
+                read([path], 1)
+    assert read([path], 1).shape == (4, 5, 6)
 
 
 def test_channels_must_share_a_grid(tmp_path):

@@ -107,15 +107,15 @@ def test_pieces_and_memory_give_the_same_mask(axes, others, several, shape, wind
     plan = replace(THREE, coarse_slices=coarse)
     scorer = Scorer([Member(slanted, axes), *([Member(other, others)] if several else [])])
     geometry = NetworkGeometry(stride=(1, 4, 4), depth_halo=HALO)
-    kept = (7, 3) if largest else ()
+    kept = {"seven": (7,), "three": (3,)} if largest else {}
     # In memory too in chunks, of another size than the pieces.
     predictor = Predictor(slanted, plan, geometry, max_voxels=7 * 16 * 16, scorer=scorer, keep_largest=kept)
     expected = predictor.predict(Volume(data.astype(np.float32), affine("LPS"), Path("scan.nii")))
     from distilldsm.inference.postprocess import keep_largest
 
     found, _ = in_pieces(scorer, stored(data.astype(np.float32), affine("LPS")), plan, window=window)
-    for value in kept:
-        keep_largest(found, value)
+    for values in kept.values():
+        keep_largest(found, values)
     np.testing.assert_array_equal(found, expected)
 
 

@@ -27,6 +27,35 @@ class Small(nn.Module):
         return self.head(torch.relu_(self.second(x)))
 
 
+class TwoLevels(nn.Module):
+    """A U-Net of two levels and stride 4, with a transposed convolution and names of its own for the channels."""
+
+    def __init__(self, inputs: int, classes: int, width: int = 8) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, width, 3, padding=1)
+        )
+        self.down = nn.Sequential(nn.Conv2d(width, 2 * width, 3, padding=1), nn.ReLU(), _conv(2 * width))
+        self.up = nn.ConvTranspose2d(2 * width, width, 4, stride=4)
+        self.join = nn.Sequential(_conv(2 * width), nn.ReLU(), _conv(2 * width))
+        self.head = nn.Conv2d(2 * width, classes, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        y = torch.relu(self.down(nn.functional.max_pool2d(x, 4)))
+        return self.head(torch.relu(self.join(torch.cat((x, self.up(y)), dim=1))))
+
+
+def _conv(width: int) -> nn.Conv2d:
+    return nn.Conv2d(width, width, 3, padding=1)
+
+
+OWN = {"builder": "tests.models.small:TwoLevels", "in_argument": "inputs", "out_argument": "classes", "stride": 4}
+"""Options of `inserted` for it."""
+NEEDED = {"inserted": OWN}
+"""Options without which a network of the registry cannot be built."""
+
+
 class Slices(nn.Module):
     """The paper's U-Net without its modules, for slices."""
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from distilldsm.errors import ConfigError
+from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import MODEL_NAMES, build_model
+from tests.models.small import NEEDED
 
 
 @pytest.mark.parametrize(
@@ -53,7 +57,7 @@ def test_cost_leaves_the_network_as_it_was():
 @pytest.fixture(params=MODEL_NAMES)
 def network(request):
     torch.manual_seed(0)
-    return build_model(request.param, in_channels=2, out_channels=3).eval()
+    return build_model(request.param, in_channels=2, out_channels=3, **NEEDED.get(request.param, {})).eval()
 
 
 def test_shapes_for_any_depth(network):
@@ -81,11 +85,27 @@ def test_gradients_reach_every_parameter(network):
     assert not [n for n in without if not n.endswith("bias")]
 
 
-@pytest.mark.parametrize("name", ["unet2d", "residual_dsm", "distill_dsm"])
-def test_depth_halo_is_the_exact_reach(name):
+@pytest.mark.parametrize(
+    ("name", "options", "reach"),
+    [
+        ("unet2d", {}, 0),
+        *((name, {}, 8) for name in ("residual_dsm", "distill_dsm")),
+        *((name, {"shift_at": part}, 4) for name in ("residual_dsm", "distill_dsm") for part in ("encoder", "decoder")),
+        ("distill_dsm", {"shift_at": (4,)}, 1),
+        ("distill_dsm", {"shift_at": (0, 3)}, 3),
+        ("distill_dsm", {"initialisation": "identity"}, 8),
+        ("residual_dsm", {"initialisation": "identity", "shift_at": "decoder", "add": False}, 4),
+    ],
+)
+def test_depth_halo_is_the_exact_reach(name, options, reach):
     """Changing a slice changes logits exactly `depth_halo` slices away and no further."""
     torch.manual_seed(1)
-    network = build_model(name, in_channels=1, out_channels=2).eval()
+    network = build_model(name, in_channels=1, out_channels=2, **options).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in network.named_parameters():
+            if ".shift." in parameter_name and options.get("initialisation") == "identity":
+                parameter.normal_(std=0.2)
+    assert network.depth_halo == reach
     x = torch.randn(1, 1, 21, 16, 16)
     changed = x.clone()
     changed[:, :, 10] += 10 * torch.randn(16, 16)
@@ -109,6 +129,115 @@ def test_unknown_names_and_options():
         build_model("unet2d", in_channels=1, out_channels=2, alpha=0.5)
     with pytest.raises(ConfigError, match="in_channels"):
         build_model("unet2d", in_channels=0, out_channels=2)
+
+
+@pytest.mark.parametrize("name", ["distill_dsm", "distill_dsm_m", "distill_dsm_l", "residual_dsm"])
+def test_where_modules_are(name):
+    for shift_at, places in (
+        ("all", ["encoder.1", "encoder.2", "encoder.3", "encoder.4", *(f"decoder.{k}" for k in range(4))]),
+        ("encoder", ["encoder.1", "encoder.2", "encoder.3", "encoder.4"]),
+        ("decoder", ["decoder.0", "decoder.1", "decoder.2", "decoder.3"]),
+        ([3, 4], ["encoder.3", "encoder.4", "decoder.0"]),
+        ((0,), ["decoder.3"]),
+    ):
+        network = build_model(name, in_channels=1, out_channels=2, shift_at=shift_at)
+        blocks = {n: m for n, m in network.named_modules() if hasattr(m, "shift") and n.count(".") == 1}
+        assert [n for n, block in blocks.items() if block.shift is not None] == places
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("distill_dsm", {}), ("residual_dsm", {}), ("residual_dsm", {"add": False})]
+)
+def test_with_identity_it_is_at_first_the_2d_network(name, options):
+    flat = build_model("unet2d", in_channels=2, out_channels=3).eval()
+    network = build_model(name, in_channels=2, out_channels=3, initialisation="identity", **options).eval()
+    assert network.flat_names().keys() == flat.state_dict().keys()
+    network.load_state_dict(flat.state_dict(), strict=False)
+    x = torch.randn(2, 2, 4, 32, 16)
+    with torch.no_grad():
+        assert torch.equal(network(x), flat(x))
+    network.train()(x).square().mean().backward()
+    modules = [p for n, p in network.named_parameters() if ".shift." in n]
+    assert modules
+    assert all(float(p.grad.abs().sum()) > 0 for p in modules if p.ndim != 1 or name == "residual_dsm")
+
+
+def test_the_default_draws_its_weights_as_ever():
+    """Block by block, the module first: recorded results depend on their seeds."""
+    torch.manual_seed(3)
+    weights = build_model("distill_dsm", in_channels=2, out_channels=3).state_dict()
+    torch.manual_seed(3)
+    blocks = [f"encoder.{k}" for k in range(5)] + [f"decoder.{k}" for k in range(4)]
+    layers = [f"{b}.{layer}" for b in blocks for layer in ("shift.convolution", "first.0", "second.0")] + ["head"]
+    for name in layers:
+        if f"{name}.weight" in weights:
+            expected = weights[f"{name}.weight"]
+            drawn = torch.nn.Conv2d(expected.shape[1], expected.shape[0], tuple(expected.shape[2:]))
+            assert torch.equal(drawn.weight, expected), name
+            assert torch.equal(drawn.bias, weights[f"{name}.bias"]), name
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"shift_at": "bottom"},
+        {"shift_at": []},
+        {"shift_at": [5]},
+        {"shift_at": [True]},
+        {"shift_at": {"encoder": 1}},
+        {"initialisation": "zeros"},
+        {"alpha": [0.5]},
+        {"width": {"a": 1}},
+    ],
+    ids=str,
+)
+def test_impossible_options(options):
+    with pytest.raises(ConfigError, match=rf"train.model.options.*{next(iter(options))}(.|\n)*rule"):
+        build_model("distill_dsm", in_channels=1, out_channels=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [
+        (torch.nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2), (1, 4, 5, 4)),
+        (torch.nn.ConvTranspose2d(4, 6, 3, stride=2, padding=1, groups=2), (1, 4, 5, 4)),
+        (torch.nn.ConvTranspose2d(3, 2, 2, stride=2), (2, 3, 4, 3)),
+        (torch.nn.ConvTranspose3d(2, 3, (1, 2, 2), stride=2, bias=False), (1, 2, 2, 3, 2)),
+    ],
+    ids=str,
+)
+def test_macs_are_those_of_a_slow_count(layer, shape):
+    class One(SegmentationNetwork):
+        def __init__(self):
+            super().__init__(1, 1)
+            self.layer = layer
+
+        def forward(self, x, features=None):
+            return self.layer(torch.ones(shape))
+
+    # With ones everywhere, the sum of all outputs is the number of products that are not cut away with the padding.
+    with torch.no_grad():
+        layer.weight.fill_(1)
+        if layer.bias is not None:
+            layer.bias.zero_()
+    kernel = [range(k) for k in layer.kernel_size]
+    transposed = isinstance(layer, torch.nn.ConvTranspose2d | torch.nn.ConvTranspose3d)
+    walked = shape[2:] if transposed else layer(torch.ones(shape)).shape[2:]
+    other = layer(torch.ones(shape)).shape[2:] if transposed else shape[2:]
+    count, inside = 0, 0
+    for _ in range(shape[0]):
+        for c, k in itertools.product(range(layer.in_channels), range(layer.out_channels)):
+            if c * layer.groups // layer.in_channels != k * layer.groups // layer.out_channels:
+                continue
+            for place in itertools.product(*map(range, walked)):
+                for offset in itertools.product(*kernel):
+                    count += 1
+                    reached = [
+                        p * s + o - q for p, s, o, q in zip(place, layer.stride, offset, layer.padding, strict=True)
+                    ]
+                    inside += all(0 <= r < n for r, n in zip(reached, other, strict=True))
+    assert float(layer(torch.ones(shape)).detach().sum()) == inside
+    assert One().cost().macs_per_voxel == count / 8
 
 
 def test_width_scales_the_network():
