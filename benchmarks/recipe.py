@@ -3,10 +3,10 @@
     python -m benchmarks.recipe dataset=hippocampus download.source=PATH/Task04_Hippocampus.tar train.epochs=12 \\
         --variant base --variant "lr-8e-3: train.learning_rate=0.008" --fold 0 --jobs 2
 
-The arguments are Hydra overrides over conf/; a variant adds its own. A stage whose parameters two variants share runs
-once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row for each variant and
-fold. Of several folds (--fold 0 1 2 3 4) the table of the cross-validation is printed for each variant; folds done by
-earlier calls are read, not computed again. Several variants are compared case by case with the first one, as
+The arguments are those of `distilldsm compose`; a variant adds its own. A stage whose parameters two variants share
+runs once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row for each variant
+and fold. Of several folds (--fold 0 1 2 3 4) the table of the cross-validation is printed for each variant; folds done
+by earlier calls are read, not computed again. Several variants are compared case by case with the first one, as
 `distilldsm compare` does: printed, and written to `comparison.csv` and `comparison.png` there. What is chosen by this
 must be reported on other folds, or on all of them (docs/recipe.md).
 """

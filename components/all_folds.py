@@ -20,7 +20,7 @@ from pathlib import Path
 from components import evaluate, train
 from components._main import stage_main
 from distilldsm.config import Params, load_params
-from distilldsm.errors import DataError, UserError
+from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.interruption import RESUME_VARIABLE, command_again, explains_interrupt
 from distilldsm.params import to_mapping
 from distilldsm.progress import Meter, beside_the_bar, meter
@@ -207,8 +207,10 @@ def run(
         output: where `models/`, `evaluation/`, `cross_validation/` and `logs/` go.
 
     Raises:
-        UserError: no preprocessed data, a fold that does not exist, or a stage that failed.
+        UserError: no jobs, no preprocessed data, a fold that does not exist, or a stage that failed.
     """
+    if jobs < 1:
+        raise ConfigError("is too small", where="--jobs", seen=jobs, rule="1 or more")
     params = load_params(params_file, assignments)
     count = check_preprocessed(params)
     numbers = list(range(count)) if folds is None else sorted(set(folds))

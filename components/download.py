@@ -15,7 +15,7 @@ from components._main import stage_main
 from distilldsm.config import DownloadConfig, load_params
 from distilldsm.data.archive import extract
 from distilldsm.data.catalog import lookup
-from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
 from distilldsm.data.download import Credentials, fetch, is_url, local_path
 from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.errors import ConfigError, DataError
@@ -86,7 +86,7 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
         archive = store / f"sample-v{VERSION}-{sha256_json(config.sample)[:12]}.tar"
         if not archive.is_file():
             make_sample_archive(archive, config.sample)
-        return archive, "embedded sample (MNI152 template)"
+        return archive, SAMPLE_SOURCE
     if config.source.startswith("msd:"):
         entry = lookup(config.source)
         target = store / entry.urls[0].rsplit("/", 1)[-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,27 @@ def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold:
     Trainer(config, preprocessed=inputs["preprocessed"], work=work, fold=fold, processes=processes).run()
 
 
+def _tell(config: TrainConfig, trainer: Any, source: str) -> None:
+    """What is trained and how long, and whether that is short."""
+    from distilldsm.data.dataset import SAMPLE_SOURCE
+    from distilldsm.training.schedule import remark_on_few_steps
+
+    sampler = trainer.sampler
+    print(
+        f"{config.model.name}: {trainer.cost}; {trainer.device}, {'bf16' if trainer.bf16 else 'float32'}; "
+        f"{trainer.total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch",
+        flush=True,
+    )
+    remark = remark_on_few_steps(
+        epochs=config.epochs,
+        steps_per_epoch=sampler.steps_per_epoch,
+        cases=len(sampler.case_ids),
+        batch_size=sampler.batch_size,
+    )
+    if remark and source != SAMPLE_SOURCE:  # deformations of one head are learned in 190
+        print(remark, file=sys.stderr, flush=True)
+
+
 def _train_as_main(
     config: TrainConfig, inputs: Mapping, work: Path, fold: int, processes: Any, tracking: TrackingConfig
 ) -> None:
@@ -105,8 +127,8 @@ def _train_as_main(
             "precision": "bf16" if trainer.bf16 else "float32",
         }
         taken = TrainingCost(work, facts)
-        print(f"{config.model.name}: {trainer.cost}; {trainer.device}, {'bf16' if trainer.bf16 else 'float32'}")
         index = DatasetIndex.load(preprocessed)
+        _tell(config, trainer, index.source)
         mlflow_run.log_params(
             {
                 "train": to_mapping(config),

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from distilldsm import __version__
+from distilldsm.compose_command import add_compose
 from distilldsm.drift_command import add_drift
 from distilldsm.predict_command import add_predict
 from distilldsm.shell import run_shell
@@ -47,12 +48,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
 
     def command() -> None:
-        from distilldsm import commands, compare_command, drift_command, predict_command, view_command
+        from distilldsm import commands, compare_command, compose_command, drift_command, predict_command, view_command
 
         if args.command == "predict":
             predict_command.predict(args)
         elif args.command == "compare":
             compare_command.compare(args)
+        elif args.command == "compose":
+            compose_command.compose(args)
         elif args.command == "drift":
             drift_command.drift(args)
         elif args.command == "view":
@@ -115,11 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     params.add_argument("keys", metavar="KEY", nargs="*", help="a parameter or a section, e.g. train.augment")
     params.add_argument("--markdown", action="store_true", help="as tables in Markdown")
 
-    compose = commands.add_parser("compose", help="write params.yaml from the presets in conf/")
-    compose.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")
-    compose.add_argument("-o", "--output", default="params.yaml", help="file to write, - for stdout (%(default)s)")
-    compose.add_argument("--keep", action="store_true", help="change what the file holds instead of the defaults")
-    compose.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
+    add_compose(commands)
 
     summary = commands.add_parser("summary", help="scores per label of the evaluated folds and of the cross-validation")
     summary.add_argument("directories", metavar="DIR", nargs="*", help="default: evaluation/fold*")

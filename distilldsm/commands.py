@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.errors import ConfigError, DataError
+from distilldsm.errors import DataError
 
 if TYPE_CHECKING:
     from distilldsm.data.plan import Plan
@@ -149,126 +147,6 @@ def _find_plan(directory: Path, params: str) -> Plan:
     index = DatasetIndex.load(directory)
     cases = progress(index.cases, total=len(index.cases), title="fingerprint", unit="case")
     return make_plan(index, [fingerprint_case(directory, case, index) for case in cases], config)
-
-
-def compose(args: argparse.Namespace) -> None:
-    """Presets and values on the defaults, or on what `params.yaml` holds; what comes out is checked, then written."""
-    from distilldsm.config import Params
-    from distilldsm.params import from_mapping, load_yaml
-
-    conf = Path(args.conf).resolve()
-    if not (conf / "config.yaml").is_file():
-        raise ConfigError("holds no config.yaml", where=args.conf, mend="run this where conf/ is, or give --conf")
-    values = _overlay(load_yaml(args.output), conf, args.overrides) if args.keep else _compose(conf, args.overrides)
-    from_mapping(Params, values, where=f"{args.conf} with {' '.join(args.overrides) or 'no override'}")
-    text = _yaml(values)
-    if args.output == "-":
-        print(text, end="")
-        return
-    command = " ".join(["distilldsm compose", *(["--keep"] if args.keep else []), *args.overrides])
-    _write_text(
-        Path(args.output), f"# Written by: {command}\n# What each parameter means: distilldsm/config.py\n{text}"
-    )
-    print(f"{args.output}: {' '.join(args.overrides) or 'the defaults'}")
-    named = {override.partition("=")[0] for override in args.overrides}
-    if "download.source" in named and not args.keep and "dataset" not in named:
-        print("The training is the sample's; for data of your own: dataset=custom", file=sys.stderr)
-
-
-def _yaml(values: dict[str, Any]) -> str:
-    """YAML with a line per parameter and lists in one line, as in the shipped params.yaml."""
-    import yaml
-
-    class Dumper(yaml.SafeDumper):
-        pass
-
-    def in_one_line(dumper: yaml.SafeDumper, items: list) -> yaml.Node:
-        return dumper.represent_sequence("tag:yaml.org,2002:seq", items, flow_style=True)
-
-    Dumper.add_representer(list, in_one_line)
-    return yaml.dump(values, Dumper=Dumper, sort_keys=False, default_flow_style=False, allow_unicode=True, width=120)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _compose(conf: Path, overrides: list[str]) -> dict[str, Any]:
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    try:
-        with hydra.initialize_config_dir(config_dir=str(conf), version_base="1.3"):
-            composed = hydra.compose(config_name="config", overrides=overrides)
-            _refuse_environment(OmegaConf.to_container(composed), conf)
-            values = OmegaConf.to_container(composed, resolve=True)
-    except (HydraException, OmegaConfBaseException, YAMLError) as error:
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        raise ConfigError(
-            "cannot be composed",
-            where=conf,
-            seen=" ".join(lines)[:600],
-            mend="dataset=NAME and model=NAME take a file of conf/; other parameters are named as in params.yaml",
-        ) from None
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
-
-
-def _refuse_environment(value: Any, conf: Path) -> None:
-    """No preset may bring a variable of the environment, such as a password, into params.yaml."""
-    if isinstance(value, Mapping | list):
-        for inner in value.values() if isinstance(value, Mapping) else value:
-            _refuse_environment(inner, conf)
-    elif isinstance(value, str) and "oc.env" in value:
-        raise ConfigError(
-            "a preset reads the environment",
-            where=conf,
-            seen=value,
-            rule="what params.yaml holds is written to many files",
-            mend="write the value itself; secrets stay in the environment",
-        )
-
-
-FREE_FORM = ("options", "modalities", "bounds", "sample", "regions")
-"""Mappings that a preset replaces as a whole: the options of one network mean nothing to another."""
-
-
-def _overlay(values: Mapping[str, Any], conf: Path, overrides: list[str]) -> dict[str, Any]:
-    """`values` with what the named presets set, then with the single assignments."""
-    import copy
-
-    from distilldsm.params import load_yaml, set_values
-
-    merged = copy.deepcopy(dict(values))
-    assignments = []
-    for override in overrides:
-        group, _, name = override.partition("=")
-        if not (conf / group).is_dir():
-            assignments.append(override)
-            continue
-        preset = conf / group / f"{name}.yaml"
-        if not preset.is_file():
-            known = ", ".join(sorted(p.stem for p in (conf / group).glob("*.yaml")))
-            raise ConfigError("no such preset", where=conf / group, seen=name, rule=known)
-        _merge(merged, load_yaml(preset))
-    return set_values(merged, assignments)
-
-
-def _merge(base: dict[str, Any], preset: Mapping[str, Any]) -> None:
-    for key, value in preset.items():
-        if isinstance(value, Mapping) and isinstance(base.get(key), dict) and key not in FREE_FORM:
-            _merge(base[key], value)
-        else:
-            base[key] = value
 
 
 def params(args: argparse.Namespace) -> None:

@@ -17,7 +17,7 @@ from distilldsm.config_train import MirrorAxis as MirrorAxis
 from distilldsm.config_train import ModelConfig as ModelConfig
 from distilldsm.config_train import TrainConfig
 from distilldsm.errors import ConfigError
-from distilldsm.params import from_mapping, load_yaml, require, set_values
+from distilldsm.params import RULE, from_mapping, load_yaml, require, set_values
 from distilldsm.redaction import public_address, secret_in_address
 
 Modality = Literal["MRI", "CT", "PET", "US", "other"]
@@ -172,7 +172,9 @@ class PreprocessConfig:
     normalisation: Literal["auto", "zscore", "zscore_foreground", "ct", "none"] = "auto"
     """`auto`: CT is clipped to the foreground's 0.5 and 99.5 percentiles (HU) and standardised by the data set's
     mean and sd; everything else is z-scored per case."""
-    regions: Literal["labels"] | Mapping[str, tuple[str, ...]] | None = None
+    regions: Literal["labels"] | Mapping[str, tuple[str, ...]] | None = field(
+        default=None, metadata={RULE: "labels, or names of labels, e.g. {a: [organ, lesion]}"}
+    )
     """Overlapping regions to segment instead of the labels, each with a sigmoid: name to label names, e.g.
     `TC: [necrotic_core, enhancing_tumour]`. A mask shows a region as the one label that no smaller region holds.
     null: the data set's own (BraTS 2020, nnU-Net with regions); {}: none; labels: the data set's own, else each label
@@ -292,4 +294,5 @@ def load_params(path: str | os.PathLike[str] = "params.yaml", assignments: Itera
     Raises:
         ConfigError: names the file, the section and key, the value and what is allowed.
     """
-    return from_mapping(Params, set_values(load_yaml(path), assignments), where=os.fspath(path))
+    mend = "run this where params.yaml lies, write one by `distilldsm compose`, or name another by --params"
+    return from_mapping(Params, set_values(load_yaml(path, mend=mend), assignments), where=os.fspath(path))

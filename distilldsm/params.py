@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import math
@@ -12,26 +13,34 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distilldsm.assignments import parse_yaml, read_assignment
 from distilldsm.errors import ConfigError
 
 T = TypeVar("T")
+RULE = "rule"
+"""Key of a field's metadata: what to tell instead of the names of its types."""
 
 
-def load_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
+def load_yaml(path: str | os.PathLike[str], *, mend: str = "give an existing file") -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
+    Args:
+        mend: what to do where it cannot be read.
+
     Raises:
-        ConfigError: the file is missing, is no YAML or holds something other than a mapping.
+        ConfigError: the file is missing, is no YAML, holds something other than a mapping or a key twice.
     """
     import yaml
 
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("cannot read the parameters", where=path, seen=str(error)) from None
+    except OSError as error:
+        raise ConfigError("cannot be read", where=path, seen=error.strerror, mend=mend) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("is no text", where=path, seen=str(error), rule="UTF-8", mend=mend) from None
     try:
-        loaded = yaml.safe_load(text)
+        loaded = parse_yaml(text, where=path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2001-99-99
         raise ConfigError(
             "is not valid YAML",
@@ -66,7 +75,7 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
                 rule="allowed: " + ", ".join(fields),
                 mend=f"did you mean '{close[0]}'?" if close else "remove it or correct its name",
             )
-    built = {key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    built = {key: _convert_field(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
     missing = [
         name
         for name, field in fields.items()
@@ -89,37 +98,33 @@ def require(condition: bool, key: str, seen: object, rule: str) -> None:
 
 
 def set_values(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested `values` with `section.key=value` assignments carried out; values are read as YAML.
+    """A copy of nested `values` with `section.key=value` assignments carried out, see `read_assignment`.
 
     Raises:
         ConfigError: an assignment is none, or leads through something that is no mapping.
     """
     import copy
 
-    import yaml
-
     changed: dict[str, Any] = copy.deepcopy(dict(values))
     for assignment in assignments:
-        path, sign, text = assignment.partition("=")
-        *parents, key = path.strip().split(".")
-        if not (sign and key and all(parents)):
-            raise ConfigError("is no assignment", where="--set", seen=assignment, rule="e.g. train.epochs=3")
-        inner = changed
-        for parent in parents:
-            inner = inner.setdefault(parent, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"'{parent}' holds no parameters", where="--set", seen=assignment)
-        try:
-            inner[key] = yaml.safe_load(text)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ConfigError(
-                "the value is no YAML",
-                where="--set",
-                seen=assignment[:500],
-                rule=str(error)[:500],
-                mend="give a plain value, e.g. train.epochs=3",
-            ) from None
+        keys, value = read_assignment(assignment, where="--set")
+        mapping_at(changed, keys[:-1], assignment, where="--set")[keys[-1]] = value
     return changed
+
+
+def mapping_at(values: dict[str, Any], keys: Iterable[str], assignment: str, *, where: str) -> dict[str, Any]:
+    """The mapping within `values` that `keys` lead to, made where there is none.
+
+    Raises:
+        ConfigError: they lead through something that is no mapping.
+    """
+    for key in keys:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{key}' holds no parameters", where=where, seen=assignment)
+    return values
 
 
 def to_mapping(value: Any) -> Any:
@@ -143,6 +148,15 @@ def _wrong(value: object, where: str, rule: str) -> ConfigError:
     return ConfigError("has the wrong type or value", where=where, seen=_show(value), rule=rule)
 
 
+def _convert_field(field: dataclasses.Field, hint: Any, value: object, where: str) -> Any:
+    try:
+        return _convert(hint, value, where)
+    except ConfigError as error:
+        if RULE in field.metadata:
+            raise ConfigError(error.problem, where=error.where, seen=error.seen, rule=field.metadata[RULE]) from None
+        raise
+
+
 def _convert(hint: Any, value: object, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
@@ -163,10 +177,22 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
         if not isinstance(value, Mapping):
             raise _wrong(value, where, "a mapping")
+        for k, v in value.items():
+            if args[0] is str and not isinstance(k, str):
+                raise _no_name(args[1], k, v, where)
         return {_convert(args[0], k, f"{where} key"): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
     return _convert_scalar(hint, value, where)
+
+
+def _no_name(hint: Any, key: object, value: object, where: str) -> ConfigError:
+    mend = "put the name in quotes"
+    if isinstance(value, str):
+        with contextlib.suppress(ConfigError):
+            _convert(hint, key, where)
+            mend = f"did you mean '{value}: {key}'?"
+    return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", mend=mend)
 
 
 def _convert_union(args: tuple[Any, ...], value: object, where: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -240,6 +241,8 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
                 "cannot hold the volumes", where=volumes, rule="a .json or .csv file in an existing directory"
             )
         refuse_input(volumes, every, "is an input")
+        if not os.access(volumes if volumes.exists() else volumes.parent, os.W_OK):
+            raise UserError("cannot be written", where=volumes, mend="name a place that you may write to")
     return jobs, many
 
 

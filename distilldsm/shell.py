@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from distilldsm.errors import UserError
@@ -34,6 +37,17 @@ EXTRAS = {
     "highdicom": "dicom",
 }
 """Package to the optional dependency group that brings it."""
+
+_FULL, _REFUSED = "free space, then run the same command again", "use a place that you may read and write"
+MENDS = {
+    errno.ENOENT: "make it, or correct the path",
+    errno.EACCES: _REFUSED,
+    errno.EPERM: _REFUSED,
+    errno.EROFS: _REFUSED,
+    errno.ENOSPC: _FULL,
+    errno.EDQUOT: _FULL,
+}
+"""Of errors of the operating system that no command tells better."""
 
 
 def interrupt(number: int, frame: object) -> None:
@@ -91,7 +105,14 @@ def run_shell(run: Callable[[], None]) -> int:
     except OSError as error:
         if os.environ.get("DISTILLDSM_DEBUG"):
             raise
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}", file=sys.stderr)
+        print(f"error: {_of_system(error)}", file=sys.stderr)
         return 1
     return 0
+
+
+def _of_system(error: OSError) -> UserError:
+    """An error of the operating system as one a person can act on; of a temporary or lock file, what it stands for."""
+    path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
+    if path is not None and (hidden := re.fullmatch(r"\.(.+?)\.(\d+\.tmp|lock|partial|partial\.json)", path.name)):
+        path = path.with_name(hidden.group(1))
+    return UserError(error.strerror or str(error), where=path, mend=MENDS.get(error.errno or 0))

@@ -11,7 +11,7 @@ import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
 """Parameters of any stage that say where and how it computes, not what: work begun with others goes on."""
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_BYTES = 64 << 10
 """An error with so little space left is taken for one of the full disk."""
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
@@ -43,15 +44,46 @@ def sha256_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON so that the file is either the old or the whole new one."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Around writing to `path` by way of a temporary or a lock file, which no error shall name.
+
+    Raises:
+        OSError: the disk is full, which `output_directory` and the shell tell.
+        UserError: it cannot be written.
+    """
     try:
-        temporary.write_text(json.dumps(to_mapping(value), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        mend = "make its folder first" if error.errno == errno.ENOENT else "name a place that you may write to"
+        raise UserError("cannot be written", where=path, seen=error.strerror or str(error), mend=mend) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old or the whole new one.
+
+    Raises:
+        OSError, UserError: as `writes`.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with writes(path):
+        try:
+            temporary.write_text(text, encoding="utf-8")
+            os.replace(temporary, path)
+        finally:
+            with suppress(OSError):  # of a folder that is none; the error is that of the writing
+                temporary.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON so that the file is either the old or the whole new one.
+
+    Raises:
+        OSError, UserError: as `writes`.
+    """
+    write_text(Path(path), json.dumps(to_mapping(value), indent=2, allow_nan=False) + "\n")
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:
@@ -123,18 +155,19 @@ def output_directory(
         kept: says of the work directory how much is done, for a person who interrupts it.
 
     Raises:
-        UserError: another process writes the same output, or the disk is full.
+        UserError: another process writes the same output, it cannot be written, or the disk is full.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.partial")
     lock = FileLock(path.with_name(f".{path.name}.lock"))
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(
-            "another process is writing this output", where=path, mend="wait for it, or stop it, then run again"
-        ) from None
+    with writes(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:  # an OSError too
+            raise UserError(
+                "another process is writing this output", where=path, mend="wait for it, or stop it, then run again"
+            ) from None
     try:
         input_hashes = {name: content_hash(p) for name, p in inputs.items()}
         key = {"stage": stage, "config": result_config(config), "inputs": input_hashes, "extra": dict(extra or {})}
@@ -220,7 +253,7 @@ def is_current(
 def _disk_is_full(error: Exception, work: Path) -> bool:
     """Whether an error comes from a full disk: NumPy, safetensors and OpenVINO each tell it in another way."""
     if isinstance(error, OSError) and error.errno is not None:
-        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return error.errno in _FULL
     text = str(error)
     if "No space left" in text or re.search(r"\d requested and \d+ written", text):
         return True

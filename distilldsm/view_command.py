@@ -52,8 +52,10 @@ def view(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        UserError: a file is missing or no 3-D volume, or a mask does not lie on the image's grid.
+        UserError: a file is missing or no 3-D volume, or a mask does not lie on the image's grid, or the
+            page cannot be written.
     """
+    from distilldsm.stage import write_text
     from distilldsm.viewer import ViewedCase, packed, viewer_page
 
     if args.max_voxels < 1:
@@ -76,7 +78,7 @@ def view(args: argparse.Namespace) -> None:
         ViewedCase(name=name, image=image, truth=packed_truth, prediction=small(mask, True))
         for name, mask in zip(_names(args.masks), masks.values(), strict=False)
     ] or [ViewedCase(name=one.name, image=image, truth=packed_truth)]
-    _write(output, viewer_page(one.name, cases, labels))
+    write_text(output, viewer_page(one.name, cases, labels))
     if scan.channels[0].raw.size > args.max_voxels:
         sizes = " x ".join(str(n) for n in scan.shape)
         print(f"{sizes} voxels are more than --max-voxels {args.max_voxels}: some are left out", file=sys.stderr)
@@ -158,15 +160,6 @@ def _output(asked: str | None, name: str, inputs: Sequence[Path]) -> Path:
         raise ConfigError("the directory of the output does not exist", where=path.parent, mend="make it first")
     refuse_input(path, inputs, "is an input")
     return path
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _has_display() -> bool:

@@ -11,11 +11,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import yaml
 
 from distilldsm import __version__
 from distilldsm.cli import STAGES, main
-from distilldsm.config import load_params
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.evaluation import tables
 from distilldsm.models.registry import MODELS
@@ -145,77 +143,6 @@ def test_plan_of_preprocessed_and_raw_data(made, tmp_path, capsys):
     assert "neither a plan nor a data set" in capsys.readouterr().err
 
 
-def compose(repository: Path, *arguments: str) -> int:
-    return main(["compose", "--conf", str(repository / "conf"), *arguments])
-
-
-def test_compose_writes_checked_parameters(repository, tmp_path, capsys):
-    output = tmp_path / "params.yaml"
-    assert compose(repository, "dataset=hippocampus", "model=unet3d", "train.epochs=5", "-o", str(output)) == 0
-    params = load_params(output)
-    assert (params.train.model.name, params.train.epochs) == ("unet3d", 5)
-    assert params.download.source == "msd:Task04_Hippocampus"
-    assert output.read_text().startswith("# Written by: distilldsm compose dataset=hippocampus model=unet3d")
-    assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
-    capsys.readouterr()
-    assert compose(repository, "-o", "-") == 0
-    assert yaml.safe_load(capsys.readouterr().out) == yaml.safe_load((repository / "params.yaml").read_text())
-
-
-@pytest.mark.parametrize(
-    ("override", "words"),
-    [
-        ("train.epoch=5", "train.epoch"),
-        ("dataset=lungs", "hippocampus"),
-        ("train.epochs=0", "at least 1"),
-        ("train.epochs=many", "a whole number"),
-        ("train", "train"),
-        ("+surprise=1", "unknown parameter 'surprise'"),
-        ("dataset=custom", "download.source=FOLDER"),
-    ],
-)
-def test_compose_refuses_and_keeps_what_was_there(repository, tmp_path, capsys, override, words):
-    output = tmp_path / "params.yaml"
-    output.write_text("kept")
-    assert compose(repository, override, "-o", str(output)) == 2
-    assert words in capsys.readouterr().err
-    assert output.read_text() == "kept"
-
-
-def test_compose_does_not_give_the_samples_training_to_other_data_unsaid(repository, tmp_path, capsys):
-    output = tmp_path / "params.yaml"
-    assert compose(repository, "download.source=/data/mine", "-o", str(output)) == 0
-    assert "dataset=custom" in capsys.readouterr().err
-    assert compose(repository, "--keep", "dataset=custom", "download.source=/data/mine", "-o", str(output)) == 0
-    kept = load_params(output)
-    assert compose(repository, "dataset=custom", "download.source=/data/mine", "-o", str(output)) == 0
-    assert capsys.readouterr().err == ""
-    assert load_params(output) == kept
-    assert (kept.train.batch_size, kept.train.samples_per_case) == (None, 1)
-
-
-def test_compose_on_top_of_what_is_there(repository, tmp_path, capsys):
-    output = tmp_path / "params.yaml"
-    assert (
-        compose(repository, "dataset=prostate", "download.source=/data/mine", "train.epochs=5", "-o", str(output)) == 0
-    )
-    before = yaml.safe_load(output.read_text())
-    assert compose(repository, "--keep", "model=unet2d", "train.seed=7", "-o", str(output)) == 0
-    before["train"]["model"] = {"name": "unet2d", "options": {"width": 1.0}}
-    before["train"]["seed"] = 7
-    assert yaml.safe_load(output.read_text()) == before
-    capsys.readouterr()
-    assert compose(repository, "--keep", "model=unet4d", "-o", str(output)) == 2
-    assert "unet3d" in capsys.readouterr().err
-    assert compose(repository, "--keep", "train.epoch=7", "-o", str(output)) == 2
-    assert yaml.safe_load(output.read_text()) == before
-
-
-def test_compose_needs_the_presets(tmp_path, capsys):
-    assert main(["compose", "--conf", str(tmp_path)]) == 2
-    assert "config.yaml" in capsys.readouterr().err
-
-
 def write_summary(directory: Path, dice: float) -> None:
     rows = [
         {
@@ -266,7 +193,10 @@ def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
         (UserError("bad data", where="x.nii"), 1, "error: x.nii: bad data"),
         (ConfigError("bad key"), 2, "error: bad key"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied"),
+        (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied\n  mend: "),
+        (PermissionError(13, "Permission denied", "a/.raw.lock"), 1, "error: a/raw: Permission denied"),
+        (FileNotFoundError(2, "No such file", "a/.b.json.12.tmp"), 1, "error: a/b.json: No such file\n  mend: "),
+        (OSError("odd"), 1, "error: odd\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install '.[train]'"),
     ):
         assert run_shell(raising(error)) == code

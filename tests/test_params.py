@@ -10,9 +10,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distilldsm.assignments import read_assignment
 from distilldsm.config import Params, TrainConfig, load_params
 from distilldsm.errors import ConfigError
-from distilldsm.params import from_mapping, to_mapping
+from distilldsm.params import from_mapping, load_yaml, to_mapping
 
 
 def test_defaults_survive_the_round_trip():
@@ -87,3 +88,82 @@ def test_anything_is_either_parameters_or_a_config_error(value):
     for mapping in (value, {"train": value, "download": value}):
         with contextlib.suppress(ConfigError):
             from_mapping(Params, mapping)
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        (
+            {"preprocess": {"regions": {"a": [1, 2]}}},
+            ["preprocess.regions", "rule: labels, or names of labels, e.g. {a: [organ, lesion]}"],
+        ),
+        ({"preprocess": {"regions": "label"}}, ["rule: labels, or names of labels"]),
+        (
+            {"download": {"pattern": {"labels": {0: "background", 1: "organ"}}}},
+            ["download.pattern.labels", "seen: 0 (int)", "rule: NAME: VALUE", "did you mean 'background: 0'?"],
+        ),
+        ({"download": {"modalities": {1: "MRI"}}}, ["download.modalities", "put the name in quotes"]),
+    ],
+)
+def test_mappings_by_name_say_what_they_hold(values, words):
+    with pytest.raises(ConfigError) as caught:
+        from_mapping(Params, values)
+    for word in words:
+        assert word in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("train:\n  epochs: 3\n  seed: 1\n  epochs: 4\n", "seen: train.epochs, lines 2 and 4"),
+        ("train: {seed: 1}\ncv: {}\n'train': {}\n", "seen: train, lines 1 and 3"),
+        ("a: [{b: 1}, {b: 1, b: 2}]\n", r"seen: a\[1\].b, lines 1 and 1"),
+    ],
+)
+def test_a_key_is_given_once(tmp_path, text, words):
+    path = tmp_path / "params.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=rf"params\.yaml: a key is given twice\n +{words}\n(.|\n)*mend: "):
+        load_yaml(path)
+
+
+def test_what_only_looks_like_a_key_twice_is_read(tmp_path):
+    path = tmp_path / "x.yaml"
+    path.write_text("x: {y: &y {<<: &z {k: 1, l: 1}, k: 2}}\nb: {<<: *y, l: 3}\nc: [*y, *y]\n")
+    assert load_yaml(path)["b"] == {"k": 2, "l": 3}
+    assert load_yaml(path)["c"] == [{"k": 2, "l": 1}] * 2
+
+
+def test_missing_files_say_what_to_do(tmp_path):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read\n(.|\n)*mend: .*distilldsm compose.*--params"):
+        load_params(tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("[9,80,80]", [9, 80, 80]),
+        ("{a: [organ]}", {"a": ["organ"]}),
+        ("{a:[organ, b c]}", {"a": ["organ", "b c"]}),
+        ('{T1:MRI,b:"x y", c:{d:1,e:2}}', {"T1": "MRI", "b": "x y", "c": {"d": 1, "e": 2}}),
+        ("{a: http://x, 'b:c': null}", {"a": "http://x", "b:c": None}),
+        ("null", None),
+        ("my set", "my set"),
+        ('"2"', "2"),
+        ("1e-3", 0.001),
+        ("2024-01-31", "2024-01-31"),
+        ("msd:Task04_Hippocampus", "msd:Task04_Hippocampus"),
+        (r"(p\d+)_.*", r"(p\d+)_.*"),
+        ("/data/a=b", "/data/a=b"),
+        ("~/Dataset501_Thing", "~/Dataset501_Thing"),
+        ("true", True),
+    ],
+)
+def test_values_of_assignments(text, value):
+    assert read_assignment(f"a.b={text}", where="x") == (["a", "b"], value)
+
+
+@pytest.mark.parametrize("text", ["a", "=1", "a..b=1", "a=[", "a=%x", "a={b: 1, b: 2}", "a=!!python/name:os.system ''"])
+def test_what_is_no_assignment(text):
+    with pytest.raises(ConfigError, match=r"^x"):
+        read_assignment(text, where="x")

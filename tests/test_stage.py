@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from distilldsm.config import EvaluateConfig
 from distilldsm.errors import UserError
@@ -196,6 +197,21 @@ def test_json_is_whole_or_old(tmp_path: Path):
     path.write_text("{")
     with pytest.raises(UserError, match="JSON"):
         read_json(path)
+
+
+def test_what_cannot_be_written_is_told_by_its_name(tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for write in (lambda: make(tmp_path / "file" / "out"), lambda: write_json(tmp_path / "file" / "x.json", {})):
+        with pytest.raises(UserError, match=r"(out|x\.json): cannot be written(.|\n)*mend") as caught:
+            write()
+        assert "/." not in str(caught.value).replace(str(tmp_path), "")
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".out.lock"))
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    with pytest.raises(UserError, match=r"/out: cannot be written\n  seen: Permission denied"):
+        make(tmp_path / "out")
 
 
 def test_worker_count():

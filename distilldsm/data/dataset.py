@@ -15,6 +15,8 @@ from distilldsm.params import from_mapping, to_mapping
 from distilldsm.stage import read_json, write_json
 
 INDEX = "dataset_index.json"
+SAMPLE_SOURCE = "embedded sample (MNI152 template)"
+"""The `source` of a data set made from the template."""
 
 
 @dataclass(frozen=True, kw_only=True)

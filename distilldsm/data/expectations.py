@@ -121,7 +121,8 @@ def load_suite(
             used twice, or impossible bounds.
     """
     where = os.fspath(path)
-    parsed = from_mapping(_SuiteFile, load_yaml(Path(path)), where=where)
+    loaded = load_yaml(Path(path), mend="correct validate.suite; conf/expectations.yaml is the shipped one")
+    parsed = from_mapping(_SuiteFile, loaded, where=where)
     if parsed.schema_version != SCHEMA_VERSION:
         raise ConfigError(
             "unknown schema version", where=where, seen=parsed.schema_version, rule=f"schema_version: {SCHEMA_VERSION}"

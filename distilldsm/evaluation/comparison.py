@@ -42,6 +42,8 @@ class Training:
     """Of each fold, as far as they are known, see `crossval.table.costs_of_fold`."""
     patients: Mapping[str, str] = field(default_factory=dict)
     """Case to patient; cases that are missing are taken for patients of their own."""
+    folders: tuple[Path, ...] = ()
+    """What it was read from."""
 
     @property
     def scores(self) -> dict[tuple[str, str], Mapping[str, float]]:
@@ -109,7 +111,7 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
                 seen[case] = path
             folds.append(_scores(of_fold, path))
         taken += _costs(directory)
-    return Training(name=name, folds=tuple(folds), costs=tuple(taken), patients=patients)
+    return Training(name=name, folds=tuple(folds), costs=tuple(taken), patients=patients, folders=tuple(directories))
 
 
 def _tables(directories: Sequence[Path]) -> list[Path]:
@@ -161,7 +163,13 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
     tables = [training.scores for training in trainings]
     shared = set.intersection(*(set(table) for table in tables))
     if not shared:
-        raise DataError("no case was scored in all of them", seen=", ".join(t.name for t in trainings))
+        raise DataError(
+            "no case was scored in all of them",
+            where=", ".join(str(folder) for training in trainings for folder in training.folders),
+            seen="; ".join(f"{t.name}: {_some(sorted({case for case, _ in t.scores}))}" for t in trainings),
+            rule="the same cases and labels: the same folds of one data set",
+            mend="compare cross-validations, or the same fold of each",
+        )
     _check_truth(trainings, sorted(shared))
     patients = {case: patient for training in reversed(trainings) for case, patient in training.patients.items()}
     labels = list(dict.fromkeys(label for _, label in tables[0] if any(key[1] == label for key in shared)))
@@ -220,9 +228,12 @@ def unmatched(trainings: Sequence[Training]) -> list[str]:
         shared = set.intersection(*(of_training[k] for of_training in names))
         for training, of_training in zip(trainings, names, strict=True):
             if left := sorted(of_training[k] - shared):
-                some = ", ".join(left[:3]) + (", ..." if len(left) > 3 else "")
-                lines.append(f"{training.name}: {len(left)} of {len(of_training[k])} {kind} left out ({some})")
+                lines.append(f"{training.name}: {len(left)} of {len(of_training[k])} {kind} left out ({_some(left)})")
     return lines
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _by_patient(differences: np.ndarray, patients: Sequence[str]) -> np.ndarray:

@@ -93,6 +93,8 @@ def test_what_must_be_there_before(place, capsys):
     assert "preprocess.crop_to_nonzero: True; now False" in text
     assert "dvc repro preprocess" in text
     assert main(["cross-validate", "--set", "train.epoch=3"]) == 2
+    assert main(["cross-validate", "--jobs", "0"]) == 2
+    assert "--jobs: is too small\n  seen: 0\n  rule: 1 or more" in capsys.readouterr().err
     (place / "data/preprocessed/manifest.json").unlink()
     capsys.readouterr()
     assert main(["cross-validate"]) == 1

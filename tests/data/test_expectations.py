@@ -86,7 +86,7 @@ def test_a_wrong_suite_is_refused_with_its_place(suite_file, rules, expected):
 def test_other_files_are_refused(suite_file, tmp_path):
     with pytest.raises(ConfigError, match="schema version"):
         load_suite(suite_file(rule(), schema_version=2), COLUMNS, {})
-    with pytest.raises(ConfigError, match="cannot read"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read\n(.|\n)*mend: correct validate\.suite"):
         load_suite(tmp_path / "absent.yaml", COLUMNS, {})
 
 

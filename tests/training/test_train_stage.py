@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file
 
 import distilldsm.training.loop as loop
+import distilldsm.training.schedule as schedule
 from components.train import main, run
 from distilldsm import cost, progress
 from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError, UserError
 from distilldsm.params import to_mapping
@@ -74,6 +76,21 @@ def test_it_learns(preprocessed, tmp_path):
         sum(p.numel() for p in network.parameters())
         == json.loads((tmp_path / "m" / "model.json").read_text())["parameters"]
     )
+
+
+def test_it_says_how_many_steps_and_whether_they_are_few(preprocessed, tmp_path, capsys, monkeypatch):
+    train(preprocessed, tmp_path / "m", config(epochs=1))
+    told = capsys.readouterr()
+    assert told.out.splitlines()[0].endswith("; 2 steps, 2 an epoch")
+    assert "train: 2 optimizer steps in all are few" in told.err
+    assert "by train.epochs=250, or by train.samples_per_case=250\n" in told.err
+    monkeypatch.setattr(schedule, "FEW_STEPS", 2)
+    train(preprocessed, tmp_path / "n", config(epochs=1))
+    monkeypatch.setattr(schedule, "FEW_STEPS", 500)
+    index = DatasetIndex.load(preprocessed)
+    monkeypatch.setattr(DatasetIndex, "load", lambda _: replace(index, source=SAMPLE_SOURCE))
+    train(preprocessed, tmp_path / "o", config(epochs=1))
+    assert "few" not in capsys.readouterr().err
 
 
 def test_the_axes_of_the_flips_are_written_down(preprocessed, tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from distilldsm.models.registry import build_model
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
-from distilldsm.training.schedule import Plateau, learning_rate_at
+from distilldsm.training.schedule import FEW_STEPS, Plateau, learning_rate_at, remark_on_few_steps
 from distilldsm.training.setup import choose_bf16, hash_seed, make_optimizer
 from distilldsm.training.validation import structure_dice
 from tests.data.volumes import write_dataset
@@ -78,6 +79,19 @@ def test_one_cycle_agrees_with_torch_on_the_way_down():
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
         optimizer.step()
         theirs.step()
+
+
+@given(st.integers(1, 600), st.integers(1, 60), st.integers(1, 20), st.integers(1, 8))
+def test_what_is_said_of_few_steps_reaches_them(epochs, cases, samples, batch):
+    def steps(samples_per_case: int) -> int:
+        return max(1, cases * samples_per_case // batch)
+
+    remark = remark_on_few_steps(epochs=epochs, steps_per_epoch=steps(samples), cases=cases, batch_size=batch)
+    assert (remark is None) == (epochs * steps(samples) >= FEW_STEPS)
+    if remark:
+        longer, denser = (int(n) for n in re.findall(r"train\.\w+=(\d+)", remark))
+        assert longer * steps(samples) >= FEW_STEPS > (longer - 1) * steps(samples)
+        assert epochs * steps(denser) >= FEW_STEPS > epochs * (cases * (denser - 1) // batch)
 
 
 def test_plateau_halves_after_patience_and_survives_a_restart():

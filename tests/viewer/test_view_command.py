@@ -176,3 +176,12 @@ def test_no_input_is_overwritten(files, tmp_path, capsys):
         assert main(["view", files["image"], "-o", str(output), "--no-open"]) == 2
         assert words in capsys.readouterr().err
     assert Path(files["image"]).read_bytes() == before
+
+
+def test_a_page_that_cannot_be_written_is_told_by_its_name(files, tmp_path, capsys, monkeypatch):
+    def refused(self, *_, **__):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "write_text", refused)
+    assert main(["view", files["image"], "-o", str(tmp_path / "page.html"), "--no-open"]) == 1
+    assert capsys.readouterr().err.startswith(f"error: {tmp_path}/page.html: cannot be written\n  seen: Permission")
