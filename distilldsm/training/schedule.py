@@ -9,7 +9,7 @@ FINAL_SHARE = 1e-3
 PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 10
 FEW_STEPS = 500
-"""Fewer are told. The shortest trainings on real scans in docs/recipe.md: 624 steps (hippocampus, 12 epochs of 52) and
+"""Fewer are told. The shortest trainings on real scans in docs/recipe.md: 828 steps (hippocampus, 12 epochs of 69) and
 975 (ACDC, 25 epochs of 39; Dice .8919 where 6,630 give .9162, though of other patches)."""
 
 
