@@ -3,7 +3,7 @@
     python -m benchmarks.pipeline dataset=hippocampus download.source=PATH/Task04_Hippocampus.tar
     python -m benchmarks.pipeline dataset=sample model=unet2d
 
-The arguments are Hydra overrides over conf/. Everything is written below --work (default: build/benchmark), nothing
+The arguments are those of `distilldsm compose`. Everything is written below --work (default: build/benchmark), nothing
 elsewhere. Memory is the sum of the proportional set sizes (PSS) of the stage's process and all its children, sampled
 up to ten times a second: what the stage really takes, shared pages counted once.
 """
@@ -72,7 +72,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides, e.g. dataset=hippocampus train.epochs=30")
+    parser.add_argument("overrides", nargs="*", help="of distilldsm compose, e.g. dataset=hippocampus train.epochs=30")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmark")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)

@@ -150,7 +150,7 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="Hydra overrides of all variants")
+    parser.add_argument("overrides", nargs="*", help="of distilldsm compose, for all variants")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME[: KEY=VALUE ...]")
     parser.add_argument("--fold", type=int, nargs="+", default=[0])
     parser.add_argument("--jobs", type=int, default=2, help="variants at a time; they share the cores")
