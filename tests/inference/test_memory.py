@@ -143,3 +143,10 @@ def test_a_budget_too_small_says_what_would_do():
     whole = plan(3_000_000_000)
     assert (whole.tile, whole.exact) == (None, True)
     assert plan(10**12).window == 100
+
+
+def test_a_network_of_ones_own_takes_what_its_arithmetic_says():
+    ours = activation_bytes("distill_dsm", {}, "openvino")
+    assert activation_bytes("inserted", {}, "openvino", 4 * memory.REFERENCE_MACS) == 2 * ours
+    assert activation_bytes("inserted", {}, "openvino", 1.0) == ours  # few multiplications need not be few channels
+    assert memory.stream_cost("inserted", {}, "openvino", 0, 4 * memory.REFERENCE_MACS).per_voxel == 700
