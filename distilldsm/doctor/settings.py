@@ -12,6 +12,7 @@ from distilldsm.progress import VARIABLE, Mode
 
 PREFIX = "DISTILLDSM_"
 VARIABLES: Mapping[str, str] = {
+    "DISTILLDSM_BUILDER": "code that files of models may name, see SECURITY.md",
     "DISTILLDSM_DEBUG": "1: tracebacks of operating system errors",
     "DISTILLDSM_DOWNLOAD_PASSWORD": "of the server that data comes from",
     "DISTILLDSM_DOWNLOAD_SIGNATURE": "query of a signed address",
