@@ -45,12 +45,12 @@ def run(
         write_csv(work / "table.csv", table.table_rows(summary))
         rows = _rows({fold.number: fold.rows for fold in folds})
         write_csv(work / "cases.csv", rows)
-        # There always, as DVC expects it: without rows where no other fold is left to decide.
+        # There always, as DVC expects it: only the names of its columns where no other fold is left to decide.
         processed = _rows(table.postprocessed_rows(folds) or {})
         if processed:
             write_csv(work / CASES_POSTPROCESSED, processed)
         else:
-            (work / CASES_POSTPROCESSED).touch()
+            (work / CASES_POSTPROCESSED).write_text(",".join(rows[0]) + "\n", encoding="utf-8")
         report.draw(folds, work / "dice.png")
         (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
         if len(folds) > 1 and tracking is not None:

@@ -91,7 +91,7 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
     patients: dict[str, str] = {}
     for directory in _tables(directories):
         path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
-        if postprocessed and (not path.is_file() or not path.read_text(encoding="utf-8").strip()):
+        if postprocessed and (not path.is_file() or len(path.read_text(encoding="utf-8").splitlines()) < 2):
             raise DataError(
                 "holds no scores after post-processing",
                 where=directory,

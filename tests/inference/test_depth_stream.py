@@ -22,6 +22,7 @@ from distilldsm.inference.engines import OpenVINOEngine, TorchEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.scores import Member, Scorer
 from distilldsm.inference.windows import predict_logits, stream_chunks
+from distilldsm.models import registry
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import masked_depth_shift
 from distilldsm.models.insert import insert_depth_shift
@@ -107,18 +108,19 @@ def test_pytorch_streams_the_same(name, shape, slices):
 
 
 VARIANTS = {
-    "distill_dsm, decoder": {"shift_at": "decoder"},
-    "distill_dsm, levels": {"shift_at": (0, 3)},
-    "distill_dsm, identity, alpha 0.3": {"initialisation": "identity", "alpha": 0.3, "shift_at": "decoder"},
+    "distill_dsm, encoder": {"shift_at": "encoder"},
+    "distill_dsm, decoder, identity": {"shift_at": "decoder", "initialisation": "identity", "alpha": 0.3},
+    "distill_dsm, levels, identity": {"shift_at": (0, 2), "initialisation": "identity"},
     "residual_dsm, identity": {"initialisation": "identity"},
-    "residual_dsm, identity, encoder": {"initialisation": "identity", "add": False, "shift_at": "encoder"},
+    "residual_dsm, encoder, identity": {"shift_at": "encoder", "initialisation": "identity", "add": False},
 }
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
-def test_modules_elsewhere_and_another_start(name, tmp_path):
-    network = random_network(name.split(",")[0], **VARIANTS[name], width=0.5)
+def test_modules_elsewhere_and_another_start(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(registry, "_WIDTHS_2D", (16, 16, 32))
+    network = random_network(name.split(",")[0], **VARIANTS[name])
     with torch.no_grad():
         for parameter_name, parameter in network.named_parameters():
             if ".shift." in parameter_name:
