@@ -90,7 +90,7 @@ class TrainConfig:
     trained on cases that are held out here, the scores look better than they are."""
     initial_weights_strict: bool = True
     """Whether every tensor must fit. `false`: those that the file lacks, or has in another shape (another number of
-    classes), are told and start at random."""
+    classes), are told and start as without the file."""
     epochs: int = 30
     """Passes over the training cases."""
     samples_per_case: int = 1

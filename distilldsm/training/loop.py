@@ -23,8 +23,6 @@ from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.errors import DataError, UserError
 from distilldsm.interruption import explains_interrupt
-from distilldsm.models.base import SegmentationNetwork
-from distilldsm.models.registry import build_model
 from distilldsm.progress import Meter, duration, memory_text, meter
 from distilldsm.stage import write_json
 from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
@@ -35,7 +33,14 @@ from distilldsm.training.initial_weights import load_initial_weights
 from distilldsm.training.loading import batch_size_of, batches, loaders_are_watched
 from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.schedule import Plateau, learning_rate_at
-from distilldsm.training.setup import choose_bf16, choose_device, hash_seed, make_optimizer, seed_everything
+from distilldsm.training.setup import (
+    build_network,
+    choose_bf16,
+    choose_device,
+    hash_seed,
+    make_optimizer,
+    seed_everything,
+)
 from distilldsm.training.validation import validate
 
 RESUME = "resume.safetensors"
@@ -95,12 +100,12 @@ class Trainer:
 
         targets = self.plan.targets
         self.regions = torch.from_numpy(targets.membership()) if targets.regions else None
-        self.network = self._build_network()
+        self.network = build_network(config, self.plan, self.device)
         resumed = (work / RESUME).exists()
         if config.initial_weights is not None and not resumed:
             path = Path(config.initial_weights)
             others = load_initial_weights(self.network, path, strict=config.initial_weights_strict)
-            self._say(f"starts from {path}" + (f"; at random: {', '.join(others)}" if others else ""))
+            self._say(f"starts from {path}" + (f"; new: {', '.join(others)}" if others else ""))
         self.cost = self.network.cost()
         self.average = WeightAverage(self.network, config.ema_decay)
         self.trained: nn.Module = self.network
@@ -117,18 +122,6 @@ class Trainer:
         self.sampler = self._make_sampler(train_ids)
         self.total_steps = config.epochs * self.sampler.steps_per_epoch
         self.parallel = self._wrap()
-
-    def _build_network(self) -> SegmentationNetwork:
-        model = self.config.model
-        network = build_model(
-            model.name,
-            in_channels=len(self.plan.channels),
-            out_channels=self.plan.targets.channels,
-            **dict(model.options),
-        ).to(self.device)
-        if self.config.channels_last and network.depth_halo is not None:
-            network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        return network
 
     def _say(self, text: str) -> None:
         if self.processes.is_main:

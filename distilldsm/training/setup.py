@@ -1,4 +1,4 @@
-"""What a training run starts from: device, precision, seeds, optimizer."""
+"""What a training run starts from: device, precision, seeds, network, optimizer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import torch
 from torch import nn
 
 from distilldsm.config import TrainConfig
+from distilldsm.data.plan import Plan
 from distilldsm.errors import ConfigError
+from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.registry import build_model
 
 
 def hash_seed(*parts: int) -> int:
@@ -40,6 +43,23 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+def build_network(config: TrainConfig, plan: Plan, device: torch.device) -> SegmentationNetwork:
+    """The network for a plan's channels and classes, on the device.
+
+    Raises:
+        ConfigError: see `build_model`.
+    """
+    network = build_model(
+        config.model.name,
+        in_channels=len(plan.channels),
+        out_channels=plan.targets.channels,
+        **dict(config.model.options),
+    ).to(device)
+    if config.channels_last and network.depth_halo is not None:
+        network = network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def choose_bf16(precision: str, device: torch.device) -> bool:
