@@ -94,3 +94,12 @@ def test_a_region_of_one_label_with_its_name_is_told_once():
     regions = (Region(name="whole", values=(1, 2), written_as=1), Region(name="core", values=(2,), written_as=2))
     targets = Targets(("background", "label_1", "core"), (0, 1, 2), regions)
     assert volumes_ml(targets, [100, 20, 5], 0.001) == {"label_1": 0.02, "core": 0.005, "whole": 0.025}
+
+
+def test_volumes_that_cannot_be_written_are_told_before_a_scan_is_read(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != tmp_path)  # root may write anywhere
+    out = tmp_path / "mask.nii.gz"
+    scan = write_scan(tmp_path / "scans", ("a_0000.nii.gz", "a_0001.nii.gz"))
+    assert predict(model, scan, out, "--volumes", str(tmp_path / "v.csv")) == 1
+    assert f"error: {tmp_path}/v.csv: cannot be written\n" in capsys.readouterr().err
+    assert not out.exists()
