@@ -101,8 +101,6 @@ def build_inserted(
 
     from distilldsm.models.insert import insert_depth_shift
 
-    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-        raise ConfigError("'stride' has an impossible value", where=WHERE, seen=repr(stride), rule="1 or more")
     call = find_builder(builder)
     given = {**arguments, in_argument: in_channels, out_argument: out_channels}
     try:

@@ -385,8 +385,7 @@ class Trainer:
             ) from None
         if self.state.plateau:
             self.plateau.load(self.state.plateau)
-        if self.processes.is_main:
-            print(f"resuming after epoch {self.state.epoch}", file=sys.stderr)
+        self._say(f"resuming after epoch {self.state.epoch}")
 
     def _print(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
         dice = "  ".join(f"{name} {value:.4f}" for name, value in record.get("val_dice", {}).items())
