@@ -1,4 +1,4 @@
-"""Train and evaluate every fold, then put them into one table: the stages of dvc.yaml, without DVC.
+"""The stages of dvc.yaml without DVC, but the export: the data, every fold's training and scores, the table of all.
 
 What is there already, made from the same parameters and inputs, is not made again; an interrupted training goes on.
 """
@@ -14,17 +14,16 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from components import evaluate, train
+from components import download, evaluate, preprocess, train, validate
 from components._main import stage_main
 from distilldsm.config import Params, load_params
 from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.interruption import RESUME_VARIABLE, command_again, explains_interrupt
-from distilldsm.params import to_mapping
 from distilldsm.progress import Meter, beside_the_bar, meter
-from distilldsm.stage import MANIFEST, is_current, read_json, worker_count
+from distilldsm.stage import is_current, read_json, worker_count
 
 PREPROCESSED, RAW, VALIDATION = Path("data/preprocessed"), Path("data/raw"), Path("data/validation")
 LOGS = Path("logs/cross_validation")
@@ -32,22 +31,48 @@ STOP_S = 30.0
 
 
 class Folds:
-    """Runs stages of several folds at a time in subprocesses; one that fails stops the others.
+    """Runs the stages in subprocesses, of several folds at a time; one that fails stops the others.
 
     Args:
         params: all parameters.
         arguments: `--params` and `--set`, for every stage.
-        jobs: folds at a time; they share the cores.
+        jobs: folds at a time, 1 or more; they share the cores.
         output: where `models/`, `evaluation/` and `logs/` go.
     """
 
     def __init__(self, params: Params, arguments: Sequence[str], jobs: int, output: Path = Path()) -> None:
         self.params, self.arguments, self.jobs = params, list(arguments), jobs
         self.output = output
-        self._running: dict[int, subprocess.Popen[str]] = {}
+        self._running: dict[int | None, subprocess.Popen[str]] = {}
         self._lock = threading.Lock()
         self._stopped = False
         self._error: Exception | None = None
+
+    def prepare(self) -> None:
+        """Download, validate and preprocess, as far as it is not done with these parameters.
+
+        Raises:
+            UserError: a stage failed; names its log.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            task = pool.submit(self._data)
+            self._wait([task])
+            task.result()
+
+    def _data(self) -> None:
+        params, data = self.params, {"dataset": RAW, "validation": VALIDATION}
+        # A key hashes what the stage before has made: it is asked for after that.
+        for stage, output, key in (
+            ("download", RAW, lambda: download.key(params.download)),
+            ("validate", VALIDATION, lambda: validate.key(params.validate, data)),
+            ("preprocess", PREPROCESSED, lambda: preprocess.key(params.preprocess, data)),
+        ):
+            if self._stopped:
+                return
+            if is_current(output, **key()):
+                say(None, f"{stage}: up to date")
+            else:
+                self._stage(None, stage)
 
     def run(self, folds: Sequence[int]) -> None:
         """Train and evaluate the folds.
@@ -55,20 +80,24 @@ class Folds:
         Raises:
             UserError: a stage failed; names its log.
         """
+        self.jobs = min(self.jobs, len(folds))
         with (
             explains_interrupt(lambda: f"cross-validate: {shown.done} of {len(folds)} folds are done"),
             meter(total=len(folds), title="cross-validate", unit="fold") as shown,
             ThreadPoolExecutor(self.jobs) as pool,
         ):
             tasks = [pool.submit(self._fold, fold, shown) for fold in folds]
-            try:
-                wait(tasks)
-            except KeyboardInterrupt:
-                # From a keyboard it has reached the stages too, and a second one would disturb how they end.
-                self._stop(patience_s=5.0)
-                raise
+            self._wait(tasks)
             if self._error is not None:
                 raise self._error
+
+    def _wait(self, tasks: Sequence[Future[None]]) -> None:
+        try:
+            wait(tasks)
+        except KeyboardInterrupt:
+            # From a keyboard it has reached the stages too, and a second one would disturb how they end.
+            self._stop(patience_s=5.0)
+            raise
 
     def _fold(self, fold: int, shown: Meter) -> None:
         model, evaluation = self.output / f"models/fold{fold}", self.output / f"evaluation/fold{fold}"
@@ -93,8 +122,8 @@ class Folds:
                     self._error = error
             self._stop()
 
-    def _stage(self, fold: int, stage: str) -> None:
-        log = self.output / LOGS / f"fold{fold}-{stage}.log"
+    def _stage(self, fold: int | None, stage: str) -> None:
+        log = self.output / LOGS / (f"{stage}.log" if fold is None else f"fold{fold}-{stage}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
             with self._lock:
@@ -107,7 +136,7 @@ class Folds:
                     stderr=subprocess.STDOUT,
                     text=True,
                     errors="replace",
-                    env=self._environment(),
+                    env=self._environment(alone=fold is None),
                 )
                 self._running[fold] = process
             assert process.stdout is not None
@@ -122,15 +151,17 @@ class Folds:
                 return
         raise _failed(fold, stage, log, code)
 
-    def command(self, stage: str, fold: int) -> list[str]:
+    def command(self, stage: str, fold: int | None) -> list[str]:
+        shared = [sys.executable, "-m", f"components.{stage}", *self.arguments]
+        if fold is None:
+            return shared
         model, evaluation = self.output / f"models/fold{fold}", self.output / f"evaluation/fold{fold}"
         of_stage = {"train": ["--output", model], "evaluate": ["--model", model, "--output", evaluation]}[stage]
-        shared = [sys.executable, "-m", f"components.{stage}", *self.arguments, "--fold", str(fold)]
-        return [*shared, *map(str, of_stage)]
+        return [*shared, "--fold", str(fold), *map(str, of_stage)]
 
-    def _environment(self) -> dict[str, str]:
+    def _environment(self, alone: bool) -> dict[str, str]:
         inherited = {**os.environ, RESUME_VARIABLE: command_again()}
-        if self.jobs == 1:
+        if alone or self.jobs == 1:
             return inherited
         return {**inherited, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
 
@@ -151,11 +182,11 @@ class Folds:
                     process.send_signal(number)
 
 
-def _failed(fold: int, stage: str, log: Path, code: int) -> UserError:
+def _failed(fold: int | None, stage: str, log: Path, code: int) -> UserError:
     said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
     told = [line for line in said if line.startswith("error:")]
     error = UserError(
-        f"fold {fold}: {stage} failed, exit code {code}",
+        f"{stage if fold is None else f'fold {fold}: {stage}'} failed, exit code {code}",
         where=log,
         seen=(told or said or ["nothing"])[-1],
         mend="mend it and run the same command again: what is done stays, and a training goes on where it was",
@@ -167,32 +198,10 @@ def _failed(fold: int, stage: str, log: Path, code: int) -> UserError:
 _SAYING = threading.Lock()
 
 
-def say(fold: int, text: str) -> None:
-    """Print a line of a fold, whole."""
+def say(fold: int | None, text: str) -> None:
+    """Print a line of a fold, or of a stage that all folds share, whole."""
     with _SAYING, beside_the_bar():
-        print(f"fold {fold} | {text}", flush=True)
-
-
-def check_preprocessed(params: Params) -> int:
-    """The number of folds there are.
-
-    Raises:
-        DataError: there is no preprocessed data, or it was made with other parameters.
-    """
-    mend = "dvc repro preprocess"
-    for path in (PREPROCESSED / MANIFEST, PREPROCESSED / "splits.json", RAW / MANIFEST):
-        if not path.is_file():
-            raise DataError("there is no preprocessed data to train on", where=path, seen="no such file", mend=mend)
-    made, wanted = read_json(PREPROCESSED / MANIFEST)["config"], to_mapping(params.preprocess)
-    other = [key for key in wanted if made.get(key) != wanted[key] and key not in ("workers", "memory_gb")]
-    if other:
-        raise DataError(
-            "was made with other parameters",
-            where=PREPROCESSED,
-            seen=f"preprocess.{other[0]}: {made.get(other[0])}; now {wanted[other[0]]}",
-            mend=mend,
-        )
-    return len(read_json(PREPROCESSED / "splits.json")["folds"])
+        print(text if fold is None else f"fold {fold} | {text}", flush=True)
 
 
 def run(
@@ -207,18 +216,20 @@ def run(
         output: where `models/`, `evaluation/`, `cross_validation/` and `logs/` go.
 
     Raises:
-        UserError: no jobs, no preprocessed data, a fold that does not exist, or a stage that failed.
+        UserError: no jobs, a fold that does not exist, or a stage that failed.
     """
     if jobs < 1:
         raise ConfigError("is too small", where="--jobs", seen=jobs, rule="1 or more")
     params = load_params(params_file, assignments)
-    count = check_preprocessed(params)
+    arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
+    stages = Folds(params, arguments, jobs, output)
+    stages.prepare()
+    count = len(read_json(PREPROCESSED / "splits.json")["folds"])
     numbers = list(range(count)) if folds is None else sorted(set(folds))
     beyond = [fold for fold in numbers if not 0 <= fold < count]
     if beyond:
         raise DataError("there is no such fold", where="--folds", seen=beyond[0], rule=f"0 to {count - 1}")
-    arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
-    Folds(params, arguments, max(1, min(jobs, len(numbers))), output).run(numbers)
+    stages.run(numbers)
     from components import cross_validate
 
     params = load_params(params_file, [*assignments, f"cv.folds={json.dumps(numbers)}"])

@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from components._main import stage_main
@@ -24,6 +25,11 @@ from distilldsm.redaction import public_address
 from distilldsm.stage import output_directory, sha256_file, sha256_json
 
 
+def key(config: DownloadConfig) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`."""
+    return {"stage": "download", "config": config, "inputs": {}}
+
+
 def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Fetch, unpack and index a data set.
 
@@ -34,7 +40,7 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     What the user gave is copied, never linked or changed.
     """
     _keep_apart(config, outputs["dataset"])
-    with output_directory(outputs["dataset"], stage="download", config=config, inputs=inputs) as work:
+    with output_directory(outputs["dataset"], **key(config)) as work:
         source, name = _obtain(config)
         # Unpacked inside the output's work directory: moving the needed files costs nothing, and what a killed run
         # leaves is cleared by the next.
@@ -123,9 +129,10 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distilldsm download", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. download.source=sample")
     parser.add_argument("--output", type=Path, default=Path("data/raw"))
     args = parser.parse_args(argv)
-    return stage_main(lambda: run(load_params(args.params).download, {}, {"dataset": args.output}))
+    return stage_main(lambda: run(load_params(args.params, args.set).download, {}, {"dataset": args.output}))
 
 
 if __name__ == "__main__":

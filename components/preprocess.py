@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from components._main import stage_main
 from distilldsm.config import PreprocessConfig, load_params
@@ -12,6 +13,23 @@ from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.errors import ConfigError
 from distilldsm.stage import output_directory, read_json
+
+
+def key(config: PreprocessConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`.
+
+    Raises:
+        ConfigError: `preprocess.plan` or `preprocess.splits` names no file.
+    """
+    hashed = {"dataset": inputs["dataset"], "accepted": inputs["validation"] / "accepted.json"}
+    for name, path in (("plan", config.plan), ("splits", config.splits)):
+        if path and not Path(path).is_file():
+            raise ConfigError(
+                "names no file", where=f"preprocess.{name}", seen=path, mend="correct it, or set it to null"
+            )
+        if path:
+            hashed[name] = Path(path)
+    return {"stage": "preprocess", "config": config, "inputs": hashed}
 
 
 def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -26,23 +44,13 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
     everything = DatasetIndex.load(root)
     index = everything.subset(set(accepted))
     left_out = {case.id for case in everything.cases} - {case.id for case in index.cases}
-    hashed = {"dataset": root, "accepted": inputs["validation"] / "accepted.json"}
-    for name, path in (("plan", config.plan), ("splits", config.splits)):
-        if path and not Path(path).is_file():
-            raise ConfigError(
-                "names no file", where=f"preprocess.{name}", seen=path, mend="correct it, or set it to null"
-            )
-        if path:
-            hashed[name] = Path(path)
 
     def kept(work: Path) -> str:
         done = {name: len(list((work / name).glob("*.json"))) for name in ("cases", ".fingerprint")}
         told = f", and what was measured of {done['.fingerprint']}" if not done["cases"] else ""
         return f"{done['cases']} of {len(index.cases)} cases are kept{told}"
 
-    with output_directory(
-        outputs["preprocessed"], stage="preprocess", config=config, inputs=hashed, resumable=True, kept=kept
-    ) as work:
+    with output_directory(outputs["preprocessed"], **key(config, inputs), resumable=True, kept=kept) as work:
         plan = preprocess_dataset(root, index, config, work, left_out=left_out)
         folds = read_json(work / "splits.json")["folds"]
     print(
@@ -63,13 +71,14 @@ def _tell_splits(path: str, folds: Sequence[Mapping[str, Sequence[str]]], cases:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distilldsm preprocess", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. preprocess.depth_axis=z")
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--validation", type=Path, default=Path("data/validation"))
     parser.add_argument("--output", type=Path, default=Path("data/preprocessed"))
     args = parser.parse_args(argv)
     return stage_main(
         lambda: run(
-            load_params(args.params).preprocess,
+            load_params(args.params, args.set).preprocess,
             {"dataset": args.dataset, "validation": args.validation},
             {"preprocessed": args.output},
         )

@@ -21,6 +21,12 @@ SHOWN = 10
 """Findings that the error message lists; the report has all."""
 
 
+def key(config: ValidateConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`."""
+    hashed = {"dataset": inputs["dataset"], "suite": Path(config.suite)}
+    return {"stage": "validate", "config": config, "inputs": hashed}
+
+
 def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
     """Check a data set.
 
@@ -41,8 +47,7 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     report = make_report(index, table, suite, checked.findings)
     failed = target.with_name(f"{target.name}-failed")
     problem = _problem(config, index, report)
-    hashed = {"dataset": root, "suite": Path(config.suite)}
-    with output_directory(failed if problem else target, stage="validate", config=config, inputs=hashed) as work:
+    with output_directory(failed if problem else target, **key(config, inputs)) as work:
         _write(work, report, table, checked)
     if problem:
         raise _refusal(problem, report, root, failed)
@@ -102,11 +107,14 @@ def _write(work: Path, report: Mapping[str, Any], table: CaseTable, checked: Che
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="distilldsm validate", description=__doc__)
     parser.add_argument("--params", default="params.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. validate.on_invalid=exclude"
+    )
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--output", type=Path, default=Path("data/validation"))
     args = parser.parse_args(argv)
     return stage_main(
-        lambda: run(load_params(args.params).validate, {"dataset": args.dataset}, {"validation": args.output})
+        lambda: run(load_params(args.params, args.set).validate, {"dataset": args.dataset}, {"validation": args.output})
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import sys
@@ -14,29 +15,51 @@ import yaml
 
 from components import all_folds
 from distilldsm.cli import main
-from distilldsm.config import Params, PreprocessConfig, load_params
-from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.stage import output_directory, read_json
+from distilldsm.config import Params, load_params
+from distilldsm.stage import read_json, write_json
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
-PREPROCESS = {"folds": 2, "workers": 1}
+
+
+TRAIN = {"model": {"name": "distill_dsm", "options": {"width": 0.25}}, "epochs": 1, "batch_size": 2}
+PARAMS = {
+    "download": {"source": "given"},
+    "validate": {"suite": str(ROOT / "conf/expectations.yaml"), "workers": 1},
+    "preprocess": {"folds": 2, "workers": 1},
+    "train": TRAIN,
+    "tracking": {"enabled": False},
+    "evaluate": {"workers": 1},
+}
+DESCRIPTION = {
+    "name": "Ellipsoids",
+    "channel_names": {"0": "T1"},
+    "labels": {"background": 0, "shell": 1, "core": 2},
+    "numTraining": 4,
+    "file_ending": ".nii.gz",
+}
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory) -> Path:
+    """A tiny data set in nnU-Net's layout, its parameters, and the stages that all folds share."""
+    root = tmp_path_factory.mktemp("prepared")
+    (root / "given").mkdir()
+    write_dataset(root / "given", cases=4)
+    write_json(root / "given/dataset.json", DESCRIPTION)
+    (root / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    with contextlib.chdir(root):
+        assert [main([stage]) for stage in ("download", "validate", "preprocess")] == [0, 0, 0]
+    return root
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch) -> Path:
-    """The current directory: a tiny data set, preprocessed, and its parameters."""
+def place(prepared, tmp_path, monkeypatch) -> Path:
+    """The current directory: the data set is preprocessed, nothing is trained."""
+    shutil.copytree(prepared, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with output_directory("data/raw", stage="download", config={}, inputs={}) as raw:
-        index = write_dataset(raw, cases=4)
-    config = PreprocessConfig(**PREPROCESS)
-    with output_directory("data/preprocessed", stage="preprocess", config=config, inputs={}) as work:
-        preprocess_dataset(Path("data/raw"), index, config, work)
-    train = {"model": {"name": "distill_dsm", "options": {"width": 0.25}}, "epochs": 1, "batch_size": 2}
-    params = {"preprocess": PREPROCESS, "train": train, "tracking": {"enabled": False}, "evaluate": {"workers": 1}}
-    Path("params.yaml").write_text(yaml.safe_dump(params))
     return tmp_path
 
 
@@ -65,7 +88,7 @@ def test_all_folds_and_again_only_what_is_missing(place, capsys):
         shutil.copytree(place / name, place / "runs/first" / name)
     assert main(["cross-validate", "--set", "train.samples_per_case=2", "--output", "runs/first"]) == 0
     said = capsys.readouterr().out
-    assert said.count("up to date") == 4
+    assert said.count("up to date") == 3 + 4, "of the data and of two folds"
     assert (place / "runs/first/cross_validation/summary.json").is_file()
     assert main(["summary"]) == 0
     shown = capsys.readouterr().out
@@ -85,20 +108,46 @@ def test_another_output_folder_reaches_the_stages():
         assert command(stage, 3)[3:] == ["--params", "p.yaml", "--fold", "3", *options]
 
 
-def test_what_must_be_there_before(place, capsys):
+def test_what_cannot_be(place, capsys):
     assert main(["cross-validate", "--folds", "0", "2"]) == 1
-    assert "there is no such fold" in capsys.readouterr().err
-    assert main(["cross-validate", "--set", "preprocess.crop_to_nonzero=false"]) == 1
-    text = capsys.readouterr().err
-    assert "preprocess.crop_to_nonzero: True; now False" in text
-    assert "dvc repro preprocess" in text
+    captured = capsys.readouterr()
+    assert "there is no such fold" in captured.err
+    assert captured.out.splitlines() == ["download: up to date", "validate: up to date", "preprocess: up to date"]
     assert main(["cross-validate", "--set", "train.epoch=3"]) == 2
     assert main(["cross-validate", "--jobs", "0"]) == 2
     assert "--jobs: is too small\n  seen: 0\n  rule: 1 or more" in capsys.readouterr().err
-    (place / "data/preprocessed/manifest.json").unlink()
-    capsys.readouterr()
+    assert not (place / "models").exists()
+
+
+@pytest.mark.slow
+def test_the_data_are_made_as_far_as_they_are_not_there(place, monkeypatch, capsys):
+    made = {stage: place / "data" / stage / "manifest.json" for stage in ("raw", "validation", "preprocessed")}
+    before = {name: path.stat().st_mtime_ns for name, path in made.items()}
+    monkeypatch.setattr(all_folds.Folds, "run", lambda self, folds: print("folds", folds) or sys.exit(0))
+
+    def cross_validate(*arguments: str) -> set[str]:
+        """The data that were made anew."""
+        with pytest.raises(SystemExit):
+            main(["cross-validate", "--jobs", "2", *arguments])
+        return {name for name, path in made.items() if before.get(name) != path.stat().st_mtime_ns}
+
+    assert cross_validate("--set", "preprocess.workers=2") == set(), "where it is computed changes nothing"
+    assert cross_validate("--set", "preprocess.folds=4") == {"preprocessed"}
+    assert read_json(made["preprocessed"])["config"]["folds"] == 4, "--set reaches the stage"
+    assert "4 cases; depth axis" in (place / "logs/cross_validation/preprocess.log").read_text()
+    shutil.rmtree(place / "data")
+    assert cross_validate() == set(made)
+    assert capsys.readouterr().out.rstrip().endswith("folds [0, 1]")
+
+
+def test_bad_data_stop_before_any_training(place, capsys):
+    (place / "data/raw/labelsTr/case_00.nii.gz").write_bytes(b"no volume")
+    shutil.rmtree(place / "data/validation")
     assert main(["cross-validate"]) == 1
-    assert "no preprocessed data" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert "validate failed, exit code 1" in captured.err
+    assert "logs/cross_validation/validate.log" in captured.err
+    assert "case_00.nii.gz" in captured.out, "what the stage said is shown"
     assert not (place / "models").exists()
 
 
@@ -150,7 +199,15 @@ def test_after_a_failure_nothing_more_is_started(place, stand_in):
     assert stand_in == ["train 1"]
 
 
-def test_an_interrupt_reaches_the_stages(place, stand_in, monkeypatch):
+@pytest.mark.parametrize(
+    ("begin", "started", "log"),
+    [
+        (lambda folds: folds.run([0, 2]), "train 0", "fold0-train.log"),
+        (lambda folds: folds.prepare(), "download None", "download.log"),
+    ],
+    ids=["folds", "data"],
+)
+def test_an_interrupt_reaches_the_stages(place, stand_in, monkeypatch, begin, started, log):
     folds = all_folds.Folds(Params(), [], jobs=1)
 
     def interrupted(tasks):
@@ -164,8 +221,8 @@ def test_an_interrupt_reaches_the_stages(place, stand_in, monkeypatch):
     monkeypatch.setattr(all_folds.Folds, "_stop", lambda self, patience_s=0.0: stop(self, min(patience_s, 0.1)))
     threads = threading.active_count()
     with pytest.raises(KeyboardInterrupt):
-        folds.run([0, 2])
+        begin(folds)
     assert not folds._running
-    assert stand_in == ["train 0"]
-    assert "interrupted" in Path("logs/cross_validation/fold0-train.log").read_text()
+    assert stand_in == [started]
+    assert "interrupted" in (Path("logs/cross_validation") / log).read_text()
     assert threading.active_count() <= threads
