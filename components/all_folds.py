@@ -61,15 +61,14 @@ class Folds:
 
     def _data(self) -> None:
         params, data = self.params, {"dataset": RAW, "validation": VALIDATION}
-        # A key hashes what the stage before has made: it is asked for after that.
-        for stage, output, key in (
-            ("download", RAW, lambda: download.key(params.download)),
-            ("validate", VALIDATION, lambda: validate.key(params.validate, data)),
-            ("preprocess", PREPROCESSED, lambda: preprocess.key(params.preprocess, data)),
+        for stage, is_done in (  # a key hashes what the stage before has made: each is asked for after that
+            ("download", lambda: download.is_up_to_date(params.download, RAW)),
+            ("validate", lambda: is_current(VALIDATION, **validate.key(params.validate, data))),
+            ("preprocess", lambda: is_current(PREPROCESSED, **preprocess.key(params.preprocess, data))),
         ):
             if self._stopped:
                 return
-            if is_current(output, **key()):
+            if is_done():
                 say(None, f"{stage}: up to date")
             else:
                 self._stage(None, stage)

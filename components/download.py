@@ -22,12 +22,24 @@ from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.errors import ConfigError, DataError
 from distilldsm.progress import progress
 from distilldsm.redaction import public_address
-from distilldsm.stage import output_directory, sha256_file, sha256_json
+from distilldsm.stage import MANIFEST, is_current, output_directory, sha256_file, sha256_json
 
 
 def key(config: DownloadConfig) -> dict[str, Any]:
     """What decides the output, for `output_directory` and `is_current`."""
     return {"stage": "download", "config": config, "inputs": {}}
+
+
+def is_up_to_date(config: DownloadConfig, output: Path) -> bool:
+    """Whether `output` was made with this config, and nothing of a source on this machine has changed since."""
+    if not is_current(output, **key(config)):
+        return False
+    path = None if config.source == "sample" or config.source.startswith("msd:") else local_path(config.source)
+    if path is None or not path.exists():
+        return True
+    made_ns = (output / MANIFEST).stat().st_mtime_ns
+    # The time of the last change of the entry itself: a copied file may bring an old time of modification with it.
+    return all(entry.stat().st_ctime_ns <= made_ns for entry in (path, *path.rglob("*")) if entry.exists())
 
 
 def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:

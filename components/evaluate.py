@@ -18,9 +18,10 @@ from distilldsm import cost
 from distilldsm.config import EvaluateConfig, TrackingConfig, load_params
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.plan import Plan
-from distilldsm.data.splits import load_fold
+from distilldsm.data.splits import check_held_out, load_fold
 from distilldsm.data.targets import Targets
 from distilldsm.data.volume import read_image, read_label, spacing_of, write_label
+from distilldsm.errors import DataError
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import confusion, score_case
 from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessing
@@ -62,9 +63,19 @@ def run(
             `postprocessing.json`: what keeping the largest component of each label or region would change.
     """
     index = DatasetIndex.load(inputs["dataset"])
-    _, held_out = load_fold(inputs["preprocessed"] / "splits.json", fold)
+    splits = inputs["preprocessed"] / "splits.json"
+    _, held_out = load_fold(splits, fold)
+    check_held_out(inputs["model"], splits, fold)
     wanted = set(held_out)
     cases = [case for case in index.cases if case.id in wanted]
+    if absent := sorted(wanted - {case.id for case in cases}):
+        raise DataError(
+            f"lacks {len(absent)} of the {len(wanted)} cases that fold {fold} holds out",
+            where=inputs["dataset"],
+            seen=f"no {absent[0]}",
+            rule="every held-out case is scored",
+            mend="preprocess this data set again, or give the one that was preprocessed",
+        )
 
     def kept(work: Path) -> str:
         predicted, scored = (len(list((work / name).glob("[!.]*"))) for name in ("predictions", "scores"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 from components._main import stage_main
 from distilldsm.config import TrackingConfig, TrainConfig, load_params
 from distilldsm.errors import ConfigError
-from distilldsm.stage import content_hash, output_directory, write_json
+from distilldsm.stage import content_hash, output_directory, sha256_file, write_json
 
 
 def key(config: TrainConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
@@ -55,14 +54,31 @@ def run(
     Under torchrun every process calls this; only the first one writes.
     """
     from distilldsm.training.distributed import training_processes
+    from distilldsm.training.loop import RESUME
     from distilldsm.training.setup import choose_device
 
     with training_processes(choose_device(config.device, 0).type) as processes:
         if not processes.is_main:
             _train_as_peer(config, inputs, outputs, fold, processes)
             return
-        with output_directory(outputs["model"], **key(config, inputs, fold), resumable=True) as work:
+        _keep_apart(config, outputs["model"])
+        with output_directory(
+            outputs["model"], **key(config, inputs, fold), resumable=True, until_done=[RESUME]
+        ) as work:
             _train_as_main(config, inputs, work, fold, processes, tracking or TrackingConfig(enabled=False))
+
+
+def _keep_apart(config: TrainConfig, output: Path) -> None:
+    """The output is replaced by what is trained: started from there, the same command would never start alike again."""
+    given = config.initial_weights
+    if given is not None and output.resolve() in Path(given).resolve().parents:
+        raise ConfigError(
+            "lies in the stage's output, which is replaced by what is trained",
+            where="train.initial_weights",
+            seen=given,
+            rule=f"a place outside {output}",
+            mend="copy it elsewhere",
+        )
 
 
 def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold: int, processes: Any) -> None:
@@ -101,7 +117,7 @@ def _train_as_main(
     from distilldsm.data.dataset import DatasetIndex
     from distilldsm.params import to_mapping
     from distilldsm.tracking import start_run
-    from distilldsm.training.loop import RESUME, Trainer
+    from distilldsm.training.loop import Trainer
 
     preprocessed = inputs["preprocessed"]
     processes.barrier()
@@ -151,7 +167,7 @@ def _train_as_main(
         mlflow_run.log_artifact(preprocessed / "fingerprint.json", "plan")
         state = trainer.run()
         taken.write(state.history)
-        shutil.copyfile(preprocessed / "plan.json", work / "plan.json")
+        trainer.plan.save(work / "plan.json")
         write_json(
             work / "model.json",
             {
@@ -166,6 +182,7 @@ def _train_as_main(
                 "parameters": trainer.cost.parameters,
                 "macs_per_voxel": trainer.cost.macs_per_voxel,
                 "fold": fold,
+                "splits": sha256_file(preprocessed / "splits.json"),
                 "epochs": state.epoch,
                 "best_val_dice": state.best_dice,
                 "labels": dict(zip(trainer.plan.class_names, trainer.plan.class_values, strict=True)),
@@ -173,7 +190,6 @@ def _train_as_main(
         )
         # Only the best weights go to the server; the last ones stay in the stage's output.
         mlflow_run.log_artifact(work / "best.safetensors", "checkpoints")
-    (work / RESUME).unlink()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

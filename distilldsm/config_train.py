@@ -56,7 +56,8 @@ class AugmentConfig:
     low_resolution_probability: float = 0.0
     """Share of samples, channel by channel, that are coarsened by up to a factor of two and brought back."""
     mirror_axes: tuple[MirrorAxis, ...] = ()
-    """Axes to flip at random; only where anatomy allows."""
+    """Axes to flip at random; only where anatomy allows. Depth is the plan's depth axis; height and width are the other
+    two in the order x (left to right), y (back to front), z (bottom to top)."""
 
     def __post_init__(self) -> None:
         for key in (

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -143,6 +143,7 @@ def output_directory(
     extra: Mapping[str, Any] | None = None,
     resumable: bool = False,
     kept: Callable[[Path], str] | None = None,
+    until_done: Sequence[str] = (),
 ) -> Iterator[Path]:
     """Yield a sibling work directory that becomes `path` when the block ends without an error.
 
@@ -153,9 +154,12 @@ def output_directory(
 
     Args:
         kept: says of the work directory how much is done, for a person who interrupts it.
+        until_done: files of the work directory that only serve to go on with it: they do not become part of the output,
+            and are there until all the rest is written.
 
     Raises:
-        UserError: another process writes the same output, it cannot be written, or the disk is full.
+        UserError: another process writes the same output, it cannot be written, the disk is full, or an input is
+            another at the end than it was at the start.
     """
     path = Path(path)
     work = path.with_name(f".{path.name}.partial")
@@ -174,6 +178,8 @@ def output_directory(
         _prepare(work, sha256_json(key), resumable)
         try:
             yield work
+            _check_unchanged(stage, inputs, input_hashes)
+            files = file_hashes(work)
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "stage": stage,
@@ -181,7 +187,7 @@ def output_directory(
                 **(extra or {}),
                 "inputs": input_hashes,
                 "packages": package_versions(),
-                "files": file_hashes(work),
+                "files": {name: digest for name, digest in files.items() if name not in until_done},
             }
             write_json(work / MANIFEST, manifest)
         except UserError:
@@ -195,6 +201,8 @@ def output_directory(
                 seen=str(error),
                 mend="free space, then run the same command again",
             ) from error
+        for name in until_done:
+            (work / name).unlink(missing_ok=True)
         replace_directory(work, path)
         _stamp(work).unlink()
     except BaseException as error:
@@ -206,6 +214,19 @@ def output_directory(
         raise
     finally:
         lock.release()
+
+
+def _check_unchanged(stage: str, inputs: Mapping[str, str | os.PathLike[str]], hashes: Mapping[str, str]) -> None:
+    """A stage opens its inputs as it goes: one that was replaced meanwhile makes a mixture of both."""
+    for name, path in inputs.items():
+        if content_hash(path) != hashes[name]:
+            raise UserError(
+                f"was replaced while {stage} was reading it",
+                where=Path(path),
+                seen="other contents than at the start",
+                rule="one state of the data for one output",
+                mend="run the same command again, and no stage that writes there beside it",
+            )
 
 
 def result_config(config: Any) -> dict[str, Any]:

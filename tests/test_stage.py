@@ -49,6 +49,36 @@ def test_manifest_tells_config_and_hashes(tmp_path: Path):
     assert {p.name for p in tmp_path.iterdir()} - {".out.lock"} == {"in.txt", "out"}
 
 
+def test_an_input_that_is_replaced_meanwhile_is_told(tmp_path: Path):
+    make(tmp_path / "data", "first")
+    make(tmp_path / "out", "old")
+    with pytest.raises(UserError, match=r"data: was replaced while s was reading it(.|\n)*run the same command again"):
+        with output_directory(tmp_path / "out", stage="s", config={}, inputs={"data": tmp_path / "data"}):
+            make(tmp_path / "data", "second")
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+
+
+def test_what_goes_on_is_there_until_all_is_written(tmp_path: Path, monkeypatch):
+    def begin() -> None:
+        with output_directory(
+            tmp_path / "out", stage="s", config={}, inputs={}, resumable=True, until_done=["state"]
+        ) as work:
+            (work / "a.txt").write_text("a")
+            (work / "state").write_text("far")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr("distilldsm.stage.write_json", lambda path, value: path.name == "manifest.json" and full())
+        with pytest.raises(UserError, match="no space left"):
+            begin()
+    assert (tmp_path / ".out.partial" / "state").is_file()
+    begin()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.txt", "manifest.json"}
+    assert read_json(tmp_path / "out" / "manifest.json")["files"].keys() == {"a.txt"}
+
+
 def test_an_error_leaves_the_old_output(tmp_path: Path):
     make(tmp_path / "out", "old")
     with pytest.raises(FileNotFoundError):

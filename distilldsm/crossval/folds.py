@@ -107,6 +107,15 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             seen=f"the model in {model} has changed since",
             mend=f"dvc repro, or distilldsm evaluate --fold {number}",
         )
+    described = read_json(model / "model.json")
+    if described.get("splits") not in (None, evaluate["inputs"].get("splits")):
+        raise DataError(
+            "was evaluated with another split than its model was trained on",
+            where=evaluation,
+            seen=f"{model / 'model.json'} names another",
+            rule="a model is scored on the cases that it has not seen",
+            mend=f"dvc repro, or distilldsm train --fold {number}",
+        )
     timing, largest = evaluation / TIMING, evaluation / POSTPROCESSED
     decided = load_postprocessing(evaluation / POSTPROCESSING)
     return Fold(
@@ -114,7 +123,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
         rows=tuple(read_rows(evaluation / "cases.csv")),
         largest=tuple(read_rows(largest)) if largest.is_file() else None,
         groups=None if decided is None else decided.groups,
-        model=read_json(model / "model.json"),
+        model=described,
         train=train,
         evaluate=evaluate,
         costs=read_json(timing) if timing.is_file() else {"training": training_cost(model)},
@@ -131,6 +140,12 @@ def _check_recipe(folds: Sequence[Fold]) -> None:
         folds,
         "other preprocessed data",
         lambda fold: {"preprocessed": fold.train["inputs"].get("preprocessed")},
+        lambda fold: fold.model_directory / MANIFEST,
+    )
+    _same(
+        folds,
+        "other initial weights",
+        lambda fold: {"initial_weights": fold.train["inputs"].get("initial_weights")},
         lambda fold: fold.model_directory / MANIFEST,
     )
     _same(

@@ -5,11 +5,12 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.errors import ConfigError, DataError
-from distilldsm.stage import read_json
+from distilldsm.stage import read_json, sha256_file
 
 
 def make_splits(index: DatasetIndex, *, count: int, seed: int) -> list[dict[str, list[str]]]:
@@ -117,6 +118,32 @@ def _require_apart(path: object, number: int, train: list[str], held_out: list[s
                 rule="all scans of a patient on one side",
                 mend="move them to one side; if they are different patients, set download.patient_pattern",
             )
+
+
+def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
+    """A model is scored on what it has not seen: the fold of the split that was held out of its training.
+
+    Raises:
+        DataError: `model.json` names another fold or split; of an earlier version it names no split, which passes.
+    """
+    path = model_dir / "model.json"
+    model = read_json(path)
+    if model.get("fold") != fold:
+        raise DataError(
+            "is the model of another fold",
+            where=path,
+            seen=f"fold {model.get('fold')}",
+            rule=f"fold {fold}: a model is scored on the cases that it has not seen",
+            mend=f"give the model of fold {fold}, or train it",
+        )
+    if model.get("splits") not in (None, sha256_file(splits)):
+        raise DataError(
+            "was trained on another split",
+            where=path,
+            seen=f"{splits} is not the one of its training",
+            rule="a model is scored on the cases that it has not seen",
+            mend="train again (dvc repro), or give the preprocessed data of the training (--preprocessed)",
+        )
 
 
 def load_fold(path: object, fold: int) -> tuple[list[str], list[str]]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from distilldsm.config import Int8Config
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.plan import Normalisation, Plan
-from distilldsm.data.splits import load_fold
+from distilldsm.data.splits import check_held_out, load_fold
 from distilldsm.drift.fingerprint import FINGERPRINT, from_preprocessed
 from distilldsm.errors import DataError
 from distilldsm.export import parity
@@ -81,8 +81,7 @@ def build_package(
     from distilldsm.training.checkpoint import load_network
 
     spec = read_json(model_dir / "model.json")
-    if spec.get("fold") != fold:
-        raise DataError("is the model of another fold", where=model_dir, seen=spec.get("fold"), rule=f"fold {fold}")
+    check_held_out(model_dir, preprocessed / "splits.json", fold)
     plan = _common_plan(model_dir, preprocessed)
     index = DatasetIndex.load(preprocessed)
     training, held_out = load_fold(preprocessed / "splits.json", fold)

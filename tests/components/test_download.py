@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import yaml
 
-from components.download import main, run
+from components.download import is_up_to_date, main, run
 from distilldsm.config import DownloadConfig, Params, SampleConfig
 from distilldsm.data import catalog
 from distilldsm.data.dataset import INDEX, DatasetIndex
 from distilldsm.data.sample import NOTE
 from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.params import from_mapping
-from distilldsm.stage import MANIFEST, file_hashes, read_json, sha256_file
+from distilldsm.stage import MANIFEST, content_hash, file_hashes, read_json, sha256_file
 from tests.data.http_server import serving
 from tests.data.volumes import write_case
 
@@ -89,6 +91,28 @@ def test_archives_give_the_same_files_as_the_folder(tmp_path, kind):
 def test_a_second_run_replaces_the_first(tmp_path):
     assert len(get(tmp_path, source=str(write_msd(tmp_path / "three", 3))).cases) == 3
     assert len(get(tmp_path, source=str(write_msd(tmp_path / "two", 2))).cases) == 2
+
+
+def test_a_change_of_the_source_is_seen(tmp_path):
+    mine = write_msd(tmp_path / "mine")
+    config = DownloadConfig(source=str(mine), archive_dir=str(tmp_path / "archives"))
+    assert not is_up_to_date(config, tmp_path / "raw")
+    get(tmp_path, source=str(mine))
+    assert is_up_to_date(config, tmp_path / "raw")
+    assert not is_up_to_date(replace(config, name="Other"), tmp_path / "raw")
+    before = content_hash(tmp_path / "raw")
+    label = next((mine / "labelsTr").iterdir())
+    earlier = label.stat().st_mtime_ns
+    label.write_bytes(label.read_bytes())
+    os.utime(label, ns=(earlier, earlier))
+    assert not is_up_to_date(config, tmp_path / "raw"), "whatever time the file is said to have been modified at"
+    get(tmp_path, source=str(mine))
+    assert content_hash(tmp_path / "raw") == before, "the same files: nothing after it runs again"
+    assert is_up_to_date(config, tmp_path / "raw")
+    (mine / "labelsTr" / "notes.txt").write_text("one more file")
+    assert not is_up_to_date(config, tmp_path / "raw")
+    shutil.rmtree(mine)
+    assert is_up_to_date(config, tmp_path / "raw"), "what was made stays good"
 
 
 def test_over_http_with_a_mirror_and_without_a_second_download(tmp_path, packed, monkeypatch):

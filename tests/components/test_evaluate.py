@@ -186,6 +186,26 @@ def test_mirroring_is_for_models_that_were_trained_with_it(trained, tmp_path, mo
     assert (found != Predictor.from_training(model, device="cpu").predict(scan)).any()
 
 
+def test_a_model_is_not_scored_on_what_it_was_trained_on(trained, tmp_path):
+    with pytest.raises(DataError, match=r"model\.json: is the model of another fold(.|\n)*fold 0(.|\n)*fold 1"):
+        run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=1)
+    index = DatasetIndex.load(trained["dataset"])
+    other = tmp_path / "preprocessed"
+    preprocess_dataset(trained["dataset"], index, PreprocessConfig(folds=2, workers=1, split_seed=3), other)
+    with pytest.raises(DataError, match=r"model\.json: was trained on another split(.|\n)*train again"):
+        run(EvaluateConfig(workers=1), trained | {"preprocessed": other}, {"evaluation": tmp_path / "e"}, fold=0)
+    assert not (tmp_path / "e").exists()
+
+
+def test_every_held_out_case_is_scored_or_none(trained, tmp_path):
+    lost = read_json(trained["preprocessed"] / "splits.json")["folds"][0]["held_out"][0]
+    dataset = Path(shutil.copytree(trained["dataset"], tmp_path / "raw"))
+    index = DatasetIndex.load(dataset)
+    index.subset({case.id for case in index.cases} - {lost}).save(dataset)
+    with pytest.raises(DataError, match=rf"lacks 1 of the 3 cases that fold 0 holds out(.|\n)*no {lost}"):
+        run(EvaluateConfig(workers=1), trained | {"dataset": dataset}, {"evaluation": tmp_path / "e"}, fold=0)
+
+
 def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
     oracle = Oracle(trained["dataset"])
     original = oracle.predict
@@ -293,5 +313,5 @@ def test_missing_model_is_an_error(trained, tmp_path, capsys):
     arguments = ["--params", str(tmp_path / "params.yaml"), "--dataset", str(trained["dataset"])]
     arguments += ["--preprocessed", str(trained["preprocessed"]), "--output", str(tmp_path / "e")]
     assert main([*arguments, "--model", str(tmp_path / "none")]) == 1
-    assert "none: is missing" in capsys.readouterr().err
+    assert "none/model.json: is missing" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()

@@ -183,6 +183,10 @@ def test_inputs_that_do_not_belong_together_are_refused(made, traced, tmp_path):
     write_json(model / "plan.json", plan | {"crop_to_nonzero": not plan["crop_to_nonzero"]})
     with pytest.raises(DataError, match="not the plan the model was trained with"):
         export(made, tmp_path / "out", model=model)
+    write_json(model / "plan.json", plan)
+    write_json(model / "model.json", read_json(model / "model.json") | {"splits": "another"})
+    with pytest.raises(DataError, match="was trained on another split"):
+        export(made, tmp_path / "out", model=model)
     assert not (tmp_path / "out").exists()
 
 

@@ -51,6 +51,7 @@ def write_fold(
     train: TrainConfig | None = None,
     evaluate: EvaluateConfig | None = None,
     data: str = "data",
+    initial_weights: str | None = None,
     seconds: float = 2.0,
     network: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
@@ -58,6 +59,10 @@ def write_fold(
     """`models/foldK` and `evaluation/foldK` below `root`; `run` becomes the model's `mlflow_run.json`."""
     source = root / f"{data}.txt"
     source.write_text(data)
+    given = {"preprocessed": source}
+    if initial_weights is not None:
+        given["initial_weights"] = root / "initial.safetensors"
+        given["initial_weights"].write_text(initial_weights)
     config = train or TrainConfig()
     facts = {"name": config.model.name, "options": dict(config.model.options), "in_channels": 1, "out_channels": 3}
     facts |= {"parameters": 1000, "macs_per_voxel": 12.5, "fold": fold, "epochs": 2, "labels": {"background": 0}}
@@ -65,9 +70,7 @@ def write_fold(
     training |= {"peak_memory_gb": 0.5 + fold, "peak_gpu_memory_gb": None}
     training |= {"device": "cpu", "device_name": "a CPU", "threads": 2, "torch": "2", "precision": "float32"}
     model, evaluation = root / "models" / f"fold{fold}", root / "evaluation" / f"fold{fold}"
-    with output_directory(
-        model, stage="train", config=config, inputs={"preprocessed": source}, extra={"fold": fold}
-    ) as work:
+    with output_directory(model, stage="train", config=config, inputs=given, extra={"fold": fold}) as work:
         write_json(work / "model.json", facts | dict(network or {}))
         write_json(work / "history.json", [{"epoch": k + 1, "seconds": seconds} for k in range(2)])
         write_json(work / "cost.json", training)

@@ -118,6 +118,8 @@ def test_a_split_that_has_changed(tmp_path):
         ({"train": TrainConfig(epochs=7)}, "other parameters of the training(.|\n)*epochs: 7"),
         ({"evaluate": EvaluateConfig(nsd_tolerance_mm=2)}, "other parameters of the evaluation(.|\n)*tolerance_mm: 2"),
         ({"data": "other"}, "other preprocessed data"),
+        ({"initial_weights": "of another training"}, "other initial weights"),
+        ({"network": {"splits": "another"}}, "evaluated with another split than its model was trained on"),
     ],
 )
 def test_folds_that_do_not_belong_together(tmp_path, changes, words):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,6 +291,29 @@ def test_impossible_requests(preprocessed, tmp_path, capsys):
     assert main([*arguments, "--preprocessed", str(tmp_path / "none")]) == 1
     assert main([*arguments, "--preprocessed", str(preprocessed), "--fold", "9"]) == 1
     assert "no such fold" in capsys.readouterr().err
+    assert not (tmp_path / "m").exists()
+
+
+def test_initial_weights_do_not_lie_in_what_is_replaced(preprocessed, tmp_path):
+    train(preprocessed, tmp_path / "m", config(epochs=1))
+    settings = config(epochs=1, initial_weights=str(tmp_path / "m" / "last.safetensors"))
+    with pytest.raises(ConfigError, match=r"train\.initial_weights: lies in the stage's output"):
+        train(preprocessed, tmp_path / "m", settings)
+    train(preprocessed, tmp_path / "other", settings)
+
+
+def test_data_that_are_replaced_while_it_trains_are_told(preprocessed, tmp_path, monkeypatch):
+    data = Path(shutil.copytree(preprocessed, tmp_path / "data"))
+
+    class Replaced(Trainer):
+        def run(self):
+            plan = data / "plan.json"
+            plan.write_text(plan.read_text().replace('"crop_to_nonzero": true', '"crop_to_nonzero": false'))
+            return super().run()
+
+    monkeypatch.setattr(loop, "Trainer", Replaced)
+    with pytest.raises(UserError, match="data: was replaced while train was reading it"):
+        train(data, tmp_path / "m", config(epochs=1))
     assert not (tmp_path / "m").exists()
 
 
