@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ def some(findings: Sequence[str]) -> str:
 def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
     """Cases are what `{case}` of the label pattern matches; the images are looked for with that id filled in.
 
-    Returns the folder the patterns are relative to (the root, or what it only wraps) and the cases.
+    Returns the folder the patterns are relative to (the root, or what it only wraps) and the cases; scans without a
+    label are told on stderr.
 
     Raises:
         DataError: no label matches, or a pattern does not name one file for each case.
@@ -64,6 +66,14 @@ def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
     if problems:
         raise DataError(
             "the patterns do not name one file each", where=inner, seen=some(problems), mend="correct download.pattern"
+        )
+    masks = {name for hits in labels.values() for name in hits}  # a scan's pattern may match them too
+    scans = {case for found in images for case, hits in found.items() if case not in labels and masks.isdisjoint(hits)}
+    if scans:
+        print(
+            f"{inner}: {len(scans)} scans have no file that matches {pattern.label} and are left out: "
+            f"{some(sorted(scans))}",
+            file=sys.stderr,
         )
     return inner, cases
 

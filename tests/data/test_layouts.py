@@ -272,7 +272,7 @@ def by_pattern(root: Path, image: str, label: str) -> list[tuple[str, tuple[str,
     return [(c.id, c.images, c.label) for c in found.cases]
 
 
-def test_pattern_layout(tmp_path):
+def test_pattern_layout(tmp_path, capsys):
     for case in ("train/a1", "train/b2", "test/c3"):
         touch(tmp_path, f"{case}/Flair.nii.gz", f"{case}/seg.nii.gz", f"{case}/._seg.nii.gz")
     touch(tmp_path, "test/unlabelled/Flair.nii.gz")
@@ -281,6 +281,9 @@ def test_pattern_layout(tmp_path):
         ("b2", ("train/b2/Flair.nii.gz",), "train/b2/seg.nii.gz"),
         ("c3", ("test/c3/Flair.nii.gz",), "test/c3/seg.nii.gz"),
     ]
+    assert (
+        "1 scans have no file that matches */{case}/seg.nii.gz and are left out: unlabelled" in capsys.readouterr().err
+    )
     (tmp_path / "test/c3/Flair.nii.gz").unlink()
     touch(tmp_path, "other/a1/Flair.nii.gz")
     with pytest.raises(DataError) as caught:
@@ -290,6 +293,12 @@ def test_pattern_layout(tmp_path):
     touch(tmp_path, "other/b2/seg.nii.gz")
     with pytest.raises(DataError, match="case b2: 2 files match \\*/b2/seg"):
         by_pattern(tmp_path, "*/{case}/Flair.nii.gz", "*/{case}/seg.nii.gz")
+
+
+def test_masks_that_look_like_scans_are_no_scans_without_a_mask(tmp_path, capsys):
+    touch(tmp_path, "all/a.nii", "all/a_seg.nii")
+    assert by_pattern(tmp_path, "all/{case}.nii", "all/{case}_seg.nii") == [("a", ("all/a.nii",), "all/a_seg.nii")]
+    assert not capsys.readouterr().err
 
 
 def test_patterns_are_relative_to_the_root_or_to_what_it_wraps(tmp_path):
