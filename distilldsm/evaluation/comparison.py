@@ -28,6 +28,7 @@ COMPARED = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_erro
 READ = (*COMPARED[:-1], "volume_error_ml", "volume_truth_ml")
 VOLUME_TOLERANCE = 1e-3
 """By which share the volumes of one truth may differ: tables hold six digits."""
+_DECIMALS = 9  # of a difference: rounding errors must not rank what is equal
 Scores = Mapping[tuple[str, str], Mapping[str, float]]
 """(case, label) to metric to value; undefined values are missing."""
 
@@ -248,7 +249,8 @@ def wilcoxon_p(differences: np.ndarray) -> float:
     """Two-sided p-value of the Wilcoxon signed-rank test; 1 where nothing differs."""
     from scipy.stats import wilcoxon
 
-    if not np.any(differences):
+    differences = np.round(differences, _DECIMALS)
+    if not differences.any():
         return 1.0
     p = float(wilcoxon(differences).pvalue)
     return p if math.isfinite(p) else 1.0

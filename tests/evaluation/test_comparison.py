@@ -17,7 +17,7 @@ from components import cross_validate
 from distilldsm.cli import main
 from distilldsm.config import CrossValidationConfig
 from distilldsm.errors import DataError
-from distilldsm.evaluation.comparison import compare, draw, holm, load_training
+from distilldsm.evaluation.comparison import compare, draw, holm, load_training, wilcoxon_p
 from tests.crossval import folds as crossval
 
 SCORES = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_ml")
@@ -95,6 +95,26 @@ def test_a_patient_is_one_pair(tmp_path):
     assert row.difference == pytest.approx(differences.mean())
     assert row.p == pytest.approx(wilcoxon(differences.reshape(7, 2).mean(axis=1)).pvalue)
     assert row.p != pytest.approx(wilcoxon(differences).pvalue)
+
+
+def test_equal_differences_are_ties_in_spite_of_rounding_errors(tmp_path):
+    a = [3, 1, 2, 2, 4, 1, 2, 1, 1, 3, 2, 1, 4, 1]
+    b = [1, 5, 5, 1, 5, 1, 3, 5, 3, 4, 5, 4, 1, 3]
+    true = wilcoxon(np.subtract(b, a)).pvalue
+    millimetres = [1.4 * np.array(of) for of in (a, b)]  # HD95 in multiples of the voxel
+    assert wilcoxon(millimetres[1] - millimetres[0]).pvalue != pytest.approx(true, rel=0.1)
+    assert wilcoxon_p(millimetres[1] - millimetres[0]) == pytest.approx(true)
+    # Patients of three cases: their means are rounded, too.
+    names, folders = [f"c{k}" for k in range(42)], []
+    patients = {name: f"p{k // 3}" for k, name in enumerate(names)}
+    for training, values in zip("ab", millimetres, strict=True):
+        rows = random_cases(names, 0)
+        for k, name in enumerate(names):
+            rows[name]["hd95_mm"] = values[k // 3] + 1.4 * (k % 3)
+        folders.append(write_fold(tmp_path / training, rows, patients=patients))
+    found = compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
+    (row,) = (r for r in found if (r.training, r.label, r.metric) == ("b", "A", "hd95_mm"))
+    assert row.p == pytest.approx(true)
 
 
 def test_another_truth_is_refused(tmp_path):
