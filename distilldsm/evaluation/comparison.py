@@ -64,8 +64,8 @@ class Comparison:
     patients: int
     """Whose cases these are: the pairs of the test."""
     mean: float
-    sd: float
-    """Sample standard deviation over the cases."""
+    sd: float | None
+    """Sample standard deviation over the cases; None for a single case."""
     sd_folds: float | None
     """Sample standard deviation of the folds' means; None for a single fold."""
     difference: float | None
@@ -193,7 +193,7 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
                         cases=len(keys),
                         patients=len(set(whose)),
                         mean=float(values[number].mean()),
-                        sd=float(values[number].std(ddof=1)) if len(keys) > 1 else 0.0,
+                        sd=float(values[number].std(ddof=1)) if len(keys) > 1 else None,
                         sd_folds=_sd_of_folds(training, keys, metric),
                         difference=None if first else float((values[number] - values[0]).mean()),
                         p=None if first else wilcoxon_p(_by_patient(values[number] - values[0], whose)),
@@ -294,11 +294,12 @@ def format_comparison(rows: Sequence[Comparison]) -> str:
             f"{'cases':>7}"
         )
         for row in (r for r in rows if r.metric == metric):
+            sd = "-" if row.sd is None else f"{row.sd:.4f}"
             folds = "" if row.sd_folds is None else f"{row.sd_folds:.4f}"
             difference = "" if row.difference is None else f"{row.difference:+.4f}"
             p = "" if row.p_holm is None else f"{row.p_holm:.2g}"
             lines.append(
-                f"{row.training:{width}}{row.label:{labels}}{row.mean:9.4f}{row.sd:10.4f}{folds:>10}{difference:>10}"
+                f"{row.training:{width}}{row.label:{labels}}{row.mean:9.4f}{sd:>10}{folds:>10}{difference:>10}"
                 f"{p:>10}{row.cases:7d}"
             )
     return "\n".join(lines)

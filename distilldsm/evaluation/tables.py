@@ -30,7 +30,8 @@ def summarise(rows: Sequence[Row], labels: Iterable[str]) -> dict[str, Any]:
 
     Returns:
         {"labels": {label: {metric: {mean, sd, median, worst, worst_case, defined, cases}}}, "mean": {metric: mean of
-        the labels' means}}. sd is the sample standard deviation (n - 1). `volume_error_ml` is judged by its size.
+        the labels' means}}. sd is the sample standard deviation (n - 1), None for a single defined value.
+        `volume_error_ml` is judged by its size.
     """
     summary: dict[str, Any] = {"cases": len({row["case"] for row in rows}), "labels": {}, "mean": {}}
     for label in labels:
@@ -51,7 +52,7 @@ def _statistics(rows: Sequence[Row], metric: str) -> dict[str, Any]:
     worst = int(np.argmax(badness))
     return {
         "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)) if len(values) > 1 else 0.0,
+        "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
         "median": float(np.median(values)),
         "worst": defined[worst][0],
         "worst_case": defined[worst][1],
@@ -81,8 +82,9 @@ def format_table(summary: Mapping[str, Any], title: str = "") -> str:
     lines.append(f"{'label':{width}}{'Dice':>8}{'sd':>8}{'worst':>8}{'HD95 mm':>10}{'NSD':>8}{'cases':>7}")
     for label, s in summary["labels"].items():
         dice, hd95, nsd = s["dice"], s["hd95_mm"], s["nsd"]
+        sd = "-" if dice["sd"] is None else f"{dice['sd']:.4f}"
         lines.append(
-            f"{label:{width}}{dice['mean']:8.4f}{dice['sd']:8.4f}{dice['worst']:8.4f}"
+            f"{label:{width}}{dice['mean']:8.4f}{sd:>8}{dice['worst']:8.4f}"
             f"{hd95['mean']:10.2f}{nsd['mean']:8.4f}{dice['cases']:7d}"
         )
     mean = summary["mean"]

@@ -171,6 +171,18 @@ def test_the_figure_shows_the_cases_of_the_table(tmp_path, monkeypatch):
     assert list(shown) == ["A", "B"]
 
 
+def test_a_single_case_has_no_standard_deviation(tmp_path, capsys):
+    for name in "ab":
+        write_fold(tmp_path / name, random_cases(["c0"], 0))
+    trainings = [f"{name}={tmp_path}/{name}" for name in "ab"]
+    assert main(["compare", *trainings, "-o", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[1].split()[3] == "-"
+    with open(tmp_path / "out" / "comparison.csv", newline="") as stream:
+        assert {row["sd"] for row in csv.DictReader(stream)} == {""}
+    assert main(["compare", *trainings, "--json"]) == 0
+    assert {row["sd"] for row in json.loads(capsys.readouterr().out)["scores"]} == {None}
+
+
 def test_equal_trainings_do_not_differ(tmp_path):
     folder = write_fold(tmp_path / "a", random_cases(["c0", "c1", "c2"], 0))
     rows = compare([load_training(name, [folder]) for name in "ab"])

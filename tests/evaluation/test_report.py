@@ -147,6 +147,8 @@ def test_the_table_of_scores_names_the_worst_case():
     Tags(html)
     assert "<td>0.5000<i>b</i></td>" in html
     assert " to " not in html.split("</tbody>")[0], "one case has no interval"
+    single = scores(tables.summarise(rows()[:1], ["one"]), intervals(rows()[:1], ["one"]))
+    assert "<td>-</td><td>0.9000</td>" in single, "nor a standard deviation"
 
 
 def test_what_stands_out():

@@ -45,6 +45,14 @@ def test_undefined_everywhere_stays_undefined():
     assert tables.metrics_for_dvc(summary)["dice"] == {"mean": 0.7, "one": 0.7}
 
 
+def test_one_value_has_no_standard_deviation():
+    one = tables.summarise(rows()[:1], ["one"])
+    assert one["labels"]["one"]["dice"]["sd"] is None
+    assert tables.format_table(one).splitlines()[1].split() == ["one", "0.9000", "-", "0.9000", "1.00", "0.5000", "1"]
+    defined_once = [row | {"precision": None if row["case"] != "a" else 0.5} for row in rows()]
+    assert tables.summarise(defined_once, ["one"])["labels"]["one"]["precision"]["sd"] is None
+
+
 def test_table_and_csv(tmp_path: Path):
     text = tables.format_table(tables.summarise(rows(), ["one"]), "title")
     assert text.splitlines()[0] == "title"
