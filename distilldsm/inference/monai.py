@@ -19,9 +19,10 @@ from monai.transforms import Transform
 
 from distilldsm.data.geometry import GeometryRecord, scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
-from distilldsm.data.volume import read_image, write_label
+from distilldsm.data.volume import write_label
 from distilldsm.errors import DataError
 from distilldsm.inference.inputs import find_inputs
+from distilldsm.inference.nifti import read_for_plan
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 from distilldsm.params import from_mapping, to_mapping
 
@@ -54,15 +55,15 @@ class ToNetworkSpaced(Transform):
     """Paths of a scan to its image in network space: orientation, crop, normalisation and resampling of the plan.
 
     Raises (when called):
-        DataError: a file is damaged, or there are more or fewer channels than the plan has.
+        DataError: a file is damaged, there are more or fewer channels than the plan has, or voxels of another order of
+            size than it was made for.
     """
 
     def __init__(self, plan: str) -> None:
         self.plan = Plan.load(plan)
 
     def __call__(self, data: Case) -> dict[Hashable, Any]:
-        paths = data["image"]
-        volume = read_image(paths, channels=len(self.plan.channels))
+        volume = read_for_plan(data["image"], self.plan)
         image, record = to_network_space(volume, self.plan)
         return {**data, "image": torch.from_numpy(image), "geometry": json.dumps(to_mapping(record))}
 

@@ -16,9 +16,11 @@ import numpy as np
 import numpy.typing as npt
 from nibabel.volumeutils import apply_read_scaling
 
-from distilldsm.data.volume import corner_distance_mm, unreadable
+from distilldsm.data.geometry import spacing_along
+from distilldsm.data.plan import Plan
+from distilldsm.data.volume import Volume, corner_distance_mm, unreadable
 from distilldsm.errors import DataError
-from distilldsm.inference.scan import Channel, Scan, check_affine
+from distilldsm.inference.scan import Channel, Scan, check_affine, check_scale
 
 BLOCK_BYTES = 16_000_000
 MAX_COMPRESSION = 1_100
@@ -151,6 +153,18 @@ def read_scan(
             check_same_grid(base.path, base.shape[:3], base.affine, file.path, file.shape[:3], file.affine)
             read += _read(file)
     return Scan(tuple(read), base.affine, base.path, base.header)
+
+
+def read_for_plan(paths: Sequence[str], plan: Plan) -> Volume:
+    """A scan for a model's plan, whole in memory, with its affine in mm: what `distilldsm predict` reads and refuses.
+
+    Raises:
+        DataError: see `read_scan` and `scan.check_scale`.
+    """
+    files = [Path(path) for path in paths]
+    scan = read_scan(files, len(plan.channels), names=[channel.name for channel in plan.channels])
+    check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
+    return Volume(np.stack([channel.values(channel.raw) for channel in scan.channels]), scan.affine, scan.path)
 
 
 def wanted_channels(channels: int, names: Sequence[str] = ()) -> str:

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.data.volume import read_image, write_label
+from distilldsm.data.volume import write_label
 from distilldsm.errors import UserError
+from distilldsm.inference.nifti import read_for_plan
 from distilldsm.inference.predict import Predictor
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"
@@ -64,7 +65,7 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
         raise UserError("is an input", where=target, mend="give another output")
     if target is not None and (not target.name.endswith((".nii", ".nii.gz")) or not target.parent.is_dir()):
         raise UserError("cannot be written", where=target, rule=".nii or .nii.gz, in a folder that exists")
-    volume = read_image(files, len(predictor.plan.channels))
+    volume = read_for_plan([str(file) for file in files], predictor.plan)
     mask = predictor.predict(volume)
     if target is None:
         return {"mask": mask}

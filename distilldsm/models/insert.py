@@ -145,8 +145,32 @@ class VolumetricNetwork(SegmentationNetwork):
         for name, module in modules.items():
             network.get_submodule(name).register_forward_pre_hook(_BeforeConvolution(module, self._slices))
         self.stride = (1, stride, stride)
-        # Each module looks one slice further; where some lie on parallel branches, this is more than is needed.
+        # Each module looks one slice further; where some lie on parallel branches, this is more than is needed, and
+        # where a convolution is used more than once in a pass, too little: see `measure_halo`.
         self.depth_halo = len(modules)
+
+    def measure_halo(self, x: Tensor) -> Any:
+        """`forward`, which also sets `depth_halo` to the number of shifts in the pass, counting every use of a module.
+
+        Building it does not tell how often the 2-D network uses a convolution, such as one of a recurrent block. A
+        module that is not used counts as one: other passes may use it.
+        """
+        uses = [0] * len(self.shifts)
+
+        def count(k: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def add(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+                uses[k] += 1
+
+            return add
+
+        hooks = [module.register_forward_pre_hook(count(k)) for k, module in enumerate(self.shifts)]
+        try:
+            outputs = self(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.depth_halo = sum(max(1, n) for n in uses)
+        return outputs
 
     def flat_names(self) -> dict[str, str]:
         """See `SegmentationNetwork`."""

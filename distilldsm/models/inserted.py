@@ -121,7 +121,10 @@ def build_inserted(
 
 
 def _check(network: VolumetricNetwork, in_channels: int, builder: str) -> None:
-    """Raise ConfigError unless the network takes images of its stride and gives logits of their size."""
+    """Raise ConfigError unless the network takes images of its stride and gives logits of their size.
+
+    The same pass tells how many slices away its logits reach.
+    """
     import torch
 
     from distilldsm.models.base import evaluating
@@ -131,7 +134,7 @@ def _check(network: VolumetricNetwork, in_channels: int, builder: str) -> None:
     rule = f"(N, {in_channels}, H, W) to (N, {network.out_channels}, H, W), sizes multiples of the stride {stride}"
     try:
         with evaluating(network):
-            found = network(torch.zeros(1, in_channels, *expected[2:]))
+            found = network.measure_halo(torch.zeros(1, in_channels, *expected[2:]))
     except Exception as error:
         raise _wrong("cannot compute", f"{builder}: {type(error).__name__}: {error}"[:500], rule, _MEND) from error
     if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected:

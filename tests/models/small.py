@@ -50,6 +50,23 @@ def _conv(width: int) -> nn.Conv2d:
     return nn.Conv2d(width, width, 3, padding=1)
 
 
+class Recurrent(nn.Module):
+    """Goes through the same block more than once."""
+
+    def __init__(self, inputs: int, classes: int, times: int = 3) -> None:
+        super().__init__()
+        self.times = times
+        self.stem = nn.Conv2d(inputs, 8, 3, padding=1)
+        self.block = nn.Sequential(_conv(8), nn.ReLU(), _conv(8))
+        self.head = nn.Conv2d(8, classes, 1)
+
+    def forward(self, x):
+        x = torch.relu(self.stem(x))
+        for _ in range(self.times):
+            x = torch.relu(x + self.block(x))
+        return self.head(x)
+
+
 OWN = {"builder": "tests.models.small:TwoLevels", "in_argument": "inputs", "out_argument": "classes", "stride": 4}
 """Options of `inserted` for it."""
 NEEDED = {"inserted": OWN}

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from distilldsm.config import ModelConfig
 from distilldsm.errors import ConfigError
+from distilldsm.inference.windows import predict_logits
 from distilldsm.models.registry import build_model
 from distilldsm.params import from_mapping, to_mapping
 from tests.models.foreign import _torchvision
@@ -54,6 +56,36 @@ def test_it_computes_what_the_2d_network_does():
     assert network.inserted == ("down.2", "join.2")
     assert build(where=["down.*"]).inserted == ("down.0", "down.2")
     assert type(build(initialisation="paper").shifts[0]) is not type(network.shifts[0])
+
+
+def test_a_block_that_is_used_three_times_reaches_three_slices():
+    torch.manual_seed(0)
+    network = build(builder="tests.models.small:Recurrent").eval()
+    with torch.no_grad():
+        for p in network.shifts.parameters():
+            p.normal_()
+    assert network.inserted == ("block.2",)
+    image = torch.randn(2, 16, 8, 8)
+
+    def reach() -> list[int]:
+        changed = image.clone()
+        changed[:, 8] += 1
+        with torch.no_grad():
+            difference = (network(changed[None]) - network(image[None]))[0].abs().amax(dim=(0, 2, 3))
+        return difference.nonzero().flatten().tolist()
+
+    assert network.depth_halo == 3
+    assert reach() == list(range(5, 12))
+
+    def engine(batch):
+        with torch.no_grad():
+            return network(torch.from_numpy(np.ascontiguousarray(batch))).numpy()
+
+    pieces = {"stride": network.stride, "depth_halo": network.depth_halo}
+    whole = predict_logits(engine, image.numpy(), **pieces)
+    windowed = predict_logits(engine, image.numpy(), max_voxels=8 * 8 * 8, **pieces)
+    np.testing.assert_allclose(windowed, whole, rtol=0, atol=1e-5)
+    assert build(builder="tests.models.small:Recurrent", arguments={"times": 0}).depth_halo == 1
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import yaml
 
-from distilldsm.data.volume import read_image
+from distilldsm.data.plan import Plan
+from distilldsm.data.volume import read_image, read_label
 from distilldsm.errors import UserError
 from distilldsm.export.package import verify
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
@@ -126,10 +127,10 @@ def test_it_loads_where_this_package_is_not_installed(loaded, scan, place):
 
 
 @pytest.fixture
-def predictor():
-    """Answers with the number of channels."""
+def predictor(made):
+    """Answers with ones."""
     return SimpleNamespace(
-        plan=SimpleNamespace(channels=("t1", "t2")),
+        plan=Plan.load(made.export / "plan.json"),
         logits=lambda image: image,
         predict=lambda volume: np.ones(volume.shape, np.uint8),
     )
@@ -153,6 +154,24 @@ def test_a_server_sees_its_folder_only(predictor, scan, tmp_path, monkeypatch):
     assert answer(predictor, np.array(names, dtype=object), remote=True)["mask"].all()
     with pytest.raises(UserError, match="lies outside"):
         answer(predictor, None, {"paths": names, "output": "../mask.nii.gz"}, remote=True)
+
+
+def test_scans_are_read_as_predict_reads_them(made, scan, tmp_path):
+    """A scan in metres is the same scan; one whose unit is wrong is refused, and no mask of nonsense comes back."""
+    predictor, written = Predictor.from_export(made.export), {}
+    for unit, factor in (("meter", 1e-3), ("mm", 1e-3)):
+        for k, path in enumerate(scan):
+            image = nib.load(path)
+            smaller = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([factor, factor, factor, 1.0]) @ image.affine)
+            smaller.header.set_xyzt_units(unit)
+            nib.save(smaller, tmp_path / f"{unit}{k}.nii.gz")
+            written.setdefault(unit, []).append(str(tmp_path / f"{unit}{k}.nii.gz"))
+    output = str(tmp_path / "mask.nii.gz")
+    answer(predictor, None, {"paths": written["meter"], "output": output}, remote=False)
+    np.testing.assert_array_equal(read_label(output)[0], answer(predictor, None, {"paths": scan}, remote=False)["mask"])
+    np.testing.assert_allclose(read_label(output)[1], nib.load(scan[0]).affine, atol=1e-4)
+    with pytest.raises(UserError, match="impossible geometry"):
+        answer(predictor, None, {"paths": written["mm"]}, remote=False)
 
 
 def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
