@@ -57,7 +57,7 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     Returns:
         {"folds": [number], "cases": number of cases, "cases_by_fold": {fold: number},
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
-        "mean": {metric: the same of the labels' mean}, "network": its name and options,
+        "mean": {metric: the same of the labels' mean}, "network": its name and options, "evaluate": how it was scored,
         "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
         {"labels", "mean": as above, "chosen": {fold: [labels that change]}}: the same scores where, of labels that gain
         by it in the **other** folds, only the largest component is kept}. The numbers of folds and cases are those
@@ -84,6 +84,7 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     model = folds[0].model
     summary["largest_component"] = _largest_component(folds, labels)
     summary["network"] = {key: model[key] for key in ("name", "options")}
+    summary["evaluate"] = dict(folds[0].evaluate["config"])
     summary["cost"] = _costs(folds)
     return summary
 

@@ -21,7 +21,7 @@ from distilldsm.cost import TIMING
 from distilldsm.crossval.folds import CASES_POSTPROCESSED
 from distilldsm.crossval.table import COSTS, combine_costs, costs_of_fold
 from distilldsm.errors import DataError
-from distilldsm.stage import read_json
+from distilldsm.stage import MANIFEST, read_json
 
 COMPARED = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_abs_ml")
 """The scores that are compared; the last is the size of `volume_error_ml`."""
@@ -45,6 +45,8 @@ class Training:
     """Case to patient; cases that are missing are taken for patients of their own."""
     folders: tuple[Path, ...] = ()
     """What it was read from."""
+    tolerances_mm: frozenset[float] = frozenset()
+    """Of the NSD, as far as it is known."""
 
     @property
     def scores(self) -> dict[tuple[str, str], Mapping[str, float]]:
@@ -90,6 +92,7 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
     taken: list[dict[str, Any]] = []
     seen: dict[str, Path] = {}
     patients: dict[str, str] = {}
+    tolerances: set[float] = set()
     for directory in _tables(directories):
         path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
         if postprocessed and (not path.is_file() or len(path.read_text(encoding="utf-8").splitlines()) < 2):
@@ -112,7 +115,15 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
                 seen[case] = path
             folds.append(_scores(of_fold, path))
         taken += _costs(directory)
-    return Training(name=name, folds=tuple(folds), costs=tuple(taken), patients=patients, folders=tuple(directories))
+        tolerances |= _tolerance(directory)
+    return Training(
+        name=name,
+        folds=tuple(folds),
+        costs=tuple(taken),
+        patients=patients,
+        folders=tuple(directories),
+        tolerances_mm=frozenset(tolerances),
+    )
 
 
 def _tables(directories: Sequence[Path]) -> list[Path]:
@@ -155,12 +166,33 @@ def _costs(directory: Path) -> list[dict[str, Any]]:
     return []
 
 
+def _tolerance(directory: Path) -> set[float]:
+    """The tolerance of the NSD: of a cross-validation its summary holds it, of an evaluated fold its manifest."""
+    for name, section in (("summary.json", "evaluate"), (MANIFEST, "config")):
+        told = read_json(directory / name).get(section, {}) if (directory / name).is_file() else {}
+        if "nsd_tolerance_mm" in told:
+            return {float(told["nsd_tolerance_mm"])}
+    return set()
+
+
+def _check_tolerance(trainings: Sequence[Training]) -> None:
+    if len({tolerance for training in trainings for tolerance in training.tolerances_mm}) > 1:
+        raise DataError(
+            "were scored with different tolerances of the NSD",
+            where=", ".join(str(folder) for training in trainings for folder in training.folders),
+            seen="; ".join(f"{t.name}: {', '.join(f'{mm:g}' for mm in sorted(t.tolerances_mm))} mm" for t in trainings),
+            rule="one evaluate.nsd_tolerance_mm",
+            mend="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
+        )
+
+
 def compare(trainings: Sequence[Training]) -> list[Comparison]:
     """Every training, label and metric, over the cases that all of them have.
 
     Raises:
-        DataError: no case is common to all, or a case was scored against another truth.
+        DataError: no case is common to all, or a case was scored against another truth or with another tolerance.
     """
+    _check_tolerance(trainings)
     tables = [training.scores for training in trainings]
     shared = set.intersection(*(set(table) for table in tables))
     if not shared:

@@ -1,4 +1,4 @@
-"""How sure the means are, and how volumes agree: bootstrap intervals over cases, Bland-Altman limits."""
+"""How sure the means are, and how volumes agree: bootstrap intervals over patients, Bland-Altman limits."""
 
 from __future__ import annotations
 
@@ -16,45 +16,58 @@ from distilldsm.evaluation.metrics import METRICS
 LEVEL = 0.95
 RESAMPLES = 4999
 SEED = 0
-METHOD = "bootstrap over cases, bias-corrected and accelerated (BCa)"
+METHOD = "bootstrap over patients, bias-corrected and accelerated (BCa)"
+_DECIMALS = 12  # the same patients in another order are the same draw, whatever rounding errors make of it
 _BATCH = 1 << 22
 """Numbers that a step of the bootstrap holds at a time."""
 
 Interval = tuple[float, float]
 
 
-def bootstrap_mean(table: npt.NDArray[np.floating]) -> Interval | None:
+def bootstrap_mean(table: npt.NDArray[np.floating], patients: Sequence[str] | None = None) -> Interval | None:
     """The interval of the mean over columns of the means over cases; the same table gives the same interval.
 
-    Cases are drawn with replacement, all columns of a case together (Efron, 1987: BCa). Where BCa is undefined, as for
-    a mean that does not depend on the draw, the percentile interval is given.
+    Patients are drawn with replacement, each with all its cases and columns (Efron, 1987: BCa; a cluster bootstrap).
+    Where BCa is undefined, as for a mean that does not depend on the draw, the percentile interval is given.
 
     Args:
         table: (cases, columns), NaN where a score is undefined; means are over the defined ones.
+        patients: of each case; None: every case is a patient of its own.
 
     Returns:
-        Low and high at LEVEL, or None for fewer than two cases with a score.
+        Low and high at LEVEL, or None for fewer than two patients with a score.
     """
     from scipy.stats import bootstrap
 
-    table = table[~np.isnan(table).all(axis=1)]
-    if len(table) < 2:
+    scored = ~np.isnan(table).all(axis=1)
+    number_of = {patient: k for k, patient in enumerate(dict.fromkeys(patients or ()))}
+    whose = np.arange(len(table)) if patients is None else np.array([number_of[patient] for patient in patients])
+    table, whose = table[scored], np.unique(whose[scored], return_inverse=True)[1]
+    count = int(whose.max()) + 1 if len(whose) else 0
+    if count < 2:
         return None
     if (table == table[0]).all():
         return float(table[0].mean()), float(table[0].mean())
 
+    sums, numbers = np.zeros((count, table.shape[1])), np.zeros((count, table.shape[1]))
+    np.add.at(sums, whose, np.nan_to_num(table))
+    np.add.at(numbers, whose, ~np.isnan(table))
+
     def mean(drawn: npt.NDArray[np.integer], axis: int = -1) -> Any:
-        return np.nanmean(np.nanmean(table[np.moveaxis(drawn, axis, -1)], axis=-2), axis=-1)
+        drawn = np.moveaxis(drawn, axis, -1)
+        with np.errstate(invalid="ignore"):  # a column without a score in this draw does not count
+            found = np.nanmean(sums[drawn].sum(axis=-2) / numbers[drawn].sum(axis=-2), axis=-1)
+        return np.round(found, _DECIMALS)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # draws without any defined score, and BCa where it is undefined
         for method in ("BCa", "percentile"):
             found = bootstrap(
-                (np.arange(len(table)),),
+                (np.arange(count),),
                 mean,
                 vectorized=True,
                 n_resamples=RESAMPLES,
-                batch=max(1, _BATCH // table.size),
+                batch=max(1, _BATCH // sums.size),
                 confidence_level=LEVEL,
                 method=method,
                 rng=np.random.default_rng(SEED),
@@ -71,7 +84,8 @@ def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[
         {"level", "method", "resamples", "seed", "labels": {label: {metric: [low, high]}}, "mean": {metric: [low,
         high]}}; null where there is none.
     """
-    cases = {case: k for k, case in enumerate(dict.fromkeys(row["case"] for row in rows))}
+    patient_of = {row["case"]: row.get("patient") or row["case"] for row in rows}
+    cases, patients = {case: k for k, case in enumerate(patient_of)}, list(patient_of.values())
     columns = {label: k for k, label in enumerate(labels)}
     tables = {metric: np.full((len(cases), len(columns)), np.nan) for metric in METRICS}
     for row in rows:
@@ -84,10 +98,10 @@ def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[
         "resamples": RESAMPLES,
         "seed": SEED,
         "labels": {
-            label: {metric: bootstrap_mean(table[:, [k]]) for metric, table in tables.items()}
+            label: {metric: bootstrap_mean(table[:, [k]], patients) for metric, table in tables.items()}
             for label, k in columns.items()
         },
-        "mean": {metric: bootstrap_mean(table) for metric, table in tables.items()},
+        "mean": {metric: bootstrap_mean(table, patients) for metric, table in tables.items()},
     }
 
 

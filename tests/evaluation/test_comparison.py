@@ -15,7 +15,7 @@ from scipy.stats import wilcoxon
 
 from components import cross_validate
 from distilldsm.cli import main
-from distilldsm.config import CrossValidationConfig
+from distilldsm.config import CrossValidationConfig, EvaluateConfig
 from distilldsm.errors import DataError
 from distilldsm.evaluation.comparison import compare, draw, holm, load_training, wilcoxon_p
 from tests.crossval import folds as crossval
@@ -123,6 +123,19 @@ def test_another_truth_is_refused(tmp_path):
     with pytest.raises(DataError, match="another truth") as caught:
         compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
     assert "c0, A: 1 ml and 7 ml" in str(caught.value)
+
+
+def test_surface_dice_of_different_tolerances_is_refused(tmp_path):
+    for name, tolerance in (("a", 1.0), ("b", 3.0)):
+        splits, _ = crossval.write_folds(tmp_path / name, evaluate=EvaluateConfig(nsd_tolerance_mm=tolerance))
+        inputs = {"evaluation": tmp_path / name / "evaluation", "models": tmp_path / name / "models", "splits": splits}
+        done = {"cross_validation": tmp_path / name / "cv"}
+        cross_validate.run(CrossValidationConfig(folds=(0, 1, 2)), inputs, done)
+    for one, other in (("cv", "cv"), ("evaluation", "cv"), ("evaluation", "evaluation")):
+        a, b = load_training("a", [tmp_path / "a" / one]), load_training("b", [tmp_path / "b" / other])
+        with pytest.raises(DataError, match=r"tolerances of the NSD(.|\n)*a: 1 mm; b: 3 mm"):
+            compare([a, b])
+        assert compare([a, a])
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):

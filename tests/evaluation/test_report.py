@@ -133,7 +133,7 @@ def test_numbers_order_and_notes():
     assert "The worst case is <b>b</b> (Dice 0.500). In 1 of 3 cases a structure is below Dice 0.7." in text
     low, high = intervals(rows(), ["one"])["labels"]["one"]["dice"]
     assert f"<td>0.7000<i>{low:.3f} to {high:.3f}</i></td>" in text
-    assert "bootstrap over cases" in text
+    assert "bootstrap over patients" in text
     assert "1,234,567 parameters" in text
     assert "No validation report" in text
     # What is not there has no heading either.

@@ -38,6 +38,32 @@ def test_the_mean_lies_within_and_more_cases_narrow_it():
     assert widths[0] / widths[1] == pytest.approx(4, rel=0.4)  # a square root of 16
 
 
+def test_patients_are_drawn_with_all_their_cases():
+    """The same case twice tells nothing new; a slow bootstrap agrees."""
+    values = np.random.default_rng(6).uniform(size=(12, 2))
+    patients = [f"p{k}" for k in range(12)]
+    twice = bootstrap_mean(np.repeat(values, 2, axis=0), [p for p in patients for _ in "ab"])
+    assert twice == pytest.approx(bootstrap_mean(values))
+    uneven = [f"p{k // 3 if k < 9 else k}" for k in range(12)]
+
+    def slow(drawn):
+        rows = np.concatenate([[k for k in range(12) if uneven[k] == names[int(d)]] for d in drawn])
+        return round(values[rows, 0].mean(), 12)  # draws of the same patients are ties
+
+    names = list(dict.fromkeys(uneven))
+    wanted = stats.bootstrap(
+        (np.arange(len(names)),),
+        slow,
+        vectorized=False,
+        n_resamples=RESAMPLES,
+        confidence_level=LEVEL,
+        method="BCa",
+        rng=np.random.default_rng(SEED),
+    )
+    assert bootstrap_mean(values[:, :1], uneven) == pytest.approx(tuple(wanted.confidence_interval), abs=1e-12)
+    assert bootstrap_mean(values, ["one"] * 12) is None
+
+
 def test_undefined_scores_do_not_count():
     values = np.random.default_rng(4).uniform(size=12)
     holes = np.full((20, 1), np.nan)
