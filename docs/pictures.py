@@ -85,7 +85,7 @@ def depth_shift_picture() -> None:
 
 def report_picture() -> None:
     """The top of an evaluation's page."""
-    with browser_page(1100, 1250) as page:
+    with browser_page(1160, 1320) as page:
         page.goto(Path("evaluation/fold0/report.html").resolve().as_uri())
         page.wait_for_timeout(1000)
         save(page.screenshot(), "report")

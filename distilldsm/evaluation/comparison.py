@@ -86,13 +86,14 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
         postprocessed: read the scores after post-processing, which cross-validations of two folds or more hold.
 
     Raises:
-        DataError: a table is missing or damaged, or a case was scored in two folds.
+        DataError: a table is missing or damaged, a case was scored in two folds, or the folds are of different splits.
     """
     folds: list[Scores] = []
     taken: list[dict[str, Any]] = []
     seen: dict[str, Path] = {}
     patients: dict[str, str] = {}
     tolerances: set[float] = set()
+    splits: dict[str, Path] = {}
     for directory in _tables(directories):
         path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
         if postprocessed and (not path.is_file() or len(path.read_text(encoding="utf-8").splitlines()) < 2):
@@ -116,6 +117,16 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
             folds.append(_scores(of_fold, path))
         taken += _costs(directory)
         tolerances |= _tolerance(directory)
+        splits.setdefault(_split(directory), directory)
+    splits.pop("", None)
+    if len(splits) > 1:
+        raise DataError(
+            "are folds of different splits",
+            where=", ".join(map(str, splits.values())),
+            seen=f"one of them was evaluated with another splits.json, given as {name}",
+            rule="the folds of one cross-validation",
+            mend="name the folds that belong together, e.g. NAME=evaluation/fold0,evaluation/fold1, or evaluate again",
+        )
     return Training(
         name=name,
         folds=tuple(folds),
@@ -173,6 +184,12 @@ def _tolerance(directory: Path) -> set[float]:
         if "nsd_tolerance_mm" in told:
             return {float(told["nsd_tolerance_mm"])}
     return set()
+
+
+def _split(directory: Path) -> str:
+    """The hash of `splits.json` that a fold was evaluated with; empty where it is not known."""
+    path = directory / MANIFEST
+    return str(read_json(path).get("inputs", {}).get("splits", "")) if path.is_file() else ""
 
 
 def _check_tolerance(trainings: Sequence[Training]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -136,6 +137,15 @@ def test_surface_dice_of_different_tolerances_is_refused(tmp_path):
         with pytest.raises(DataError, match=r"tolerances of the NSD(.|\n)*a: 1 mm; b: 3 mm"):
             compare([a, b])
         assert compare([a, a])
+
+
+def test_a_fold_of_an_earlier_split_that_was_left_is_told(tmp_path):
+    _, rows = crossval.write_folds(tmp_path)
+    assert load_training("ours", [tmp_path / "evaluation"])
+    crossval.write_fold(tmp_path, 7, rows[2], splits=crossval.write_splits(tmp_path / "other", [["a"], ["b"]]))
+    shutil.rmtree(tmp_path / "evaluation" / "fold2")
+    with pytest.raises(DataError, match=r"evaluation/fold7: are folds of different splits(.|\n)*given as ours"):
+        load_training("ours", [tmp_path / "evaluation"])
 
 
 def test_what_is_left_out_is_said(tmp_path, capsys):
