@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[2]
 
 TRAIN = {"model": {"name": "distill_dsm", "options": {"width": 0.25}}, "epochs": 1, "batch_size": 2}
 PARAMS = {
-    "download": {"source": "given"},
     "validate": {"suite": str(ROOT / "conf/expectations.yaml"), "workers": 1},
     "preprocess": {"folds": 2, "workers": 1},
     "train": TRAIN,
@@ -47,7 +46,9 @@ def prepared(tmp_path_factory) -> Path:
     (root / "given").mkdir()
     write_dataset(root / "given", cases=4)
     write_json(root / "given/dataset.json", DESCRIPTION)
-    (root / "params.yaml").write_text(yaml.safe_dump(PARAMS))
+    # An absolute path: a copy of the data would be newer than what was made of them.
+    source = {"download": {"source": str(root / "given")}}
+    (root / "params.yaml").write_text(yaml.safe_dump(PARAMS | source))
     with contextlib.chdir(root):
         assert [main([stage]) for stage in ("download", "validate", "preprocess")] == [0, 0, 0]
     return root
