@@ -1,8 +1,8 @@
 """What the MONAI bundle of an exported model is run with: our geometry as MONAI transforms. Needs the package `monai`.
 
 A case is a dictionary: `image`, the paths of its channels, becomes the image (C, D, H, W) in network space; `pred`, the
-logits (K, D, H, W), becomes a mask on the scan's own grid. `geometry` and `source` (JSON text and a path, which survive
-MONAI's collating) lead from one to the other.
+logits (K, D, H, W), becomes a mask on the scan's own grid. `geometry`, `scan` and `source` (JSON text, a path and a
+name, which survive MONAI's collating) lead from one to the other.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from monai.transforms import Transform
 
 from distilldsm.data.geometry import GeometryRecord, scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
-from distilldsm.data.volume import write_label
 from distilldsm.errors import DataError
 from distilldsm.inference.inputs import find_inputs
-from distilldsm.inference.nifti import read_for_plan
+from distilldsm.inference.nifti import open_nifti, read_scan_for
+from distilldsm.inference.output import write_nifti
+from distilldsm.inference.scan import Channel, Scan
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 from distilldsm.params import from_mapping, to_mapping
 
@@ -55,17 +56,18 @@ class ToNetworkSpaced(Transform):
     """Paths of a scan to its image in network space: orientation, crop, normalisation and resampling of the plan.
 
     Raises (when called):
-        DataError: a file is damaged, there are more or fewer channels than the plan has, or voxels of another order of
-            size than it was made for.
+        DataError: what `distilldsm predict` refuses too: a damaged file, more or fewer channels than the plan has, or a
+            geometry or voxel size that the network cannot know.
     """
 
     def __init__(self, plan: str) -> None:
         self.plan = Plan.load(plan)
 
     def __call__(self, data: Case) -> dict[Hashable, Any]:
-        volume = read_for_plan(data["image"], self.plan)
-        image, record = to_network_space(volume, self.plan)
-        return {**data, "image": torch.from_numpy(image), "geometry": json.dumps(to_mapping(record))}
+        scan = read_scan_for(self.plan, [Path(path) for path in data["image"]])
+        image, record = to_network_space(scan.volume(), self.plan)
+        geometry = json.dumps(to_mapping(record))
+        return {**data, "image": torch.from_numpy(image), "geometry": geometry, "scan": str(scan.path)}
 
 
 class VolumeInferer(Inferer):
@@ -100,5 +102,8 @@ class SaveMaskd(Transform):
         classes = scores_to_scan(self.plan.targets.scores(logits), record, self.plan.targets)
         mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
         self.output.mkdir(parents=True, exist_ok=True)
-        write_label(self.output / f"{data['source']}.nii.gz", mask, np.array(record.affine))
+        # The record is in mm; the mask keeps the unit and the form codes of the file.
+        file = open_nifti(Path(data["scan"]))
+        scan = Scan((Channel(mask),), file.affine, file.path, file.header)
+        write_nifti(self.output / f"{data['source']}.nii.gz", mask, scan)
         return {**data, "pred": torch.from_numpy(mask)}

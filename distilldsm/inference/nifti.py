@@ -18,7 +18,7 @@ from nibabel.volumeutils import apply_read_scaling
 
 from distilldsm.data.geometry import spacing_along
 from distilldsm.data.plan import Plan
-from distilldsm.data.volume import Volume, corner_distance_mm, unreadable
+from distilldsm.data.volume import corner_distance_mm, unreadable
 from distilldsm.errors import DataError
 from distilldsm.inference.scan import Channel, Scan, check_affine, check_scale
 
@@ -155,16 +155,15 @@ def read_scan(
     return Scan(tuple(read), base.affine, base.path, base.header)
 
 
-def read_for_plan(paths: Sequence[str], plan: Plan) -> Volume:
-    """A scan for a model's plan, whole in memory, with its affine in mm: what `distilldsm predict` reads and refuses.
+def read_scan_for(plan: Plan, paths: Sequence[Path]) -> Scan:
+    """One scan of the plan's channels, as `distilldsm predict` takes it.
 
     Raises:
-        DataError: see `read_scan` and `scan.check_scale`.
+        DataError: see `read_scan`, and voxels of another order of size than the plan's.
     """
-    files = [Path(path) for path in paths]
-    scan = read_scan(files, len(plan.channels), names=[channel.name for channel in plan.channels])
+    scan = read_scan(paths, len(plan.channels), names=[channel.name for channel in plan.channels])
     check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
-    return Volume(np.stack([channel.values(channel.raw) for channel in scan.channels]), scan.affine, scan.path)
+    return scan
 
 
 def wanted_channels(channels: int, names: Sequence[str] = ()) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.data.geometry import reorient
-from distilldsm.data.volume import spacing_of
+from distilldsm.data.volume import Volume, spacing_of
 from distilldsm.errors import DataError
 
 MAX_SHEAR = 0.01
@@ -62,6 +62,13 @@ class Scan:
     def nbytes(self) -> int:
         """Memory of the stored voxels."""
         return sum(channel.raw.nbytes for channel in self.channels)
+
+    def volume(self) -> Volume:
+        """All intensities at once, float32."""
+        data = np.empty((len(self.channels), *self.shape), dtype=np.float32)
+        for k, channel in enumerate(self.channels):
+            data[k] = channel.values(channel.raw)
+        return Volume(data, self.affine, self.path)
 
     def planes(self, axis_order: Sequence[int]) -> tuple[list[npt.NDArray], Callable[[int, int], npt.NDArray]]:
         """Views (D, H, W) of the raw channels in network axes, and a function to slice k of channel c as float32."""

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.data.volume import write_label
 from distilldsm.errors import UserError
-from distilldsm.inference.nifti import read_for_plan
+from distilldsm.inference.nifti import read_scan_for
+from distilldsm.inference.output import write_nifti
 from distilldsm.inference.predict import Predictor
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"
@@ -65,11 +65,11 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
         raise UserError("is an input", where=target, mend="give another output")
     if target is not None and (not target.name.endswith((".nii", ".nii.gz")) or not target.parent.is_dir()):
         raise UserError("cannot be written", where=target, rule=".nii or .nii.gz, in a folder that exists")
-    volume = read_for_plan([str(file) for file in files], predictor.plan)
-    mask = predictor.predict(volume)
+    scan = read_scan_for(predictor.plan, files)
+    mask = predictor.predict(scan.volume())
     if target is None:
         return {"mask": mask}
-    write_label(target, mask, volume.affine)
+    write_nifti(target, mask, scan)
     return {"output": str(target)}
 
 

@@ -57,6 +57,17 @@ def write_case(
     return Case(id=name, patient=name, images=tuple(images), label=f"labelsTr/{name}.nii.gz")
 
 
+def stretched(path: Path, target: Path, *, scale: float = 1.0, shear: float = 0.0, unit: str = "mm") -> Path:
+    """A copy of a NIfTI file whose numbers of geometry are `scale` times as large, in that unit of length."""
+    image = nib.load(path)
+    matrix = np.diag([scale, scale, scale, 1.0]) @ image.affine
+    matrix[:3, 0] += shear * matrix[:3, 1]
+    copy = nib.Nifti1Image(np.asanyarray(image.dataobj), matrix)
+    copy.header.set_xyzt_units(unit)
+    nib.save(copy, target)
+    return target
+
+
 def write_dataset(root: Path, cases: int = 6, *, channels: int = 1, **options) -> DatasetIndex:
     """A data set of small cases, every second one in LPS orientation, with its index saved."""
     index = DatasetIndex(

@@ -11,10 +11,12 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
 from distilldsm.cli import main
+from distilldsm.errors import DataError
 from distilldsm.export.package import MONAI_BUNDLE
-from tests.data.volumes import affine, write_case
+from tests.data.volumes import affine, stretched, write_case
 from tests.export.fake import CHANNELS, Exported, exported
 
 pytest.importorskip("monai", reason="needs the optional group 'monai'")
@@ -60,6 +62,42 @@ def test_a_scan_that_lacks_a_channel_fails(bundle, tmp_path):
     done = run_bundle(bundle, tmp_path / "imagesTr", tmp_path / "masks")
     assert done.returncode != 0
     assert not (tmp_path / "masks").exists()
+
+
+def test_a_scan_in_metres_is_taken_as_predict_takes_it(made, tmp_path):
+    from distilldsm.inference.monai import SaveMaskd, ToNetworkSpaced
+
+    case = write_case(tmp_path, "one", channels=CHANNELS)
+    in_mm = [tmp_path / name for name in case.images]
+    (tmp_path / "metres").mkdir()
+    in_metres = [stretched(p, tmp_path / "metres" / p.name, scale=1e-3, unit="meter") for p in in_mm]
+    plan = str(made.export / "plan.json")
+    masks = {}
+    for name, paths in (("mm", in_mm), ("metres", in_metres)):
+        data = ToNetworkSpaced(plan)({"image": [str(p) for p in paths], "source": name})
+        logits = torch.cat((data["image"], data["image"][:1]))  # any that differ from place to place
+        masks[name] = SaveMaskd(plan, str(tmp_path / "masks"))({**data, "pred": logits})["pred"]
+    np.testing.assert_array_equal(masks["metres"], masks["mm"])
+    assert len(np.unique(masks["mm"])) > 1
+    for name, paths, unit in (("mm", in_mm, "unknown"), ("metres", in_metres, "meter")):
+        mask, scan = nib.load(tmp_path / "masks" / f"{name}.nii.gz"), nib.load(paths[0])
+        np.testing.assert_allclose(mask.affine, scan.affine, rtol=1e-6)
+        assert mask.header.get_xyzt_units()[0] == unit
+        np.testing.assert_array_equal(mask.dataobj, masks[name])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"scale": 1e-3}, "impossible geometry"), ({"scale": 30}, "another order of size"), ({"shear": 0.3}, "sheared")],
+    ids=str,
+)
+def test_geometries_that_predict_refuses(made, tmp_path, change, words):
+    from distilldsm.inference.monai import ToNetworkSpaced
+
+    case = write_case(tmp_path, "one", channels=CHANNELS)
+    paths = [str(stretched(tmp_path / name, tmp_path / Path(name).name, **change)) for name in case.images]
+    with pytest.raises(DataError, match=words):
+        ToNetworkSpaced(str(made.export / "plan.json"))({"image": paths, "source": "one"})
 
 
 def test_what_monai_expects_of_a_bundle_is_there(bundle, tmp_path):

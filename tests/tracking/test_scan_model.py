@@ -12,15 +12,16 @@ import numpy as np
 import pytest
 import yaml
 
-from distilldsm.data.plan import Plan
-from distilldsm.data.volume import read_image, read_label
-from distilldsm.errors import UserError
+from distilldsm.cli import main
+from distilldsm.data.volume import read_image
+from distilldsm.errors import DataError, UserError
 from distilldsm.export.package import verify
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE, answer
 from distilldsm.stage import read_json
 from distilldsm.tracking import flavor, replay_journals
+from tests.data.volumes import stretched
 from tests.export.fake import Exported, exported
 
 
@@ -127,10 +128,14 @@ def test_it_loads_where_this_package_is_not_installed(loaded, scan, place):
 
 
 @pytest.fixture
-def predictor(made):
-    """Answers with ones."""
+def predictor():
+    """Answers with the number of channels."""
     return SimpleNamespace(
-        plan=Plan.load(made.export / "plan.json"),
+        plan=SimpleNamespace(
+            channels=(SimpleNamespace(name="t1"), SimpleNamespace(name="t2")),
+            axis_order=(0, 1, 2),
+            target_spacing_mm=(1.0, 1.0, 1.0),
+        ),
         logits=lambda image: image,
         predict=lambda volume: np.ones(volume.shape, np.uint8),
     )
@@ -156,24 +161,6 @@ def test_a_server_sees_its_folder_only(predictor, scan, tmp_path, monkeypatch):
         answer(predictor, None, {"paths": names, "output": "../mask.nii.gz"}, remote=True)
 
 
-def test_scans_are_read_as_predict_reads_them(made, scan, tmp_path):
-    """A scan in metres is the same scan; one whose unit is wrong is refused, and no mask of nonsense comes back."""
-    predictor, written = Predictor.from_export(made.export), {}
-    for unit, factor in (("meter", 1e-3), ("mm", 1e-3)):
-        for k, path in enumerate(scan):
-            image = nib.load(path)
-            smaller = nib.Nifti1Image(np.asarray(image.dataobj), np.diag([factor, factor, factor, 1.0]) @ image.affine)
-            smaller.header.set_xyzt_units(unit)
-            nib.save(smaller, tmp_path / f"{unit}{k}.nii.gz")
-            written.setdefault(unit, []).append(str(tmp_path / f"{unit}{k}.nii.gz"))
-    output = str(tmp_path / "mask.nii.gz")
-    answer(predictor, None, {"paths": written["meter"], "output": output}, remote=False)
-    np.testing.assert_array_equal(read_label(output)[0], answer(predictor, None, {"paths": scan}, remote=False)["mask"])
-    np.testing.assert_allclose(read_label(output)[1], nib.load(scan[0]).affine, atol=1e-4)
-    with pytest.raises(UserError, match="impossible geometry"):
-        answer(predictor, None, {"paths": written["mm"]}, remote=False)
-
-
 def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     for output, words in (
@@ -185,6 +172,36 @@ def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
             answer(predictor, None, {"paths": scan, "output": output}, remote=False)
     with pytest.raises(UserError, match="neither an image"):
         answer(predictor, np.zeros((2, 3, 4), np.float32), remote=False)
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("micron", 1e3)])
+def test_a_scan_in_another_unit_gets_the_mask_that_predict_writes(made, scan, tmp_path, monkeypatch, unit, scale):
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    paths = [str(stretched(Path(p), tmp_path / Path(p).name, scale=scale, unit=unit)) for p in scan]
+    predictor = Predictor.from_export(made.export)
+    answer(predictor, None, {"paths": paths, "output": str(tmp_path / "mask.nii.gz")}, remote=False)
+    assert main(["predict", str(made.export), *paths, "-o", str(tmp_path / "ours.nii.gz")]) == 0
+    mask, ours = nib.load(tmp_path / "mask.nii.gz"), nib.load(tmp_path / "ours.nii.gz")
+    assert mask.header == ours.header
+    assert mask.header.get_xyzt_units()[0] == unit
+    np.testing.assert_allclose(mask.affine, nib.load(paths[0]).affine, rtol=1e-6)
+    np.testing.assert_array_equal(mask.dataobj, ours.dataobj)
+    in_mm = answer(predictor, None, {"paths": scan}, remote=False)["mask"]
+    assert in_mm.any()
+    np.testing.assert_array_equal(mask.dataobj, in_mm)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [({"scale": 1e-3}, "impossible geometry"), ({"scale": 30}, "another order of size"), ({"shear": 0.3}, "sheared")],
+    ids=str,
+)
+def test_geometries_that_predict_refuses(predictor, scan, tmp_path, monkeypatch, change, words):
+    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
+    paths = [str(stretched(Path(p), tmp_path / Path(p).name, **change)) for p in scan]
+    with pytest.raises(DataError, match=words):
+        answer(predictor, None, {"paths": paths, "output": str(tmp_path / "mask.nii.gz")}, remote=False)
+    assert not (tmp_path / "mask.nii.gz").exists()
 
 
 def test_requirements_of_a_directory_with_an_onnx_file_only(tmp_path, monkeypatch):
