@@ -47,7 +47,7 @@ class ExportConfig:
     gate_margin: float = 0.0
     """How much better: its mean difference per case must be above this, in the metric's unit (a fraction, or mm)."""
     gate_p: float | None = None
-    """Largest p-value (one-sided Wilcoxon signed-rank test over the cases) with which it may; null: any."""
+    """Largest p-value (one-sided Wilcoxon signed-rank test over the patients) with which it may; null: any."""
 
     def __post_init__(self) -> None:
         require(self.parity_cases >= 1, "parity_cases", self.parity_cases, "at least 1")

@@ -1,4 +1,7 @@
-"""Whether a newly registered model takes the champion's place: both compared on the same cases, case by case."""
+"""Whether a newly registered model takes the champion's place: both compared on the same cases, case by case.
+
+The test takes its pairs for independent: of several cases of a patient the mean difference is one pair.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ import numpy as np
 
 from distilldsm.config import ExportConfig
 from distilldsm.errors import ConfigError
+from distilldsm.evaluation.statistics import by_patient
 from distilldsm.export.scores import Scores
 
 Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable"]
@@ -48,7 +52,7 @@ class Decision:
     difference: float | None = None
     """Mean over the cases of challenger minus champion, turned so that above 0 is better; None: not compared."""
     p: float | None = None
-    """Of the one-sided Wilcoxon signed-rank test that the difference is above the margin."""
+    """Of the one-sided Wilcoxon signed-rank test over the patients that the difference is above the margin."""
     cases: int | None = None
 
     @property
@@ -89,7 +93,9 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
     if problem is not None or challenger is None or champion is None:
         return decided(outcome="not_comparable", reason=problem or "no scores")
     differences = paired_differences(challenger, champion, gate.metric)
-    mean, p = round(float(differences.mean()), _DECIMALS), p_value(differences, gate.margin)
+    known = {**champion.patients, **challenger.patients}
+    pairs = by_patient(differences, [known.get(case, case) for case in sorted(challenger.cases)])
+    mean, p = round(float(differences.mean()), _DECIMALS), p_value(pairs, gate.margin)
     outcome: Outcome = "better"
     if not mean > gate.margin:
         outcome = "not_better"
@@ -100,9 +106,10 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
         "not_better": f"not better by more than {gate.margin:g} than",
         "not_significant": f"better, but p is above {gate.p or 0:g}, than",
     }[outcome]
+    of = f" of {len(pairs)} patients" if len(pairs) < len(differences) else ""
     reason = (
         f"{said} version {version}: mean {NAMES[gate.metric]} difference {_worded(mean, gate.metric)} "
-        f"over {len(differences)} cases, p {p:.3g}"
+        f"over {len(differences)} cases{of}, p {p:.3g}"
     )
     return decided(outcome=outcome, reason=reason, difference=mean, p=p, cases=len(differences))
 
@@ -145,7 +152,7 @@ def why_not_comparable(challenger: Scores | None, champion: Scores | None, metri
 
 
 def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.ndarray:
-    """(cases,) challenger minus champion of each case's mean over labels, turned so that above 0 is better.
+    """(cases,) challenger minus champion of each case's mean over labels, turned so that above 0 is better, by name.
 
     The scores must be of the same cases (see `why_not_comparable`).
     """

@@ -40,6 +40,8 @@ class Scores:
     """Under the names of the run's metrics, e.g. `test_dice_mean`."""
     cases: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
     """Case to label to `dice`, `nsd`, `hd95_mm`; empty without an evaluation."""
+    patients: Mapping[str, str] = field(default_factory=dict)
+    """Case to patient; older files tell none, and cases that are missing are taken for patients of their own."""
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
@@ -98,7 +100,7 @@ def collect_scores(
         if note:
             return Scores(source="validation", note=note, mean=_validation(model_dir, checkpoint), **facts)
         facts |= {"data_hash": of["dataset"], "split_hash": of["splits"]}
-        cases = _cases(evaluation / "cases.csv")
+        cases, patients = _cases(evaluation / "cases.csv")
         return Scores(
             source="evaluation",
             nsd_tolerance_mm=float(settings["nsd_tolerance_mm"]),
@@ -106,6 +108,7 @@ def collect_scores(
             labels=tuple(next(iter(cases.values()), {})),
             mean=_means(read_json(evaluation / "summary.json")),
             cases=cases,
+            patients=patients,
             **facts,
         )
     except (KeyError, TypeError, ValueError, OSError, ConfigError) as error:
@@ -117,12 +120,16 @@ def collect_scores(
         ) from None
 
 
-def _cases(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+def _cases(path: Path) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
+    """Case to label to scores, and case to patient where the table tells it."""
     cases: dict[str, dict[str, dict[str, float]]] = {}
+    patients: dict[str, str] = {}
     with path.open(newline="", encoding="utf-8") as stream:
         for row in csv.DictReader(stream):
             cases.setdefault(row["case"], {})[row["label"]] = {metric: float(row[metric]) for metric in METRICS}
-    return cases
+            if row.get("patient"):
+                patients[row["case"]] = row["patient"]
+    return cases, patients
 
 
 def _means(summary: Mapping[str, Any]) -> dict[str, float]:

@@ -194,7 +194,8 @@ def test_what_training_and_evaluation_decided_travels_with_the_model(made, trace
     assert verify(made.export).postprocessing is None, "it was not evaluated"
     assert verify(made.export).network.mirror_axes == ()
     model = copy_model(made, tmp_path / "model")
-    write_json(model / "model.json", read_json(model / "model.json") | {"mirror_axes": ["depth", "width"]})
+    changes = {"mirror_axes": ["depth", "width"], "depth_halo": 0}
+    write_json(model / "model.json", read_json(model / "model.json") | changes)
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
     facts = {"dice": 0.5, "nsd": 0.5, "hd95_mm": 3.0, "volume_predicted_ml": 2.0}
@@ -215,6 +216,7 @@ def test_what_training_and_evaluation_decided_travels_with_the_model(made, trace
     metadata = verify(tmp_path / "out")
     assert metadata.postprocessing == ("core",)
     assert metadata.network.mirror_axes == ("depth", "width")
+    assert metadata.network.depth_halo == verify(made.export).network.depth_halo > 0, "the network's, not the file's"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "largest connected component of core" in card
     assert "flips along depth, width, in 4 times the time" in card

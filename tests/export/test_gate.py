@@ -80,6 +80,18 @@ def test_the_p_value_is_of_the_differences_above_the_margin():
     assert p_value(np.full(4, 0.1), 0.1) == 1.0
 
 
+def test_a_patient_is_one_pair():
+    low, high = scored(0.5, 0.6, 0.7, 0.7, 0.8, 0.8), scored(0.51, 0.62, 0.73, 0.74, 0.85, 0.86)
+    patients = {f"c{k}": f"p{k // 2}" for k in range(6)}
+    assert decide(high, low, Gate(), version="1").p == pytest.approx(1 / 64)
+    mine = replace(high, patients=patients)
+    for champion in (low, replace(low, patients=patients)):  # of an older file nobody's patients are told
+        decision = decide(mine, champion, Gate(p=0.1), version="1")
+        assert (decision.p, decision.cases, decision.outcome) == (pytest.approx(1 / 8), 6, "not_significant")
+        assert decision.difference == pytest.approx(0.035)
+        assert "over 6 cases of 3 patients, p 0.125" in decision.reason
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [

@@ -59,6 +59,21 @@ def test_the_evaluations_scores_case_by_case(trained, tmp_path):
     assert load_scores(tmp_path / "scores.json") == scores
 
 
+def test_patients_are_told_where_the_evaluation_tells_them(trained, tmp_path):
+    assert collected(trained).patients == {}
+    path = trained[2] / "cases.csv"
+    head, *lines = path.read_text().splitlines()
+    path.write_text("\n".join([f"patient,{head}", *(f"p-{line.split(',')[0]},{line}" for line in lines)]))
+    scores = collected(trained)
+    assert scores.patients == {"one": "p-one", "two": "p-two"}
+    write_json(tmp_path / "scores.json", scores)
+    assert load_scores(tmp_path / "scores.json") == scores
+    older = read_json(tmp_path / "scores.json")
+    del older["patients"]
+    write_json(tmp_path / "scores.json", older)
+    assert load_scores(tmp_path / "scores.json").cases == scores.cases
+
+
 def test_without_an_evaluation_there_is_what_training_saw(trained):
     model, preprocessed, _ = trained
     scores = collect_scores(model, preprocessed, None, fold=1, checkpoint="last")
