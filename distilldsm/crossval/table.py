@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distilldsm.crossval.folds import Fold, Row
+from distilldsm.crossval.folds import ALIKE, Fold, Row
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import nested
 
@@ -84,7 +84,7 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     model = folds[0].model
     summary["largest_component"] = _largest_component(folds, labels)
     summary["network"] = {key: model[key] for key in ("name", "options")}
-    summary["evaluate"] = dict(folds[0].evaluate["config"])
+    summary["evaluate"] = {key: value for key, value in folds[0].evaluate["config"].items() if key not in ALIKE}
     summary["cost"] = _costs(folds)
     return summary
 

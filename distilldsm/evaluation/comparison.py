@@ -21,6 +21,7 @@ from distilldsm.cost import TIMING
 from distilldsm.crossval.folds import CASES_POSTPROCESSED
 from distilldsm.crossval.table import COSTS, combine_costs, costs_of_fold
 from distilldsm.errors import DataError
+from distilldsm.evaluation.statistics import by_patient
 from distilldsm.stage import MANIFEST, read_json
 
 COMPARED = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_abs_ml")
@@ -193,11 +194,12 @@ def _split(directory: Path) -> str:
 
 
 def _check_tolerance(trainings: Sequence[Training]) -> None:
-    if len({tolerance for training in trainings for tolerance in training.tolerances_mm}) > 1:
+    told = [training for training in trainings if training.tolerances_mm]
+    if len({tolerance for training in told for tolerance in training.tolerances_mm}) > 1:
         raise DataError(
             "were scored with different tolerances of the NSD",
-            where=", ".join(str(folder) for training in trainings for folder in training.folders),
-            seen="; ".join(f"{t.name}: {', '.join(f'{mm:g}' for mm in sorted(t.tolerances_mm))} mm" for t in trainings),
+            where=", ".join(str(folder) for training in told for folder in training.folders),
+            seen="; ".join(f"{t.name}: {', '.join(f'{mm:g}' for mm in sorted(t.tolerances_mm))} mm" for t in told),
             rule="one evaluate.nsd_tolerance_mm",
             mend="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
         )
@@ -245,7 +247,7 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
                         sd=float(values[number].std(ddof=1)) if len(keys) > 1 else None,
                         sd_folds=_sd_of_folds(training, keys, metric),
                         difference=None if first else float((values[number] - values[0]).mean()),
-                        p=None if first else wilcoxon_p(_by_patient(values[number] - values[0], whose)),
+                        p=None if first else wilcoxon_p(by_patient(values[number] - values[0], whose)),
                         p_holm=None,
                     )
                 )
@@ -284,14 +286,6 @@ def unmatched(trainings: Sequence[Training]) -> list[str]:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-
-
-def _by_patient(differences: np.ndarray, patients: Sequence[str]) -> np.ndarray:
-    """The mean difference of each patient, in the order of their first cases."""
-    of_patient: dict[str, list[float]] = {}
-    for patient, difference in zip(patients, differences, strict=True):
-        of_patient.setdefault(patient, []).append(float(difference))
-    return np.array([statistics.fmean(values) for values in of_patient.values()])
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:

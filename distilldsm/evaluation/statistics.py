@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -103,6 +104,14 @@ def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[
         },
         "mean": {metric: bootstrap_mean(table, patients) for metric, table in tables.items()},
     }
+
+
+def by_patient(differences: Sequence[float] | npt.NDArray[np.floating], patients: Sequence[str]) -> npt.NDArray:
+    """(patients,) the mean difference of each patient's cases, in the order of their first ones."""
+    of_patient: dict[str, list[float]] = {}
+    for patient, difference in zip(patients, differences, strict=True):
+        of_patient.setdefault(patient, []).append(float(difference))
+    return np.array([statistics.fmean(values) for values in of_patient.values()])
 
 
 @dataclass(frozen=True, kw_only=True)
