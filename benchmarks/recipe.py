@@ -7,8 +7,9 @@ The arguments are those of `distilldsm compose`; a variant adds its own. A stage
 runs once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row for each variant
 and fold. Of several folds (--fold 0 1 2 3 4) the table of the cross-validation is printed for each variant; folds done
 by earlier calls are read, not computed again. Several variants are compared case by case with the first one, as
-`distilldsm compare` does: printed, and written to `comparison.csv` and `comparison.png` there. What is chosen by this
-must be reported on other folds, or on all of them (docs/recipe.md).
+`distilldsm compare` does: printed, and written to `comparison.csv` and `comparison.png` there; with --ensemble the
+mean of all variants' networks is one more. What is chosen by this must be reported on other folds, or on all of them
+(docs/recipe.md).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from filelock import FileLock
 from benchmarks.pipeline import ROOT, machine
 
 _LOCK = Lock()
+ENSEMBLE = "mean of all"
 
 
 def digest(*values: Any) -> str:
@@ -82,25 +84,49 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
     stage(work, "train", [*common, *arguments], trained, threads)
     arguments = [*of_fold, "--dataset", str(raw), "--preprocessed", str(prepared), "--model", str(trained)]
     stage(work, "evaluate", [*common, *arguments, "--output", str(scored)], scored, threads)
-    metrics = json.loads((scored / "metrics.json").read_text())
     history = json.loads((trained / "history.json").read_text())
     epochs = sorted(record["seconds"] for record in history)
+    took = {
+        "epochs": len(history),
+        "seconds_per_epoch": epochs[len(epochs) // 2],
+        "train_seconds": round(sum(epochs)),
+    }
+    tell(work, name, fold, scored, " ".join(overrides), took)
+    return trained, scored
+
+
+def average(
+    work: Path, variants: list[tuple[str, list[str]]], models: list[Path], fold: int, threads: int
+) -> tuple[Path, Path]:
+    """Score the mean of the variants' networks; returns the folders of the first model and of the evaluation."""
+    overrides = [*variants[0][1], "tracking.enabled=false", "evaluate.save_masks=false"]
+    path, params = compose(work, overrides)
+    raw = work / f"raw-{digest(params['download'])}"
+    prepared = work / f"preprocessed-{digest(params['download'], params['validate'], params['preprocess'])}"
+    scored = work / f"evaluation-{digest('ensemble', [model.name for model in models], params['evaluate'], fold)}"
+    arguments = ["--params", str(path), "--fold", str(fold), "--dataset", str(raw), "--preprocessed", str(prepared)]
+    arguments += ["--model", str(models[0]), *(word for model in models[1:] for word in ("--ensemble", str(model)))]
+    stage(work, "evaluate", [*arguments, "--output", str(scored)], scored, threads)
+    tell(work, ENSEMBLE, fold, scored, " | ".join(" ".join(own) for _, own in variants), {})
+    return models[0], scored
+
+
+def tell(work: Path, name: str, fold: int, scored: Path, overrides: str, took: dict[str, Any]) -> None:
+    """Keep the scores of a fold in the table, and print them."""
+    metrics = json.loads((scored / "metrics.json").read_text())
     row = {
         "variant": name,
         "fold": fold,
         **{f"dice_{label}": value for label, value in metrics["dice"].items()},
         "hd95_mm": metrics["hd95_mm"]["mean"],
-        "epochs": len(history),
-        "seconds_per_epoch": epochs[len(epochs) // 2],
-        "train_seconds": round(sum(epochs)),
+        **took,
         "evaluation": scored.name,
-        "overrides": " ".join(overrides),
+        "overrides": overrides,
     }
     with _LOCK:
         keep(work / "results.csv", row)
         shown = {k: v for k, v in row.items() if k not in ("overrides", "train_seconds", "evaluation")}
         print("  ".join(f"{k}={v}" for k, v in shown.items()), flush=True)
-    return trained, scored
 
 
 def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
@@ -153,6 +179,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="of distilldsm compose, for all variants")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME[: KEY=VALUE ...]")
     parser.add_argument("--fold", type=int, nargs="+", default=[0])
+    parser.add_argument("--ensemble", action="store_true", help="score the mean of all variants' networks, too")
     parser.add_argument("--jobs", type=int, default=2, help="variants at a time; they share the cores")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "recipe")
     args = parser.parse_args()
@@ -174,6 +201,11 @@ def main() -> None:
     jobs = [(name, overrides, fold) for name, overrides in variants for fold in args.fold]
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = list(pool.map(lambda job: run_variant(work, job[0], job[1], job[2], threads), jobs))
+        if args.ensemble:
+            models = {k: [found[0] for job, found in zip(jobs, folders, strict=True) if job[2] == k] for k in args.fold}
+            folders += pool.map(lambda fold: average(work, variants, models[fold], fold, threads), args.fold)
+            jobs += [(ENSEMBLE, [], fold) for fold in args.fold]
+            variants.append((ENSEMBLE, []))
     for name, _ in variants if len(args.fold) > 1 else []:
         of_folds = {job[2]: found for job, found in zip(jobs, folders, strict=True) if job[0] == name}
         print(f"\n{table_of(name, of_folds)}")

@@ -38,11 +38,19 @@ class Folds:
         arguments: `--params` and `--set`, for every stage.
         jobs: folds at a time, 1 or more; they share the cores.
         output: where `models/`, `evaluation/` and `logs/` go.
+        ensemble: folders that hold `models/` each: nothing is trained, their networks are averaged fold by fold.
     """
 
-    def __init__(self, params: Params, arguments: Sequence[str], jobs: int, output: Path = Path()) -> None:
+    def __init__(
+        self,
+        params: Params,
+        arguments: Sequence[str],
+        jobs: int,
+        output: Path = Path(),
+        ensemble: Sequence[Path] = (),
+    ) -> None:
         self.params, self.arguments, self.jobs = params, list(arguments), jobs
-        self.output = output
+        self.output, self.ensemble = output, tuple(ensemble)
         self._running: dict[int | None, subprocess.Popen[str]] = {}
         self._lock = threading.Lock()
         self._stopped = False
@@ -99,16 +107,18 @@ class Folds:
             raise
 
     def _fold(self, fold: int, shown: Meter) -> None:
-        model, evaluation = self.output / f"models/fold{fold}", self.output / f"evaluation/fold{fold}"
+        (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
         inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
         try:
-            if is_current(model, **train.key(self.params.train, inputs, fold)):
+            if self.ensemble:
+                pass
+            elif is_current(model, **train.key(self.params.train, inputs, fold)):
                 say(fold, "train: up to date")
             else:
                 self._stage(fold, "train")
             if self._stopped:
                 return
-            if is_current(evaluation, **evaluate.key(self.params.evaluate, inputs, fold)):
+            if is_current(evaluation, **evaluate.key(self.params.evaluate, inputs, fold, others)):
                 say(fold, "evaluate: up to date")
             else:
                 self._stage(fold, "evaluate")
@@ -150,13 +160,21 @@ class Folds:
                 return
         raise _failed(fold, stage, log, code)
 
+    def models(self, fold: int) -> list[Path]:
+        """Of a fold: the one that is trained, or those that are averaged."""
+        return [folder / f"models/fold{fold}" for folder in self.ensemble or (self.output,)]
+
     def command(self, stage: str, fold: int | None) -> list[str]:
         shared = [sys.executable, "-m", f"components.{stage}", *self.arguments]
         if fold is None:
             return shared
-        model, evaluation = self.output / f"models/fold{fold}", self.output / f"evaluation/fold{fold}"
-        of_stage = {"train": ["--output", model], "evaluate": ["--model", model, "--output", evaluation]}[stage]
-        return [*shared, "--fold", str(fold), *map(str, of_stage)]
+        (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
+        of_stage: dict[str, list[str | Path]] = {
+            "train": ["--output", model],
+            "evaluate": ["--model", model, *(w for o in others for w in ("--ensemble", o)), "--output", evaluation],
+        }
+        words = of_stage[stage]
+        return [*shared, "--fold", str(fold), *map(str, words)]
 
     def _environment(self, alone: bool) -> dict[str, str]:
         inherited = {**os.environ, RESUME_VARIABLE: command_again()}
@@ -204,7 +222,12 @@ def say(fold: int | None, text: str) -> None:
 
 
 def run(
-    params_file: str, assignments: Sequence[str], folds: Sequence[int] | None, jobs: int, output: Path = Path()
+    params_file: str,
+    assignments: Sequence[str],
+    folds: Sequence[int] | None,
+    jobs: int,
+    output: Path = Path(),
+    ensemble: Sequence[Path] = (),
 ) -> None:
     """The command.
 
@@ -213,15 +236,18 @@ def run(
         folds: which; None: all there are.
         jobs: folds at a time.
         output: where `models/`, `evaluation/`, `cross_validation/` and `logs/` go.
+        ensemble: outputs of earlier calls, whose networks are averaged fold by fold; nothing is trained.
 
     Raises:
-        UserError: no jobs, a fold that does not exist, or a stage that failed.
+        UserError: no jobs, a fold that does not exist, an ensemble of one or into one of its own folders, or a stage
+            that failed.
     """
+    _check_ensemble(ensemble, output)
     if jobs < 1:
         raise ConfigError("is too small", where="--jobs", seen=jobs, rule="1 or more")
     params = load_params(params_file, assignments)
     arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
-    stages = Folds(params, arguments, jobs, output)
+    stages = Folds(params, arguments, jobs, output, ensemble)
     stages.prepare()
     count = len(read_json(PREPROCESSED / "splits.json")["folds"])
     numbers = list(range(count)) if folds is None else sorted(set(folds))
@@ -234,10 +260,32 @@ def run(
     params = load_params(params_file, [*assignments, f"cv.folds={json.dumps(numbers)}"])
     cross_validate.run(
         params.cv,
-        {"evaluation": output / "evaluation", "models": output / "models", "splits": PREPROCESSED / "splits.json"},
+        {
+            "evaluation": output / "evaluation",
+            "models": (*ensemble, output)[0] / "models",
+            "splits": PREPROCESSED / "splits.json",
+        },
         {"cross_validation": output / "cross_validation"},
         tracking=params.tracking,
     )
+
+
+def _check_ensemble(ensemble: Sequence[Path], output: Path) -> None:
+    if len(ensemble) == 1:
+        raise ConfigError("names one folder", where="--ensemble", seen=ensemble[0], rule="two or more are averaged")
+    for folder in ensemble:
+        if not (folder / "models").is_dir():
+            raise DataError(
+                "holds no models", where=folder, seen=f"no {folder / 'models'}", rule="an output of cross-validate"
+            )
+    if ensemble and output.resolve() in {Path().resolve(), *(folder.resolve() for folder in ensemble)}:
+        raise ConfigError(
+            "is where a training's own scores lie",
+            where="--output",
+            seen=output,
+            rule="an ensemble has a folder of its own",
+            mend="e.g. --output runs/ensemble",
+        )
 
 
 def parser() -> argparse.ArgumentParser:
@@ -254,12 +302,20 @@ def parser() -> argparse.ArgumentParser:
         metavar="DIR",
         help="holds models/, evaluation/, cross_validation/, logs/",
     )
+    made.add_argument(
+        "--ensemble",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="--output of earlier calls: train nothing, score the mean of their networks",
+    )
     return made
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parser().parse_args(argv)
-    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs, args.output))
+    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs, args.output, args.ensemble))
 
 
 if __name__ == "__main__":

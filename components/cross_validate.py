@@ -74,22 +74,29 @@ def _track(
 
     train, evaluate = folds[0].train["config"], folds[0].evaluate["config"]
     # The same trainings, evaluated alike, are the same run, wherever and however often they are summed up.
-    models = [run_key_of(fold.model_directory) or content_hash(fold.model_directory) for fold in folds]
+    # Those of an ensemble are the runs of its evaluations: the trainings stay what they are, children of others.
+    places = [fold.evaluation_directory if fold.ensemble else fold.model_directory for fold in folds]
+    models = [run_key_of(place) or content_hash(place) for place in places]
     parts = [tracking.experiment, evaluate, models]
-    name = f"{tracking.run_name or summary['network']['name']}-cv{len(folds)}"
+    network = "ensemble" if folds[0].ensemble else summary["network"]["name"]
+    name = f"{tracking.run_name or network}-cv{len(folds)}"
     numbers = {"cv_folds": ",".join(str(fold.number) for fold in folds)}
     with start_run(
         tracking, directory=work, name=name, tags=numbers, run_key=sha256_json(parts)[:32], with_system=False
     ) as parent:
-        network = {f"model.{key}": round(folds[0].model[key]) for key in ("parameters", "macs_per_voxel")}
-        parent.log_params({"train": train, "evaluate": evaluate, "folds": summary["folds"], **network})
+        size = {
+            f"model.{key}": round(summary["cost"][key] or folds[0].model[key])
+            for key in ("parameters", "macs_per_voxel")
+        }
+        trained = {"ensemble": folds[0].ensemble} if folds[0].ensemble else {"train": train}
+        parent.log_params({**trained, "evaluate": evaluate, "folds": summary["folds"], **size})
         parent.log_metrics(table.metrics_for_mlflow(summary))
         for file in ("report.html", "summary.json", "table.csv", "dice.png"):
             parent.log_artifact(work / file, "cross_validation")
         parent.log_table(table.table_rows(summary), "cross_validation/table.json")
         parent.log_table(list(rows), "cross_validation/cases.json")
-        for fold in folds:
-            parent.add_child(fold.model_directory, name=f"{summary['network']['name']}-fold{fold.number}")
+        for fold, place in zip(folds, places, strict=True):
+            parent.add_child(place, name=f"{network}-fold{fold.number}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

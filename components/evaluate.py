@@ -1,4 +1,4 @@
-"""Stage evaluate: a trained fold on its held-out cases, in the scans' own geometry."""
+"""Stage evaluate: a trained fold, or the mean of several, on its held-out cases, in the scans' own geometry."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
@@ -30,16 +30,29 @@ from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.models.inserted import trust_builder
 from distilldsm.progress import progress
-from distilldsm.stage import output_directory, read_json, worker_count, write_json
+from distilldsm.stage import (
+    MANIFEST,
+    content_hash,
+    output_directory,
+    read_json,
+    result_config,
+    sha256_json,
+    worker_count,
+    write_json,
+)
 from distilldsm.workers import worker_pool
 
+if TYPE_CHECKING:
+    from distilldsm.tracking import Run
 
-def key(config: EvaluateConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
+
+def key(config: EvaluateConfig, inputs: Mapping[str, Path], fold: int, ensemble: Sequence[Path] = ()) -> dict[str, Any]:
     """What decides the output, for `output_directory` and `is_current`."""
     hashed = {
         "dataset": inputs["dataset"],
         "splits": inputs["preprocessed"] / "splits.json",
         "model": inputs["model"],
+        **{f"ensemble{number}": model for number, model in enumerate(ensemble, start=1)},
         **optional_inputs(inputs),
     }
     return {"stage": "evaluate", "config": config, "inputs": hashed, "extra": {"fold": fold}}
@@ -51,6 +64,7 @@ def run(
     outputs: Mapping[str, Path],
     *,
     fold: int,
+    ensemble: Sequence[Path] = (),
     tracking: TrackingConfig | None = None,
 ) -> None:
     """Predict and score every held-out case; resumable per case.
@@ -61,11 +75,20 @@ def run(
         outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `timing.json`, `report.html`, `figures/`,
             `plots/`, `predictions/`: all of the predictions as they are; `postprocessed.csv` and
             `postprocessing.json`: what keeping the largest component of each label or region would change.
+        ensemble: further models of this fold: what is scored is the mean of all networks' scores.
+        tracking: the scores are added to the model's training run; those of an ensemble are a run of their own.
+
+    Raises:
+        DataError: a model is of another fold or split, is given twice, does not fit to the first one, or held-out cases
+            are missing.
     """
     index = DatasetIndex.load(inputs["dataset"])
     splits = inputs["preprocessed"] / "splits.json"
     _, held_out = load_fold(splits, fold)
-    check_held_out(inputs["model"], splits, fold)
+    models = [inputs["model"], *ensemble]
+    for model in models:
+        check_held_out(model, splits, fold)
+    check_all_differ(models)
     wanted = set(held_out)
     cases = [case for case in index.cases if case.id in wanted]
     if absent := sorted(wanted - {case.id for case in cases}):
@@ -81,11 +104,13 @@ def run(
         predicted, scored = (len(list((work / name).glob("[!.]*"))) for name in ("predictions", "scores"))
         return f"{predicted} of {len(cases)} cases are kept, {scored} of them scored"
 
-    with output_directory(outputs["evaluation"], **key(config, inputs, fold), resumable=True, kept=kept) as work:
+    with output_directory(
+        outputs["evaluation"], **key(config, inputs, fold, ensemble), resumable=True, kept=kept
+    ) as work:
         targets = Plan.load(inputs["model"] / "plan.json").targets
         for name in ("scores", "timing", "predictions", "plots", "figures"):
             (work / name).mkdir(exist_ok=True)
-        score_all(config, inputs, work, cases, index, targets)
+        score_all(config, models, inputs["dataset"], work, cases, index, targets)
         scores = {case.id: read_json(work / "scores" / f"{case.id}.json") for case in cases}
         rows = _with_names(cases, scores, "rows")
         summary = tables.summarise(rows, targets.structures)
@@ -93,15 +118,20 @@ def run(
         largest = _with_names(cases, scores, "largest")
         decided = write_postprocessing(work, rows, largest, targets.changed_with)
         sure = intervals(rows, list(targets.structures))
-        write_json(work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": sure})
+        told = {"ensemble": recipes(models)} if ensemble else {}
+        write_json(
+            work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": sure, **told}
+        )
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
         history = read_json(inputs["model"] / "history.json")
         _write_plots(work / "plots", rows, history, scores, index)
-        taken, training = cost.prediction_cost(work / "timing"), cost.training_cost(inputs["model"])
+        taken = cost.prediction_cost(work / "timing")
+        training = cost.ensemble_cost(models) if ensemble else cost.training_cost(inputs["model"])
         write_json(work / cost.TIMING, {**taken, "training": training})
         given = Evaluation(
             config=config,
             inputs=inputs,
+            ensemble=ensemble,
             index=index,
             cases=cases,
             fold=fold,
@@ -119,10 +149,16 @@ def run(
         if not config.save_masks:
             shutil.rmtree(work / "predictions")
             (work / "predictions").mkdir()
+        if ensemble and tracking is not None:
+            _track_ensemble(tracking, config, models, inputs, work, fold, summary, sure, rows)
     print(tables.format_table(summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
     for label in decided.kept:
         print(f"{label}, largest component only: {decided.labels[label].reason} ({POSTPROCESSING})")
-    _track(tracking, inputs, outputs["evaluation"], summary, sure, rows)
+    if tracking is not None and not ensemble:
+        from distilldsm.tracking import attach
+
+        with attach(inputs["model"], tracking) as mlflow_run:
+            _track(mlflow_run, inputs, outputs["evaluation"], summary, sure, rows)
 
 
 def _with_names(cases: Sequence[Case], scores: Mapping[str, Mapping], table: str) -> list[dict[str, Any]]:
@@ -130,15 +166,45 @@ def _with_names(cases: Sequence[Case], scores: Mapping[str, Mapping], table: str
     return [{"case": case.id, "patient": case.patient, **row} for case in cases for row in scores[case.id][table]]
 
 
-def _predictor(model: Path, config: EvaluateConfig) -> Any:
+def check_all_differ(models: Sequence[Path]) -> None:
+    """DataError where two models of an ensemble are the same: their mean is that of a smaller one."""
+    seen: dict[str, Path] = {}
+    for model in models:
+        weights = content_hash(model)
+        if weights in seen:
+            raise DataError(
+                "is in the ensemble twice",
+                where=model,
+                seen=f"the same content as {seen[weights]}",
+                rule="the networks of an ensemble differ, e.g. in train.seed",
+            )
+        seen[weights] = model
+
+
+def recipes(models: Sequence[Path]) -> dict[str, Any]:
+    """1, 2 ... to name, options and parameters of the training of each model."""
+    found = {}
+    for number, model in enumerate(models, start=1):
+        described, manifest = read_json(model / "model.json"), read_json(model / MANIFEST)
+        found[str(number)] = {
+            **{key: described[key] for key in ("name", "options", "parameters")},
+            "train": manifest["config"],
+        }
+    return found
+
+
+def _predictor(models: Sequence[Path], config: EvaluateConfig) -> Any:
     from distilldsm.inference.predict import Predictor
 
-    return Predictor.from_training(model, config.checkpoint, mirror="trained" if config.mirror else ())
+    first, *others = models
+    mirror: Literal["trained"] | tuple[()] = "trained" if config.mirror else ()
+    return Predictor.from_training(first, config.checkpoint, ensemble=others, mirror=mirror)
 
 
 def score_all(
     config: EvaluateConfig,
-    inputs: Mapping[str, Path],
+    models: Sequence[Path],
+    dataset: Path,
     work: Path,
     cases: Sequence[Case],
     index: DatasetIndex,
@@ -148,7 +214,7 @@ def score_all(
     todo = [case for case in cases if not (work / "scores" / f"{case.id}.json").exists()]
     if not todo:
         return
-    predictor = _predictor(inputs["model"], config)
+    predictor = _predictor(models, config)
     workers = worker_count(config.workers, len(todo))
     with worker_pool(workers, setting="evaluate.workers") as pool:
         running: set[Future[None]] = set()
@@ -156,12 +222,12 @@ def score_all(
             path = work / "predictions" / f"{case.id}.nii.gz"
             taken = work / "timing" / f"{case.id}.json"
             if not (path.exists() and taken.exists()):  # an interruption may have come between mask and scores
-                volume = read_image([inputs["dataset"] / p for p in case.images], len(index.channels))
+                volume = read_image([dataset / p for p in case.images], len(index.channels))
                 with cost.measured(taken):
                     mask = predictor.predict(volume)
                 write_label(path, mask, volume.affine)
             task = (
-                inputs["dataset"] / case.label,
+                dataset / case.label,
                 path,
                 targets,
                 config.nsd_tolerance_mm,
@@ -234,29 +300,48 @@ def tracked_metrics(summary: Mapping, sure: Mapping) -> dict[str, float]:
 
 
 def _track(
-    tracking: TrackingConfig | None,
+    mlflow_run: Run,
     inputs: Mapping[str, Path],
     evaluation: Path,
     summary: Mapping,
     sure: Mapping,
     rows: Sequence[Mapping],
 ) -> None:
-    """Attach the scores to the training run."""
-    if tracking is None:
-        return
-    from distilldsm.tracking import attach
+    mlflow_run.log_metrics(tracked_metrics(summary, sure))
+    mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
+    mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
+    mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
+    mlflow_run.log_table([dict(row) for row in rows], "evaluation/cases.json")
+    validation = inputs.get("validation", inputs["dataset"].parent / "validation") / "report.html"
+    if validation.exists():
+        mlflow_run.log_artifact(validation, "validation")
+        if (docs := validation.with_name("data_docs")).is_dir():
+            mlflow_run.log_artifacts(docs, "validation/data_docs")
 
-    with attach(inputs["model"], tracking) as mlflow_run:
-        mlflow_run.log_metrics(tracked_metrics(summary, sure))
-        mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
-        mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
-        mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
-        mlflow_run.log_table([dict(row) for row in rows], "evaluation/cases.json")
-        validation = inputs.get("validation", inputs["dataset"].parent / "validation") / "report.html"
-        if validation.exists():
-            mlflow_run.log_artifact(validation, "validation")
-            if (docs := validation.with_name("data_docs")).is_dir():
-                mlflow_run.log_artifacts(docs, "validation/data_docs")
+
+def _track_ensemble(
+    tracking: TrackingConfig,
+    config: EvaluateConfig,
+    models: Sequence[Path],
+    inputs: Mapping[str, Path],
+    work: Path,
+    fold: int,
+    summary: Mapping,
+    sure: Mapping,
+    rows: Sequence[Mapping],
+) -> None:
+    """A run of its own: the scores are none of a single training's."""
+    from distilldsm.tracking import run_key_of, start_run
+
+    trainings = [run_key_of(model) or content_hash(model) for model in models]
+    # The same trainings, evaluated alike, are the same run.
+    run_key = sha256_json([tracking.experiment, result_config(config), fold, trainings])[:32]
+    name = f"{tracking.run_name or 'ensemble'}-fold{fold}"
+    with start_run(
+        tracking, directory=work, name=name, tags={"fold": str(fold)}, run_key=run_key, with_system=False
+    ) as mlflow_run:
+        mlflow_run.log_params({"evaluate": asdict(config), "fold": fold, "ensemble": recipes(models)})
+        _track(mlflow_run, inputs, work, summary, sure, rows)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -267,6 +352,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
     parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")
+    parser.add_argument(
+        "--ensemble",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="MODEL",
+        help="a further model of this fold, e.g. of another train.seed; repeatable. Scores are averaged",
+    )
     parser.add_argument(
         "--validation", type=Path, default=Path("data/validation"), help="for the page, where there is a report.json"
     )
@@ -286,6 +379,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             },
             {"evaluation": args.output or Path(f"evaluation/fold{args.fold}")},
             fold=args.fold,
+            ensemble=args.ensemble,
             tracking=params.tracking,
         )
 

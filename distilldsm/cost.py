@@ -134,6 +134,28 @@ def training_cost(model: Path) -> dict[str, Any]:
     }
 
 
+def ensemble_cost(models: Sequence[Path]) -> dict[str, Any]:
+    """What the trainings of several model directories took, named as in `training_cost`.
+
+    Sizes, operations, seconds and epochs are sums, seconds an epoch and memory those of the largest; of what was the
+    same (the device ...) the value, of what was not nothing.
+
+    Raises:
+        UserError: a directory holds no model.
+    """
+    each = [training_cost(model) for model in models]
+    combined: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in each for key in one):
+        values = [one.get(key) for one in each]
+        if key in ("parameters", "macs_per_voxel", "seconds", "epochs", "starts"):
+            combined[key] = None if None in values else sum(values)
+        elif key in ("seconds_per_epoch", "peak_memory_gb", "peak_gpu_memory_gb"):
+            combined[key] = max((value for value in values if value is not None), default=None)
+        elif all(value == values[0] for value in values):
+            combined[key] = values[0]
+    return combined
+
+
 @contextmanager
 def measured(path: Path) -> Iterator[None]:
     """Write to `path` what the block took: seconds, and the process's peaks of memory until then."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,8 @@ class Fold:
     """The manifest of the model."""
     evaluate: Mapping[str, Any]
     """The manifest of the evaluation."""
+    ensemble: Mapping[str, Any] = field(default_factory=dict)
+    """1, 2 ... to name, options and parameters of the training of the networks that were averaged; empty for one."""
     costs: Mapping[str, Any]
     """`timing.json`; without it, as far as the model tells."""
     model_directory: Path
@@ -126,6 +128,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
         model=described,
         train=train,
         evaluate=evaluate,
+        ensemble=read_json(evaluation / "summary.json").get("ensemble", {}),
         costs=read_json(timing) if timing.is_file() else {"training": training_cost(model)},
         model_directory=model,
         evaluation_directory=evaluation,
@@ -136,6 +139,12 @@ def _check_recipe(folds: Sequence[Fold]) -> None:
     network = ("name", "options", "in_channels", "out_channels", "parameters", "macs_per_voxel", "labels")
     of_network: Callable[[Fold], Mapping] = lambda fold: {key: fold.model.get(key) for key in network}  # noqa: E731
     _same(folds, "another network", of_network, lambda fold: fold.model_directory / "model.json")
+    _same(
+        folds,
+        "another ensemble",
+        lambda fold: {number: one | {"train": _result(one["train"])} for number, one in fold.ensemble.items()},
+        lambda fold: fold.evaluation_directory / "summary.json",
+    )
     _same(
         folds,
         "other preprocessed data",
@@ -181,7 +190,11 @@ def _check_recipe(folds: Sequence[Fold]) -> None:
 
 
 def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in manifest["config"].items() if key not in ALIKE}
+    return _result(manifest["config"])
+
+
+def _result(config: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if key not in ALIKE}
 
 
 def _same(folds: Sequence[Fold], what: str, value: Callable[[Fold], Mapping], where: Callable[[Fold], Path]) -> None:

@@ -54,8 +54,12 @@ def render(folds: Sequence[Fold], summary: Mapping[str, Any], picture: Path) -> 
 
 
 def _network(summary: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in summary["network"]["options"].items())
-    return f"{summary['network']['name']} ({options})" if options else str(summary["network"]["name"])
+    return " + ".join(_named(network) for network in summary.get("ensemble", [summary["network"]]))
+
+
+def _named(network: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{key}={value}" for key, value in network["options"].items())
+    return f"{network['name']} ({options})" if options else str(network["name"])
 
 
 def _scores(summary: Mapping[str, Any]) -> str:

@@ -57,7 +57,8 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     Returns:
         {"folds": [number], "cases": number of cases, "cases_by_fold": {fold: number},
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
-        "mean": {metric: the same of the labels' mean}, "network": its name and options, "evaluate": how it was scored,
+        "mean": {metric: the same of the labels' mean}, "network": its name and options, "ensemble": those of all
+        networks where several were averaged, "evaluate": how it was scored,
         "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
         {"labels", "mean": as above, "chosen": {fold: [labels that change]}}: the same scores where, of labels that gain
         by it in the **other** folds, only the largest component is kept}. The numbers of folds and cases are those
@@ -84,6 +85,8 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
     model = folds[0].model
     summary["largest_component"] = _largest_component(folds, labels)
     summary["network"] = {key: model[key] for key in ("name", "options")}
+    if folds[0].ensemble:
+        summary["ensemble"] = [{key: one[key] for key in ("name", "options")} for one in folds[0].ensemble.values()]
     summary["evaluate"] = {key: value for key, value in folds[0].evaluate["config"].items() if key not in ALIKE}
     summary["cost"] = _costs(folds)
     return summary
@@ -240,6 +243,8 @@ def cost_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
         "prediction_gpu_gb": "peak GPU memory of prediction, GB",
     }
     lines = [(titles[key], format(cost[key], form)) for key, form in COSTS.items() if cost[key] is not None]
+    if networks := summary.get("ensemble"):
+        lines.insert(0, ("networks, averaged", ", ".join(one["name"] for one in networks)))
     return lines + ([("measured on", "; ".join(cost["machines"]))] if cost["machines"] else [])
 
 

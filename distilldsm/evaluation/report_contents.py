@@ -35,6 +35,8 @@ class Evaluation:
 
     config: EvaluateConfig
     inputs: Mapping[str, Path]
+    ensemble: Sequence[Path] = ()
+    """Further models, whose scores are averaged with those of `inputs["model"]`."""
     index: DatasetIndex
     cases: Sequence[Case]
     fold: int
@@ -59,6 +61,8 @@ def optional_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
 def write_report(work: Path, given: Evaluation) -> None:
     """Write `report.html` and `figures/`; `work` holds the predicted masks."""
     model = read_json(given.inputs["model"] / "model.json")
+    if given.ensemble:
+        model |= {key: given.training_cost[key] for key in ("parameters", "macs_per_voxel")}
     optional = {name: read_json(path) for name, path in optional_inputs(given.inputs).items()}
     overlays, viewer = _look_at_cases(work, given)
     facts = _facts(given, model)
@@ -90,6 +94,9 @@ def _notes(given: Evaluation) -> list[str]:
         notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
     if given.config.mirror:
         notes.append("The scores are of predictions averaged over mirrored views.")
+    if given.ensemble:
+        count = 1 + len(given.ensemble)
+        notes.append(f"The scores are of {count} networks, averaged; plan, curves and parameters are the first one's.")
     return notes
 
 
@@ -233,17 +240,22 @@ def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
     return pictures
 
 
+def _named(model: Mapping[str, Any]) -> str:
+    options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
+    return f"{model['name']} ({options})" if options else str(model["name"])
+
+
 def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
     from distilldsm.tracking.values import version_tags
 
     index, inputs = given.index, given.inputs
-    options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
+    networks = [_named(read_json(folder / "model.json")) for folder in given.ensemble]
     tags = version_tags()
     commit = tags.get("git_commit", "not known")
     recorded = inputs["model"] / "mlflow_run.json"
     run = read_json(recorded).get("run_id") if recorded.is_file() else None
     return {
-        "network": f"{model['name']} ({options})" if options else model["name"],
+        "network": " + ".join([_named(model), *networks]),
         "epochs": model["epochs"],
         "checkpoint": given.config.checkpoint,
         "fold": given.fold,
@@ -253,7 +265,7 @@ def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
         "licence of the data": index.licence,
         "reference": index.reference,
         "data hash": content_hash(inputs["dataset"])[:16],
-        "model hash": content_hash(inputs["model"])[:16],
+        "model hash": ", ".join(content_hash(folder)[:16] for folder in (inputs["model"], *given.ensemble)),
         "git commit": commit + (", changed since" if tags.get("git_dirty") == "true" else ""),
         "MLflow run": run or "none",
         **({"Kubeflow run": tags["kfp_run_id"]} if "kfp_run_id" in tags else {}),

@@ -95,6 +95,8 @@ def collect_scores(
             note = f"the evaluation is of fold {manifest['fold']}"
         elif of["model"] != content_hash(model_dir):
             note = "the evaluation is of another training"
+        elif "ensemble1" in of:
+            note = "the evaluation is of this network and others, averaged"
         elif settings["checkpoint"] != checkpoint:
             note = f"the evaluation is of checkpoint '{settings['checkpoint']}', exported is '{checkpoint}'"
         if note:

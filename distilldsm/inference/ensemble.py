@@ -1,4 +1,4 @@
-"""Which exported models can be averaged, and what they have decided together."""
+"""Which models can be averaged, and what they have decided together."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from distilldsm.errors import DataError
 from distilldsm.export.package import ModelMetadata
 from distilldsm.params import to_mapping
 
-Exported = tuple[Path, Plan, ModelMetadata]
+Task = tuple[Path, Plan, tuple[int, int, int]]
+"""A model's folder, its plan and its network's stride."""
 
 
-def check_same_task(first: Exported, other: Exported) -> None:
+def check_same_task(first: Task, other: Task) -> None:
     """Check that two models take the same image and mean the same by its scores.
 
     Raises:
@@ -31,8 +32,8 @@ def check_same_task(first: Exported, other: Exported) -> None:
             )
 
 
-def _values(first: Exported, other: Exported) -> dict[str, tuple[Any, Any]]:
-    (_, a, ours), (_, b, theirs) = first, other
+def _values(first: Task, other: Task) -> dict[str, tuple[Any, Any]]:
+    (_, a, our_stride), (_, b, their_stride) = first, other
     labels = [list(zip(plan.class_names, plan.class_values, strict=True)) for plan in (a, b)]
     return {
         "set of labels": (labels[0], labels[1]),
@@ -44,7 +45,7 @@ def _values(first: Exported, other: Exported) -> dict[str, tuple[Any, Any]]:
         "crop to non-zero": (a.crop_to_nonzero, b.crop_to_nonzero),
         "resampling (coarse slices)": (a.coarse_slices, b.coarse_slices),
         # Padding to the larger stride would show to a network that sees the volume's ends.
-        "stride of the network": (ours.network.stride, theirs.network.stride),
+        "stride of the network": (our_stride, their_stride),
     }
 
 

@@ -108,27 +108,39 @@ class Predictor:
 
     @classmethod
     def from_training(
-        cls, model_dir: Path, checkpoint: str = "last", *, device: str = "auto", mirror: Mirror = ()
+        cls,
+        model_dir: Path,
+        checkpoint: str = "last",
+        *,
+        device: str = "auto",
+        ensemble: Sequence[Path] = (),
+        mirror: Mirror = (),
     ) -> Predictor:
         """The network of a training directory (`models/foldK`) in PyTorch, float32 on a CPU.
 
-        mirror: axes to average over the flips of; `trained`: those of the training.
+        ensemble: further training directories of the same task; scores are averaged.
+        mirror: axes to average over the flips of; `trained`: those that each model was trained with.
 
         Raises:
-            DataError: the checkpoint is missing or does not fit, or mirroring is wanted that was not trained with.
+            DataError: a checkpoint is missing or does not fit, mirroring is wanted that was not trained with, or models
+                of an ensemble do not fit together.
         """
         import torch
 
         from distilldsm.training.checkpoint import load_network
 
-        axes = mirror_axes(mirror, _trained_axes(model_dir), model_dir)
-        network = load_network(model_dir, checkpoint)
+        folders = [model_dir, *ensemble]
+        axes = [mirror_axes(mirror, _trained_axes(folder), folder) for folder in folders]
+        networks = [load_network(folder, checkpoint) for folder in folders]
+        plans = [Plan.load(folder / "plan.json") for folder in folders]
+        geometry = _common_geometry(
+            folders, plans, [NetworkGeometry(stride=n.stride, depth_halo=n.depth_halo) for n in networks]
+        )
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
-        geometry = NetworkGeometry(stride=network.stride, depth_halo=network.depth_halo)
-        engine = TorchEngine(network, device=device)
-        plan = Plan.load(model_dir / "plan.json")
-        return cls(engine, plan, geometry, scorer=Scorer([Member(engine, axes)], activation=plan.targets.scores))
+        engines = [TorchEngine(network, device=device) for network in networks]
+        members = [Member(engine, own) for engine, own in zip(engines, axes, strict=True)]
+        return cls(engines[0], plans[0], geometry, scorer=Scorer(members, activation=plans[0].targets.scores))
 
     @classmethod
     def from_export(
@@ -158,17 +170,18 @@ class Predictor:
         folders = [model_dir, *ensemble]
         found = [_metadata(folder, runtime, precision) for folder in folders]
         plans = [Plan.load(folder / "plan.json") for folder in folders]
-        for folder, plan, metadata in zip(folders[1:], plans[1:], found[1:], strict=True):
-            check_same_task((model_dir, plans[0], found[0]), (folder, plan, metadata))
+        geometry = _common_geometry(
+            folders,
+            plans,
+            [NetworkGeometry(stride=n.stride, depth_halo=n.depth_halo) for n in (m.network for m in found)],
+        )
         axes = [mirror_axes(mirror, m.network.mirror_axes, f) for f, m in zip(folders, found, strict=True)]
         kept = common_postprocessing(list(zip(folders, found, strict=True))) if postprocess else ()
         engines = [_engine(f, m, runtime, precision, fixed_size) for f, m in zip(folders, found, strict=True)]
-        halos = [m.network.depth_halo for m in found]
-        reach = None if None in halos else max(halo for halo in halos if halo is not None)
         return cls(
             engines[0],
             plans[0],
-            NetworkGeometry(stride=found[0].network.stride, depth_halo=reach),
+            geometry,
             metadata=found,
             scorer=Scorer(
                 [Member(engine, own) for engine, own in zip(engines, axes, strict=True)],
@@ -176,6 +189,18 @@ class Predictor:
             ),
             keep_largest={name: plans[0].targets.largest[name] for name in kept},
         )
+
+
+def _common_geometry(
+    folders: Sequence[Path], plans: Sequence[Plan], geometries: Sequence[NetworkGeometry]
+) -> NetworkGeometry:
+    """Of networks that are averaged: the stride of all and the longest reach; DataError where they do not fit."""
+    first, *others = [(f, p, g.stride) for f, p, g in zip(folders, plans, geometries, strict=True)]
+    for other in others:
+        check_same_task(first, other)
+    halos = [geometry.depth_halo for geometry in geometries]
+    reach = None if None in halos else max(halo for halo in halos if halo is not None)
+    return NetworkGeometry(stride=geometries[0].stride, depth_halo=reach)
 
 
 def _trained_axes(model_dir: Path) -> tuple[MirrorAxis, ...]:

@@ -239,3 +239,18 @@ def test_without_second_components_nothing_is_said(tmp_path):
         tables.write_csv(tmp_path / "evaluation" / f"fold{fold}" / "postprocessed.csv", of_fold)
     folds = load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
     assert table.summarise(folds)["largest_component"] is None
+
+
+def test_folds_of_different_ensembles_are_not_one_cross_validation(tmp_path):
+    write_folds(tmp_path, count=2)
+    both = {"1": {"name": "unet2d", "options": {}, "train": {"seed": 0, "workers": 1}}}
+    for fold, others in enumerate(({"2": {"train": {"seed": 1, "workers": 1}}}, {"2": {"train": {"seed": 2}}})):
+        path = tmp_path / f"evaluation/fold{fold}/summary.json"
+        write_json(path, read_json(path) | {"ensemble": both | others})
+    with pytest.raises(DataError, match=r"another ensemble(.|\n)*2\.train\.seed: 2; in fold 0: 1"):
+        load(tmp_path, numbers=(0, 1))
+    write_json(path, read_json(path) | {"ensemble": both | {"2": {"train": {"seed": 1, "workers": 4}}}})
+    assert len(load(tmp_path, numbers=(0, 1))) == 2, "workers change no result"
+    write_json(path, {k: v for k, v in read_json(path).items() if k != "ensemble"})
+    with pytest.raises(DataError, match="another ensemble"):
+        load(tmp_path, numbers=(0, 1))
