@@ -10,7 +10,7 @@ from typing import Any
 from distilldsm.crossval.folds import Fold
 from distilldsm.crossval.table import COSTS, LARGEST, TITLES, cost_lines, largest_lines, lines_of, number
 from distilldsm.evaluation.figures import dice_panels, save_figure
-from distilldsm.evaluation.page import HOW_TO_READ, cases_table, facts_table, figure, page
+from distilldsm.evaluation.page import HOW_TO_READ, cases_table, facts_table, figure, networks_named, page
 from distilldsm.stage import content_hash, package_versions
 
 
@@ -54,12 +54,7 @@ def render(folds: Sequence[Fold], summary: Mapping[str, Any], picture: Path) -> 
 
 
 def _network(summary: Mapping[str, Any]) -> str:
-    return " + ".join(_named(network) for network in summary.get("ensemble", [summary["network"]]))
-
-
-def _named(network: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{key}={value}" for key, value in network["options"].items())
-    return f"{network['name']} ({options})" if options else str(network["name"])
+    return networks_named(summary.get("ensemble", [summary["network"]]))
 
 
 def _scores(summary: Mapping[str, Any]) -> str:
@@ -104,6 +99,11 @@ def _provenance(folds: Sequence[Fold]) -> dict[str, Any]:
         "NSD tolerance": f"{first.evaluate['config'].get('nsd_tolerance_mm')} mm",
         "data hash": str(first.evaluate["inputs"].get("dataset"))[:16],
         "split hash": str(first.evaluate["inputs"].get("splits"))[:16],
-        "model hashes": ", ".join(content_hash(fold.model_directory)[:16] for fold in folds),
+        "model hashes": ", ".join(value[:16] for fold in folds for value in _model_hashes(fold)),
         "versions": ", ".join(f"{name} {version}" for name, version in package_versions().items()),
     }
+
+
+def _model_hashes(fold: Fold) -> list[str]:
+    others = [f"ensemble{number}" for number in range(1, len(fold.ensemble))]
+    return [content_hash(fold.model_directory), *(fold.evaluate["inputs"][other] for other in others)]

@@ -8,6 +8,7 @@ no case does not count. What is defined once has no standard deviation (None).
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -244,7 +245,8 @@ def cost_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     }
     lines = [(titles[key], format(cost[key], form)) for key, form in COSTS.items() if cost[key] is not None]
     if networks := summary.get("ensemble"):
-        lines.insert(0, ("networks, averaged", ", ".join(one["name"] for one in networks)))
+        names = Counter(one["name"] for one in networks)
+        lines.insert(0, ("networks, averaged", ", ".join(f"{many} {name}" for name, many in names.items())))
     return lines + ([("measured on", "; ".join(cost["machines"]))] if cost["machines"] else [])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -19,6 +20,15 @@ HOW_TO_READ = (
     "Dice and NSD are 1 and HD95 is 0; where only one is empty, Dice and NSD are 0 and HD95 is the volume's "
     "diagonal; undefined values are left out.</p>"
 )
+
+
+def networks_named(networks: Sequence[Mapping[str, Any]]) -> str:
+    """Networks of `name` and `options` as text, equal ones counted: `2 x distill_dsm (width=1) + unet2d`."""
+    texts = []
+    for network in networks:
+        options = ", ".join(f"{key}={value}" for key, value in network["options"].items())
+        texts.append(f"{network['name']} ({options})" if options else str(network["name"]))
+    return " + ".join(text if n == 1 else f"{n} \u00d7 {text}" for text, n in Counter(texts).items())
 
 
 def page(title: str, notes: Sequence[str], body: str, *, contents: Mapping[str, str] | None = None) -> str:

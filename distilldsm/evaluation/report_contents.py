@@ -15,6 +15,7 @@ from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.volume import read_image, read_label
 from distilldsm.evaluation import figures
 from distilldsm.evaluation.overlays import overlay
+from distilldsm.evaluation.page import networks_named
 from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_sections import mean_dice
@@ -240,22 +241,16 @@ def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
     return pictures
 
 
-def _named(model: Mapping[str, Any]) -> str:
-    options = ", ".join(f"{k}={v}" for k, v in model["options"].items())
-    return f"{model['name']} ({options})" if options else str(model["name"])
-
-
 def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
     from distilldsm.tracking.values import version_tags
 
     index, inputs = given.index, given.inputs
-    networks = [_named(read_json(folder / "model.json")) for folder in given.ensemble]
     tags = version_tags()
     commit = tags.get("git_commit", "not known")
     recorded = inputs["model"] / "mlflow_run.json"
     run = read_json(recorded).get("run_id") if recorded.is_file() else None
     return {
-        "network": " + ".join([_named(model), *networks]),
+        "network": networks_named([model, *(read_json(folder / "model.json") for folder in given.ensemble)]),
         "epochs": model["epochs"],
         "checkpoint": given.config.checkpoint,
         "fold": given.fold,

@@ -92,7 +92,7 @@ def test_scores_costs_and_page_are_those_of_all_networks(place, inputs, tmp_path
     assert timing["training"]["peak_memory_gb"] == max(one["peak_memory_gb"] for one in each)
     page = (tmp_path / "e/report.html").read_text()
     assert "The scores are of 3 networks, averaged" in page
-    assert "distill_dsm (width=0.25) + distill_dsm (width=0.25) + unet2d (width=0.25)" in page
+    assert "2 \u00d7 distill_dsm (width=0.25) + unet2d (width=0.25)" in page
     assert f"{sum(one['parameters'] for one in each):,} parameters" in page
     # Neither the champion's gate nor the post-processing of one network goes by the scores of several.
     scores = collect_scores(
@@ -140,12 +140,12 @@ def test_one_command_scores_all_folds_and_tracks_them(place, tmp_path, monkeypat
         assert main([*command, "runs/ab"]) == 0
         table = capsys.readouterr().out
         assert "cross-validation: folds 0, 1, 4 cases" in table
-        assert "networks, averaged: distill_dsm, distill_dsm" in table
+        assert "networks, averaged: 2 distill_dsm\n" in table
         assert not (place / "runs/ab/models").exists(), "nothing is trained"
         assert main([*command, "runs/ab"]) == 0
         assert capsys.readouterr().out.count("evaluate: up to date") == 2
         page = (place / "runs/ab/cross_validation/report.html").read_text()
-        assert "distill_dsm (width=0.25) + distill_dsm (width=0.25), folds 0, 1" in page
+        assert "2 \u00d7 distill_dsm (width=0.25), folds 0, 1" in page
         cost = read_json(place / "runs/ab/cross_validation/summary.json")["cost"]
         assert cost["parameters"] == 2 * read_json(model(place, "a") / "model.json")["parameters"]
         for words, seen in (
