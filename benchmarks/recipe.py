@@ -146,8 +146,9 @@ def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
 def compare_variants(found: dict[str, list[Path]], work: Path) -> str:
     """The evaluated folds of every variant against those of the first one; also written below `work`."""
     from distilldsm.evaluation import comparison
+    from distilldsm.evaluation.trainings import load_training
 
-    trainings = [comparison.load_training(name, folders) for name, folders in found.items()]
+    trainings = [load_training(name, folders) for name, folders in found.items()]
     rows = comparison.compare(trainings)
     comparison.write_comparison(rows, work / "comparison.csv")
     comparison.draw(trainings, work / "comparison.png")

@@ -21,6 +21,7 @@ def compare(args: argparse.Namespace) -> None:
     """
     from distilldsm.evaluation import comparison
     from distilldsm.evaluation.tables import write_csv
+    from distilldsm.evaluation.trainings import load_training
 
     named = [_named(text) for text in args.trainings]
     names = [name for name, _ in named]
@@ -28,11 +29,13 @@ def compare(args: argparse.Namespace) -> None:
         raise ConfigError("a name is given twice", seen=", ".join(names))
     if len(named) < 2:
         raise ConfigError("there is nothing to compare", seen=names[0], rule="two trainings or more")
-    load = partial(comparison.load_training, postprocessed=args.postprocessed)
+    load = partial(load_training, postprocessed=args.postprocessed)
     trainings = [load(name, directories) for name, directories in named]
     rows, costs = comparison.compare(trainings), comparison.cost_rows(trainings)
     for line in comparison.unmatched(trainings):
         print(f"compare: {line}: not scored in all of them", file=sys.stderr)
+    for line in comparison.scored_differently(trainings):
+        print(f"compare: {line}", file=sys.stderr)
     if args.output:
         output = Path(args.output)
         output.mkdir(parents=True, exist_ok=True)

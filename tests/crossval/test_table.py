@@ -14,8 +14,8 @@ from distilldsm.crossval import table
 from distilldsm.crossval.folds import CASES_POSTPROCESSED, load_folds, read_rows
 from distilldsm.errors import DataError
 from distilldsm.evaluation import tables
-from distilldsm.evaluation.comparison import load_training
 from distilldsm.evaluation.postprocess import write_postprocessing
+from distilldsm.evaluation.trainings import load_training
 from distilldsm.stage import read_json, write_json
 from tests.crossval.folds import random_rows, write_fold, write_folds, write_splits
 

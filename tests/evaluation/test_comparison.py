@@ -18,7 +18,8 @@ from components import cross_validate
 from distilldsm.cli import main
 from distilldsm.config import CrossValidationConfig, EvaluateConfig
 from distilldsm.errors import DataError
-from distilldsm.evaluation.comparison import compare, draw, holm, load_training, wilcoxon_p
+from distilldsm.evaluation.comparison import compare, draw, holm, wilcoxon_p
+from distilldsm.evaluation.trainings import load_training
 from tests.crossval import folds as crossval
 
 SCORES = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_ml")
@@ -124,6 +125,22 @@ def test_another_truth_is_refused(tmp_path):
     with pytest.raises(DataError, match="another truth") as caught:
         compare([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)])
     assert "c0, A: 1 ml and 7 ml" in str(caught.value)
+
+
+def test_what_was_scored_in_another_way_is_told(tmp_path, capsys):
+    for name, config in (("a", EvaluateConfig(workers=3)), ("b", EvaluateConfig(mirror=True, checkpoint="best"))):
+        splits, _ = crossval.write_folds(tmp_path / name, evaluate=config)
+        inputs = {"evaluation": tmp_path / name / "evaluation", "models": tmp_path / name / "models", "splits": splits}
+        outputs = {"cross_validation": tmp_path / name / "cv"}
+        cross_validate.run(CrossValidationConfig(folds=(0, 1, 2)), inputs, outputs)
+    for kind in ("cv", "evaluation"):
+        assert main(["compare", *(f"{name}={tmp_path / name / kind}" for name in "ab")]) == 0
+        assert capsys.readouterr().err.splitlines() == [
+            "compare: evaluate.checkpoint differs (a: last; b: best)",
+            "compare: evaluate.mirror differs (a: False; b: True)",
+        ]
+    assert main(["compare", *(f"{name}={tmp_path / 'a' / 'cv'}" for name in "ab")]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_surface_dice_of_different_tolerances_is_refused(tmp_path):
