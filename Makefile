@@ -30,7 +30,7 @@ lint: install
 	mypy
 
 unit: install
-	OMP_NUM_THREADS=1 python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
+	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json
 
 docs: install
 	python docs/reference.py build/docs
