@@ -65,13 +65,19 @@ def stage(work: Path, name: str, arguments: list[str], output: Path, threads: in
         raise SystemExit(f"{name} failed; see {log}")
 
 
+def data_folders(work: Path, params: dict[str, Any]) -> tuple[Path, Path, Path]:
+    """Where the raw, validated and preprocessed data of these parameters lie: variants share them."""
+    parts = [params[name] for name in ("download", "validate", "preprocess")]
+    names = ("raw", "validation", "preprocessed")
+    raw, checked, prepared = (work / f"{name}-{digest(*parts[: k + 1])}" for k, name in enumerate(names))
+    return raw, checked, prepared
+
+
 def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads: int) -> tuple[Path, Path]:
     """All stages of one variant and fold up to the scores; returns the folders of the model and of its evaluation."""
     path, params = compose(work, [*overrides, "tracking.enabled=false", "evaluate.save_masks=false"])
-    raw = work / f"raw-{digest(params['download'])}"
-    checked = work / f"validation-{digest(params['download'], params['validate'])}"
-    prepared_key = digest(params["download"], params["validate"], params["preprocess"])
-    prepared = work / f"preprocessed-{prepared_key}"
+    raw, checked, prepared = data_folders(work, params)
+    prepared_key = prepared.name.removeprefix("preprocessed-")
     trained = work / f"model-{digest(prepared_key, params['train'], fold)}"
     scored = work / f"evaluation-{digest(prepared_key, params['train'], params['evaluate'], fold)}"
     common = ["--params", str(path)]
@@ -101,8 +107,7 @@ def average(
     """Score the mean of the variants' networks; returns the folders of the first model and of the evaluation."""
     overrides = [*variants[0][1], "tracking.enabled=false", "evaluate.save_masks=false"]
     path, params = compose(work, overrides)
-    raw = work / f"raw-{digest(params['download'])}"
-    prepared = work / f"preprocessed-{digest(params['download'], params['validate'], params['preprocess'])}"
+    raw, _, prepared = data_folders(work, params)
     scored = work / f"evaluation-{digest('ensemble', [model.name for model in models], params['evaluate'], fold)}"
     arguments = ["--params", str(path), "--fold", str(fold), "--dataset", str(raw), "--preprocessed", str(prepared)]
     arguments += ["--model", str(models[0]), *(word for model in models[1:] for word in ("--ensemble", str(model)))]

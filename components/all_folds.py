@@ -110,12 +110,11 @@ class Folds:
         (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
         inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
         try:
-            if self.ensemble:
-                pass
-            elif is_current(model, **train.key(self.params.train, inputs, fold)):
-                say(fold, "train: up to date")
-            else:
-                self._stage(fold, "train")
+            if not self.ensemble:
+                if is_current(model, **train.key(self.params.train, inputs, fold)):
+                    say(fold, "train: up to date")
+                else:
+                    self._stage(fold, "train")
             if self._stopped:
                 return
             if is_current(evaluation, **evaluate.key(self.params.evaluate, inputs, fold, others)):
@@ -169,12 +168,12 @@ class Folds:
         if fold is None:
             return shared
         (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
+        averaged = [word for other in others for word in ("--ensemble", other)]
         of_stage: dict[str, list[str | Path]] = {
             "train": ["--output", model],
-            "evaluate": ["--model", model, *(w for o in others for w in ("--ensemble", o)), "--output", evaluation],
+            "evaluate": ["--model", model, *averaged, "--output", evaluation],
         }
-        words = of_stage[stage]
-        return [*shared, "--fold", str(fold), *map(str, words)]
+        return [*shared, "--fold", str(fold), *map(str, of_stage[stage])]
 
     def _environment(self, alone: bool) -> dict[str, str]:
         inherited = {**os.environ, RESUME_VARIABLE: command_again()}

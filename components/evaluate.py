@@ -150,7 +150,7 @@ def run(
             shutil.rmtree(work / "predictions")
             (work / "predictions").mkdir()
         if ensemble and tracking is not None:
-            _track_ensemble(tracking, config, models, inputs, work, fold, summary, sure, rows)
+            _track_ensemble(tracking, given, work)
     print(tables.format_table(summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
     for label in decided.kept:
         print(f"{label}, largest component only: {decided.labels[label].reason} ({POSTPROCESSING})")
@@ -158,7 +158,7 @@ def run(
         from distilldsm.tracking import attach
 
         with attach(inputs["model"], tracking) as mlflow_run:
-            _track(mlflow_run, inputs, outputs["evaluation"], summary, sure, rows)
+            _track(mlflow_run, given, outputs["evaluation"])
 
 
 def _with_names(cases: Sequence[Case], scores: Mapping[str, Mapping], table: str) -> list[dict[str, Any]]:
@@ -177,6 +177,7 @@ def check_all_differ(models: Sequence[Path]) -> None:
                 where=model,
                 seen=f"the same content as {seen[weights]}",
                 rule="the networks of an ensemble differ, e.g. in train.seed",
+                mend="leave it out, or train another one (distilldsm train --set train.seed=1 --output DIR)",
             )
         seen[weights] = model
 
@@ -299,49 +300,33 @@ def tracked_metrics(summary: Mapping, sure: Mapping) -> dict[str, float]:
     return metrics
 
 
-def _track(
-    mlflow_run: Run,
-    inputs: Mapping[str, Path],
-    evaluation: Path,
-    summary: Mapping,
-    sure: Mapping,
-    rows: Sequence[Mapping],
-) -> None:
-    mlflow_run.log_metrics(tracked_metrics(summary, sure))
+def _track(mlflow_run: Run, given: Evaluation, evaluation: Path) -> None:
+    mlflow_run.log_metrics(tracked_metrics(given.summary, given.intervals))
     mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
     mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
     mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
-    mlflow_run.log_table([dict(row) for row in rows], "evaluation/cases.json")
-    validation = inputs.get("validation", inputs["dataset"].parent / "validation") / "report.html"
+    mlflow_run.log_table([dict(row) for row in given.rows], "evaluation/cases.json")
+    validation = given.inputs.get("validation", given.inputs["dataset"].parent / "validation") / "report.html"
     if validation.exists():
         mlflow_run.log_artifact(validation, "validation")
         if (docs := validation.with_name("data_docs")).is_dir():
             mlflow_run.log_artifacts(docs, "validation/data_docs")
 
 
-def _track_ensemble(
-    tracking: TrackingConfig,
-    config: EvaluateConfig,
-    models: Sequence[Path],
-    inputs: Mapping[str, Path],
-    work: Path,
-    fold: int,
-    summary: Mapping,
-    sure: Mapping,
-    rows: Sequence[Mapping],
-) -> None:
+def _track_ensemble(tracking: TrackingConfig, given: Evaluation, work: Path) -> None:
     """A run of its own: the scores are none of a single training's."""
     from distilldsm.tracking import run_key_of, start_run
 
+    models = [given.inputs["model"], *given.ensemble]
     trainings = [run_key_of(model) or content_hash(model) for model in models]
     # The same trainings, evaluated alike, are the same run.
-    run_key = sha256_json([tracking.experiment, result_config(config), fold, trainings])[:32]
-    name = f"{tracking.run_name or 'ensemble'}-fold{fold}"
+    run_key = sha256_json([tracking.experiment, result_config(given.config), given.fold, trainings])[:32]
+    name = f"{tracking.run_name or 'ensemble'}-fold{given.fold}"
     with start_run(
-        tracking, directory=work, name=name, tags={"fold": str(fold)}, run_key=run_key, with_system=False
+        tracking, directory=work, name=name, tags={"fold": str(given.fold)}, run_key=run_key, with_system=False
     ) as mlflow_run:
-        mlflow_run.log_params({"evaluate": asdict(config), "fold": fold, "ensemble": recipes(models)})
-        _track(mlflow_run, inputs, work, summary, sure, rows)
+        mlflow_run.log_params({"evaluate": asdict(given.config), "fold": given.fold, "ensemble": recipes(models)})
+        _track(mlflow_run, given, work)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
