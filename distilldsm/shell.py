@@ -113,6 +113,8 @@ def run_shell(run: Callable[[], None]) -> int:
 def _of_system(error: OSError) -> UserError:
     """An error of the operating system as one a person can act on; of a temporary or lock file, what it stands for."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
-    if path is not None and (hidden := re.fullmatch(r"\.(.+?)\.(\d+\.tmp|lock|partial|partial\.json)", path.name)):
+    if path is not None and (
+        hidden := re.fullmatch(r"\.(.+?)\.(\d+\.tmp[.\w]*|lock|partial|partial\.json)", path.name)
+    ):
         path = path.with_name(hidden.group(1))
     return UserError(error.strerror or str(error), where=path, mend=MENDS.get(error.errno or 0))

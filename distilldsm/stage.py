@@ -29,6 +29,8 @@ EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_mi
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _FULL_BYTES = 64 << 10
 """An error with so little space left is taken for one of the full disk."""
+_TEMPORARY = re.compile(r"\..+\.\d+\.tmp[.\w]*")
+"""Names of `whole_file`."""
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
 
 
@@ -42,6 +44,24 @@ def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces), hex."""
     text = json.dumps(to_mapping(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` when the block ends without an error.
+
+    A process that is killed leaves the temporary file; `output_directory` keeps it out of what it makes.
+
+    Args:
+        suffix: how the temporary name has to end, where the writer goes by it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # of a folder that is none; the error is that of the writing
+            temporary.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -67,14 +87,8 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         OSError, UserError: as `writes`.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with writes(path):
-        try:
-            temporary.write_text(text, encoding="utf-8")
-            os.replace(temporary, path)
-        finally:
-            with suppress(OSError):  # of a folder that is none; the error is that of the writing
-                temporary.unlink(missing_ok=True)
+    with writes(path), whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -179,6 +193,7 @@ def output_directory(
         try:
             yield work
             _check_unchanged(stage, inputs, input_hashes)
+            _drop_unfinished(work)
             files = file_hashes(work)
             manifest = {
                 "schema_version": SCHEMA_VERSION,
@@ -214,6 +229,13 @@ def output_directory(
         raise
     finally:
         lock.release()
+
+
+def _drop_unfinished(work: Path) -> None:
+    """Remove what processes that were killed while they wrote here have left: it is part of no output."""
+    for path in work.rglob(".*.tmp*"):
+        if _TEMPORARY.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _check_unchanged(stage: str, inputs: Mapping[str, str | os.PathLike[str]], hashes: Mapping[str, str]) -> None:

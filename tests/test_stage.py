@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import multiprocessing
@@ -19,6 +20,7 @@ from distilldsm.stage import (
     output_directory,
     read_json,
     sha256_file,
+    whole_file,
     worker_count,
     write_json,
 )
@@ -115,6 +117,25 @@ def test_resume_only_with_the_same_key(tmp_path: Path, capsys):
     assert interrupted({"a": 2}) == []
     assert "begun with other parameters or inputs, starts anew" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_was_writing_is_no_part_of_the_output(tmp_path: Path):
+    key = {"stage": "s", "config": {}, "inputs": {}, "resumable": True}
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **key) as work:
+        (work / "predictions").mkdir()
+        for name in ("best.safetensors", "predictions/a.nii.gz"):
+            with contextlib.suppress(ZeroDivisionError), whole_file(work / name, "".join(Path(name).suffixes)) as left:
+                left.write_text("half of it")
+                copy = left.read_text()
+                raise ZeroDivisionError
+            left.write_text(copy)  # what `finally` takes away stays after a SIGKILL
+        (work / ".user.tmp").write_text("no name of ours")
+        raise KeyboardInterrupt
+    with output_directory(tmp_path / "out", **key) as work:
+        assert sum(".tmp" in p.name for p in work.rglob(".*")) == 3
+        write_json(work / "a.json", {})
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"manifest.json", "a.json", ".user.tmp"}
+    assert set(read_json(tmp_path / "out" / "manifest.json")["files"]) == {"a.json", ".user.tmp"}
 
 
 def test_what_is_current_need_not_be_made_again(tmp_path: Path):

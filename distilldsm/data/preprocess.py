@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import shutil
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import as_completed
@@ -25,7 +24,7 @@ from distilldsm.data.volume import load_nifti
 from distilldsm.errors import ConfigError, DataError, UserError
 from distilldsm.params import from_mapping
 from distilldsm.progress import progress
-from distilldsm.stage import read_json, worker_count, write_json
+from distilldsm.stage import read_json, whole_file, worker_count, write_json
 from distilldsm.workers import worker_pool
 
 LOCATIONS_PER_CLASS = 2_000
@@ -164,13 +163,8 @@ def foreground_locations(label: npt.NDArray[np.uint8], class_count: int) -> npt.
 
 def save_array(path: Path, array: npt.NDArray) -> None:
     """Write .npy, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as stream:
-            np.save(stream, array, allow_pickle=False)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, open(temporary, "wb") as stream:
+        np.save(stream, array, allow_pickle=False)
 
 
 def _largest_scan(root: Path, index: DatasetIndex) -> int:

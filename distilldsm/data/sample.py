@@ -27,6 +27,7 @@ from scipy import ndimage
 from distilldsm.config import SampleConfig
 from distilldsm.errors import UserError
 from distilldsm.progress import progress
+from distilldsm.stage import whole_file
 
 VERSION = 1
 """Goes up whenever the same configuration makes other bytes, so that a kept archive is not taken for the new one."""
@@ -88,16 +89,11 @@ def make_sample_archive(path: str | os.PathLike[str], config: SampleConfig) -> P
         "test": [],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with tarfile.open(temporary, "w") as archive:
-            _add(archive, "dataset.json", json.dumps(description, indent=1).encode())
-            for name, (image, label) in zip(names, subjects, strict=True):
-                _add(archive, f"imagesTr/{name}.nii.gz", image)
-                _add(archive, f"labelsTr/{name}.nii.gz", label)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with whole_file(path) as temporary, tarfile.open(temporary, "w") as archive:
+        _add(archive, "dataset.json", json.dumps(description, indent=1).encode())
+        for name, (image, label) in zip(names, subjects, strict=True):
+            _add(archive, f"imagesTr/{name}.nii.gz", image)
+            _add(archive, f"labelsTr/{name}.nii.gz", label)
     return path
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.errors import DataError
+from distilldsm.stage import whole_file
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -209,14 +210,10 @@ def write_label(path: str | os.PathLike[str], mask: npt.NDArray[np.integer], aff
     """Write a mask (X, Y, Z) as uint8 NIfTI, whole or not at all."""
     path = Path(path)
     suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     image = nib.Nifti1Image(mask.astype(np.uint8), affine)
     image.header.set_xyzt_units("mm")
-    try:
+    with whole_file(path, suffix) as temporary:
         nib.save(image, temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _three_dimensional(data: npt.NDArray[np.generic], path: Path) -> npt.NDArray[np.generic]:

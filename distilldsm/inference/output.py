@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from distilldsm.errors import UserError
 from distilldsm.inference.scan import Scan
+from distilldsm.stage import whole_file
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _GEOMETRY = (
@@ -39,10 +40,9 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
     Raises:
         UserError: the disk is full, or the file cannot be written.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}{suffix}")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with whole_file(path, suffix) as temporary:
+            yield temporary
     except OSError as error:
         if error.errno in _FULL:
             raise UserError(
@@ -53,8 +53,6 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
                 mend="free space or choose another place, then run the same command again",
             ) from None
         raise UserError("cannot be written", where=path, seen=error.strerror or str(error)) from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def mask_header(scan: Scan) -> Any:

@@ -17,7 +17,7 @@ from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.inserted import require_trusted
 from distilldsm.models.registry import MODELS, Options, build_model
 from distilldsm.params import from_mapping
-from distilldsm.stage import read_json
+from distilldsm.stage import read_json, whole_file
 
 MAX_SIZE = 4096
 """Channels, or a multiple of widths, beyond which a model's description is taken for damaged."""
@@ -27,16 +27,12 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
     """Write tensors and JSON-able metadata into one safetensors file; an existing one is replaced at once."""
     from safetensors.torch import save_file
 
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         # Shared storage is not allowed in the file; clones also free it from a GPU and from odd memory formats.
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
         save_file(plain, temporary, metadata={"json": json.dumps(meta, sort_keys=True, allow_nan=False)})
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
