@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -23,6 +26,28 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def repository() -> Path:
     return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _exports_without_coverage() -> Iterator[None]:
+    """Coverage follows every call: torch's exporter, 20 million of them, takes half as long again."""
+    from distilldsm.export import onnx_export
+
+    quiet = onnx_export._quiet
+
+    @contextmanager
+    def untraced() -> Iterator[None]:
+        tracer = sys.gettrace()
+        sys.settrace(None)
+        try:
+            with quiet():
+                yield
+        finally:
+            sys.settrace(tracer)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "_quiet", untraced)
+        yield
 
 
 def _shared(name: str) -> Path:
