@@ -57,7 +57,7 @@ images:
 		$(if $(PIP_CONFIG),--pip-config $(PIP_CONFIG)) $(if $(CA_BUNDLE),--ca-bundle $(CA_BUNDLE)) \
 		$(if $(BUILD_NETWORK),--network $(BUILD_NETWORK)) $(ROLES)
 
-# NiiVue into the package: needs Node.js and npm, and changes distilldsm/viewer/niivue.* (docs/viewer.md).
+# NiiVue into the package: needs Node.js and npm, and changes distilldsm/report/viewer/niivue.* (docs/viewer.md).
 viewer:
 	cd viewer && npm ci --ignore-scripts && npm run build
 

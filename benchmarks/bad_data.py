@@ -22,10 +22,10 @@ from benchmarks.pipeline import ROOT, machine
 from distilldsm.config import DownloadConfig
 from distilldsm.data.archive import extract, find_root
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.expectations import Finding, check_table, load_suite
 from distilldsm.data.layouts import index_dataset
-from distilldsm.data.validation import build_case_table, table_columns
-from distilldsm.data.validation_report import make_report
+from distilldsm.validation.case_table import build_case_table, table_columns
+from distilldsm.validation.expectations import Finding, check_table, load_suite
+from distilldsm.validation.report import make_report
 from tests.data.volumes import write_dataset
 from tests.faults.bad_data import DAMAGES, Planted, by_case, copies, index_of, plant_all
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from components import download, validate
+from distilldsm.components import download, validate
 from distilldsm.config import DownloadConfig, PreprocessConfig, ValidateConfig
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.fingerprint import fingerprint_case, load_case
@@ -26,7 +26,7 @@ from distilldsm.drift.compare import Reference, check_scan, check_set, reference
 from distilldsm.drift.fingerprint import make_fingerprint
 from distilldsm.drift.measures import measures_of, values_of
 from distilldsm.drift.scans import measure_scan
-from distilldsm.inference.scan import Channel, Scan
+from distilldsm.io.scan import Channel, Scan
 
 FloatArray = npt.NDArray[np.float32]
 Change = Callable[[FloatArray, npt.NDArray[np.float64]], tuple[FloatArray, npt.NDArray[np.float64]]]

@@ -59,8 +59,8 @@ def component_seconds(folder: Path, repeats: int) -> list[float]:
     from kfp import dsl
 
     from distilldsm.config import load_params
-    from pipeline import steps
-    from pipeline.definition import SECTIONS, arguments
+    from distilldsm.pipeline import steps
+    from distilldsm.pipeline.definition import SECTIONS, arguments
 
     warnings.simplefilter("ignore")
     kfp.local.init(kfp.local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "component"))
@@ -80,7 +80,8 @@ def main() -> None:
         for shared in ("params.yaml", "conf"):
             (folder / shared).symlink_to(ROOT / shared)
         compile_s = [
-            seconds(lambda: command(folder, "pipeline.cli", "compile", "-o", "p.yaml")) for _ in range(repeats)
+            seconds(lambda: command(folder, "distilldsm.cli.pipeline", "compile", "-o", "p.yaml"))
+            for _ in range(repeats)
         ]
         stage = "from distilldsm.config import load_params; load_params()"
         bare = [
@@ -88,7 +89,7 @@ def main() -> None:
         ]
         components = component_seconds(folder, repeats)
         sets = [part for assignment in TINY for part in ("--set", assignment)]
-        pipeline_s = seconds(lambda: command(folder, "pipeline.cli", "run", "--local", *sets))
+        pipeline_s = seconds(lambda: command(folder, "distilldsm.cli.pipeline", "run", "--local", *sets))
     print(
         json.dumps(
             {

@@ -69,12 +69,12 @@ def make_model(directory: Path, plan: Any, name: str = "distill_dsm", **options:
     """An exported model directory of a network with random weights, as the export stage lays it out."""
     import torch
 
+    from distilldsm.core.files import sha256_file, write_json
     from distilldsm.export.onnx_export import export_onnx
     from distilldsm.export.openvino_export import export_openvino
-    from distilldsm.export.package import METADATA, ChannelInfo, DataInfo, ModelMetadata, NetworkInfo, TensorInfo
+    from distilldsm.models.checkpoint import save_tensors
+    from distilldsm.models.package import METADATA, ChannelInfo, DataInfo, ModelMetadata, NetworkInfo, TensorInfo
     from distilldsm.models.registry import build_model
-    from distilldsm.stage import sha256_file, write_json
-    from distilldsm.training.checkpoint import save_tensors
 
     directory.mkdir(parents=True)
     torch.manual_seed(0)

@@ -136,8 +136,8 @@ def tell(work: Path, name: str, fold: int, scored: Path, overrides: str, took: d
 
 def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
     """The table of a cross-validation: fold to the folders of its model and its evaluation."""
-    from distilldsm.crossval.folds import load_folds
-    from distilldsm.crossval.table import format_table, summarise
+    from distilldsm.evaluation.fold_table import format_table, summarise
+    from distilldsm.evaluation.folds import load_folds
 
     with tempfile.TemporaryDirectory() as folder:
         for number, parts in folds.items():

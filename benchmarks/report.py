@@ -17,12 +17,12 @@ import numpy as np
 
 from benchmarks.pipeline import machine
 from distilldsm.config import EvaluateConfig
+from distilldsm.core.files import write_json
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.report_contents import Evaluation, write_report
 from distilldsm.evaluation.statistics import intervals
-from distilldsm.stage import write_json
 
 LABELS = ("inner", "outer")
 SHAPES = ((64, 64, 64), (256, 256, 128))

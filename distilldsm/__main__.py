@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from distilldsm.cli import main
+from distilldsm.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

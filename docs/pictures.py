@@ -28,9 +28,9 @@ def depth_shift_picture() -> None:
     import numpy as np
     import torch
 
-    from distilldsm.evaluation.figures import COLOURS
     from distilldsm.models.depth_shift import depth_shift
     from distilldsm.models.registry import build_model
+    from distilldsm.report.figures import COLOURS
 
     mpl.use("agg")
     from matplotlib import pyplot as plt

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distilldsm.cli import STAGES, UPPER, subcommands
-from distilldsm.reference import as_markdown, matching
+from distilldsm.cli.main import STAGES, UPPER, subcommands
+from distilldsm.config.reference import as_markdown, matching
 
 
 def commands() -> str:

@@ -13,12 +13,12 @@ import pytest
 import yaml
 from safetensors.numpy import load_file, save_file
 
-from components import download, evaluate, preprocess, train, validate
+from distilldsm.components import download, evaluate, preprocess, train, validate
 from distilldsm.config import DownloadConfig as Source
 from distilldsm.config import EvaluateConfig, ModelConfig, Params, PreprocessConfig, TrainConfig, ValidateConfig
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import read_json
 from distilldsm.data.dataset import INDEX
-from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.stage import read_json
 from tests.data.published import write_published
 
 SMALL = ModelConfig(name="distill_dsm", options={"width": 0.25})

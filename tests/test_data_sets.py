@@ -10,16 +10,16 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from components import download, evaluate, export, preprocess, train, validate
-from distilldsm.cli import main
+from distilldsm.cli.main import main
+from distilldsm.components import download, evaluate, export, preprocess, train, validate
 from distilldsm.config import Params
+from distilldsm.core.files import read_json
+from distilldsm.core.mapping import from_mapping
 from distilldsm.data.plan import Plan
-from distilldsm.export.package import load_metadata
 from distilldsm.models.inserted import trust_builder
-from distilldsm.params import from_mapping
-from distilldsm.stage import read_json
+from distilldsm.models.package import load_metadata
+from tests.config.test_presets import composed
 from tests.data.published import SHAPES, write_brats_case, write_published
-from tests.test_presets import composed
 
 
 def params_of(name: str, source: Path, *overrides: str) -> Params:

@@ -208,7 +208,7 @@ print("ok")
 def test_a_mistake_in_params_stops_with_exit_code_2(clone: Path):
     text = (clone / "params.yaml").read_text()
     (clone / "params.yaml").write_text(text.replace("epochs:", "epoch:"))
-    done = run(sys.executable, "-m", "components.train", cwd=clone, check=False)
+    done = run(sys.executable, "-m", "distilldsm.components.train", cwd=clone, check=False)
     (clone / "params.yaml").write_text(text)
     assert done.returncode == 2
     assert "did you mean 'epochs'" in done.stderr

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from components import all_folds
-from distilldsm.cli import _parser
-from pipeline import cli as pipeline_cli
-from pipeline import doctor
-from tests.test_presets import STAGES, composed
+from distilldsm.cli import doctor
+from distilldsm.cli import pipeline as pipeline_cli
+from distilldsm.cli.main import _parser
+from distilldsm.components import all_folds
+from tests.config.test_presets import STAGES, composed
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text()
@@ -55,7 +55,7 @@ def test_command(command):
         _parser().parse_args(words[1:])
     elif words[:3] == ["dvc", "exp", "run"]:
         composed(*[word for word in words[3:] if word != "-S"])
-    elif "components.train" in words:
+    elif "distilldsm.components.train" in words:
         assert (ROOT / "components" / "train.py").is_file()
     elif words[:3] == ["python", "-m", "benchmarks.pipeline"]:
         composed(*[word for word in words[3:] if "=" in word])

@@ -1,12 +1,12 @@
 // NiiVue as one script of package data: `make viewer` at the root of the repository, or npm ci && npm run build here.
 //
-// Writes distilldsm/viewer/niivue.js.gz, its licences and niivue.json, which tells version, packages and hashes.
+// Writes distilldsm/report/viewer/niivue.js.gz, its licences and niivue.json, which tells version, packages and hashes.
 import { createHash } from "node:crypto";
 import { existsSync, readdirSync, readFileSync, writeFileSync } from "node:fs";
 import { gzipSync } from "node:zlib";
 import { build } from "esbuild";
 
-const OUTPUT = new URL("../distilldsm/viewer/", import.meta.url);
+const OUTPUT = new URL("../distilldsm/report/viewer/", import.meta.url);
 const here = (path) => new URL(path, import.meta.url);
 
 const bundled = await build({

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Literal
 
 from benchmarks.faults.report import Row
+from distilldsm.core.errors import UserError
 from distilldsm.data.archive import extract
 from distilldsm.data.download import fetch
-from distilldsm.errors import UserError
 from tests.data.http_server import CONTENT, Server, serving
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -176,4 +176,4 @@ def _is_worker(process: psutil.Process) -> bool:
     except psutil.Error:
         return False
     # Spawned ones by multiprocessing's command line, forked ones by their parent's.
-    return "spawn_main" in words or "components." in words
+    return "spawn_main" in words or "distilldsm.components." in words

@@ -18,7 +18,8 @@ from typing import Any
 import psutil
 import yaml
 
-from distilldsm.stage import MANIFEST, file_hashes, read_json
+from distilldsm.core.files import read_json
+from distilldsm.core.output_directory import MANIFEST, file_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
-from distilldsm.errors import DataError
-from distilldsm.progress import meter
+from distilldsm.core.errors import DataError
+from distilldsm.core.progress import meter
 
 MAX_RATIO = 200
 """Unpacked to packed size: medical volumes reach 20 at most; more is taken for a decompression bomb."""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distilldsm.config import Modality
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 
 _HOSTS = (
     "https://msd-for-monai.s3-us-west-2.amazonaws.com",

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
 from distilldsm.config import Modality
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.data.targets import Region
-from distilldsm.errors import DataError
-from distilldsm.params import from_mapping, to_mapping
-from distilldsm.stage import read_json, write_json
 
 INDEX = "dataset_index.json"
 SAMPLE_SOURCE = "embedded sample (MNI152 template)"

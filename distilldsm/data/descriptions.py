@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.config import Modality
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data.dataset import Channel
 from distilldsm.data.targets import Region
-from distilldsm.errors import ConfigError, DataError
 
 
 def read(path: Path) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from urllib.request import url2pathname
 
 from filelock import FileLock, Timeout
 
-from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.interruption import explains_interrupt
-from distilldsm.progress import meter
-from distilldsm.redaction import public_address, redact
-from distilldsm.stage import write_json
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import write_json
+from distilldsm.core.interruption import explains_interrupt
+from distilldsm.core.progress import meter
+from distilldsm.core.redaction import public_address, redact
 
 ATTEMPTS = 5
 """Tries per address before the next mirror; one that got further than all before starts the count anew."""

@@ -10,10 +10,10 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
-from distilldsm.data.volume import Volume, check_same_geometry, load_nifti, read_image, read_label
-from distilldsm.errors import DataError
+from distilldsm.io.volume import Volume, check_same_geometry, load_nifti, read_image, read_label
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 SAMPLES_PER_CASE = 20_000

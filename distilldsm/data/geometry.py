@@ -17,7 +17,7 @@ from distilldsm.data.fingerprint import nonzero_box, ras_orientation
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
 from distilldsm.data.resampling import CubicSlices
 from distilldsm.data.targets import Targets
-from distilldsm.data.volume import Volume, spacing_of
+from distilldsm.io.volume import Volume, spacing_of
 
 Float32 = npt.NDArray[np.float32]
 CONSTANT = 1e-6

@@ -9,12 +9,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from distilldsm.config import DownloadConfig, Modality, PatternConfig
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data import descriptions
 from distilldsm.data.archive import find_root, wrapped
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.patterns import Files, find_cases, some
 from distilldsm.data.targets import Region, regions_from_labels
-from distilldsm.errors import ConfigError, DataError
 
 _BRATS_CHANNELS = ("flair", "t1", "t1ce", "t2")
 _BRATS_LABELS = {"background": 0, "necrotic_core": 1, "oedema": 2, "enhancing_tumour": 4}

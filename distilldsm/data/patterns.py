@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from distilldsm.config import PatternConfig
+from distilldsm.core.errors import DataError
 from distilldsm.data.archive import is_litter, wrapped
-from distilldsm.errors import DataError
 
 _SHOWN = 10
 

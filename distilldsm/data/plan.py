@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from distilldsm.config import PreprocessConfig
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.mapping import from_mapping
 from distilldsm.data.dataset import Channel, DatasetIndex
 from distilldsm.data.targets import Region, Targets, regions_from_labels
-from distilldsm.errors import ConfigError
-from distilldsm.params import from_mapping
-from distilldsm.stage import read_json, write_json
 
 if TYPE_CHECKING:  # it reads scans, which training has no need to
     from distilldsm.data.fingerprint import CaseFingerprint

@@ -15,17 +15,17 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.config import PreprocessConfig
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import read_json, whole_file, write_json
+from distilldsm.core.mapping import from_mapping
+from distilldsm.core.progress import progress
+from distilldsm.core.workers import worker_count, worker_pool
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_case, summarise
 from distilldsm.data.geometry import label_to_network_space, to_network_space
 from distilldsm.data.plan import Plan, make_plan, regions_of, resampled_shape
 from distilldsm.data.splits import make_splits, read_splits
-from distilldsm.data.volume import load_nifti
-from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.params import from_mapping
-from distilldsm.progress import progress
-from distilldsm.stage import read_json, whole_file, worker_count, write_json
-from distilldsm.workers import worker_pool
+from distilldsm.io.volume import load_nifti
 
 LOCATIONS_PER_CLASS = 2_000
 """Foreground voxels remembered per case and class, for oversampling."""

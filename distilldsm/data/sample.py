@@ -25,9 +25,9 @@ from nibabel.affines import apply_affine
 from scipy import ndimage
 
 from distilldsm.config import SampleConfig
-from distilldsm.errors import UserError
-from distilldsm.progress import progress
-from distilldsm.stage import whole_file
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import whole_file
+from distilldsm.core.progress import progress
 
 VERSION = 1
 """Goes up whenever the same configuration makes other bytes, so that a kept archive is not taken for the new one."""

@@ -8,9 +8,9 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json, sha256_file
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.errors import ConfigError, DataError
-from distilldsm.stage import read_json, sha256_file
 
 
 def make_splits(index: DatasetIndex, *, count: int, seed: int) -> list[dict[str, list[str]]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 
 Float32 = npt.NDArray[np.float32]
 LARGEST_NOT_TRIED = "not tried, as regions overlap and none contains all others"

@@ -1,5 +1,5 @@
 """`distilldsm doctor`: what this machine has, what the services answer, and what to mend. Changes nothing.
 
 `checks` runs, `report` prints; `machine`, `settings` and `services` hold the checks. Those of DVC, git and Kubeflow,
-and the command, are in `pipeline.doctor`.
+and the command, are in `distilldsm.cli.doctor`.
 """

@@ -15,8 +15,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from distilldsm.errors import UserError
-from distilldsm.redaction import redact
+from distilldsm.core.errors import UserError
+from distilldsm.core.redaction import redact
 
 Status = Literal["ok", "warn", "fail", "skip"]
 STATUSES: tuple[Status, ...] = get_args(Status)

@@ -209,7 +209,7 @@ def check_memory(limit_s: float) -> list[Finding]:
 
 def largest_scan(budget: int) -> int:
     """Slices of 512 x 512 voxels, one channel of int16, that the default network takes within a budget."""
-    from distilldsm.errors import DataError
+    from distilldsm.core.errors import DataError
     from distilldsm.inference.memory import activation_bytes, plan_pieces
 
     def fits(slices: int) -> bool:

@@ -6,8 +6,8 @@ import importlib.util
 import os
 from pathlib import Path
 
+from distilldsm.core.shell import EXTRAS
 from distilldsm.doctor.checks import Finding, clean, in_child
-from distilldsm.shell import EXTRAS
 
 
 def is_installed(package: str) -> bool:
@@ -24,7 +24,7 @@ def mends_missing(name: str, error: ModuleNotFoundError) -> Finding:
 
 
 def check_mlflow(limit_s: float) -> list[Finding]:
-    """Whether a run can be written to the store and read back; see `distilldsm.tracking.probe`."""
+    """Whether a run can be written to the store and read back; see `distilldsm.doctor.tracking_probe`."""
     from distilldsm.tracking import default_uri, sqlite_path
 
     name, uri = "mlflow", default_uri()
@@ -45,7 +45,7 @@ def check_mlflow(limit_s: float) -> list[Finding]:
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
-    return in_child(name, "distilldsm.tracking.probe:check", limit_s, environment)
+    return in_child(name, "distilldsm.doctor.tracking_probe:check", limit_s, environment)
 
 
 def check_journal(limit_s: float) -> list[Finding]:

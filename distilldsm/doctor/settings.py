@@ -7,8 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from distilldsm.core.progress import VARIABLE, Mode
 from distilldsm.doctor.checks import Finding
-from distilldsm.progress import VARIABLE, Mode
 
 PREFIX = "DISTILLDSM_"
 VARIABLES: Mapping[str, str] = {

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json
+from distilldsm.core.mapping import from_mapping
 from distilldsm.data.fingerprint import CaseFingerprint
 from distilldsm.data.plan import Plan
 from distilldsm.data.scan_measures import ScanMeasures
 from distilldsm.drift.measures import measures_of, values_of
-from distilldsm.errors import ConfigError, DataError
-from distilldsm.params import from_mapping
-from distilldsm.stage import read_json
 
 FINGERPRINT = "fingerprint.json"
 KEPT = 200

@@ -6,15 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distilldsm.core.errors import UserError
+from distilldsm.core.mapping import to_mapping
+from distilldsm.core.progress import progress
 from distilldsm.data.plan import Plan
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
 from distilldsm.drift.fingerprint import load_fingerprint
 from distilldsm.drift.measures import measures_of, values_of
 from distilldsm.drift.scans import check_masks, find_mask, measure_scan, read_mask
-from distilldsm.errors import UserError
-from distilldsm.inference.inputs import Input, find_inputs
-from distilldsm.params import to_mapping
-from distilldsm.progress import progress
+from distilldsm.io.inputs import Input, find_inputs
 
 
 def drift_of_files(

@@ -9,14 +9,14 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from distilldsm.core.errors import DataError
 from distilldsm.data.fingerprint import classes_from_values, ras_orientation
 from distilldsm.data.plan import Plan
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
-from distilldsm.data.volume import read_label
-from distilldsm.errors import DataError
-from distilldsm.inference.inputs import Input
-from distilldsm.inference.nifti import MEND_MASK, check_same_grid
-from distilldsm.inference.scan import Scan
+from distilldsm.io.inputs import Input
+from distilldsm.io.nifti import MEND_MASK, check_same_grid
+from distilldsm.io.scan import Scan
+from distilldsm.io.volume import read_label
 
 
 def measure_scan(scan: Scan, plan: Plan, classes: npt.NDArray[np.uint8] | None = None) -> ScanMeasures:

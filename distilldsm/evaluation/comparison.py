@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from distilldsm.crossval.table import COSTS, combine_costs
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
+from distilldsm.evaluation.fold_table import COSTS, combine_costs
 from distilldsm.evaluation.statistics import by_patient
 from distilldsm.evaluation.trainings import COMPARED, Training
 
@@ -238,7 +238,7 @@ def format_costs(rows: Sequence[Mapping[str, Any]]) -> str:
 
 def draw(trainings: Sequence[Training], path: Path) -> None:
     """Dice of every case that all were scored on as boxes, a panel per label, as PNG."""
-    from distilldsm.evaluation.figures import dice_panels, save_figure
+    from distilldsm.report.figures import dice_panels, save_figure
 
     tables = [training.scores for training in trainings]
     keys = [key for key in tables[0] if all(key in table for table in tables)]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.mapping import from_mapping
 from distilldsm.data.targets import LARGEST_NOT_TRIED
-from distilldsm.errors import ConfigError, DataError
-from distilldsm.params import from_mapping
-from distilldsm.stage import read_json, write_json
 
 POSTPROCESSING = "postprocessing.json"
 POSTPROCESSED = "postprocessed.csv"

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.evaluation import report_sections as parts
-from distilldsm.evaluation.page import HOW_TO_READ, cases_table, facts_table, figure, page, section
 from distilldsm.evaluation.postprocess import Postprocessing
+from distilldsm.report.page import HOW_TO_READ, cases_table, facts_table, figure, page, section
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,15 +11,16 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.config import EvaluateConfig
+from distilldsm.core.files import read_json
+from distilldsm.core.output_directory import MANIFEST, content_hash, package_versions
 from distilldsm.data.dataset import Case, DatasetIndex
-from distilldsm.data.volume import read_image, read_label
-from distilldsm.evaluation import figures
-from distilldsm.evaluation.overlays import overlay
-from distilldsm.evaluation.page import networks_named
 from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_sections import mean_dice
-from distilldsm.stage import MANIFEST, content_hash, package_versions, read_json
+from distilldsm.io.volume import read_image, read_label
+from distilldsm.report import figures
+from distilldsm.report.overlays import overlay
+from distilldsm.report.page import networks_named
 
 VIEWER_BYTES = 8_000_000
 """Of the page, for the volumes of all its viewed cases, as base64: the whole page stays below 15 MB."""
@@ -115,7 +116,7 @@ def choose_cases(rows: Rows) -> dict[str, str]:
 
 def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], str]:
     """Overlays of the chosen cases, and the viewer's HTML with some of them."""
-    from distilldsm.viewer import ViewedCase, viewer_fragment
+    from distilldsm.report.viewer import ViewedCase, viewer_fragment
 
     names = {"worst": "worst", "second worst": "worst2", "third worst": "worst3"}
     cases = {case.id: case for case in given.cases}
@@ -154,7 +155,7 @@ def fitted(
     max_bytes: int,
 ) -> tuple[bytes, bytes, bytes]:
     """The three volumes (X, Y, Z) for the viewer, thinned out until their base64 takes at most `max_bytes`."""
-    from distilldsm.viewer import packed
+    from distilldsm.report.viewer import packed
 
     voxels = min(_START_VOXELS, image.size)
     while True:

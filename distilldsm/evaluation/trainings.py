@@ -8,11 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distilldsm.cost import TIMING
-from distilldsm.crossval.folds import ALIKE, CASES_POSTPROCESSED
-from distilldsm.crossval.table import costs_of_fold
-from distilldsm.errors import DataError
-from distilldsm.stage import MANIFEST, read_json
+from distilldsm.core.cost import TIMING
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json
+from distilldsm.core.output_directory import MANIFEST
+from distilldsm.evaluation.fold_table import costs_of_fold
+from distilldsm.evaluation.folds import ALIKE, CASES_POSTPROCESSED
 
 COMPARED = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_abs_ml")
 """The scores that are compared; the last is the size of `volume_error_ml`."""

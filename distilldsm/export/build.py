@@ -9,18 +9,22 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilldsm.config import Int8Config
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.core.output_directory import package_versions
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.splits import check_held_out, load_fold
 from distilldsm.drift.fingerprint import FINGERPRINT, from_preprocessed
-from distilldsm.errors import DataError
 from distilldsm.export import parity
 from distilldsm.export.card import model_card
 from distilldsm.export.int8 import make_int8
 from distilldsm.export.monai_bundle import write_monai_bundle
 from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
 from distilldsm.export.openvino_export import export_openvino
-from distilldsm.export.package import (
+from distilldsm.export.serving import inference_service, to_yaml
+from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
+from distilldsm.models.package import (
     HASHED_FILES,
     INT8_DECISION,
     INT8_FILES,
@@ -34,9 +38,6 @@ from distilldsm.export.package import (
     TensorInfo,
     model_name,
 )
-from distilldsm.export.serving import inference_service, to_yaml
-from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
-from distilldsm.stage import package_versions, read_json, sha256_file, write_json
 
 PARITY_SIZES = 3
 """Different sizes that the exported models are compared on, at least."""
@@ -78,7 +79,7 @@ def build_package(
         DataError: an input is missing, damaged, or of another fold or plan than the model.
         UserError: an exported model differs from the network in more voxels than `max_voxel_difference` allows.
     """
-    from distilldsm.training.checkpoint import load_network
+    from distilldsm.models.checkpoint import load_network
 
     spec = read_json(model_dir / "model.json")
     check_held_out(model_dir, preprocessed / "splits.json", fold)

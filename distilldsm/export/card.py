@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from distilldsm.export.package import ModelMetadata
+from distilldsm.models.package import ModelMetadata
 
 
 def model_card(

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from distilldsm.config import ExportConfig
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.evaluation.statistics import by_patient
 from distilldsm.export.scores import Scores
 
@@ -175,7 +175,7 @@ def p_value(differences: np.ndarray, margin: float) -> float:
 
 def gate_from(values: Mapping[str, Any] | None) -> Gate:
     """The gate of a journal record; the default where it has none or one of another version."""
-    from distilldsm.params import from_mapping
+    from distilldsm.core.mapping import from_mapping
 
     try:
         return from_mapping(Gate, values or {}, where="gate")

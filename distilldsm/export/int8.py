@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.config import Int8Config
-from distilldsm.data.patches import open_array
+from distilldsm.core.progress import meter, progress
 from distilldsm.data.targets import Targets
-from distilldsm.export.package import Int8Report
 from distilldsm.export.parity import choose_cases
 from distilldsm.inference.engines import Engine, OpenVINOEngine, openvino_core
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
-from distilldsm.progress import meter, progress
+from distilldsm.models.package import Int8Report
+from distilldsm.training.patches import open_array
 
 WINDOW_VOXELS = 1_000_000
 """Largest part of a volume that calibration takes: a block of slices around its middle."""

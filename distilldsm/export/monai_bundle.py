@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm import __version__
+from distilldsm.core.files import write_json
 from distilldsm.data.plan import Plan
-from distilldsm.export.package import MONAI_BUNDLE, ModelMetadata
-from distilldsm.stage import write_json
+from distilldsm.models.package import MONAI_BUNDLE, ModelMetadata
 
 MONAI_VERSION = "1.5.0"
 """The oldest MONAI it is meant for."""

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.errors import UserError
+from distilldsm.core.errors import UserError
 
 if TYPE_CHECKING:
     from distilldsm.models.base import SegmentationNetwork

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.data.patches import open_array
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import read_json
+from distilldsm.core.mapping import to_mapping
+from distilldsm.core.progress import progress
 from distilldsm.data.targets import Targets
-from distilldsm.errors import UserError
-from distilldsm.export.package import Int8Report
 from distilldsm.inference.engines import Engine
 from distilldsm.inference.windows import Box, Float32, predict_logits
-from distilldsm.params import to_mapping
-from distilldsm.progress import progress
-from distilldsm.stage import read_json
+from distilldsm.models.package import Int8Report
+from distilldsm.training.patches import open_array
 
 NETWORK = "torch"
 """Name of the network itself among the runtimes."""

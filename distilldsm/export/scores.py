@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.params import from_mapping
-from distilldsm.stage import MANIFEST, content_hash, read_json, sha256_file
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.mapping import from_mapping
+from distilldsm.core.output_directory import MANIFEST, content_hash
 
 SCORES = "scores.json"
 METRICS = ("dice", "nsd", "hd95_mm")
@@ -29,7 +30,7 @@ class Scores:
     fold: int
     checkpoint: str
     data_hash: str
-    """Of the data set's directory, see `distilldsm.stage.content_hash`."""
+    """Of the data set's directory, see `distilldsm.core.output_directory.content_hash`."""
     split_hash: str
     """SHA-256 of splits.json."""
     nsd_tolerance_mm: float | None = None

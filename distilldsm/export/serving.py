@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from typing import Any, Literal
 
-from distilldsm.errors import ConfigError
-from distilldsm.export.package import INTENDED_USE, ModelMetadata
-from distilldsm.redaction import public_address, secret_in_address
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.redaction import public_address, secret_in_address
+from distilldsm.models.package import INTENDED_USE, ModelMetadata
 
 PLACEHOLDER = "s3://BUCKET/PATH/OF/THE/MODEL"
 """Where the export stage cannot know the address; `distilldsm pipeline serving` fills it in."""

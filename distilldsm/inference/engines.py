@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
 from distilldsm.inference.depth_stream import DepthStream, NotStreamableError, Shape, stream_graph
 
 if TYPE_CHECKING:

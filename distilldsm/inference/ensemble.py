@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from distilldsm.core.errors import DataError
+from distilldsm.core.mapping import to_mapping
 from distilldsm.data.plan import Plan
-from distilldsm.errors import DataError
-from distilldsm.export.package import ModelMetadata
-from distilldsm.params import to_mapping
+from distilldsm.models.package import ModelMetadata
 
 Task = tuple[Path, Plan, tuple[int, int, int]]
 """A model's folder, its plan and its network's stride."""

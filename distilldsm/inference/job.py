@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.progress import beside_the_bar, progress
 from distilldsm.data.geometry import spacing_along
 from distilldsm.data.targets import Targets
-from distilldsm.errors import DataError, UserError
-from distilldsm.inference.inputs import Format, Input, stem
 from distilldsm.inference.memory import (
     DEFAULT_PIECE_VOXELS,
     MODEL_BYTES,
@@ -24,13 +24,13 @@ from distilldsm.inference.memory import (
     plan_pieces,
     stream_cost,
 )
-from distilldsm.inference.output import replacing, scratch_array, write_nifti
 from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
 from distilldsm.inference.predict import Precision, Predictor, Runtime
 from distilldsm.inference.report import Stopwatch, peak_memory_mb
-from distilldsm.inference.scan import Scan, check_scale
 from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan, stream_chunks
-from distilldsm.progress import beside_the_bar, progress
+from distilldsm.io.inputs import Format, Input, stem
+from distilldsm.io.output import replacing, scratch_array, write_nifti
+from distilldsm.io.scan import Scan, check_scale
 
 
 @dataclass(frozen=True)
@@ -234,7 +234,7 @@ def _write_mask(job: Job, mask: Any, scan: Scan, predictor: Predictor) -> None:
     if job.format == "nifti":
         write_nifti(job.output, mask, scan)
         return
-    from distilldsm.inference.dicom import write_segmentation
+    from distilldsm.io.dicom import write_segmentation
 
     assert predictor.metadata is not None
     labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from distilldsm.errors import ConfigError, DataError
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.inference.windows import STREAM_SLICES, UNBOUNDED_HALO
 from distilldsm.models.registry import MODELS
 

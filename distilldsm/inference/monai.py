@@ -17,15 +17,15 @@ import torch
 from monai.inferers import Inferer
 from monai.transforms import Transform
 
+from distilldsm.core.errors import DataError
+from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.data.geometry import GeometryRecord, scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
-from distilldsm.errors import DataError
-from distilldsm.inference.inputs import find_inputs
-from distilldsm.inference.nifti import open_nifti, read_scan_for
-from distilldsm.inference.output import write_nifti
-from distilldsm.inference.scan import Channel, Scan
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
-from distilldsm.params import from_mapping, to_mapping
+from distilldsm.io.inputs import find_inputs
+from distilldsm.io.nifti import open_nifti, read_scan_for
+from distilldsm.io.output import write_nifti
+from distilldsm.io.scan import Channel, Scan
 
 Case = Mapping[Hashable, Any]
 
@@ -45,8 +45,8 @@ def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
 
 def load_weights(network: torch.nn.Module, path: str) -> torch.nn.Module:
     """The network with the weights of a safetensors file, in evaluation mode."""
-    from distilldsm.training.checkpoint import load_tensors
-    from distilldsm.training.checkpoint import load_weights as load
+    from distilldsm.models.checkpoint import load_tensors
+    from distilldsm.models.checkpoint import load_weights as load
 
     load(network, load_tensors(Path(path))[0], Path(path))  # type: ignore[arg-type]
     return network.eval()

@@ -11,17 +11,17 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.config import MirrorAxis
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
-from distilldsm.data.volume import Volume
-from distilldsm.errors import DataError
-from distilldsm.export.package import INT8_FILES, METADATA, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.inference.ensemble import check_same_task, common_postprocessing
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.inference.scores import AXES, Member, Mirror, Scorer, mirror_axes
 from distilldsm.inference.windows import MAX_VOXELS, STREAM_SLICES, predict_logits, predict_scores
-from distilldsm.stage import read_json
+from distilldsm.io.volume import Volume
+from distilldsm.models.package import INT8_FILES, METADATA, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 
 Runtime = Literal["openvino", "onnx", "torch"]
 Precision = Literal["f32", "auto", "int8"]
@@ -127,7 +127,7 @@ class Predictor:
         """
         import torch
 
-        from distilldsm.training.checkpoint import load_network
+        from distilldsm.models.checkpoint import load_network
 
         folders = [model_dir, *ensemble]
         axes = [mirror_axes(mirror, _trained_axes(folder), folder) for folder in folders]
@@ -244,7 +244,7 @@ def _require_int8(model_dir: Path) -> ModelMetadata:
 
 
 def _exported_network(model_dir: Path, metadata: ModelMetadata) -> TorchEngine:
-    from distilldsm.training.checkpoint import described_network, load_tensors, load_weights
+    from distilldsm.models.checkpoint import described_network, load_tensors, load_weights
 
     path = model_dir / "model.safetensors"
     described = metadata.network

@@ -14,8 +14,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.config import MirrorAxis
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data.targets import softmax
-from distilldsm.errors import ConfigError, DataError
 from distilldsm.inference.engines import Engine, release
 from distilldsm.inference.windows import WHOLE, Box, Run
 

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.errors import UserError
-from distilldsm.inference.nifti import read_scan_for
-from distilldsm.inference.output import write_nifti
+from distilldsm.core.errors import UserError
 from distilldsm.inference.predict import Predictor
+from distilldsm.io.nifti import read_scan_for
+from distilldsm.io.output import write_nifti
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"
 """Environment variable that names the folder a server may read scans from and write masks to."""

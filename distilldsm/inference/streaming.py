@@ -13,14 +13,14 @@ from contextlib import AbstractContextManager, nullcontext
 import numpy as np
 import numpy.typing as npt
 
+from distilldsm.core.errors import DataError
 from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record, reorient
 from distilldsm.data.plan import Plan
 from distilldsm.data.resampling import CubicSlices, LinearSlices
-from distilldsm.errors import DataError
 from distilldsm.inference.engines import Engine, open_stream
-from distilldsm.inference.scan import Scan
 from distilldsm.inference.scores import Scorer
 from distilldsm.inference.windows import UNBOUNDED_HALO, Window, stream_chunks
+from distilldsm.io.scan import Scan
 
 Float32 = npt.NDArray[np.float32]
 Clock = Callable[[str], AbstractContextManager[object]]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 
 
 def shift_slices(x: Tensor, depth: int, offset: int) -> Tensor:

@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
 

@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.errors import ConfigError, DataError
+from distilldsm.core.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
     from distilldsm.models.insert import VolumetricNetwork
@@ -24,7 +24,7 @@ _trusted: set[str] = set()
 
 
 def _code(options: Mapping[str, Any]) -> str:
-    from distilldsm.params import to_mapping
+    from distilldsm.core.mapping import to_mapping
 
     return json.dumps(to_mapping([options.get("builder"), options.get("arguments") or {}]), sort_keys=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 
 if TYPE_CHECKING:
     from distilldsm.models.base import SegmentationNetwork

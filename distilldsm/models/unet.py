@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift

@@ -24,8 +24,8 @@ from types import TracebackType
 from typing import Any
 
 from distilldsm.config import TrackingConfig
-from distilldsm.params import to_mapping
-from distilldsm.stage import write_json
+from distilldsm.core.files import write_json
+from distilldsm.core.mapping import to_mapping
 from distilldsm.tracking.delivery import Delivery, clean, live_uri, redact, replay_all
 from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.journal import JournalWriter, State, encode_number, pending, writer_identity

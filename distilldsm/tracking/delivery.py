@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from distilldsm import redaction
+from distilldsm.core import redaction
 from distilldsm.tracking.denial import DeniedError
 from distilldsm.tracking.journal import (
     Entry,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import distilldsm
-from distilldsm.export.package import METADATA, RUNTIME_FILES, TensorInfo, load_metadata
+from distilldsm.models.package import METADATA, RUNTIME_FILES, TensorInfo, load_metadata
 
 PACKAGES = ("numpy", "scipy", "nibabel", "PyYAML", "filelock", "tqdm", "openvino")
 """What prediction imports: this package's own dependencies."""

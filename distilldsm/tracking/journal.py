@@ -29,7 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from distilldsm.stage import write_json
+from distilldsm.core.files import write_json
 
 STATE = "state.json"
 SPOOL = "spool"

@@ -14,9 +14,9 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from distilldsm.core.files import read_json, write_json
 from distilldsm.export.gate import Decision, decide, gate_from
 from distilldsm.export.scores import SCORES, Scores, load_scores
-from distilldsm.stage import read_json, write_json
 from distilldsm.tracking.journal import Record
 
 if TYPE_CHECKING:

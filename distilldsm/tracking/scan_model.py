@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
-from distilldsm.errors import UserError
+from distilldsm.core.errors import UserError
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import answer
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock
 
-from distilldsm.redaction import redact
+from distilldsm.core.redaction import redact
 from distilldsm.tracking.denial import denials
 from distilldsm.tracking.flavor import save
 from distilldsm.tracking.journal import Record, spooled

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm import __version__
-from distilldsm.stage import sha256_file
+from distilldsm.core.files import sha256_file
 
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 250, 6000, 5000, 36
 

@@ -21,7 +21,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from distilldsm.redaction import redact
+from distilldsm.core.redaction import redact
 from distilldsm.tracking.delivery import Delivery, SinkFactory, clean, drain, replay_all
 from distilldsm.tracking.journal import JournalWriter, Record, head, read_entries, segments, writer_identity
 from distilldsm.tracking.sink import Sink, prepare_environment

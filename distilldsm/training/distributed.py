@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 
-from distilldsm.errors import UserError
+from distilldsm.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
 from distilldsm.models.base import SegmentationNetwork
-from distilldsm.training.checkpoint import load_tensors
+from distilldsm.models.checkpoint import load_tensors
 
 
 def load_initial_weights(network: SegmentationNetwork, path: Path, *, strict: bool = True) -> list[str]:

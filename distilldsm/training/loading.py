@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from distilldsm.data.patches import PatchSampler
-from distilldsm.errors import ConfigError, UserError
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.workers import end_with_parent
 from distilldsm.training.distributed import Processes
-from distilldsm.workers import end_with_parent
+from distilldsm.training.patches import PatchSampler
 
 Batch = tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]
 

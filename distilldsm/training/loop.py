@@ -17,21 +17,21 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from distilldsm.config import TrainConfig
-from distilldsm.data.augment import Draws, augment, centre_crop
-from distilldsm.data.patches import PatchSampler
+from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.files import write_json
+from distilldsm.core.interruption import explains_interrupt
+from distilldsm.core.progress import Meter, duration, memory_text, meter
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
-from distilldsm.errors import DataError, UserError
-from distilldsm.interruption import explains_interrupt
-from distilldsm.progress import Meter, duration, memory_text, meter
-from distilldsm.stage import write_json
-from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
+from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
+from distilldsm.training.augment import Draws, augment, centre_crop
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.initial_weights import load_initial_weights
 from distilldsm.training.loading import batch_size_of, batches, loaders_are_watched
 from distilldsm.training.losses import segmentation_loss
+from distilldsm.training.patches import PatchSampler
 from distilldsm.training.schedule import Plateau, learning_rate_at
 from distilldsm.training.setup import (
     build_network,

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from distilldsm.config import TrainConfig
+from distilldsm.core.errors import ConfigError
 from distilldsm.data.plan import Plan
-from distilldsm.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import build_model
 

@@ -9,12 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from distilldsm.data.patches import open_array
 from distilldsm.data.targets import Targets
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.windows import predict_logits
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.training.distributed import Processes
+from distilldsm.training.patches import open_array
 
 
 def validate(

@@ -13,10 +13,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components import all_folds
-from distilldsm.cli import main
+from distilldsm.cli.main import main
+from distilldsm.components import all_folds
 from distilldsm.config import Params, load_params
-from distilldsm.stage import read_json, write_json
+from distilldsm.core.files import read_json, write_json
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -154,7 +154,7 @@ def test_bad_data_stop_before_any_training(place, capsys):
 
 STAND_IN = """
 import signal, sys, time
-from distilldsm.shell import interrupt
+from distilldsm.core.shell import interrupt
 signal.signal(signal.SIGTERM, interrupt)
 stage, fold = sys.argv[1:]
 if fold == "1":

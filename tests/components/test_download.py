@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from components.download import is_up_to_date, main, run
+from distilldsm.components.download import is_up_to_date, main, run
 from distilldsm.config import DownloadConfig, Params, SampleConfig
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.mapping import from_mapping
+from distilldsm.core.output_directory import MANIFEST, content_hash, file_hashes
 from distilldsm.data import catalog
 from distilldsm.data.dataset import INDEX, DatasetIndex
 from distilldsm.data.sample import NOTE
-from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.params import from_mapping
-from distilldsm.stage import MANIFEST, content_hash, file_hashes, read_json, sha256_file
 from tests.data.http_server import serving
 from tests.data.volumes import write_case
 
@@ -233,7 +234,7 @@ def test_the_command_line(tmp_path, packed, capsys):
 
 
 def test_help_as_a_module():
-    command = [sys.executable, "-m", "components.download", "--help"]
+    command = [sys.executable, "-m", "distilldsm.components.download", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert "--params" in done.stdout
 

@@ -11,20 +11,20 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-import components.evaluate as stage
-from components.evaluate import run
-from distilldsm.cli import main
+import distilldsm.components.evaluate as stage
+from distilldsm.cli.main import main
+from distilldsm.components.evaluate import run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
-from distilldsm.cost import ensemble_cost, training_cost
+from distilldsm.core.cost import ensemble_cost, training_cost
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, write_json
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.data.volume import read_image
-from distilldsm.errors import DataError
 from distilldsm.export.scores import collect_scores
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.windows import predict_scores
-from distilldsm.stage import read_json, write_json
+from distilldsm.io.volume import read_image
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -35,7 +35,7 @@ NETWORKS = {"a": ("distill_dsm", 0), "b": ("distill_dsm", 1), "c": ("unet2d", 0)
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
     """A data set of two folds, preprocessed, and models of NETWORKS of both, where `cross-validate` puts them."""
-    from components.train import run as train
+    from distilldsm.components.train import run as train
 
     root = tmp_path_factory.mktemp("ensemble")
     index = write_dataset(root / "data/raw", cases=4)
@@ -132,7 +132,7 @@ def test_what_cannot_be_averaged_is_refused(place, inputs, tmp_path):
 @pytest.mark.slow
 def test_one_command_scores_all_folds_and_tracks_them(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setattr("components.all_folds.Folds.prepare", lambda self: None)
+    monkeypatch.setattr("distilldsm.components.all_folds.Folds.prepare", lambda self: None)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (place / "params.yaml").write_text(yaml.safe_dump({"evaluate": {"workers": 1}}))
     command = ["cross-validate", "--ensemble", "runs/a", "runs/b", "--output"]

@@ -12,20 +12,21 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import components.evaluate as stage
-from components.evaluate import main, run
+import distilldsm.components.evaluate as stage
+from distilldsm.components.evaluate import main, run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.output_directory import file_hashes, is_current
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets, regions_from_labels
-from distilldsm.data.volume import read_image
-from distilldsm.errors import DataError
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.postprocess import load_postprocessing
 from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.predict import Predictor
-from distilldsm.stage import file_hashes, is_current, read_json, write_json
+from distilldsm.io.volume import read_image
 from tests.data.volumes import write_dataset
 from tests.evaluation.test_tables import rows
 from tests.inference.test_scores import slanted
@@ -33,7 +34,7 @@ from tests.inference.test_scores import slanted
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> dict[str, Path]:
-    from components.train import run as train
+    from distilldsm.components.train import run as train
 
     folder = tmp_path_factory.mktemp("evaluate")
     index = write_dataset(folder / "raw", cases=6)

@@ -16,15 +16,16 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distilldsm
-from components.export import _decided, main, run
+from distilldsm.components.export import _decided, main, run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
-from distilldsm.errors import DataError, UserError
+from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.output_directory import content_hash
 from distilldsm.evaluation.postprocess import write_postprocessing
 from distilldsm.evaluation.tables import write_csv
 from distilldsm.export import build
-from distilldsm.export.package import verify
 from distilldsm.inference.predict import Predictor
-from distilldsm.stage import content_hash, read_json, write_json
+from distilldsm.models.package import verify
 from tests.export.fake import FOLD, Exported, exported
 
 # One voxel of these tiny volumes is a larger share than the default limit allows.

@@ -13,11 +13,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from components.validate import main, run
+from distilldsm.components.validate import main, run
 from distilldsm.config import ValidateConfig
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json
+from distilldsm.core.output_directory import file_hashes
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.errors import ConfigError, DataError
-from distilldsm.stage import file_hashes, read_json
 from tests.data.volumes import write_case, write_dataset
 
 GOOD = 4
@@ -239,7 +240,9 @@ def test_nothing_left_and_rules_for_the_whole_data_set(suite, tmp_path):
 
 def test_a_wrong_suite_stops_before_any_volume_is_read(suite, tmp_path, monkeypatch):
     write_dataset(tmp_path / "raw", 2)
-    monkeypatch.setattr("components.validate.build_case_table", lambda *a, **k: pytest.fail("volumes were read"))
+    monkeypatch.setattr(
+        "distilldsm.components.validate.build_case_table", lambda *a, **k: pytest.fail("volumes were read")
+    )
     config = ValidateConfig(suite=suite, bounds={"spacing": (0.0, 1.0)})
     with pytest.raises(ConfigError, match="unknown column"):
         run(config, {"dataset": tmp_path / "raw"}, {"validation": tmp_path / "v"})

@@ -10,7 +10,7 @@ import docker
 import pytest
 
 from distilldsm import __version__
-from pipeline.containers import connect
+from distilldsm.pipeline.containers import connect
 from tests.containers.conftest import ROLES, BuiltImages
 from tests.containers.engine import ROOT
 
@@ -18,10 +18,13 @@ pytestmark = [pytest.mark.containers, pytest.mark.slow]
 
 LIMIT_MB = {"data": 600, "train": 1600, "export": 1250}
 MODULES = {
-    "data": "components.download, components.validate, components.preprocess, great_expectations, nilearn",
-    "train": "components.train, components.evaluate, distilldsm.training.loop, distilldsm.evaluation.figures, "
+    "data": "distilldsm.components.download, distilldsm.components.validate, distilldsm.components.preprocess, "
+    "great_expectations, nilearn",
+    "train": "distilldsm.components.train, distilldsm.components.evaluate, distilldsm.training.loop, "
+    "distilldsm.report.figures, "
     "matplotlib, surface_distance, psutil, mlflow, sqlalchemy",
-    "export": "components.export, distilldsm.export.build, distilldsm.export.parity, distilldsm.training.checkpoint, "
+    "export": "distilldsm.components.export, distilldsm.export.build, distilldsm.export.parity, "
+    "distilldsm.models.checkpoint, "
     "onnx, onnxscript, onnxruntime, openvino, mlflow.onnx, sqlalchemy",
 }
 
@@ -66,7 +69,11 @@ def test_entry_point_with_a_read_only_root(images: BuiltImages, client: docker.D
 @pytest.mark.parametrize("role", ROLES)
 def test_what_the_stages_import_is_there(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
     output = run(
-        client, images.tag(role), "python", "-c", f"import pipeline.stages, {MODULES[role]}; print('imported')"
+        client,
+        images.tag(role),
+        "python",
+        "-c",
+        f"import distilldsm.pipeline.stages, {MODULES[role]}; print('imported')",
     )
     assert output.splitlines()[-1] == "imported"
 
@@ -96,7 +103,11 @@ def test_no_training_code_in_the_export_image(images: BuiltImages, client: docke
     there = run(client, images.export, "sh", "-c", f"cd {library} && find . -name '*.py'").split()
     training = {name.rpartition("/")[2] for name in there if name.startswith("./distilldsm/training/")}
     assert training == {"__init__.py", "checkpoint.py", "validation.py", "distributed.py"}
-    assert {"./components/train.py", "./components/evaluate.py", "./distilldsm/data/augment.py"}.isdisjoint(there)
+    assert {
+        "./distilldsm/components/train.py",
+        "./distilldsm/components/evaluate.py",
+        "./distilldsm/training/augment.py",
+    }.isdisjoint(there)
     everything = run(client, images.train, "sh", "-c", f"cd {library} && find . -name '*.py'").split()
     assert "./distilldsm/training/loop.py" in everything
 

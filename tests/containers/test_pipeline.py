@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distilldsm.export.package import MONAI_BUNDLE, verify
+from distilldsm.models.package import MONAI_BUNDLE, verify
 from tests.containers.conftest import BuiltImages
 from tests.containers.engine import ROOT
 
@@ -31,7 +31,17 @@ TINY = [
 def run_in_containers(cwd: Path, images: BuiltImages, *assignments: str) -> subprocess.CompletedProcess[str]:
     shutil.copytree(ROOT / "conf", cwd / "conf")
     shutil.copy(ROOT / "params.yaml", cwd)
-    command = [sys.executable, "-m", "pipeline.cli", "run", "--local", "--runner", "docker", "--engine", images.host]
+    command = [
+        sys.executable,
+        "-m",
+        "distilldsm.cli.pipeline",
+        "run",
+        "--local",
+        "--runner",
+        "docker",
+        "--engine",
+        images.host,
+    ]
     for assignment in (*TINY, *assignments):
         command += ["--set", assignment]
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}

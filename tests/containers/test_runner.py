@@ -15,9 +15,9 @@ import pytest
 from kfp import dsl
 
 from distilldsm import __version__
-from distilldsm.errors import UserError
-from pipeline import containers
-from pipeline.containers import ContainerSettings, connect, container_runner, run_container
+from distilldsm.core.errors import UserError
+from distilldsm.pipeline import containers
+from distilldsm.pipeline.containers import ContainerSettings, connect, container_runner, run_container
 from tests.containers.conftest import BuiltImages
 
 

@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import distilldsm.data.archive as archive_module
+from distilldsm.core.errors import DataError
+from distilldsm.core.output_directory import file_hashes
 from distilldsm.data.archive import extract, find_root, wrapped
-from distilldsm.errors import DataError
-from distilldsm.stage import file_hashes
 
 NOISE = bytes(np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8))
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from distilldsm.core.errors import ConfigError
 from distilldsm.data.catalog import CATALOG, lookup
-from distilldsm.errors import ConfigError
 
 
 def monai_table() -> dict[str, dict[str, str]]:

@@ -12,10 +12,10 @@ from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import distilldsm.core.progress as progress_module
 import distilldsm.data.download as download_module
-import distilldsm.progress as progress_module
+from distilldsm.core.errors import DataError, UserError
 from distilldsm.data.download import fetch, is_url, local_path, public_address
-from distilldsm.errors import DataError, UserError
 from tests.data.http_server import CONTENT, MODIFIED, serving
 
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

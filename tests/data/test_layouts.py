@@ -12,11 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilldsm.config import DownloadConfig, PatternConfig
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.descriptions import ignored_of, labels_of, modality_of
 from distilldsm.data.layouts import index_dataset, needed_files
 from distilldsm.data.patterns import matches
-from distilldsm.errors import ConfigError, DataError
 from tests.data.volumes import write_case
 
 PEEKED = {"background": 0, "x": 1}

@@ -9,14 +9,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from components.preprocess import main, run
+from distilldsm.components.preprocess import main, run
 from distilldsm.config import PreprocessConfig
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.output_directory import file_hashes
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, summarise
 from distilldsm.data.plan import Plan, choose_patch, make_plan
 from distilldsm.data.preprocess import foreground_locations, preprocess_dataset
-from distilldsm.errors import ConfigError, DataError
-from distilldsm.stage import file_hashes, read_json, write_json
 from tests.data.volumes import affine, write_case, write_dataset
 
 

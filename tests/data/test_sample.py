@@ -15,6 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilldsm.config import DownloadConfig, SampleConfig
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import sha256_file
 from distilldsm.data import sample as sample_module
 from distilldsm.data.archive import extract
 from distilldsm.data.dataset import DatasetIndex
@@ -29,8 +31,6 @@ from distilldsm.data.sample import (
     jacobian_determinant,
     make_sample_archive,
 )
-from distilldsm.errors import UserError
-from distilldsm.stage import sha256_file
 
 CONFIG = SampleConfig(subjects=5, seed=3)
 

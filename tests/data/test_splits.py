@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components import preprocess
+from distilldsm.components import preprocess
 from distilldsm.config import PreprocessConfig, load_params
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.core.output_directory import MANIFEST
 from distilldsm.data.splits import load_fold, make_splits, read_splits
-from distilldsm.errors import ConfigError, DataError
-from distilldsm.stage import MANIFEST, read_json, sha256_file, write_json
 from tests.data.test_preprocess import index_of
 from tests.data.volumes import write_dataset
 

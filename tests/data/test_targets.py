@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from monai.losses import DiceLoss
 
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data.descriptions import split_regions
 from distilldsm.data.targets import Region, Targets, regions_from_labels, sigmoid
-from distilldsm.errors import ConfigError, DataError
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
 from distilldsm.training.validation import structure_dice
 

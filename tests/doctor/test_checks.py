@@ -6,8 +6,8 @@ import threading
 
 import pytest
 
+from distilldsm.core.errors import UserError
 from distilldsm.doctor.checks import Check, Finding, clean, in_child, run_checks
-from distilldsm.errors import UserError
 
 
 def check(name: str, run) -> Check:

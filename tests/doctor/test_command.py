@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 
 from distilldsm import __version__
-from distilldsm.cli import main
+from distilldsm.cli import doctor, main
 from distilldsm.doctor import report, settings
 from distilldsm.doctor.checks import Finding
-from pipeline import doctor
 from tests.doctor.conftest import contents
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -10,9 +10,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from distilldsm.core.errors import DataError
 from distilldsm.doctor import devices, machine
 from distilldsm.doctor.checks import Finding
-from distilldsm.errors import DataError
 from distilldsm.inference import memory
 from tests.doctor.conftest import contents
 

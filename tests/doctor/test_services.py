@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from distilldsm.cli import doctor
+from distilldsm.core.errors import UserError
 from distilldsm.doctor import services
 from distilldsm.doctor.checks import run_checks
-from distilldsm.errors import UserError
 from distilldsm.tracking.journal import JournalWriter, State, reject
-from pipeline import doctor
 from tests.doctor.conftest import contents
 from tests.pipeline.kfp_server import FakeKfp, serving
 
@@ -47,7 +47,7 @@ def files(place: Path) -> list[str]:
 
 
 def test_a_sqlite_store_is_as_it_was(store, place):
-    from distilldsm.tracking import probe
+    from distilldsm.doctor import tracking_probe as probe
 
     before = tables(place), files(place)
     (found,) = probe.check(10)
@@ -57,7 +57,7 @@ def test_a_sqlite_store_is_as_it_was(store, place):
 
 
 def test_a_probe_that_fails_is_taken_away_too(store, place, monkeypatch):
-    from distilldsm.tracking import probe
+    from distilldsm.doctor import tracking_probe as probe
 
     def refuse(self, run_id, text, artifact_file):
         assert self.get_run(run_id).data.metrics == {"probe": 0.5}
@@ -81,7 +81,7 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
     from mlflow import MlflowClient
     from mlflow.entities import ViewType
 
-    from distilldsm.tracking import probe
+    from distilldsm.doctor import tracking_probe as probe
 
     monkeypatch.setattr(probe, "sqlite_path", lambda uri: None)
     client = MlflowClient(tracking_uri=store)
@@ -109,7 +109,7 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
     ],
 )
 def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, mend):
-    from distilldsm.tracking import probe
+    from distilldsm.doctor import tracking_probe as probe
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -126,7 +126,7 @@ def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, mend
 
 
 def test_a_file_that_is_no_store(place):
-    from distilldsm.tracking import probe
+    from distilldsm.doctor import tracking_probe as probe
 
     (place / "mlflow.db").write_text("something else" * 100)
     with pytest.raises(UserError, match="the store cannot be used"):
@@ -153,7 +153,7 @@ def test_requests_end_before_the_check_does(place, monkeypatch):
     monkeypatch.setattr(services, "in_child", lambda *arguments: given.append(arguments) or [])
     services.check_mlflow(9.0)
     _, function, limit_s, environment = given[0]
-    assert (function, limit_s) == ("distilldsm.tracking.probe:check", 9.0)
+    assert (function, limit_s) == ("distilldsm.doctor.tracking_probe:check", 9.0)
     assert environment["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "3"
     assert environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
@@ -191,7 +191,7 @@ def remote(url: object) -> str:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
-    from pipeline import dvc_probe
+    from distilldsm.pipeline import dvc_probe
 
     store = tmp_path / "shared/store"
     repository(place, remote(f"{scheme}{store}"))
@@ -211,7 +211,7 @@ def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
 def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
     from dvc.fs import LocalFileSystem
 
-    from pipeline import dvc_probe
+    from distilldsm.pipeline import dvc_probe
 
     (tmp_path / "file").write_text("no folder")
     repository(place, remote(tmp_path / "file/store"))
@@ -236,7 +236,7 @@ def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
 
 
 def test_a_dvc_repository_without_a_remote(place):
-    from pipeline import dvc_probe
+    from distilldsm.pipeline import dvc_probe
 
     repository(place, "")
     assert dvc_probe.check(1)[0].status == "skip"

@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from scipy.stats import wilcoxon
 
-from components import cross_validate
-from distilldsm.cli import main
+from distilldsm.cli.main import main
+from distilldsm.components import cross_validate
 from distilldsm.config import CrossValidationConfig, EvaluateConfig
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
 from distilldsm.evaluation.comparison import compare, draw, holm, wilcoxon_p
 from distilldsm.evaluation.trainings import load_training
-from tests.crossval import folds as crossval
+from tests.evaluation import folds as crossval
 
 SCORES = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_ml")
 
@@ -204,7 +204,7 @@ def test_the_figure_shows_the_cases_of_the_table(tmp_path, monkeypatch):
     rows = random_cases(["c0", "c1", "c2"], 0)
     folders = [write_fold(tmp_path / "a", rows), write_fold(tmp_path / "b", {n: rows[n] for n in ("c2", "c1")})]
     shown = {}
-    monkeypatch.setattr("distilldsm.evaluation.figures.dice_panels", lambda panels: shown.update(panels) or Figure())
+    monkeypatch.setattr("distilldsm.report.figures.dice_panels", lambda panels: shown.update(panels) or Figure())
     draw([load_training(name, [folder]) for name, folder in zip("ab", folders, strict=True)], tmp_path / "figure.png")
     expected = [rows["c1"]["dice"], rows["c2"]["dice"]]
     assert shown["A"] == {"a": pytest.approx(expected), "b": pytest.approx(expected)}

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, write_json
 from distilldsm.evaluation.postprocess import decide, load_postprocessing, nested, write_postprocessing
-from distilldsm.stage import read_json, write_json
 
 
 def row(case: str, label: str, dice: float, hd95: float = 2.0, volume: float = 1.0) -> dict:

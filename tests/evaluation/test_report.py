@@ -11,12 +11,13 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from distilldsm.evaluation import figures, page, tables
-from distilldsm.evaluation.overlays import overlay
+from distilldsm.evaluation import tables
 from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_contents import VIEWER_BYTES, choose_cases, fitted
 from distilldsm.evaluation.report_sections import observations, scores, validation_section
 from distilldsm.evaluation.statistics import intervals
+from distilldsm.report import figures, page
+from distilldsm.report.overlays import overlay
 from tests.evaluation.test_tables import rows
 
 EVIL = "<script>alert(1)</script>&\"'"

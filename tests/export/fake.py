@@ -10,12 +10,12 @@ import torch
 from filelock import FileLock
 
 from distilldsm.config import ExportConfig, Int8Config, PreprocessConfig
+from distilldsm.core.files import write_json
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
 from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.checkpoint import save_tensors
 from distilldsm.models.registry import build_model
-from distilldsm.stage import write_json
-from distilldsm.training.checkpoint import save_tensors
 from tests.data.volumes import write_dataset
 
 FOLD = 1
@@ -79,7 +79,7 @@ def write_model(directory: Path, preprocessed: Path, *, name: str = "distill_dsm
 
 def exported(tmp_path_factory) -> Exported:
     """The shared model, exported by the real stage once per test run (tracing takes many seconds)."""
-    from components.export import run
+    from distilldsm.components.export import run
 
     base = tmp_path_factory.getbasetemp()
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

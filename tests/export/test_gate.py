@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.stats import wilcoxon
 
 from distilldsm.config import ExportConfig
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.export.gate import Gate, decide, gate_from, p_value
 from distilldsm.export.scores import Scores
 

@@ -8,15 +8,15 @@ import sys
 import numpy as np
 import pytest
 
-from distilldsm.cli import main
+from distilldsm.cli.main import main
 from distilldsm.config import Int8Config
-from distilldsm.data.patches import open_array
 from distilldsm.data.splits import load_fold
 from distilldsm.export import int8
-from distilldsm.export.package import load_metadata
 from distilldsm.inference.engines import OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.windows import predict_logits
+from distilldsm.models.package import load_metadata
+from distilldsm.training.patches import open_array
 from distilldsm.training.validation import structure_dice
 from tests.export.fake import FOLD, TARGETS, Exported, exported
 

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 
-from distilldsm.cli import main
-from distilldsm.errors import DataError
-from distilldsm.export.package import MONAI_BUNDLE
+from distilldsm.cli.main import main
+from distilldsm.core.errors import DataError
+from distilldsm.models.package import MONAI_BUNDLE
 from tests.data.volumes import affine, stretched, write_case
 from tests.export.fake import CHANNELS, Exported, exported
 

@@ -7,7 +7,7 @@ import onnx
 import pytest
 import torch
 
-from distilldsm.errors import DataError, UserError
+from distilldsm.core.errors import DataError, UserError
 from distilldsm.export.onnx_export import SPATIAL_AXES, check_onnx, export_onnx
 from distilldsm.export.openvino_export import export_openvino
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine

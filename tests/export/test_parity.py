@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import write_json
 from distilldsm.data.targets import Targets
-from distilldsm.errors import UserError
 from distilldsm.export import parity
-from distilldsm.export.package import Int8Report
-from distilldsm.stage import write_json
+from distilldsm.models.package import Int8Report
 
 TARGETS = Targets(("background", "inside"), (0, 1))
 

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.core.output_directory import content_hash
 from distilldsm.evaluation.tables import summarise, write_csv
 from distilldsm.export.scores import METRICS, Scores, collect_scores, load_scores
-from distilldsm.stage import content_hash, read_json, sha256_file, write_json
 
 
 @pytest.fixture

@@ -11,10 +11,10 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilldsm.errors import ConfigError
-from distilldsm.export.package import SERVICE, verify
+from distilldsm.cli import pipeline as cli
+from distilldsm.core.errors import ConfigError
 from distilldsm.export.serving import PLACEHOLDER, inference_service, service_name
-from pipeline import cli
+from distilldsm.models.package import SERVICE, verify
 from tests.export.fake import exported
 
 # Fields and types of KServe 0.21 that a manifest of ours may use, from the models of its Python SDK

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.data.expectations import Finding
+from distilldsm.validation.expectations import Finding
 from tests.faults.files import affine, vary
 
 Where = Literal["image", "label"]

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from distilldsm.export.package import METADATA
-from distilldsm.stage import MANIFEST, read_json, sha256_file, write_json
+from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.core.output_directory import MANIFEST
+from distilldsm.models.package import METADATA
 
 
 class Canary:

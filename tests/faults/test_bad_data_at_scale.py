@@ -11,13 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distilldsm.config import DownloadConfig
+from distilldsm.core.errors import DataError
 from distilldsm.data.archive import extract, find_root
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.expectations import Finding, check_table, load_suite
 from distilldsm.data.layouts import index_dataset
-from distilldsm.data.validation import build_case_table, table_columns
-from distilldsm.data.volume import check_same_geometry, load_nifti, read_image, read_label
-from distilldsm.errors import DataError
+from distilldsm.io.volume import check_same_geometry, load_nifti, read_image, read_label
+from distilldsm.validation.case_table import build_case_table, table_columns
+from distilldsm.validation.expectations import Finding, check_table, load_suite
 from tests.data.volumes import write_dataset
 from tests.faults.bad_data import DAMAGES, by_case, copies, digests, index_of, needed, plant, plant_all
 from tests.faults.files import raw, store

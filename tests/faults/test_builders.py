@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from components import evaluate
-from distilldsm.errors import DataError
+from distilldsm.components import evaluate
+from distilldsm.core.errors import DataError
 from distilldsm.models import inserted
+from distilldsm.models.checkpoint import load_network, save_tensors
 from distilldsm.models.inserted import TRUST_VARIABLE, trust_builder
 from distilldsm.models.registry import build_model
-from distilldsm.training.checkpoint import load_network, save_tensors
 from tests.models.small import OWN
 
 

@@ -10,7 +10,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from components import evaluate, export, preprocess, train, validate
+from distilldsm.components import evaluate, export, preprocess, train, validate
 from distilldsm.config import (
     EvaluateConfig,
     ExportConfig,
@@ -21,7 +21,7 @@ from distilldsm.config import (
     TrainConfig,
     ValidateConfig,
 )
-from distilldsm.stage import read_json
+from distilldsm.core.files import read_json
 from distilldsm.training.setup import seed_everything
 from tests.components.test_evaluate import without
 from tests.data.volumes import write_dataset

@@ -15,8 +15,8 @@ import yaml
 from safetensors.torch import load_file
 
 from distilldsm.config import PreprocessConfig
+from distilldsm.core.output_directory import output_directory
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.stage import output_directory
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -36,7 +36,7 @@ def killed(self, images, labels, size, at, number):
     return step(self, images, labels, size, at, number)
 
 Trainer._step = killed
-from components.train import main
+from distilldsm.components.train import main
 raise SystemExit(main(sys.argv[1:]))
 """
 
@@ -88,7 +88,7 @@ def launch(
 ) -> subprocess.CompletedProcess[str]:
     """torchrun in `folder`; with `meddle`, rank 1 is killed once, in that epoch."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    program = ["-m", "components.train"]
+    program = ["-m", "distilldsm.components.train"]
     if meddle is not None:
         script = folder / "meddled.py"
         script.write_text(MEDDLING)

@@ -15,19 +15,19 @@ import numpy as np
 import pytest
 import yaml
 
-from components import download, train, validate
-from distilldsm.cli import main
+from distilldsm.cli import pipeline as pipeline_cli
+from distilldsm.cli.main import main
+from distilldsm.components import download, train, validate
 from distilldsm.config import DownloadConfig
+from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.files import read_json, write_json
 from distilldsm.data.dataset import INDEX, DatasetIndex
-from distilldsm.data.volume import read_image
-from distilldsm.errors import DataError, UserError
-from distilldsm.stage import read_json, write_json
+from distilldsm.io.volume import read_image
+from distilldsm.pipeline.compilation import check_pipeline
+from distilldsm.pipeline.lineage import _dvc_lock
 from distilldsm.tracking.delivery import drain
 from distilldsm.tracking.journal import REJECTED, spooled
 from distilldsm.tracking.sink import RefusedError, _spooled
-from pipeline import cli as pipeline_cli
-from pipeline.compilation import check_pipeline
-from pipeline.lineage import _dvc_lock
 from tests.data.test_archive import member, tar_of
 from tests.data.volumes import write_case, write_dataset
 from tests.export.fake import CHANNELS

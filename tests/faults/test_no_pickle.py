@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 import torch
 
-from components import evaluate, export, train
-from distilldsm.cli import main
+from distilldsm.cli.main import main
+from distilldsm.components import evaluate, export, train
 from distilldsm.config import ModelConfig, TrainConfig
-from distilldsm.data.patches import open_array
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, write_json
 from distilldsm.export.monai_bundle import _inert
-from distilldsm.export.package import METADATA, MONAI_BUNDLE
 from distilldsm.inference.predict import Predictor
-from distilldsm.stage import read_json, write_json
-from distilldsm.training.checkpoint import load_network, load_tensors
+from distilldsm.models.checkpoint import load_network, load_tensors
+from distilldsm.models.package import METADATA, MONAI_BUNDLE
 from distilldsm.training.loop import RESUME, Trainer
+from distilldsm.training.patches import open_array
 from tests.data.volumes import write_case
 from tests.export.fake import CHANNELS, FOLD
 from tests.faults.payloads import KINDS, Canary, rehash, told

@@ -10,13 +10,13 @@ import pytest
 import yaml
 
 from distilldsm.config import load_params
-from distilldsm.export.package import load_metadata
+from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.export.serving import inference_service
-from distilldsm.params import from_mapping, load_yaml, to_mapping
-from pipeline.cluster import STEPS
-from pipeline.containers import ContainerSettings, _options
-from pipeline.sweep import experiment, load_sweep
-from pipeline.trainjob_manifest import TrainJobConfig, manifest
+from distilldsm.models.package import load_metadata
+from distilldsm.pipeline.cluster import STEPS
+from distilldsm.pipeline.containers import ContainerSettings, _options
+from distilldsm.pipeline.sweep import experiment, load_sweep
+from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest
 
 ROOT = Path(__file__).resolve().parents[2]
 DROPPED = {
@@ -41,7 +41,7 @@ def pods_of(trainjob: dict) -> list[dict]:
 
 
 def test_the_compiled_pipeline_runs_no_step_as_root():
-    spec, platform = yaml.safe_load_all((ROOT / "pipeline/distilldsm.yaml").read_text())
+    spec, platform = yaml.safe_load_all((ROOT / "distilldsm/pipeline/distilldsm.yaml").read_text())
     steps = spec["deploymentSpec"]["executors"]
     pods = platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"]
     assert set(pods) == set(steps)

@@ -16,17 +16,17 @@ import pytest
 import yaml
 
 from distilldsm import tracking
-from distilldsm.cli import main
+from distilldsm.cli import pipeline as pipeline_cli
+from distilldsm.cli.main import main
 from distilldsm.config import DownloadConfig, TrackingConfig
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.redaction import is_secret_name, redact, secret_in_address
 from distilldsm.data.download import Credentials
-from distilldsm.errors import ConfigError, DataError, UserError
-from distilldsm.redaction import is_secret_name, redact, secret_in_address
+from distilldsm.pipeline.cluster import Profile, Storage
+from distilldsm.pipeline.stages import check
+from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest
 from distilldsm.tracking import start_run
 from distilldsm.tracking.worker import _Redacted
-from pipeline import cli as pipeline_cli
-from pipeline.cluster import Profile, Storage
-from pipeline.stages import check
-from pipeline.trainjob_manifest import TrainJobConfig, manifest
 from tests.data.volumes import write_case
 from tests.faults.payloads import told
 from tests.tracking.conftest import empty_store

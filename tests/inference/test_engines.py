@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from distilldsm.errors import DataError
+from distilldsm.core.errors import DataError
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine
 from tests.export.fake import CHANNELS, exported, random_network
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilldsm.errors import ConfigError, DataError
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.inference import memory
 from distilldsm.inference.memory import DEFAULT_GB, activation_bytes, available_bytes, budget_bytes, plan_pieces
 

@@ -11,11 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Channel
 from distilldsm.data.plan import Normalisation, Plan
-from distilldsm.data.volume import Volume
-from distilldsm.errors import DataError
 from distilldsm.inference.predict import NetworkGeometry, Predictor
+from distilldsm.io.volume import Volume
 from tests.data.volumes import affine, ellipsoid
 from tests.export.fake import exported
 

@@ -11,18 +11,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Channel as PlanChannel
 from distilldsm.data.geometry import scores_to_scan, to_network_space
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.targets import softmax
-from distilldsm.data.volume import Volume
-from distilldsm.errors import DataError
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
-from distilldsm.inference.scan import Channel, Scan
 from distilldsm.inference.scores import Member, Scorer
 from distilldsm.inference.streaming import NetworkImage, blend_tiles, depth_windows, predict_scan, tile_starts
 from distilldsm.inference.windows import predict_logits
+from distilldsm.io.scan import Channel, Scan
+from distilldsm.io.volume import Volume
 from tests.data.volumes import affine
 from tests.export.fake import exported
 from tests.inference.test_predict import PLAN

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.models.depth_shift import (
     DistillDepthShift,
     ResidualDepthShift,

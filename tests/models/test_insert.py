@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.export.onnx_export import export_onnx
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift, insert_depth_shift

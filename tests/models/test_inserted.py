@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from distilldsm.config import ModelConfig
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.inference.windows import predict_logits
 from distilldsm.models.registry import build_model
-from distilldsm.params import from_mapping, to_mapping
 from tests.models.foreign import _torchvision
 from tests.models.small import OWN, TwoLevels
 

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from distilldsm.errors import ConfigError
+from distilldsm.core.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.registry import MODEL_NAMES, build_model
 from tests.models.small import NEEDED

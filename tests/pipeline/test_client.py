@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from distilldsm.errors import ConfigError, UserError
-from pipeline import cli, client
-from pipeline.client import Connection, connect, status, wait
+from distilldsm.cli import pipeline as cli
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.pipeline import client
+from distilldsm.pipeline.client import Connection, connect, status, wait
 from tests.pipeline.kfp_server import TOKEN, FakeKfp, serving
 
 ROOT = Path(__file__).resolve().parents[2]

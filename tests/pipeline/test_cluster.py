@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm.errors import ConfigError
-from pipeline import cli
-from pipeline.cluster import Profile, Storage, load_cluster, quantity
+from distilldsm.cli import pipeline as cli
+from distilldsm.core.errors import ConfigError
+from distilldsm.pipeline.cluster import Profile, Storage, load_cluster, quantity
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"profiles": {"p": {}}, "stages": {"default": "p"}}

@@ -14,17 +14,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilldsm import __version__
+from distilldsm.cli import pipeline as cli
 from distilldsm.config import Params, load_params
-from distilldsm.errors import ConfigError, UserError
-from distilldsm.params import set_values, to_mapping
-from pipeline import cli
-from pipeline.cluster import STEPS, load_cluster
-from pipeline.compilation import check_pipeline, compile_pipeline
-from pipeline.definition import SECTIONS, Images, arguments
-from pipeline.stages import check_parameters, whole_numbers
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.mapping import set_values, to_mapping
+from distilldsm.pipeline.cluster import STEPS, load_cluster
+from distilldsm.pipeline.compilation import check_pipeline, compile_pipeline
+from distilldsm.pipeline.definition import SECTIONS, Images, arguments
+from distilldsm.pipeline.stages import check_parameters, whole_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
-GOLDEN = ROOT / "pipeline" / "distilldsm.yaml"
+GOLDEN = ROOT / "distilldsm" / "pipeline" / "distilldsm.yaml"
 CLUSTER = ROOT / "conf" / "cluster.yaml"
 
 
@@ -38,9 +38,11 @@ def compiled(path: Path, params: Params | None = None, images: Images | None = N
 def test_the_golden_file_is_what_is_compiled_now(tmp_path):
     target = tmp_path / "pipeline.yaml"
     # In a process with another hash seed: the order must not come from a set or a protobuf map.
-    command = [sys.executable, "-m", "pipeline.cli", "compile", "-o", str(target)]
+    command = [sys.executable, "-m", "distilldsm.cli.pipeline", "compile", "-o", str(target)]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
-    assert target.read_text() == GOLDEN.read_text(), "run: distilldsm pipeline compile -o pipeline/distilldsm.yaml"
+    assert target.read_text() == GOLDEN.read_text(), (
+        "run: distilldsm pipeline compile -o distilldsm/pipeline/distilldsm.yaml"
+    )
 
 
 def test_the_golden_file_passes_kfps_schema_and_loads_again():
@@ -76,7 +78,7 @@ def test_parameters_survive_kfps_floats(epochs, rate, folds, batch):
     assignments = [f"train.epochs={epochs}", f"train.learning_rate={rate!r}", f"cv.folds={folds}"]
     values = set_values(to_mapping(load_params(ROOT / "params.yaml")), assignments)
     values["train"]["batch_size"] = batch
-    from distilldsm.params import from_mapping
+    from distilldsm.core.mapping import from_mapping
 
     params = from_mapping(Params, values)
 

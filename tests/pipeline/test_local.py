@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm.errors import ConfigError
-from distilldsm.export.package import MONAI_BUNDLE, verify
-from pipeline import stages
-from pipeline.lineage import lineage
-from tests.crossval import folds as folds_written
+from distilldsm.core.errors import ConfigError
+from distilldsm.models.package import MONAI_BUNDLE, verify
+from distilldsm.pipeline import stages
+from distilldsm.pipeline.lineage import lineage
+from tests.evaluation import folds as folds_written
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = [
@@ -34,7 +34,7 @@ TINY = [
 def run_pipeline(cwd: Path, *assignments: str) -> subprocess.CompletedProcess[str]:
     shutil.copytree(ROOT / "conf", cwd / "conf", dirs_exist_ok=True)
     shutil.copy(ROOT / "params.yaml", cwd)
-    command = [sys.executable, "-m", "pipeline.cli", "run", "--local"]
+    command = [sys.executable, "-m", "distilldsm.cli.pipeline", "run", "--local"]
     for assignment in (*TINY, *assignments):
         command += ["--set", assignment]
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}
@@ -107,7 +107,7 @@ def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monke
     assert (found["kind"], [run["mlflow_run_id"] for run in found["runs"]]) == ("dvc", [wanted])
     assert found["dvc_lock"]["data"] == {"data/raw": "abc.dir"}
     assert lineage(sha256[:10])["runs"] == found["runs"]
-    from distilldsm.errors import DataError
+    from distilldsm.core.errors import DataError
 
     with pytest.raises(DataError, match="no identifier"):
         lineage("0123456789abcdef")
@@ -213,9 +213,9 @@ def test_no_secret_reaches_the_yaml(tmp_path, monkeypatch):
     for name in ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "KF_PIPELINES_TOKEN"):
         monkeypatch.setenv(name, planted)
     from distilldsm.config import load_params
-    from pipeline.cluster import load_cluster
-    from pipeline.compilation import compile_pipeline
-    from pipeline.definition import Images
+    from distilldsm.pipeline.cluster import load_cluster
+    from distilldsm.pipeline.compilation import compile_pipeline
+    from distilldsm.pipeline.definition import Images
 
     compile_pipeline(
         tmp_path / "p.yaml", load_params(ROOT / "params.yaml"), load_cluster(ROOT / "conf/cluster.yaml"), Images()

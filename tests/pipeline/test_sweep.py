@@ -14,13 +14,13 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from components import train
+from distilldsm.components import train
 from distilldsm.config import Params, load_params
-from distilldsm.errors import ConfigError
-from distilldsm.params import from_mapping, load_yaml, set_values, to_mapping
-from pipeline import sweep as module
-from pipeline.sweep import Space, draw, experiment, load_sweep
-from pipeline.trainjob_manifest import TrainJobConfig
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.mapping import from_mapping, load_yaml, set_values, to_mapping
+from distilldsm.pipeline import sweep as module
+from distilldsm.pipeline.sweep import Space, draw, experiment, load_sweep
+from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 PARAMS = to_mapping(load_params(ROOT / "params.yaml"))

@@ -15,14 +15,15 @@ from pathlib import Path
 import pytest
 
 from distilldsm.config import ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
+from distilldsm.core.output_directory import output_directory
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.errors import ConfigError, UserError
-from distilldsm.params import from_mapping, load_yaml, to_mapping
-from distilldsm.stage import output_directory, read_json, sha256_file
-from pipeline import trainjob
-from pipeline.trainjob import run_train
-from pipeline.trainjob_follow import JobExistsError, JobGoneError, SdkJobApi, follow
-from pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
+from distilldsm.pipeline import trainjob
+from distilldsm.pipeline.trainjob import run_train
+from distilldsm.pipeline.trainjob_follow import JobExistsError, JobGoneError, SdkJobApi, follow
+from distilldsm.pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -85,7 +86,7 @@ def test_the_shipped_job_is_what_trainers_api_takes():
     built = manifest(shipped, "n", ["--fold", "1"], {"KFP_RUN_ID": "r"})
     trainer = built["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 4)
-    assert trainer["command"] + trainer["args"] == ["torchrun", "-m", "components.train", "--fold", "1"]
+    assert trainer["command"] + trainer["args"] == ["torchrun", "-m", "distilldsm.components.train", "--fold", "1"]
     assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "4"
     assert {"name": "KFP_RUN_ID", "value": "r"} in trainer["env"]
     for variable in trainer["env"]:
@@ -362,7 +363,7 @@ def entry_point(arguments):
     """What the SDK copies into a file of its own and runs on every rank: the very command of a TrainJob's pods."""
     import sys
 
-    from components.train import main
+    from distilldsm.components.train import main
 
     sys.exit(main(arguments))
 

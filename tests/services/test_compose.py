@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from distilldsm import __version__
-from distilldsm.redaction import is_secret_name
+from distilldsm.core.redaction import is_secret_name
 from tests.services.compose import FILE, ROOT, interpolated, services, variables
 
 SERVICES = services()

@@ -21,8 +21,8 @@ import yaml
 
 from distilldsm import tracking
 from distilldsm.config import TrackingConfig
+from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.export.scores import SCORES
-from distilldsm.stage import read_json, sha256_file, write_json
 from distilldsm.tracking import registry, replay_journals
 from distilldsm.tracking.journal import pending
 from tests.export.test_gate import scored

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from components import cross_validate
+from distilldsm.components import cross_validate
 from distilldsm.config import CrossValidationConfig, EvaluateConfig, TrackingConfig
-from distilldsm.stage import read_json
+from distilldsm.core.files import read_json
 from distilldsm.tracking import attach, default_uri, replay_journals, start_run
-from tests.crossval.folds import write_fold, write_folds
+from tests.evaluation.folds import write_fold, write_folds
 
 CONFIG = TrackingConfig()
 ABSENT = "http://127.0.0.1:9"

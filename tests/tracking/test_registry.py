@@ -14,8 +14,8 @@ import pytest
 
 from distilldsm import tracking
 from distilldsm.config import TrackingConfig
+from distilldsm.core.files import write_json
 from distilldsm.export.scores import SCORES
-from distilldsm.stage import write_json
 from distilldsm.tracking import registry, replay_journals
 from distilldsm.tracking.registry import CHALLENGER, CHAMPION, registered_scores
 from tests.export.test_gate import scored

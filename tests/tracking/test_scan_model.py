@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import yaml
 
-from distilldsm.cli import main
-from distilldsm.data.volume import read_image
-from distilldsm.errors import DataError, UserError
-from distilldsm.export.package import verify
+from distilldsm.cli.main import main
+from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE, answer
-from distilldsm.stage import read_json
+from distilldsm.io.volume import read_image
+from distilldsm.models.package import verify
 from distilldsm.tracking import flavor, replay_journals
 from tests.data.volumes import stretched
 from tests.export.fake import Exported, exported

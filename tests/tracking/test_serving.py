@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distilldsm.data.volume import read_image, read_label
+from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE
-from distilldsm.stage import read_json
+from distilldsm.io.volume import read_image, read_label
 from distilldsm.tracking import replay_journals
 from tests.export.fake import exported
 

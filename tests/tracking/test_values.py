@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilldsm.stage import sha256_file
+from distilldsm.core.files import sha256_file
 from distilldsm.tracking.values import flatten, key_name, plain, texts, version_tags
 
 

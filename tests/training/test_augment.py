@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from distilldsm.config import AugmentConfig
-from distilldsm.data.augment import Draws, augment, centre_crop, change_intensities, coarsen, likeliest
+from distilldsm.training.augment import Draws, augment, centre_crop, change_intensities, coarsen, likeliest
 
 
 def ball_batch(size=(12, 24, 24)) -> tuple[torch.Tensor, torch.Tensor]:

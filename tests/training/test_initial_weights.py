@@ -9,12 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from components.train import key, run
+from distilldsm.components.train import key, run
 from distilldsm.config import ModelConfig, PreprocessConfig, TrainConfig
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.output_directory import is_current
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.errors import ConfigError, DataError
 from distilldsm.models.registry import build_model
-from distilldsm.stage import is_current
 from distilldsm.training import loop
 from distilldsm.training.initial_weights import load_initial_weights
 from distilldsm.training.loop import Trainer

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 
 import distilldsm.training.loop as loop
 import distilldsm.training.schedule as schedule
-from components.train import main, run
-from distilldsm import cost, progress
+from distilldsm.components.train import main, run
 from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.core import cost, progress
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.mapping import to_mapping
 from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.errors import ConfigError, UserError
-from distilldsm.params import to_mapping
-from distilldsm.training.checkpoint import load_network
+from distilldsm.models.checkpoint import load_network
 from distilldsm.training.distributed import Processes
 from distilldsm.training.loading import batches
 from distilldsm.training.loop import Trainer
@@ -166,7 +166,7 @@ def test_a_killed_process_resumes_to_the_same_weights(preprocessed, tmp_path):
     settings = config(epochs=6)
     params = tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump({"train": to_mapping(settings), "tracking": {"enabled": False}}))
-    command = [sys.executable, "-m", "components.train", "--params", str(params)]
+    command = [sys.executable, "-m", "distilldsm.components.train", "--params", str(params)]
     command += ["--preprocessed", str(preprocessed), "--output"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, cwd=tmp_path)
@@ -194,7 +194,7 @@ def test_two_gloo_processes_train_one_model(preprocessed, tmp_path):
     params = tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump({"train": to_mapping(settings), "tracking": {"enabled": False}}))
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "components.train", "--params", str(params), "--preprocessed", str(preprocessed)]
+    command += ["-m", "distilldsm.components.train", "--params", str(params), "--preprocessed", str(preprocessed)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     subprocess.run(
         [*command, "--output", str(tmp_path / "two")], check=True, env=environment, cwd=tmp_path, timeout=240
@@ -324,7 +324,7 @@ import sys
 for name in ("nibabel scipy mlflow openvino pandas matplotlib surface_distance requests great_expectations monai onnx "
              "hydra dvc psutil").split():
     sys.modules[name] = None
-from components.train import main
+from distilldsm.components.train import main
 raise SystemExit(main(sys.argv[1:]))
 """
     (tmp_path / "params.yaml").write_text("tracking: {enabled: false}\n")

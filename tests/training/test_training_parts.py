@@ -14,14 +14,14 @@ from hypothesis import strategies as st
 from monai.losses import DiceLoss
 
 from distilldsm.config import PreprocessConfig, TrainConfig
-from distilldsm.data.patches import PatchSampler, _cut, open_array
+from distilldsm.core.errors import DataError
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
-from distilldsm.errors import DataError
+from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.models.registry import build_model
-from distilldsm.training.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
+from distilldsm.training.patches import PatchSampler, _cut, open_array
 from distilldsm.training.schedule import FEW_STEPS, Plateau, learning_rate_at, remark_on_few_steps
 from distilldsm.training.setup import choose_bf16, hash_seed, make_optimizer
 from distilldsm.training.validation import structure_dice

@@ -1,0 +1,58 @@
+"""`distilldsm compare`: several trainings side by side."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import glob
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+from distilldsm.core.errors import ConfigError
+
+
+def compare(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a folder is no evaluated fold, or the trainings share no case or not its truth.
+    """
+    from distilldsm.evaluation import comparison
+    from distilldsm.evaluation.tables import write_csv
+    from distilldsm.evaluation.trainings import load_training
+
+    named = [_named(text) for text in args.trainings]
+    names = [name for name, _ in named]
+    if len(set(names)) < len(names):
+        raise ConfigError("a name is given twice", seen=", ".join(names))
+    if len(named) < 2:
+        raise ConfigError("there is nothing to compare", seen=names[0], rule="two trainings or more")
+    load = partial(load_training, postprocessed=args.postprocessed)
+    trainings = [load(name, directories) for name, directories in named]
+    rows, costs = comparison.compare(trainings), comparison.cost_rows(trainings)
+    for line in comparison.unmatched(trainings):
+        print(f"compare: {line}: not scored in all of them", file=sys.stderr)
+    for line in comparison.scored_differently(trainings):
+        print(f"compare: {line}", file=sys.stderr)
+    if args.output:
+        output = Path(args.output)
+        output.mkdir(parents=True, exist_ok=True)
+        comparison.write_comparison(rows, output / "comparison.csv")
+        write_csv(output / "costs.csv", costs)
+        comparison.draw(trainings, output / "comparison.png")
+    if args.json:
+        print(json.dumps({"scores": [dataclasses.asdict(row) for row in rows], "costs": costs}, indent=2))
+    else:
+        print(comparison.format_comparison(rows))
+        print(comparison.format_costs(costs))
+
+
+def _named(text: str) -> tuple[str, list[Path]]:
+    """NAME=DIR,DIR with shell patterns, as folders."""
+    name, sign, value = text.partition("=")
+    if not (name and sign and value):
+        raise ConfigError("is no training", seen=text, rule="NAME=DIR or NAME=DIR,DIR")
+    folders = [Path(found) for part in value.split(",") for found in sorted(glob.glob(part)) or [part]]
+    return name, folders

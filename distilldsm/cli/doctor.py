@@ -1,0 +1,120 @@
+"""The command `distilldsm doctor`: is this machine ready, and do the services answer? Changes nothing."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.mapping import load_yaml
+from distilldsm.core.shell import run_shell
+from distilldsm.doctor import machine, report, services, settings
+from distilldsm.doctor.checks import LIMIT_S, Check, Finding, clean, in_child, run_checks
+
+
+def check_git(limit_s: float) -> list[Finding]:
+    """git, and the repository whose commit is recorded with each run."""
+    name = "git"
+    if shutil.which("git") is None:
+        return [Finding(name=name, status="warn", seen="not installed: runs carry no commit", mend="install git")]
+    command = ["git", "rev-parse", "--show-toplevel"]
+    asked = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    if asked.returncode:
+        mend = "run it in the repository; DVC needs one"
+        return [Finding(name=name, status="warn", seen=clean(asked.stderr) or "no repository", mend=mend)]
+    return [Finding(name=name, status="ok", seen=asked.stdout.strip())]
+
+
+def check_dvc(limit_s: float) -> list[Finding]:
+    """dvc.yaml and the repository of DVC, then its remote."""
+    name = "dvc"
+    if not services.is_installed("dvc"):
+        return [Finding(name=name, status="skip", seen="not installed (the optional group 'pipeline')")]
+    if not Path("dvc.yaml").is_file():
+        mend = "run it in the folder that holds dvc.yaml"
+        return [Finding(name=name, status="warn", seen=f"{Path.cwd()}: no dvc.yaml", mend=mend)]
+    stages = load_yaml("dvc.yaml").get("stages") or {}
+    found = [Finding(name=name, status="ok", seen=f"dvc.yaml: {', '.join(stages)}")]
+    if not Path(".dvc").is_dir():
+        mend = "clone the repository, or dvc init"
+        return [Finding(name=name, status="fail", seen="there is a dvc.yaml, but no .dvc", mend=mend)]
+    return found + in_child("dvc remote", "distilldsm.pipeline.dvc_probe:check", limit_s)
+
+
+def check_kubeflow(limit_s: float) -> list[Finding]:
+    """Whether Kubeflow Pipelines answers at KF_PIPELINES_ENDPOINT."""
+    from distilldsm.pipeline.client import SERVICE_ACCOUNT_TOKEN, Connection, probe
+
+    name = "kubeflow"
+    if not os.environ.get("KF_PIPELINES_ENDPOINT") and not SERVICE_ACCOUNT_TOKEN.is_file():
+        return [Finding(name=name, status="skip", seen="not configured (KF_PIPELINES_ENDPOINT)")]
+    connection = Connection.from_environment()
+    probe(connection, limit_s * 0.8)
+    used = "a token" if connection.token else "cookies" if connection.cookies else "no token"
+    return [Finding(name=name, status="ok", seen=f"{connection.host}: healthy, asked with {used}")]
+
+
+CHECKS = (
+    Check(name="python", about="Python's version", run=machine.check_python),
+    Check(name="packages", about="what is installed of each optional group", run=machine.check_packages, loads=True),
+    Check(name="cpu", about="cores and extensions", run=machine.check_cpu),
+    Check(name="openvino", about="what predicts", run=machine.check_openvino, loads=True),
+    Check(name="gpu", about="whether PyTorch computes on it", run=machine.check_gpu, loads=True),
+    Check(name="memory", about="and the largest scan", run=machine.check_memory, loads=True),
+    Check(name="disk", about="space, and the right to write", run=machine.check_disk),
+    Check(name="params", about="params.yaml", run=settings.check_params, loads=True),
+    Check(name="environment", about="DISTILLDSM_ variables", run=settings.check_environment),
+    Check(name="git", about="the repository", run=check_git),
+    Check(name="dvc", about="dvc.yaml and the remote", run=check_dvc, loads=True),
+    Check(name="mlflow", about="the store of the runs", run=services.check_mlflow, loads=True),
+    Check(name="journal", about="records that wait for MLflow", run=services.check_journal, loads=True),
+    Check(name="kubeflow", about="Kubeflow Pipelines", run=check_kubeflow),
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(
+        prog="distilldsm doctor", description=__doc__, epilog="exit codes: 0 nothing failed, 1 something did, 2 usage"
+    )
+    made.add_argument(
+        "checks", metavar="CHECK", nargs="*", help=f"default: all of {', '.join(check.name for check in CHECKS)}"
+    )
+    made.add_argument("--json", action="store_true", help="print a JSON object")
+    made.add_argument(
+        "--timeout", type=float, default=LIMIT_S, metavar="SECONDS", help="for each check (default: %(default)g)"
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `distilldsm doctor`; returns the exit code."""
+    args = parser().parse_args(argv)
+    found: list[Finding] = []
+
+    def command() -> None:
+        known = {check.name: check for check in CHECKS}
+        for name in args.checks:
+            if name not in known:
+                raise ConfigError("is no check", where="doctor", seen=name, rule=", ".join(known))
+        if not args.timeout > 0:
+            raise ConfigError("has an impossible value", where="--timeout", seen=args.timeout, rule="above 0, seconds")
+        began = time.monotonic()
+        found.extend(run_checks([known[name] for name in dict.fromkeys(args.checks or known)], args.timeout))
+        seconds = time.monotonic() - began
+        if args.json:
+            print(report.to_json(found, seconds))
+        else:
+            print(report.render(found, seconds, colour=report.wants_colour(sys.stdout)))
+
+    return run_shell(command) or int(report.has_failed(found))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,106 @@
+"""`distilldsm drift`: whether new scans look like what a model was trained on. Imports nothing heavy before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from distilldsm.core.errors import ConfigError, DataError
+
+
+def add_drift(commands: Any) -> None:
+    """Add the sub-command to a parser's sub-commands."""
+    drift = commands.add_parser(
+        "drift",
+        help="whether scans look like what a model was trained on",
+        description="Compares scans with the training data of an exported model: geometry, intensities as stored and "
+        "as the network sees them, structures of masks. It needs no network and sees no anatomy: scans inside are no "
+        "proof that predictions are right.",
+        epilog="exit codes: 0 all scans compared, whatever was found; 1 a scan could not be read, or with --fail drift "
+        "was found; 2 usage. docs/drift.md tells more.",
+    )
+    drift.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
+    drift.add_argument(
+        "inputs", metavar="SCAN", nargs="+", help="NIfTI files or DICOM series, or folders, as for predict"
+    )
+    drift.add_argument(
+        "--masks", metavar="DIR", help="masks called as the scans (predict's output folder): compares structures too"
+    )
+    drift.add_argument("-o", "--output", metavar="FILE.html", help="write a page with all measures")
+    drift.add_argument("--fail", action="store_true", help="exit with 1 where drift was found")
+    drift.add_argument(
+        "--max-memory", metavar="GB", type=float, help="refuse scans that take more (default: as predict)"
+    )
+    drift.add_argument("--json", action="store_true", help="print a JSON report")
+
+
+def drift(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a scan could not be read (the others are compared first), or `--fail` and drift.
+    """
+    output = _output(args.output)
+    from distilldsm.data.plan import Plan
+    from distilldsm.drift import drift_of_files
+    from distilldsm.drift.fingerprint import FINGERPRINT, load_fingerprint
+    from distilldsm.inference.memory import budget_bytes
+    from distilldsm.models.package import load_metadata, verify
+
+    model = Path(args.model_dir)
+    metadata = load_metadata(model)
+    fingerprint = load_fingerprint(model)
+    verify(model, ["plan.json", FINGERPRINT])
+    report = drift_of_files(
+        model,
+        [Path(p) for p in args.inputs],
+        masks=None if args.masks is None else Path(args.masks),
+        name=metadata.name,
+        budget=budget_bytes(args.max_memory),
+    )
+    if output is not None:
+        from distilldsm.drift.report import render
+
+        output.write_text(render(report, fingerprint, Plan.load(model / "plan.json")), encoding="utf-8")
+    if args.json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    failures = report["failures"]
+    for failure in failures:
+        print(f"error: {failure['message']}", file=sys.stderr)
+    if failures:
+        raise DataError(
+            f"{len(failures)} of {len(failures) + len(report['scans'])} scans could not be compared",
+            seen=", ".join(f["scan"] for f in failures),
+            mend="see the errors above; the others were compared",
+        )
+    if report["drift"] and args.fail:
+        raise DataError("scans differ from what the model was trained on", where=model, mend="see the findings above")
+
+
+def _output(text: str | None) -> Path | None:
+    if text is None:
+        return None
+    path = Path(text)
+    if path.suffix != ".html" or not path.parent.is_dir():
+        raise ConfigError("cannot hold the report", where=path, rule="a file .html in an existing directory")
+    return path
+
+
+def _print(report: dict[str, Any]) -> None:
+    from distilldsm.drift.report import sentence, set_sentence, verdict
+
+    measures = report["measures"]
+    for row in report["scans"]:
+        serious = [o for o in row["outside"] if not o["undone"]]
+        state = f"outside in {len(serious)} of {len(row['values'])} measures" if serious else "inside"
+        print(f"{row['scan']}: {state}")
+        for one in row["outside"]:
+            print(f"  {sentence(one, measures)}")
+    for one in report["together"]:
+        print(f"  {set_sentence(one, measures)}")
+    print(verdict(report))

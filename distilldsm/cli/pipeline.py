@@ -1,0 +1,308 @@
+"""The command `distilldsm pipeline`: compile, run, submit, status, storage, and the trainings beyond one machine."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm import __version__
+from distilldsm.config import load_params
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.files import sha256_file
+from distilldsm.core.mapping import to_mapping
+from distilldsm.core.shell import run_shell
+from distilldsm.pipeline.cluster import STEPS, Cluster, load_cluster
+from distilldsm.pipeline.definition import Images, arguments
+
+DELEGATED = {"trainjob": "distilldsm.pipeline.trainjob", "sweep": "distilldsm.pipeline.sweep"}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `distilldsm pipeline ...`; returns the exit code."""
+    values = list(argv or [])
+    if values and values[0] in DELEGATED:
+        import importlib
+
+        return int(importlib.import_module(DELEGATED[values[0]]).main(values[1:]))
+    args = _parser().parse_args(values)
+    return run_shell(lambda: args.run(args))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="distilldsm pipeline", description=__doc__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
+    common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    common.add_argument("--cluster", default="conf/cluster.yaml", help="resources (default: %(default)s)")
+    common.add_argument("--profile", action="append", default=[], metavar="STEP=PROFILE", help="e.g. train=gpu-4")
+    for role in ("data", "train", "export"):
+        common.add_argument(f"--image-{role}", metavar="IMAGE", help=f"default: {getattr(Images(), role)}")
+
+    server = argparse.ArgumentParser(add_help=False)
+    server.add_argument("--host", help="address of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
+    server.add_argument("--namespace", help="of the user, in a multi-user installation")
+    server.add_argument("--ca-file", help="certificates of a private authority")
+    server.add_argument("--json", action="store_true", help="print a JSON object")
+
+    compiled = commands.add_parser("compile", parents=[common], help="write the pipeline as YAML")
+    compiled.add_argument("-o", "--output", required=True, metavar="FILE")
+    compiled.set_defaults(run=compile_command)
+
+    run = commands.add_parser("run", parents=[common], help="run the whole pipeline on this machine")
+    run.add_argument("--local", action="store_true", help="(always; said for clarity)")
+    run.add_argument("--runner", choices=("subprocess", "docker"), default="subprocess")
+    run.add_argument("--engine", help="socket of Docker or Podman (default: DOCKER_HOST)")
+    run.add_argument("--root", type=Path, default=Path("kfp-runs"), help="folder of the runs (default: %(default)s)")
+    run.set_defaults(run=run_command)
+
+    submit = commands.add_parser("submit", parents=[common, server], help="upload, and start a run on the cluster")
+    submit.add_argument("--experiment", help="default: tracking.experiment")
+    submit.add_argument("--name", help="of the run")
+    submit.add_argument("--service-account", help="the pods run as")
+    submit.add_argument("--no-cache", action="store_true", help="run every step, whatever was run before")
+    submit.add_argument("--cron", help="start it again and again: six fields, seconds first, e.g. '0 0 2 * * *'")
+    submit.add_argument("--trainjob", metavar="FILE", help="train as TrainJobs, e.g. conf/trainjob.yaml")
+    submit.add_argument("--mlflow-secret", default="mlflow", help="Kubernetes secret (default: %(default)s)")
+    submit.add_argument("--s3-secret", default="s3", help="Kubernetes secret (default: %(default)s)")
+    submit.add_argument("--wait", action="store_true", help="follow the run to its end")
+    submit.set_defaults(run=submit_command)
+
+    status = commands.add_parser("status", parents=[server], help="state of a run and its steps")
+    status.add_argument("run_id")
+    status.add_argument("--wait", action="store_true", help="follow the run to its end")
+    status.set_defaults(run=status_command)
+
+    storage = commands.add_parser("storage", parents=[common], help="the one bucket for KFP, DVC and MLflow")
+    storage.add_argument("--apply", action="store_true", help="make it DVC's default remote")
+    storage.set_defaults(run=storage_command)
+
+    serving = commands.add_parser("serving", help="a KServe InferenceService for an exported model")
+    serving.add_argument("model_dir", metavar="MODEL_DIR")
+    serving.add_argument("--uri", required=True, help="where the model lies, e.g. s3://bucket/1/models/m-1/artifacts")
+    serving.add_argument("--format", choices=("mlflow", "openvino"), default="mlflow")
+    serving.add_argument("--service-account", help="one whose secret opens the bucket")
+    serving.add_argument("-o", "--output", required=True, metavar="FILE")
+    serving.set_defaults(run=serving_command)
+
+    commands.add_parser("trainjob", add_help=False, help="train one fold as a Kubeflow TrainJob")
+    commands.add_parser("sweep", add_help=False, help="search for hyper-parameters: Katib, or DVC's queue")
+    return parser
+
+
+def _cluster(args: argparse.Namespace) -> Cluster:
+    overrides = {}
+    for assignment in args.profile:
+        step, sign, profile = assignment.partition("=")
+        if not sign or step not in (*STEPS, "default"):
+            raise ConfigError("is no assignment", where="--profile", seen=assignment, rule=f"STEP=PROFILE, {STEPS}")
+        overrides[step] = profile
+    return load_cluster(args.cluster, overrides)
+
+
+def _images(args: argparse.Namespace) -> Images:
+    given = {role: getattr(args, f"image_{role}") for role in ("data", "train", "export")}
+    return Images(**{role: image for role, image in given.items() if image})
+
+
+def compile_command(args: argparse.Namespace) -> None:
+    """Write the YAML."""
+    from distilldsm.pipeline.compilation import compile_pipeline
+
+    images = _images(args)
+    compile_pipeline(args.output, load_params(args.params, args.set), _cluster(args), images)
+    print(f"{args.output}: distilldsm {__version__}")
+    if not images.by_digest:
+        print("note: images named by tag; by digest (NAME@sha256:...) KFP's cache also sees a rebuilt image")
+
+
+def run_command(args: argparse.Namespace) -> None:
+    """The whole pipeline here."""
+    from distilldsm.pipeline.local import run_local
+
+    params = load_params(args.params, args.set)
+    run_id = run_local(params, _cluster(args), _images(args), root=args.root, runner=args.runner, engine=args.engine)
+    print(f"{args.root / run_id}: done; distilldsm lineage {run_id} shows the MLflow runs")
+
+
+def submit_command(args: argparse.Namespace) -> None:
+    """Upload and start."""
+    from distilldsm.pipeline.client import Connection, connect, submit
+    from distilldsm.pipeline.compilation import compile_pipeline
+
+    params, cluster, images = load_params(args.params, args.set), _cluster(args), _images(args)
+    if args.cron is not None and len(args.cron.split()) != 6:
+        raise ConfigError("is no schedule", where="--cron", seen=args.cron, rule="six fields, seconds first")
+    trainjob = _trainjob(args.trainjob, cluster) if args.trainjob else {}
+    connection = Connection.from_environment(args.host, args.namespace, args.ca_file)
+    client = connect(connection)
+    with tempfile.TemporaryDirectory() as folder:
+        package = Path(folder) / "pipeline.yaml"
+        compile_pipeline(package, params, cluster, images)
+        version = f"{__version__}-{sha256_file(package)[:12]}"
+        started = submit(
+            client,
+            connection,
+            package,
+            version_name=version,
+            run_name=args.name or f"{params.train.model.name} {version}",
+            experiment=args.experiment or params.tracking.experiment,
+            arguments={
+                **arguments(params),
+                "trainjob": trainjob,
+                "mlflow_secret": args.mlflow_secret,
+                "s3_secret": args.s3_secret,
+            },
+            enable_caching=not args.no_cache,
+            service_account=args.service_account,
+            pipeline_root=cluster.storage.address("kfp"),
+            cron=args.cron,
+        )
+    mlflow_url = _mlflow_url(cluster, params.tracking.experiment, started.run_id)
+    if args.json and not args.wait:
+        print(json.dumps({**to_mapping(started), "version": version, "mlflow_url": mlflow_url}, indent=2))
+    elif not args.json:
+        print(f"{'recurring run' if started.recurring else 'run'} {started.run_id}\nKubeflow  {started.run_url}")
+        print(f"MLflow    {mlflow_url or 'not set up: storage.mlflow_tracking_uri in ' + args.cluster}")
+    if args.wait and not started.recurring:
+        _follow(client, connection, started.run_id, as_json=args.json)
+
+
+def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
+    """The pipeline's input `trainjob`; the step that starts the job must see the job's claim."""
+    from distilldsm.core.mapping import from_mapping, load_yaml
+    from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
+
+    values = load_yaml(path)
+    job = from_mapping(TrainJobConfig, values, where=path)
+    if not any((v.claim, v.path) == (job.claim, job.path) for v in cluster.profile("train").volumes):
+        raise ConfigError(
+            "the train step does not mount the job's claim",
+            where=path,
+            seen=f"{job.claim} at {job.path}",
+            rule="a volume of the train step's profile",
+            mend="give it such a profile, e.g. --profile train=launcher",
+        )
+    return values
+
+
+def _mlflow_url(cluster: Cluster, experiment: str, run_id: str) -> str | None:
+    """Where MLflow will show the runs of this pipeline run: a search, as the runs do not exist yet."""
+    import os
+    from urllib.parse import quote
+
+    uri = cluster.storage.mlflow_tracking_uri
+    if not uri:
+        return None
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    try:
+        from mlflow import MlflowClient
+
+        found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
+    except Exception:  # the address is only a help; MLflow may not be reachable from here
+        found = None
+    condition = quote(f"tags.kfp_run_id = '{run_id}'")
+    page = f"experiments/{found.experiment_id}/runs" if found else "experiments"
+    return f"{uri.rstrip('/')}/#/{page}?searchFilter={condition}"
+
+
+def status_command(args: argparse.Namespace) -> None:
+    """State of a run."""
+    from distilldsm.pipeline.client import Connection, connect, status
+
+    connection = Connection.from_environment(args.host, args.namespace, args.ca_file)
+    client = connect(connection)
+    if args.wait:
+        _follow(client, connection, args.run_id, as_json=args.json)
+    else:
+        _show(status(client, connection, args.run_id), as_json=args.json)
+
+
+def _follow(client: Any, connection: Any, run_id: str, *, as_json: bool) -> None:
+    from distilldsm.pipeline.client import wait
+
+    def say(line: str) -> None:
+        if not as_json:
+            print(line, flush=True)
+
+    found = wait(client, connection, run_id, say=say)
+    _show(found, as_json=as_json)
+    if found["state"] != "SUCCEEDED":
+        raise UserError("the pipeline run did not succeed", where=found["url"], seen=found["error"] or found["state"])
+
+
+def _show(found: dict[str, Any], *, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return
+    print(f"{found['name']}: {found['state']}\n{found['url']}")
+    for task in found["tasks"]:
+        print(f"  {task['state'] or '-':12}{task['name']}" + (f"  {task['error']}" if task["error"] else ""))
+
+
+def storage_command(args: argparse.Namespace) -> None:
+    """Addresses in the bucket, and DVC's remote."""
+    import subprocess
+
+    storage = _cluster(args).storage
+    if storage.bucket is None:
+        raise ConfigError("'storage.bucket' is not set", where=args.cluster, rule="e.g. s3://team/distilldsm")
+    for service in ("kfp", "dvc", "mlflow"):
+        print(f"{service:8}{storage.address(service)}")  # type: ignore[arg-type]
+    print("MLflow's server: mlflow server --artifacts-destination", storage.address("mlflow"))
+    if args.apply:
+        commands = [["remote", "add", "--force", "--default", "storage", str(storage.address("dvc"))]]
+        for key, value in (("endpointurl", storage.endpoint_url), ("region", storage.region)):
+            commands += [["remote", "modify", "storage", key, value]] if value else []
+        for command in commands:
+            done = subprocess.run(["dvc", *command], capture_output=True, text=True)
+            if done.returncode:
+                raise UserError("DVC refused the remote", where="dvc " + " ".join(command), seen=done.stderr.strip())
+        print("DVC's default remote is now 'storage'; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+
+
+def serving_command(args: argparse.Namespace) -> None:
+    """A manifest for a model that lies somewhere."""
+    from distilldsm.export.serving import inference_service, to_yaml
+    from distilldsm.models.package import verify
+
+    metadata = verify(args.model_dir)
+    built = inference_service(
+        metadata, storage_uri=args.uri, model_format=args.format, service_account=args.service_account
+    )
+    Path(args.output).write_text(to_yaml(built), encoding="utf-8")
+    print(f"{args.output}: {built['metadata']['name']}; kubectl apply -f {args.output}")
+
+
+def lineage_main(argv: Sequence[str] | None = None) -> int:
+    """Run `distilldsm lineage ID`; returns the exit code."""
+    args = _lineage_parser().parse_args(argv)
+
+    def command() -> None:
+        from distilldsm.pipeline.lineage import format_lineage, lineage
+
+        found = lineage(args.identifier)
+        print(json.dumps(found, indent=2) if args.json else format_lineage(found))
+
+    return run_shell(command)
+
+
+def _lineage_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="distilldsm lineage", description="What belongs to a run, wherever it is known: DVC, MLflow, Kubeflow."
+    )
+    parser.add_argument("identifier", help="MLflow run, KFP run, SHA-256 of dvc.lock, git commit, or MODEL/VERSION")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    return parser
+
+
+if __name__ == "__main__":
+    import sys
+
+    raise SystemExit(main(sys.argv[1:]))

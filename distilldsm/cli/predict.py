@@ -1,0 +1,266 @@
+"""`distilldsm predict`: scans in, masks in the scans' own geometry out. Imports nothing heavy before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.interruption import explains_interrupt
+from distilldsm.core.progress import beside_the_bar, progress
+
+if TYPE_CHECKING:
+    from distilldsm.inference.job import Job
+    from distilldsm.inference.predict import Predictor, Runtime
+
+ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
+"""Engine to the package it needs, in the order of preference."""
+
+
+def add_predict(commands: Any) -> None:
+    """Add the sub-command to a parser's sub-commands."""
+    predict = commands.add_parser(
+        "predict",
+        help="scans to masks, on each scan's own grid",
+        description="Scans to masks, on each scan's own grid. Research software, not a medical device.",
+        epilog="exit codes: 0 all done, 1 some scan could not be predicted, 2 usage. docs/predict.md tells more.",
+    )
+    predict.add_argument("model_dir", metavar="MODEL", help="what the export stage wrote, e.g. export/fold0")
+    predict.add_argument(
+        "inputs",
+        metavar="INPUT",
+        nargs="+",
+        help="NIfTI scans, folders of them, DICOM series folders, or folders of such folders; for several channels "
+        "CASE_0000.nii.gz and so on, a 4-D file, or one scan's files in the model's order",
+    )
+    predict.add_argument(
+        "-o", "--output", metavar="OUT", required=True, help="a file for one scan, a directory for several"
+    )
+    predict.add_argument(
+        "--format",
+        choices=("nifti", "seg"),
+        help="of the masks: nifti, or seg (DICOM SEG, the default for DICOM input)",
+    )
+    predict.add_argument(
+        "--probabilities",
+        action="store_true",
+        help="also write NAME_probabilities.nii.gz: (X, Y, Z, classes), uint8 scaled to 0..1",
+    )
+    predict.add_argument(
+        "--volumes", metavar="FILE", help="write the volume of each label and region, ml: .json or .csv"
+    )
+    predict.add_argument(
+        "--ensemble",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="a further model, e.g. another fold; may be given several times; scores are averaged",
+    )
+    predict.add_argument(
+        "--mirror",
+        metavar="AXES",
+        help="also average over mirrored views: 'trained' for the axes that the model was trained with flips of, or "
+        "some of depth,height,width; takes 2^axes times as long",
+    )
+    predict.add_argument(
+        "--postprocess",
+        action="store_true",
+        help="keep only the largest connected component of what gained by it on the held-out cases",
+    )
+    predict.add_argument(
+        "--engine", choices=tuple(ENGINES), help="runs the network (default: openvino, else onnx, else torch)"
+    )
+    predict.add_argument(
+        "--precision",
+        choices=("f32", "auto", "int8"),
+        default="f32",
+        help="of OpenVINO: f32 (default); auto: bf16 where the CPU has it, some voxels may differ; int8: the quantised "
+        "model, where the export found it worth while",
+    )
+    predict.add_argument(
+        "--max-memory",
+        metavar="GB",
+        type=float,
+        help="memory to stay within (default: 3, or half of what is available where that is less)",
+    )
+    predict.add_argument("--json", action="store_true", help="print a JSON report")
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a scan failed; in a run over several the others are done first.
+    """
+    from distilldsm.inference.job import Settings, run_job
+    from distilldsm.inference.memory import budget_bytes
+    from distilldsm.inference.predict import Predictor
+    from distilldsm.inference.scores import parse_mirror
+
+    budget = budget_bytes(args.max_memory)
+    engine: Runtime = args.engine or _installed_engine()
+    predictor = Predictor.from_export(
+        Path(args.model_dir),
+        runtime=engine,
+        precision=args.precision,
+        fixed_size=True,
+        ensemble=[Path(folder) for folder in args.ensemble],
+        mirror=parse_mirror(args.mirror),
+        postprocess=args.postprocess,
+    )
+    _remark(predictor, args)
+    jobs, many = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
+    made = many and not Path(args.output).exists()
+    if made:
+        Path(args.output).mkdir()
+    settings = Settings(
+        engine=engine,
+        precision=args.precision,
+        budget=budget,
+        default_budget=args.max_memory is None,
+        probabilities=args.probabilities,
+        alone=not many,
+    )
+    done: list[dict[str, Any]] = []
+    failures: list[tuple[Job, UserError]] = []
+    with explains_interrupt(lambda: f"predict: {len(done)} of {len(jobs)} scans are done; again does them again"):
+        for job in _tracked(jobs) if many else jobs:
+            try:
+                done.append(run_job(job, predictor, settings))
+                if not args.json:
+                    with beside_the_bar():
+                        _print_line(done[-1], engine)
+            except UserError as error:
+                failures.append((job, error))
+                if many:
+                    with beside_the_bar():
+                        print(f"error: {error}", file=sys.stderr)
+    if made and not done:
+        with suppress(OSError):
+            Path(args.output).rmdir()
+    if args.volumes and done:
+        from distilldsm.io.output import write_volumes
+
+        write_volumes(Path(args.volumes), {row["scan"]: row["volume_ml"] for row in done})
+    if args.json:
+        labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
+        regions = {region.name: region.values for region in predictor.plan.regions}
+        report = {
+            "model": str(args.model_dir),
+            "ensemble": args.ensemble,
+            "engine": engine,
+            "mirror": [list(member.mirror_axes) for member in predictor.scorer.members],
+            "labels": labels,
+            **({"regions": regions} if regions else {}),
+            "keep_largest": list(predictor.keep_largest),
+            "scans": done,
+            "failures": [_failure(job, error) for job, error in failures],
+        }
+        print(json.dumps(report, indent=2))
+    if failures and not many:
+        raise failures[0][1]
+    if failures:
+        raise UserError(
+            f"{len(failures)} of {len(jobs)} scans could not be predicted",
+            seen=", ".join(job.input.name for job, _ in failures),
+            mend="see the errors above; the others are done",
+        )
+
+
+def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
+    """What was asked for and may not be what was meant."""
+    from distilldsm.data.targets import LARGEST_NOT_TRIED
+
+    for folder, metadata, member in zip(
+        (args.model_dir, *args.ensemble), predictor.models, predictor.scorer.members, strict=True
+    ):
+        unseen = [axis for axis in member.mirror_axes if axis not in metadata.network.mirror_axes]
+        if unseen:
+            print(f"{folder}: was not trained with flips along {', '.join(unseen)}", file=sys.stderr)
+    if args.postprocess and not predictor.keep_largest:
+        tried = predictor.plan.targets.largest
+        why = "nothing was gained by it on the held-out cases" if tried else LARGEST_NOT_TRIED
+        print(f"--postprocess changes nothing: {why}", file=sys.stderr)
+
+
+def _installed_engine() -> Runtime:
+    from importlib.util import find_spec
+
+    for engine, package in ENGINES.items():
+        if find_spec(package) is not None:
+            return engine
+    raise UserError("no engine is installed", rule=" or ".join(ENGINES.values()), mend="pip install openvino")
+
+
+def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
+    """Everything that can be refused before any scan is read."""
+    from distilldsm.inference.job import Job
+    from distilldsm.io.inputs import check_output, find_inputs, listed, output_path, refuse_input
+
+    output = Path(args.output)
+    given = [Path(path) for path in args.inputs]
+    found, many = find_inputs(given, len(names), names)
+    if many and output.name.endswith((".nii", ".nii.gz", ".dcm")) and not output.is_dir():
+        if len(found) > 1:
+            raise ConfigError(
+                f"is a file name, but these are {len(found)} scans",
+                where=output,
+                seen=listed([one.name for one in found]),
+                mend="give a directory",
+            )
+        many = False  # a folder of one scan
+    parent = output if many and output.exists() else output.parent
+    if not parent.is_dir():
+        raise ConfigError(
+            "is no directory" if parent.exists() else "the directory of the output does not exist",
+            where=parent,
+            rule="a directory for several scans" if many else None,
+            mend="give a directory" if parent.exists() else "make it first",
+        )
+    if many and any(path.is_dir() and output.resolve() == path.resolve() for path in given):
+        raise ConfigError("is the folder of the scans", where=output, mend="give the masks a directory of their own")
+    every = [*given, *(path for one in found for path in one.paths)]
+    jobs = []
+    for one in found:
+        path, kind = output_path(one, output, many, args.format)
+        job = Job(one, path, kind)
+        check_output(one, path, kind, every)
+        if args.probabilities:
+            refuse_input(job.probabilities, every, "is an input")
+        jobs.append(job)
+    if args.volumes:
+        volumes = Path(args.volumes)
+        if volumes.suffix not in (".json", ".csv") or not volumes.parent.is_dir():
+            raise ConfigError(
+                "cannot hold the volumes", where=volumes, rule="a .json or .csv file in an existing directory"
+            )
+        refuse_input(volumes, every, "is an input")
+        if not os.access(volumes if volumes.exists() else volumes.parent, os.W_OK):
+            raise UserError("cannot be written", where=volumes, mend="name a place that you may write to")
+    return jobs, many
+
+
+def _tracked(jobs: Sequence[Job]) -> Iterator[Job]:
+    return progress(jobs, total=len(jobs), title="predict", unit="scan")
+
+
+def _failure(job: Job, error: UserError) -> dict[str, Any]:
+    return {
+        "scan": job.input.name,
+        "where": error.where,
+        "problem": error.problem,
+        "seen": None if error.seen is None else str(error.seen),
+        "rule": error.rule,
+        "mend": error.mend,
+    }
+
+
+def _print_line(row: dict[str, Any], engine: str) -> None:
+    found = ", ".join(f"{name} {ml:.3g} ml" for name, ml in row["volume_ml"].items())
+    print(f"{row['mask']}: {found} ({sum(row['seconds'].values()):.1f} s, {engine})")

@@ -1,0 +1,166 @@
+"""`distilldsm view`: a scan with its masks as one page for the browser. Imports nothing heavy before it runs."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import webbrowser
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distilldsm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    from distilldsm.io.inputs import Input
+    from distilldsm.io.scan import Scan
+
+MAX_VOXELS = 16_000_000
+"""Of a volume in the page; a larger one loses every other voxel along its finest axis, and so on."""
+
+
+def add_view(commands: Any) -> None:
+    """Add the sub-command to a parser's sub-commands."""
+    view = commands.add_parser(
+        "view",
+        help="a scan and masks as a page for the browser",
+        description="A scan and masks on its grid as one page that needs no network. Not a medical device.",
+    )
+    view.add_argument("image", metavar="IMAGE", help="a NIfTI scan, or the folder of a DICOM series")
+    view.add_argument("masks", metavar="MASK", nargs="*", help="predicted masks (NIfTI); several become a choice")
+    view.add_argument("--truth", metavar="MASK", help="the true mask, shown with each of the others")
+    view.add_argument("-o", "--output", metavar="PAGE.html", help="default: a file in a new temporary folder")
+    naming = view.add_mutually_exclusive_group()
+    naming.add_argument("--labels", metavar="NAME=VALUE,...", help="names of the masks' values")
+    naming.add_argument("--model", metavar="MODEL_DIR", help="take the names from an exported model")
+    view.add_argument(
+        "--max-voxels",
+        metavar="N",
+        type=int,
+        default=MAX_VOXELS,
+        help="leave voxels out of larger volumes (default: %(default)s)",
+    )
+    view.add_argument("--no-open", action="store_true", help="only write the page")
+
+
+def view(args: argparse.Namespace) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: a file is missing or no 3-D volume, or a mask does not lie on the image's grid, or the
+            page cannot be written.
+    """
+    from distilldsm.core.files import write_text
+    from distilldsm.report.viewer import ViewedCase, packed, viewer_page
+
+    if args.max_voxels < 1:
+        raise ConfigError("--max-voxels is too small", seen=args.max_voxels, rule="1 or more")
+    given = [Path(path) for path in (args.image, *args.masks, *([args.truth] if args.truth else []))]
+    one = _one_image(given[0])
+    output = _output(args.output, one.name, given)
+    scan = one.read(1)
+    channel = scan.channels[0]
+    truth = _mask(Path(args.truth), scan) if args.truth else None
+    masks = {str(path): _mask(Path(path), scan) for path in args.masks}
+    labels = _labels(args, [*masks.values(), *([] if truth is None else [truth])])
+
+    def small(volume: npt.NDArray[np.generic], is_label: bool) -> bytes:
+        return packed(volume, scan.affine, is_label=is_label, max_voxels=args.max_voxels)
+
+    image = small(channel.values(channel.raw), False)
+    packed_truth = None if truth is None else small(truth, True)
+    cases = [
+        ViewedCase(name=name, image=image, truth=packed_truth, prediction=small(mask, True))
+        for name, mask in zip(_names(args.masks), masks.values(), strict=False)
+    ] or [ViewedCase(name=one.name, image=image, truth=packed_truth)]
+    write_text(output, viewer_page(one.name, cases, labels))
+    if scan.channels[0].raw.size > args.max_voxels:
+        sizes = " x ".join(str(n) for n in scan.shape)
+        print(f"{sizes} voxels are more than --max-voxels {args.max_voxels}: some are left out", file=sys.stderr)
+    print(output)
+    if not args.no_open and _has_display():
+        webbrowser.open(output.resolve().as_uri())
+
+
+def _one_image(path: Path) -> Input:
+    from distilldsm.io.inputs import find_inputs
+
+    found, _ = find_inputs([path], 1)
+    if len(found) != 1:
+        raise ConfigError(
+            "holds several scans",
+            where=path,
+            seen=", ".join(one.name for one in found[:5]),
+            rule="one scan",
+            mend="give one of the files, or the folder of one series",
+        )
+    return found[0]
+
+
+def _mask(path: Path, scan: Scan) -> npt.NDArray[np.uint8]:
+    """A label map (X, Y, Z) on the scan's grid."""
+    from distilldsm.io.nifti import MEND_MASK, check_same_grid, open_nifti
+    from distilldsm.io.volume import read_label
+
+    file = open_nifti(path)
+    labels, _ = read_label(path)
+    check_same_grid(scan.path, scan.shape, scan.affine, path, labels.shape, file.affine, MEND_MASK)
+    return labels
+
+
+def _labels(args: argparse.Namespace, masks: Sequence[npt.NDArray[np.uint8]]) -> Mapping[str, int]:
+    """Names of the values: as given, of a model, else of whatever values there are."""
+    import numpy as np
+
+    if args.model:
+        from distilldsm.models.package import load_metadata
+
+        return load_metadata(args.model).labels
+    if args.labels:
+        return _parse(args.labels)
+    found = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
+    return {f"label {value}": value for value in found}
+
+
+def _parse(text: str) -> dict[str, int]:
+    labels: dict[str, int] = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if not (name.strip() and value.strip().isdecimal() and int(value) <= 255) or name.strip() in labels:
+            raise ConfigError("names no label", where="--labels", seen=item, rule="NAME=VALUE, values from 0 to 255")
+        labels[name.strip()] = int(value)
+    if len(set(labels.values())) < len(labels):
+        raise ConfigError("names a value twice", where="--labels", seen=text)
+    return labels
+
+
+def _names(masks: Sequence[str]) -> list[str]:
+    """What tells the masks apart: their names, with their folders where these are the same."""
+    from distilldsm.io.inputs import stem
+
+    names = [stem(Path(mask)) for mask in masks]
+    return names if len(set(names)) == len(names) else list(masks)
+
+
+def _output(asked: str | None, name: str, inputs: Sequence[Path]) -> Path:
+    from distilldsm.io.inputs import refuse_input
+
+    if asked is None:
+        # A folder that only its owner can read: the page holds the patient's scan.
+        return Path(tempfile.mkdtemp(prefix="distilldsm-view-")) / f"{name}.html"
+    path = Path(asked)
+    if path.suffix != ".html" or path.is_dir():
+        raise ConfigError("is no name of a page", where=path, rule="a file name ending with .html")
+    if not path.parent.is_dir():
+        raise ConfigError("the directory of the output does not exist", where=path.parent, mend="make it first")
+    refuse_input(path, inputs, "is an input")
+    return path
+
+
+def _has_display() -> bool:
+    return sys.platform in ("darwin", "win32") or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))

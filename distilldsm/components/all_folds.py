@@ -1,0 +1,323 @@
+"""The stages of dvc.yaml without DVC, but the export: the data, every fold's training and scores, the table of all.
+
+What is there already, made from the same parameters and inputs, is not made again; an interrupted training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from distilldsm.components import download, evaluate, preprocess, train, validate
+from distilldsm.components._main import stage_main
+from distilldsm.config import Params, load_params
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import read_json
+from distilldsm.core.interruption import RESUME_VARIABLE, command_again, explains_interrupt
+from distilldsm.core.output_directory import is_current
+from distilldsm.core.progress import Meter, beside_the_bar, meter
+from distilldsm.core.workers import worker_count
+
+PREPROCESSED, RAW, VALIDATION = Path("data/preprocessed"), Path("data/raw"), Path("data/validation")
+LOGS = Path("logs/cross_validation")
+STOP_S = 30.0
+
+
+class Folds:
+    """Runs the stages in subprocesses, of several folds at a time; one that fails stops the others.
+
+    Args:
+        params: all parameters.
+        arguments: `--params` and `--set`, for every stage.
+        jobs: folds at a time, 1 or more; they share the cores.
+        output: where `models/`, `evaluation/` and `logs/` go.
+        ensemble: folders that hold `models/` each: nothing is trained, their networks are averaged fold by fold.
+    """
+
+    def __init__(
+        self,
+        params: Params,
+        arguments: Sequence[str],
+        jobs: int,
+        output: Path = Path(),
+        ensemble: Sequence[Path] = (),
+    ) -> None:
+        self.params, self.arguments, self.jobs = params, list(arguments), jobs
+        self.output, self.ensemble = output, tuple(ensemble)
+        self._running: dict[int | None, subprocess.Popen[str]] = {}
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._error: Exception | None = None
+
+    def prepare(self) -> None:
+        """Download, validate and preprocess, as far as it is not done with these parameters.
+
+        Raises:
+            UserError: a stage failed; names its log.
+        """
+        with ThreadPoolExecutor(1) as pool:
+            task = pool.submit(self._data)
+            self._wait([task])
+            task.result()
+
+    def _data(self) -> None:
+        params, data = self.params, {"dataset": RAW, "validation": VALIDATION}
+        for stage, is_done in (  # a key hashes what the stage before has made: each is asked for after that
+            ("download", lambda: download.is_up_to_date(params.download, RAW)),
+            ("validate", lambda: is_current(VALIDATION, **validate.key(params.validate, data))),
+            ("preprocess", lambda: is_current(PREPROCESSED, **preprocess.key(params.preprocess, data))),
+        ):
+            if self._stopped:
+                return
+            if is_done():
+                say(None, f"{stage}: up to date")
+            else:
+                self._stage(None, stage)
+
+    def run(self, folds: Sequence[int]) -> None:
+        """Train and evaluate the folds.
+
+        Raises:
+            UserError: a stage failed; names its log.
+        """
+        self.jobs = min(self.jobs, len(folds))
+        with (
+            explains_interrupt(lambda: f"cross-validate: {shown.done} of {len(folds)} folds are done"),
+            meter(total=len(folds), title="cross-validate", unit="fold") as shown,
+            ThreadPoolExecutor(self.jobs) as pool,
+        ):
+            tasks = [pool.submit(self._fold, fold, shown) for fold in folds]
+            self._wait(tasks)
+            if self._error is not None:
+                raise self._error
+
+    def _wait(self, tasks: Sequence[Future[None]]) -> None:
+        try:
+            wait(tasks)
+        except KeyboardInterrupt:
+            # From a keyboard it has reached the stages too, and a second one would disturb how they end.
+            self._stop(patience_s=5.0)
+            raise
+
+    def _fold(self, fold: int, shown: Meter) -> None:
+        (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
+        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
+        try:
+            if not self.ensemble:
+                if is_current(model, **train.key(self.params.train, inputs, fold)):
+                    say(fold, "train: up to date")
+                else:
+                    self._stage(fold, "train")
+            if self._stopped:
+                return
+            if is_current(evaluation, **evaluate.key(self.params.evaluate, inputs, fold, others)):
+                say(fold, "evaluate: up to date")
+            else:
+                self._stage(fold, "evaluate")
+            if not self._stopped:
+                with _SAYING:
+                    shown.advance()
+        except Exception as error:
+            with self._lock:
+                if not self._stopped:  # what fails afterwards was stopped
+                    self._error = error
+            self._stop()
+
+    def _stage(self, fold: int | None, stage: str) -> None:
+        log = self.output / LOGS / (f"{stage}.log" if fold is None else f"fold{fold}-{stage}.log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with open(log, "w", encoding="utf-8") as file:
+            with self._lock:
+                if self._stopped:
+                    return
+                process = subprocess.Popen(
+                    self.command(stage, fold),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                    errors="replace",
+                    env=self._environment(alone=fold is None),
+                )
+                self._running[fold] = process
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                say(fold, line.rstrip())
+            code = process.wait()
+        with self._lock:
+            del self._running[fold]
+            if code == 0 or self._stopped:
+                return
+        raise _failed(fold, stage, log, code)
+
+    def models(self, fold: int) -> list[Path]:
+        """Of a fold: the one that is trained, or those that are averaged."""
+        return [folder / f"models/fold{fold}" for folder in self.ensemble or (self.output,)]
+
+    def command(self, stage: str, fold: int | None) -> list[str]:
+        shared = [sys.executable, "-m", f"components.{stage}", *self.arguments]
+        if fold is None:
+            return shared
+        (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
+        averaged = [word for other in others for word in ("--ensemble", other)]
+        of_stage: dict[str, list[str | Path]] = {
+            "train": ["--output", model],
+            "evaluate": ["--model", model, *averaged, "--output", evaluation],
+        }
+        return [*shared, "--fold", str(fold), *map(str, of_stage[stage])]
+
+    def _environment(self, alone: bool) -> dict[str, str]:
+        inherited = {**os.environ, RESUME_VARIABLE: command_again()}
+        if alone or self.jobs == 1:
+            return inherited
+        return {**inherited, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
+
+    def _stop(self, patience_s: float = 0.0) -> None:
+        """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed.
+
+        Not by SIGINT, which a job in a shell's background ignores.
+        """
+        with self._lock:
+            self._stopped = True
+            running = list(self._running.values())
+        for seconds, number in ((patience_s, signal.SIGTERM), (STOP_S, signal.SIGKILL)):
+            deadline = time.monotonic() + seconds
+            for process in running:
+                try:
+                    process.wait(max(0.0, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.send_signal(number)
+
+
+def _failed(fold: int | None, stage: str, log: Path, code: int) -> UserError:
+    said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    told = [line for line in said if line.startswith("error:")]
+    error = UserError(
+        f"{stage if fold is None else f'fold {fold}: {stage}'} failed, exit code {code}",
+        where=log,
+        seen=(told or said or ["nothing"])[-1],
+        mend="mend it and run the same command again: what is done stays, and a training goes on where it was",
+    )
+    error.exit_code = code if code in (1, 2) else 1
+    return error
+
+
+_SAYING = threading.Lock()
+
+
+def say(fold: int | None, text: str) -> None:
+    """Print a line of a fold, or of a stage that all folds share, whole."""
+    with _SAYING, beside_the_bar():
+        print(text if fold is None else f"fold {fold} | {text}", flush=True)
+
+
+def run(
+    params_file: str,
+    assignments: Sequence[str],
+    folds: Sequence[int] | None,
+    jobs: int,
+    output: Path = Path(),
+    ensemble: Sequence[Path] = (),
+) -> None:
+    """The command.
+
+    Args:
+        params_file, assignments: the parameters, and changes to them.
+        folds: which; None: all there are.
+        jobs: folds at a time.
+        output: where `models/`, `evaluation/`, `cross_validation/` and `logs/` go.
+        ensemble: outputs of earlier calls, whose networks are averaged fold by fold; nothing is trained.
+
+    Raises:
+        UserError: no jobs, a fold that does not exist, an ensemble of one or into one of its own folders, or a stage
+            that failed.
+    """
+    _check_ensemble(ensemble, output)
+    if jobs < 1:
+        raise ConfigError("is too small", where="--jobs", seen=jobs, rule="1 or more")
+    params = load_params(params_file, assignments)
+    arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
+    stages = Folds(params, arguments, jobs, output, ensemble)
+    stages.prepare()
+    count = len(read_json(PREPROCESSED / "splits.json")["folds"])
+    numbers = list(range(count)) if folds is None else sorted(set(folds))
+    beyond = [fold for fold in numbers if not 0 <= fold < count]
+    if beyond:
+        raise DataError("there is no such fold", where="--folds", seen=beyond[0], rule=f"0 to {count - 1}")
+    stages.run(numbers)
+    from distilldsm.components import cross_validate
+
+    params = load_params(params_file, [*assignments, f"cv.folds={json.dumps(numbers)}"])
+    cross_validate.run(
+        params.cv,
+        {
+            "evaluation": output / "evaluation",
+            "models": (*ensemble, output)[0] / "models",
+            "splits": PREPROCESSED / "splits.json",
+        },
+        {"cross_validation": output / "cross_validation"},
+        tracking=params.tracking,
+    )
+
+
+def _check_ensemble(ensemble: Sequence[Path], output: Path) -> None:
+    if len(ensemble) == 1:
+        raise ConfigError("names one folder", where="--ensemble", seen=ensemble[0], rule="two or more are averaged")
+    for folder in ensemble:
+        if not (folder / "models").is_dir():
+            raise DataError(
+                "holds no models", where=folder, seen=f"no {folder / 'models'}", rule="an output of cross-validate"
+            )
+    if ensemble and output.resolve() in {Path().resolve(), *(folder.resolve() for folder in ensemble)}:
+        raise ConfigError(
+            "is where a training's own scores lie",
+            where="--output",
+            seen=output,
+            rule="an ensemble has a folder of its own",
+            mend="e.g. --output runs/ensemble",
+        )
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser(prog="distilldsm cross-validate", description=__doc__)
+    made.add_argument("--params", default="params.yaml")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    made.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all of the split")
+    made.add_argument("--jobs", type=int, default=1, help="folds at a time; they share the cores (%(default)s)")
+    made.add_argument(
+        "--output",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="holds models/, evaluation/, cross_validation/, logs/",
+    )
+    made.add_argument(
+        "--ensemble",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="--output of earlier calls: train nothing, score the mean of their networks",
+    )
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parser().parse_args(argv)
+    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs, args.output, args.ensemble))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

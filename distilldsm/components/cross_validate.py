@@ -1,0 +1,127 @@
+"""Stage cross_validate: the evaluated folds in one table, and as children of one MLflow run."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm.components._main import stage_main
+from distilldsm.config import CrossValidationConfig, TrackingConfig, load_params
+from distilldsm.core.files import sha256_json, write_json
+from distilldsm.core.output_directory import content_hash, output_directory
+from distilldsm.evaluation import fold_report as report
+from distilldsm.evaluation import fold_table as table
+from distilldsm.evaluation.folds import CASES_POSTPROCESSED, NUMBERS, Fold, load_folds
+from distilldsm.evaluation.tables import write_csv
+
+
+def run(
+    config: CrossValidationConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    tracking: TrackingConfig | None = None,
+) -> None:
+    """Sum up the folds of `config`; others that lie beside them are not looked at.
+
+    Args:
+        inputs: `evaluation` and `models`, the folders that hold `fold0` ...; `splits` (of the preprocessed data) where
+            it is at hand.
+        outputs: `cross_validation`: `summary.json`, `table.csv`, `cases.csv`, `metrics.json`, `dice.png`,
+            `report.html`, `cases_postprocessed.csv` (empty for a single fold); `mlflow_run.json` where it is tracked.
+        tracking: makes a run with the folds' runs as its children, unless there is one fold only.
+
+    Raises:
+        UserError: a fold is missing.
+        DataError: the folds do not belong together, see `load_folds`.
+    """
+    folds = load_folds(config.folds, inputs["evaluation"], inputs["models"], inputs.get("splits"))
+    hashed = {f"evaluation{fold.number}": fold.evaluation_directory for fold in folds}
+    hashed |= {f"model{fold.number}": fold.model_directory for fold in folds}
+    with output_directory(outputs["cross_validation"], stage="cross_validate", config=config, inputs=hashed) as work:
+        summary = table.summarise(folds)
+        write_json(work / "summary.json", summary)
+        write_json(work / "metrics.json", table.metrics_for_dvc(summary))
+        write_csv(work / "table.csv", table.table_rows(summary))
+        rows = _rows({fold.number: fold.rows for fold in folds})
+        write_csv(work / "cases.csv", rows)
+        # There always, as DVC expects it: only the names of its columns where no other fold is left to decide.
+        processed = _rows(table.postprocessed_rows(folds) or {})
+        if processed:
+            write_csv(work / CASES_POSTPROCESSED, processed)
+        else:
+            (work / CASES_POSTPROCESSED).write_text(",".join(rows[0]) + "\n", encoding="utf-8")
+        report.draw(folds, work / "dice.png")
+        (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
+        if len(folds) > 1 and tracking is not None:
+            _track(tracking, folds, summary, work, rows)
+    print(table.format_table(summary, "cross-validation"))
+
+
+def _rows(by_fold: Mapping[int, Sequence[Mapping]]) -> list[dict[str, Any]]:
+    columns = ("case", "patient", "label", *NUMBERS)
+    return [
+        {"fold": number, **{key: row[key] for key in columns if key in row}}
+        for number, rows in by_fold.items()
+        for row in rows
+    ]
+
+
+def _track(
+    tracking: TrackingConfig, folds: Sequence[Fold], summary: Mapping[str, Any], work: Path, rows: Sequence[Mapping]
+) -> None:
+    from distilldsm.tracking import run_key_of, start_run
+
+    train, evaluate = folds[0].train["config"], folds[0].evaluate["config"]
+    # The same trainings, evaluated alike, are the same run, wherever and however often they are summed up.
+    # Those of an ensemble are the runs of its evaluations: the trainings stay what they are, children of others.
+    places = [fold.evaluation_directory if fold.ensemble else fold.model_directory for fold in folds]
+    models = [run_key_of(place) or content_hash(place) for place in places]
+    parts = [tracking.experiment, evaluate, models]
+    network = "ensemble" if folds[0].ensemble else summary["network"]["name"]
+    name = f"{tracking.run_name or network}-cv{len(folds)}"
+    numbers = {"cv_folds": ",".join(str(fold.number) for fold in folds)}
+    with start_run(
+        tracking, directory=work, name=name, tags=numbers, run_key=sha256_json(parts)[:32], with_system=False
+    ) as parent:
+        size = {
+            f"model.{key}": round(summary["cost"][key] or folds[0].model[key])
+            for key in ("parameters", "macs_per_voxel")
+        }
+        trained = {"ensemble": folds[0].ensemble} if folds[0].ensemble else {"train": train}
+        parent.log_params({**trained, "evaluate": evaluate, "folds": summary["folds"], **size})
+        parent.log_metrics(table.metrics_for_mlflow(summary))
+        for file in ("report.html", "summary.json", "table.csv", "dice.png"):
+            parent.log_artifact(work / file, "cross_validation")
+        parent.log_table(table.table_rows(summary), "cross_validation/table.json")
+        parent.log_table(list(rows), "cross_validation/cases.json")
+        for fold, place in zip(folds, places, strict=True):
+            parent.add_child(place, name=f"{network}-fold{fold.number}")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="distilldsm cross_validate", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. cv.folds=[0,1,2]")
+    parser.add_argument("--evaluation", type=Path, default=Path("evaluation"))
+    parser.add_argument("--models", type=Path, default=Path("models"))
+    parser.add_argument("--splits", type=Path, default=Path("data/preprocessed/splits.json"))
+    parser.add_argument("--output", type=Path, default=Path("cross_validation"))
+    args = parser.parse_args(argv)
+
+    def stage() -> None:
+        params = load_params(args.params, args.set)
+        run(
+            params.cv,
+            {"evaluation": args.evaluation, "models": args.models, "splits": args.splits},
+            {"cross_validation": args.output},
+            tracking=params.tracking,
+        )
+
+    return stage_main(stage)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

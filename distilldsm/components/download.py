@@ -1,0 +1,152 @@
+"""Stage download: labelled volumes from wherever they are to `data/raw`, with an index of cases."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from distilldsm.components._main import stage_main
+from distilldsm.config import DownloadConfig, load_params
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import sha256_file, sha256_json
+from distilldsm.core.output_directory import MANIFEST, is_current, output_directory
+from distilldsm.core.progress import progress
+from distilldsm.core.redaction import public_address
+from distilldsm.data.archive import extract
+from distilldsm.data.catalog import lookup
+from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
+from distilldsm.data.download import Credentials, fetch, is_url, local_path
+from distilldsm.data.layouts import index_dataset, needed_files
+
+
+def key(config: DownloadConfig) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`."""
+    return {"stage": "download", "config": config, "inputs": {}}
+
+
+def is_up_to_date(config: DownloadConfig, output: Path) -> bool:
+    """Whether `output` was made with this config, and nothing of a source on this machine has changed since."""
+    if not is_current(output, **key(config)):
+        return False
+    path = None if config.source == "sample" or config.source.startswith("msd:") else local_path(config.source)
+    if path is None or not path.exists():
+        return True
+    made_ns = (output / MANIFEST).stat().st_mtime_ns
+    # The time of the last change of the entry itself: a copied file may bring an old time of modification with it.
+    return all(entry.stat().st_ctime_ns <= made_ns for entry in (path, *path.rglob("*")) if entry.exists())
+
+
+def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Fetch, unpack and index a data set.
+
+    Args:
+        inputs: none.
+        outputs: `dataset`: the files the cases need, and `dataset_index.json`.
+
+    What the user gave is copied, never linked or changed.
+    """
+    _keep_apart(config, outputs["dataset"])
+    with output_directory(outputs["dataset"], **key(config)) as work:
+        source, name = _obtain(config)
+        # Unpacked inside the output's work directory: moving the needed files costs nothing, and what a killed run
+        # leaves is cleared by the next.
+        with tempfile.TemporaryDirectory(dir=work, prefix=".unpacked-") as scratch:
+            unpacked = source if source.is_dir() else extract(source, scratch)
+            index = _index(unpacked, config, name)
+            needed = needed_files(index)
+            title = "copy" if unpacked is source else "move"
+            for path in progress(needed, total=len(needed), title=title, unit="file", brief=True):
+                target = work / path
+                target.parent.mkdir(parents=True, exist_ok=True)
+                (shutil.copyfile if unpacked is source else shutil.move)(unpacked / path, target)
+        index.save(work)
+    patients = len({case.patient for case in index.cases})
+    print(f"{index.name}: {len(index.cases)} cases of {patients} patients, labels {', '.join(index.class_names[1:])}")
+    if index.note:
+        print(index.note)
+
+
+def _keep_apart(config: DownloadConfig, output: Path) -> None:
+    """The output is replaced as a whole: neither what the user gave nor the kept archives may lie in it."""
+    output = output.resolve()
+    source = None if config.source.startswith("msd:") else local_path(config.source)
+    for key, path in (("source", source), ("archive_dir", Path(config.archive_dir))):
+        if path is not None and (path.resolve() == output or output in path.resolve().parents):
+            raise ConfigError(
+                "lies in the stage's output, which is replaced at each run",
+                where=f"download.{key}",
+                seen=str(path),
+                rule=f"a place outside {output}",
+                mend="move it elsewhere",
+            )
+
+
+def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
+    if config.source.startswith("msd:"):
+        entry = lookup(config.source)
+        config = replace(config, licence=config.licence or entry.licence, reference=config.reference or entry.reference)
+    return index_dataset(unpacked, config, source=name)
+
+
+def _obtain(config: DownloadConfig) -> tuple[Path, str]:
+    """The archive or folder on this machine, and what to call its source."""
+    store = Path(config.archive_dir)
+    if config.source == "sample":
+        from distilldsm.data.sample import VERSION, make_sample_archive
+
+        # The name holds what the archive is made from: other parameters make another archive.
+        archive = store / f"sample-v{VERSION}-{sha256_json(config.sample)[:12]}.tar"
+        if not archive.is_file():
+            make_sample_archive(archive, config.sample)
+        return archive, SAMPLE_SOURCE
+    if config.source.startswith("msd:"):
+        entry = lookup(config.source)
+        target = store / entry.urls[0].rsplit("/", 1)[-1]
+        md5 = None if config.sha256 else entry.md5
+        return fetch([*entry.urls, *config.mirrors], target, sha256=config.sha256, md5=md5), entry.urls[0]
+    path = local_path(config.source)
+    if path is not None and not is_url(config.source) and not path.exists() and not config.mirrors:
+        raise DataError(
+            "file or folder not found",
+            where="download.source",
+            seen=config.source,
+            rule="sample, msd:TASK, an http(s):// or file:// address, or a path",
+        )
+    if path is not None and path.is_dir():
+        return path, path.name
+    if path is not None and path.is_file():
+        if config.sha256 and (seen := sha256_file(path)) != config.sha256.lower():
+            raise DataError(
+                "wrong checksum",
+                where=path,
+                seen=seen,
+                rule=f"download.sha256 is {config.sha256}",
+                mend="get the file again, or correct download.sha256",
+            )
+        return path, path.name
+    name = unquote(urlsplit(config.source).path).rsplit("/", 1)[-1] or "archive"
+    # Two addresses may end in the same name: each has a file of its own.
+    target = store / f"{hashlib.sha256(config.source.encode()).hexdigest()[:8]}-{name}"
+    public = public_address(config.source) if is_url(config.source) else name
+    credentials = Credentials.from_environment(config.source) if path is None else None
+    return fetch([config.source, *config.mirrors], target, sha256=config.sha256, credentials=credentials), public
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="distilldsm download", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. download.source=sample")
+    parser.add_argument("--output", type=Path, default=Path("data/raw"))
+    args = parser.parse_args(argv)
+    return stage_main(lambda: run(load_params(args.params, args.set).download, {}, {"dataset": args.output}))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,141 @@
+"""Stage export: a trained fold to ONNX and OpenVINO IR, compared with the network on real volumes."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from distilldsm.components._main import stage_main
+from distilldsm.config import ExportConfig, TrackingConfig, load_params
+from distilldsm.core.files import write_json
+from distilldsm.core.mapping import to_mapping
+from distilldsm.core.output_directory import output_directory
+from distilldsm.models.inserted import trust_builder
+
+
+def run(
+    config: ExportConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    fold: int,
+    tracking: TrackingConfig | None = None,
+) -> None:
+    """Export one fold's model; nothing is written where it disagrees with the network.
+
+    Args:
+        inputs: `model` (from train), `preprocessed` (its held-out volumes are what is compared on), and `evaluation`
+            where the fold was evaluated: its scores per case travel with the model, see distilldsm/export/scores.py.
+        outputs: `export`: the model directory, see distilldsm/models/package.py.
+        fold: the fold that was held out.
+        tracking: attaches to the training run; None leaves MLflow out.
+    """
+    from distilldsm.export.build import build_package
+    from distilldsm.export.scores import SCORES, collect_scores
+
+    with output_directory(
+        outputs["export"],
+        stage="export",
+        config=config,
+        inputs=inputs,
+        extra={"fold": fold},
+    ) as work:
+        scores = collect_scores(
+            inputs["model"], inputs["preprocessed"], inputs.get("evaluation"), fold=fold, checkpoint=config.checkpoint
+        )
+        # Only an evaluation of this very model decides.
+        scored = scores.source == "evaluation"
+        decided = _decided(inputs["model"], inputs["evaluation"]) if scored else None
+        built = build_package(
+            inputs["model"],
+            inputs["preprocessed"],
+            work,
+            fold=fold,
+            checkpoint=config.checkpoint,
+            parity_cases=config.parity_cases,
+            max_voxel_difference=config.max_voxel_difference,
+            int8=config.int8,
+            postprocessing=decided,
+        )
+        write_json(work / SCORES, scores)
+    for name, row in built.summary.items():
+        print(
+            f"{name}: {100 * row['voxel_difference']:.4f} % of the voxels differ from the network, logits by up to "
+            f"{row['max_logit_difference']:.2g}; {row['seconds_per_mvoxel']:.2f} s per million voxels "
+            f"(network {row['seconds_per_mvoxel_network']:.2f} s)"
+        )
+    print(f"INT8 {'shipped' if built.metadata.int8.shipped else 'not shipped'}: {built.metadata.int8.reason}")
+    if tracking is not None and tracking.enabled:
+        from distilldsm import tracking as tracking_module
+        from distilldsm.export.gate import Gate
+
+        facts = {
+            "fold": fold,
+            "data_hash": scores.data_hash,
+            "split_hash": scores.split_hash,
+            "scores": scores.source,
+            "voxel_difference": {runtime: row["voxel_difference"] for runtime, row in built.summary.items()},
+        }
+        metrics = {f"export_{runtime}_{key}": v for runtime, row in built.summary.items() for key, v in row.items()}
+        with tracking_module.attach(inputs["model"], tracking) as mlflow_run:
+            mlflow_run.log_metrics(metrics)
+            mlflow_run.log_exported_model(
+                outputs["export"],
+                name="model",
+                registered_name=built.metadata.name if config.register_model else None,
+                gate=to_mapping(Gate.of(config)),
+                metrics={**metrics, **scores.mean},
+                version_tags=facts,
+                metadata={
+                    **facts,
+                    "intended_use": built.metadata.intended_use,
+                    "labels": built.metadata.labels,
+                    "data_licence": built.metadata.data.licence,
+                },
+            )
+        if mlflow_run.registration:
+            print(mlflow_run.registration)
+
+
+def _decided(model: Path, evaluation: Path) -> tuple[str, ...] | None:
+    """Of what only the largest component is kept; None where that was not decided."""
+    from distilldsm.data.plan import Plan
+    from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
+
+    found = load_postprocessing(evaluation / POSTPROCESSING)
+    if found is None or (found.schema_version < 2 and Plan.load(model / "plan.json").regions):
+        return None
+    return found.kept
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="distilldsm export", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")
+    parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
+    parser.add_argument("--evaluation", type=Path, default=None, help="default: evaluation/fold<FOLD>, where it is")
+    parser.add_argument("--output", type=Path, default=None, help="default: export/fold<FOLD>")
+    args = parser.parse_args(argv)
+
+    def stage() -> None:
+        params = load_params(args.params)
+        inputs = {"model": args.model or Path(f"models/fold{args.fold}"), "preprocessed": args.preprocessed}
+        evaluation = args.evaluation or Path(f"evaluation/fold{args.fold}")
+        if args.evaluation or evaluation.is_dir():
+            inputs["evaluation"] = evaluation
+        trust_builder(params.train.model.options)
+        run(
+            params.export,
+            inputs,
+            {"export": args.output or Path(f"export/fold{args.fold}")},
+            fold=args.fold,
+            tracking=params.tracking,
+        )
+
+    return stage_main(stage)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

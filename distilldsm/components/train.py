@@ -1,0 +1,219 @@
+"""Stage train: one fold of a preprocessed data set to weights, tracked in MLflow."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm.components._main import stage_main
+from distilldsm.config import TrackingConfig, TrainConfig, load_params
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.files import sha256_file, write_json
+from distilldsm.core.output_directory import content_hash, output_directory
+
+
+def key(config: TrainConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`.
+
+    Raises:
+        ConfigError: `train.initial_weights` names no file.
+    """
+    hashed = {"preprocessed": inputs["preprocessed"]}
+    if config.initial_weights is not None:
+        hashed["initial_weights"] = Path(config.initial_weights)
+        if not hashed["initial_weights"].is_file():
+            raise ConfigError(
+                "names no file",
+                where="train.initial_weights",
+                seen=config.initial_weights,
+                rule="a .safetensors",
+                mend="correct it, or set it to null",
+            )
+    return {"stage": "train", "config": config, "inputs": hashed, "extra": {"fold": fold}}
+
+
+def run(
+    config: TrainConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    fold: int,
+    tracking: TrackingConfig | None = None,
+) -> None:
+    """Train one fold; a run that was interrupted goes on after its last resumable epoch.
+
+    Args:
+        inputs: `preprocessed`.
+        outputs: `model`: `last.safetensors`, `best.safetensors`, `model.json`, `plan.json`, `history.json`,
+            `cost.json`, `mlflow_run.json`.
+        fold: the fold that is held out.
+        tracking: how the run is tracked; None leaves MLflow out.
+
+    Under torchrun every process calls this; only the first one writes.
+    """
+    from distilldsm.training.distributed import training_processes
+    from distilldsm.training.loop import RESUME
+    from distilldsm.training.setup import choose_device
+
+    with training_processes(choose_device(config.device, 0).type) as processes:
+        if not processes.is_main:
+            _train_as_peer(config, inputs, outputs, fold, processes)
+            return
+        _keep_apart(config, outputs["model"])
+        with output_directory(
+            outputs["model"], **key(config, inputs, fold), resumable=True, until_done=[RESUME]
+        ) as work:
+            _train_as_main(config, inputs, work, fold, processes, tracking or TrackingConfig(enabled=False))
+
+
+def _keep_apart(config: TrainConfig, output: Path) -> None:
+    """The output is replaced by what is trained: started from there, the same command would never start alike again."""
+    given = config.initial_weights
+    if given is not None and output.resolve() in Path(given).resolve().parents:
+        raise ConfigError(
+            "lies in the stage's output, which is replaced by what is trained",
+            where="train.initial_weights",
+            seen=given,
+            rule=f"a place outside {output}",
+            mend="copy it elsewhere",
+        )
+
+
+def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold: int, processes: Any) -> None:
+    from distilldsm.training.loop import Trainer
+
+    processes.barrier()  # the main process has prepared the directory
+    work = outputs["model"].with_name(f".{outputs['model'].name}.partial")
+    Trainer(config, preprocessed=inputs["preprocessed"], work=work, fold=fold, processes=processes).run()
+
+
+def _tell(config: TrainConfig, trainer: Any, source: str) -> None:
+    """What is trained and how long, and whether that is short."""
+    from distilldsm.data.dataset import SAMPLE_SOURCE
+    from distilldsm.training.schedule import remark_on_few_steps
+
+    sampler = trainer.sampler
+    print(
+        f"{config.model.name}: {trainer.cost}; {trainer.device}, {'bf16' if trainer.bf16 else 'float32'}; "
+        f"{trainer.total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch",
+        flush=True,
+    )
+    remark = remark_on_few_steps(
+        epochs=config.epochs,
+        steps_per_epoch=sampler.steps_per_epoch,
+        cases=len(sampler.case_ids),
+        batch_size=sampler.batch_size,
+    )
+    if remark and source != SAMPLE_SOURCE:  # deformations of one head are learned in 190
+        print(remark, file=sys.stderr, flush=True)
+
+
+def _train_as_main(
+    config: TrainConfig, inputs: Mapping, work: Path, fold: int, processes: Any, tracking: TrackingConfig
+) -> None:
+    from distilldsm.core.cost import TrainingCost, machine
+    from distilldsm.core.mapping import to_mapping
+    from distilldsm.data.dataset import DatasetIndex
+    from distilldsm.tracking import start_run
+    from distilldsm.training.loop import Trainer
+
+    preprocessed = inputs["preprocessed"]
+    processes.barrier()
+    name = tracking.run_name or f"{config.model.name}-fold{fold}"
+    with start_run(tracking, directory=work, name=name, tags={"fold": str(fold)}) as mlflow_run:
+
+        def log_epoch(record: Mapping[str, Any]) -> None:
+            metrics = {k: record[k] for k in ("train_loss", "learning_rate", "seconds", "loading_seconds")}
+            if "val_dice_mean" in record:
+                metrics["val_dice_mean"] = record["val_dice_mean"]
+                metrics |= {f"val_dice_{label}": value for label, value in record["val_dice"].items()}
+            mlflow_run.log_metrics(metrics, step=record["epoch"])
+            taken.write(trainer.state.history)  # now, for what is killed later was measured too
+
+        trainer = Trainer(
+            config, preprocessed=preprocessed, work=work, fold=fold, processes=processes, on_epoch=log_epoch
+        )
+        facts = {
+            "parameters": trainer.cost.parameters,
+            "macs_per_voxel": trainer.cost.macs_per_voxel,
+            **machine(trainer.device.type),
+            "processes": processes.world,
+            "precision": "bf16" if trainer.bf16 else "float32",
+        }
+        taken = TrainingCost(work, facts)
+        index = DatasetIndex.load(preprocessed)
+        _tell(config, trainer, index.source)
+        mlflow_run.log_params(
+            {
+                "train": to_mapping(config),
+                "fold": fold,
+                "model.parameters": trainer.cost.parameters,
+                "model.macs_per_voxel": round(trainer.cost.macs_per_voxel),
+                "plan.patch_size": trainer.sampler.patch_size,
+                "plan.batch_size": trainer.sampler.batch_size,
+                "plan.target_spacing_mm": trainer.plan.target_spacing_mm,
+                "plan.depth_axis": trainer.plan.depth_axis,
+            }
+        )
+        mlflow_run.log_dataset(
+            index.name,
+            content_hash(preprocessed)[:36],
+            index.source,
+            profile={"cases": len(index.cases), "held_out": len(trainer.held_out)},
+        )
+        mlflow_run.log_artifact(preprocessed / "plan.json", "plan")
+        mlflow_run.log_artifact(preprocessed / "fingerprint.json", "plan")
+        state = trainer.run()
+        taken.write(state.history)
+        trainer.plan.save(work / "plan.json")
+        write_json(
+            work / "model.json",
+            {
+                "schema_version": 1,
+                "name": config.model.name,
+                "options": dict(config.model.options),
+                "in_channels": trainer.network.in_channels,
+                "out_channels": trainer.network.out_channels,
+                "stride": trainer.network.stride,
+                "depth_halo": trainer.network.depth_halo,
+                "mirror_axes": config.augment.mirror_axes,
+                "parameters": trainer.cost.parameters,
+                "macs_per_voxel": trainer.cost.macs_per_voxel,
+                "fold": fold,
+                "splits": sha256_file(preprocessed / "splits.json"),
+                "epochs": state.epoch,
+                "best_val_dice": state.best_dice,
+                "labels": dict(zip(trainer.plan.class_names, trainer.plan.class_values, strict=True)),
+            },
+        )
+        # Only the best weights go to the server; the last ones stay in the stage's output.
+        mlflow_run.log_artifact(work / "best.safetensors", "checkpoints")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="distilldsm train", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
+    parser.add_argument("--output", type=Path, default=None, help="default: models/fold<FOLD>")
+    args = parser.parse_args(argv)
+
+    def stage() -> None:
+        params = load_params(args.params, args.set)
+        run(
+            params.train,
+            {"preprocessed": args.preprocessed},
+            {"model": args.output or Path(f"models/fold{args.fold}")},
+            fold=args.fold,
+            tracking=params.tracking,
+        )
+
+    return stage_main(stage)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,123 @@
+"""Stage validate: every case against the expectation suite; all findings in one report."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm.components._main import stage_main
+from distilldsm.config import ValidateConfig, load_params
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json, write_json
+from distilldsm.core.output_directory import MANIFEST, output_directory
+from distilldsm.data.dataset import DatasetIndex
+from distilldsm.validation.case_table import CaseTable, build_case_table, table_columns
+from distilldsm.validation.expectations import Checked, load_suite, run_suite
+from distilldsm.validation.report import make_report, render_html
+
+SHOWN = 10
+"""Findings that the error message lists; the report has all."""
+
+
+def key(config: ValidateConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
+    """What decides the output, for `output_directory` and `is_current`."""
+    hashed = {"dataset": inputs["dataset"], "suite": Path(config.suite)}
+    return {"stage": "validate", "config": config, "inputs": hashed}
+
+
+def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+    """Check a data set.
+
+    Args:
+        inputs: `dataset` (from download).
+        outputs: `validation`: report.json, report.html, data_docs/, cases.csv, accepted.json and metrics.json. When
+            the data cannot be used, the same files go to `<validation>-failed`, and `validation` stays as it was.
+
+    Raises:
+        ConfigError: the suite or the bounds are wrong.
+        DataError: there are errors (`on_invalid: fail`), or fewer than two patients are left without them.
+    """
+    root, target = Path(inputs["dataset"]), Path(outputs["validation"])
+    index = DatasetIndex.load(root)
+    suite = load_suite(config.suite, table_columns(index), config.bounds)
+    table = build_case_table(root, index, workers=config.workers)
+    checked = run_suite(table, suite)
+    report = make_report(index, table, suite, checked.findings)
+    failed = target.with_name(f"{target.name}-failed")
+    problem = _problem(config, index, report)
+    with output_directory(failed if problem else target, **key(config, inputs)) as work:
+        _write(work, report, table, checked)
+    if problem:
+        raise _refusal(problem, report, root, failed)
+    if (failed / MANIFEST).is_file() and read_json(failed / MANIFEST).get("stage") == "validate":
+        shutil.rmtree(failed)  # what it told has been mended
+    counts = report["counts"]
+    print(
+        f"{index.name}: {counts['accepted']} of {counts['cases']} cases accepted, {counts['errors']} errors, "
+        f"{counts['warnings']} warnings; report: {target / 'report.html'}"
+    )
+
+
+def _problem(config: ValidateConfig, index: DatasetIndex, report: Mapping[str, Any]) -> str | None:
+    """Why the data set cannot be used, or None."""
+    counts = report["counts"]
+    if config.on_invalid == "fail" and counts["errors"]:
+        return f"{counts['errors']} errors in {counts['excluded']} of {counts['cases']} cases"
+    if any(f["severity"] == "error" and f["case"] is None for f in report["findings"]):
+        return "a rule for the whole data set is broken"
+    left = {case.patient for case in index.subset(set(report["accepted"])).cases} if report["accepted"] else set()
+    if len(left) < 2:
+        patients = "1 patient" if len(left) == 1 else f"{len(left)} patients"
+        left_over = f"left after {counts['errors']} errors" if counts["errors"] else "in all"
+        return f"{patients} {left_over}, but a split needs at least 2"
+    return None
+
+
+def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) -> DataError:
+    findings = [f for f in report["findings"] if f["severity"] == "error"]
+    lines = [
+        f"\n    {root / f['file']}: {f['message']} ({f['rule']})\n      seen: {f['seen']}\n      mend: {f['mend']}"
+        for f in findings[:SHOWN]
+    ]
+    if len(findings) > SHOWN:
+        lines.append(f"\n    ... and {len(findings) - SHOWN} more")
+    counts = report["counts"]
+    sound = not findings  # only the patients are too few
+    advice = "add cases" if sound else "mend the files, or leave such cases out (validate.on_invalid: exclude)"
+    return DataError(
+        f"the data set cannot be used: {problem}",
+        where=root,
+        seen=f"{counts['errors']} errors, {counts['warnings']} warnings" + "".join(lines),
+        rule="two patients at least, to hold one out" if sound else "every case fulfils the expectation suite",
+        mend=f"read {failed / 'report.html'}; {advice}",
+    )
+
+
+def _write(work: Path, report: Mapping[str, Any], table: CaseTable, checked: Checked) -> None:
+    write_json(work / "report.json", report)
+    (work / "report.html").write_text(render_html(report, table), encoding="utf-8")
+    checked.write_data_docs(work / "data_docs", name=report["dataset"]["name"])
+    table.write_csv(work / "cases.csv")
+    write_json(work / "accepted.json", {"accepted": report["accepted"], "excluded": report["excluded"]})
+    write_json(work / "metrics.json", report["counts"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="distilldsm validate", description=__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. validate.on_invalid=exclude"
+    )
+    parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
+    parser.add_argument("--output", type=Path, default=Path("data/validation"))
+    args = parser.parse_args(argv)
+    return stage_main(
+        lambda: run(load_params(args.params, args.set).validate, {"dataset": args.dataset}, {"validation": args.output})
+    )
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,120 @@
+"""YAML as a person gives it, in a file or as `train.epochs=3`: no key twice, no tag carried out."""
+
+from __future__ import annotations
+
+import os
+import re
+from functools import cache
+from typing import Any
+
+from distilldsm.core.errors import ConfigError
+
+
+def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) -> Any:
+    """Plain mappings, lists and values of a YAML document.
+
+    Args:
+        where: told in the error.
+        loader: a class of PyYAML; by default its safe one.
+
+    Raises:
+        ConfigError: a mapping holds a key twice: PyYAML would silently take the last, DVC refuses the file.
+        yaml.YAMLError, ValueError, RecursionError: as of PyYAML.
+    """
+    import yaml
+
+    reader = (loader or yaml.SafeLoader)(text)
+    try:
+        node = reader.get_single_node()
+        if node is None:
+            return None
+        _refuse_twice(node, where)
+        return reader.construct_document(node)
+    finally:
+        reader.dispose()
+
+
+def _refuse_twice(root: Any, where: str | os.PathLike[str]) -> None:
+    import yaml
+
+    visited: set[int] = set()  # an alias leads to the same node, even from within it
+    todo = [(root, "")]
+    while todo:
+        node, path = todo.pop()
+        if id(node) in visited:
+            continue
+        visited.add(id(node))
+        if isinstance(node, yaml.SequenceNode):
+            todo += [(inner, f"{path}[{number}]") for number, inner in enumerate(node.value)]
+        lines: dict[tuple[str, str], int] = {}
+        for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
+            name = f"{path}.{key.value}" if path else str(key.value)
+            todo.append((value, name))
+            if not isinstance(key, yaml.ScalarNode):
+                continue
+            line = key.start_mark.line + 1
+            if (key.tag, key.value) in lines:
+                raise ConfigError(
+                    "a key is given twice",
+                    where=where,
+                    seen=f"{name}, lines {lines[key.tag, key.value]} and {line}",
+                    rule="each key once",
+                    mend="keep one of them",
+                )
+            lines[key.tag, key.value] = line
+
+
+def read_assignment(assignment: str, *, where: str) -> tuple[list[str], Any]:
+    """Keys and value of `section.key=value`. The value is YAML; `{a:1}` needs no space, 1e-3 is a number.
+
+    Raises:
+        ConfigError: it is no assignment, or the value no YAML.
+    """
+    import yaml
+
+    path, sign, text = assignment.partition("=")
+    keys = path.strip().split(".")
+    if not (sign and all(keys)):
+        raise ConfigError("is no assignment", where=where, seen=assignment[:500], rule="KEY=VALUE, e.g. train.epochs=3")
+    try:
+        return keys, parse_yaml(text, where=f"{where}: {path}", loader=_value_loader())
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ConfigError(
+            "the value is no YAML",
+            where=where,
+            seen=assignment[:500],
+            rule=" ".join(str(error).split())[:500],
+            mend=f"put text in quotes within those of the shell: {path}='\"TEXT\"'",
+        ) from None
+
+
+@cache
+def _value_loader() -> Any:
+    """The safe loader, as people type values: no dates, a mapping without spaces, a power of ten without a dot."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+            node = super().compose_mapping_node(anchor)
+            node.value = [_apart(key, value) for key, value in node.value]
+            return node
+
+    def _apart(key: Any, value: Any) -> tuple[Any, Any]:
+        """`a:1` within {}, which YAML takes for a key without a value, as the two that it was meant as."""
+        plain = isinstance(key, yaml.ScalarNode) and key.style is None and value.value == "" and value.style is None
+        name, sign, text = key.value.partition(":") if plain else ("", "", "")
+        if not (name and sign and text):
+            return key, value
+        spaced: Any = yaml.compose(f"{{{name}: {text}}}", Loader)
+        ((new_key, new_value),) = spaced.value
+        new_key.start_mark = key.start_mark
+        return new_key, new_value
+
+    date = "tag:yaml.org,2002:timestamp"
+    Loader.yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in known if tag != date]
+        for first, known in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    power = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^(?:{power.pattern})$"), list("-+.0123456789"))
+    return Loader

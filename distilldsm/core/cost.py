@@ -1,0 +1,184 @@
+"""What a training and its predictions took: seconds, memory, and the machine they were measured on."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import statistics
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distilldsm.core.files import read_json, write_json
+
+COST = "cost.json"
+"""In a model directory: what the training took."""
+TIMING = "timing.json"
+"""In an evaluation directory: what the predictions took, and the model's `cost.json`."""
+
+
+_seen: dict[int, float] = {}
+"""Process to the largest peak it was told: a forked one starts anew."""
+
+
+def peak_memory_gb() -> float:
+    """The most memory that this process has held (resident, 10^9 bytes), without its children; it never falls.
+
+    Linux counts resident pages by CPU and adds them up roughly: its own peak can be some pages lower a moment later.
+    """
+    process = os.getpid()
+    _seen[process] = max(_peak_told_gb(), _seen.get(process, 0.0))
+    return _seen[process]
+
+
+def _peak_told_gb() -> float:
+    status = Path("/proc/self/status")
+    if status.is_file():
+        # Not getrusage: its peak is that of the process that started this one, if that was larger.
+        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), flags=re.MULTILINE)
+        if found:
+            return round(int(found[1]) * 1024 / 1e9, 3)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
+
+
+def peak_gpu_memory_gb() -> float | None:
+    """The most memory that torch has given out on this process's GPU, 10^9 bytes; None where it has used none."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return None
+    return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+
+
+def machine(device: str | None = None) -> dict[str, Any]:
+    """The device (`cpu` or `cuda`, by default the GPU if there is one), its name, torch's threads and version."""
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    return {
+        "device": device,
+        "device_name": name,
+        "threads": torch.get_num_threads(),
+        "torch": str(torch.__version__),
+    }
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
+        if found:
+            return found[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _peaks(*others: Mapping[str, Any]) -> dict[str, float | None]:
+    """The largest of this process's peaks and those that others have measured."""
+    peaks: dict[str, float | None] = {}
+    for key, own in (("peak_memory_gb", peak_memory_gb()), ("peak_gpu_memory_gb", peak_gpu_memory_gb())):
+        known = [value for value in (own, *(other.get(key) for other in others)) if value is not None]
+        peaks[key] = max(known, default=None)
+    return peaks
+
+
+class TrainingCost:
+    """Keeps `cost.json` of a training up to date, over all processes that it was resumed in.
+
+    Args:
+        work: the training's work directory.
+        facts: what does not change: parameters, device, precision ...
+    """
+
+    def __init__(self, work: Path, facts: Mapping[str, Any]) -> None:
+        self._path, self._facts = work / COST, dict(facts)
+        self._before: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
+
+    def write(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write what the epochs in `history` took; the seconds are those of training, without validation."""
+        seconds = [float(record["seconds"]) for record in history]
+        cost = {
+            "schema_version": 1,
+            **self._facts,
+            "epochs": len(seconds),
+            "seconds_per_epoch": round(statistics.median(seconds), 3) if seconds else None,
+            "seconds": round(sum(seconds), 1),
+            **_peaks(self._before),
+            "starts": int(self._before.get("starts", 0)) + 1,
+        }
+        write_json(self._path, cost)
+
+
+def training_cost(model: Path) -> dict[str, Any]:
+    """What `cost.json` of a model directory says; of a model without it, what can be told from its other files.
+
+    Raises:
+        UserError: the directory holds no model.
+    """
+    if (model / COST).is_file():
+        return dict(read_json(model / COST))
+    facts, history = read_json(model / "model.json"), read_json(model / "history.json")
+    seconds = [float(record["seconds"]) for record in history]
+    return {
+        "parameters": facts["parameters"],
+        "macs_per_voxel": facts["macs_per_voxel"],
+        "epochs": len(seconds),
+        "seconds_per_epoch": round(statistics.median(seconds), 3) if seconds else None,
+        "seconds": round(sum(seconds), 1),
+    }
+
+
+def ensemble_cost(models: Sequence[Path]) -> dict[str, Any]:
+    """What the trainings of several model directories took, named as in `training_cost`.
+
+    Sizes, operations, seconds and epochs are sums, seconds an epoch and memory those of the largest; of what was the
+    same (the device ...) the value, of what was not nothing.
+
+    Raises:
+        UserError: a directory holds no model.
+    """
+    each = [training_cost(model) for model in models]
+    combined: dict[str, Any] = {}
+    for key in dict.fromkeys(key for one in each for key in one):
+        values = [one.get(key) for one in each]
+        if key in ("parameters", "macs_per_voxel", "seconds", "epochs", "starts"):
+            combined[key] = None if None in values else sum(values)
+        elif key in ("seconds_per_epoch", "peak_memory_gb", "peak_gpu_memory_gb"):
+            combined[key] = max((value for value in values if value is not None), default=None)
+        elif all(value == values[0] for value in values):
+            combined[key] = values[0]
+    return combined
+
+
+@contextmanager
+def measured(path: Path) -> Iterator[None]:
+    """Write to `path` what the block took: seconds, and the process's peaks of memory until then."""
+    started = time.perf_counter()
+    yield
+    seconds = time.perf_counter() - started
+    path.parent.mkdir(exist_ok=True)
+    write_json(path, {"seconds": round(seconds, 4), **_peaks()})
+
+
+def prediction_cost(folder: Path) -> dict[str, Any]:
+    """Sum up what `measured` wrote for each case into `folder`.
+
+    Returns:
+        median (`seconds_per_volume`) and sum of the seconds, those of each case, peaks of memory, and the machine.
+    """
+    cases = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
+    seconds = {case: one["seconds"] for case, one in cases.items()}
+    return {
+        "schema_version": 1,
+        **machine(),
+        "seconds_per_volume": round(statistics.median(seconds.values()), 4) if seconds else None,
+        "seconds": round(sum(seconds.values()), 3),
+        **_peaks(*cases.values()),
+        "cases": seconds,
+    }

@@ -1,0 +1,111 @@
+"""Files that are whole or absent, and what names their contents: JSON, hashes, folders put in place of others."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from distilldsm.core.errors import UserError
+from distilldsm.core.mapping import to_mapping
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 of a file, hex."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_json(value: Any) -> str:
+    """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces), hex."""
+    text = json.dumps(to_mapping(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@contextmanager
+def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
+    """Yield a temporary path beside `path` that becomes `path` when the block ends without an error.
+
+    A process that is killed leaves the temporary file; `output_directory` keeps it out of what it makes.
+
+    Args:
+        suffix: how the temporary name has to end, where the writer goes by it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        with suppress(OSError):  # of a folder that is none; the error is that of the writing
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def writes(path: Path) -> Iterator[None]:
+    """Around writing to `path` by way of a temporary or a lock file, which no error shall name.
+
+    Raises:
+        OSError: the disk is full, which `output_directory` and the shell tell.
+        UserError: it cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL_DISK:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        mend = "make its folder first" if error.errno == errno.ENOENT else "name a place that you may write to"
+        raise UserError("cannot be written", where=path, seen=error.strerror or str(error), mend=mend) from error
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file so that it is either the old or the whole new one.
+
+    Raises:
+        OSError, UserError: as `writes`.
+    """
+    with writes(path), whole_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write JSON so that the file is either the old or the whole new one.
+
+    Raises:
+        OSError, UserError: as `writes`.
+    """
+    write_text(Path(path), json.dumps(to_mapping(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or no JSON.
+    """
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError("is missing", where=path, mend="run the stage that writes it (dvc repro)") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(
+            "cannot be read as JSON", where=path, seen=str(error), mend="copy it again, or run the stage that writes it"
+        ) from None
+
+
+def replace_directory(source: Path, target: Path) -> None:
+    """Move `source` to `target`, replacing what is there; `target` is at no time a mixture of both."""
+    old = target.with_name(f".{target.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if target.exists():
+        target.rename(old)
+    source.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,248 @@
+"""Turns a mapping from YAML into frozen dataclasses, strictly, with errors a person can act on."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import math
+import os
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from distilldsm.core.assignments import parse_yaml, read_assignment
+from distilldsm.core.errors import ConfigError
+
+T = TypeVar("T")
+RULE = "rule"
+"""Key of a field's metadata: what to tell instead of the names of its types."""
+
+
+def load_yaml(path: str | os.PathLike[str], *, mend: str = "give an existing file") -> dict[str, Any]:
+    """Read a YAML file that holds one mapping.
+
+    Args:
+        mend: what to do where it cannot be read.
+
+    Raises:
+        ConfigError: the file is missing, is no YAML, holds something other than a mapping or a key twice.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError("cannot be read", where=path, seen=error.strerror, mend=mend) from None
+    except UnicodeDecodeError as error:
+        raise ConfigError("is no text", where=path, seen=str(error), rule="UTF-8", mend=mend) from None
+    try:
+        loaded = parse_yaml(text, where=path)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2001-99-99
+        raise ConfigError(
+            "is not valid YAML",
+            where=path,
+            seen=str(error).replace("\n", " ")[:500],
+            rule="plain mappings, lists and values; tags such as !!python/object are never carried out",
+            mend="correct the file at the place told",
+        ) from None
+    if loaded is None:
+        return {}
+    if not isinstance(loaded, dict):
+        raise ConfigError("must hold a mapping", where=path, seen=type(loaded).__name__)
+    return loaded
+
+
+def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
+    """Build the dataclass `cls` from nested mappings and lists.
+
+    Unknown keys, wrong types and values refused by `__post_init__` raise `ConfigError` whose message starts with
+    `where` (file and section) and names the key. A missing key takes the field's default.
+    """
+    if not isinstance(values, Mapping):
+        raise ConfigError("must be a mapping of parameters", where=where, seen=_show(values))
+    fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            close = difflib.get_close_matches(str(key), fields, n=1)
+            raise ConfigError(
+                f"unknown parameter '{key}'",
+                where=where,
+                rule="allowed: " + ", ".join(fields),
+                mend=f"did you mean '{close[0]}'?" if close else "remove it or correct its name",
+            )
+    built = {key: _convert_field(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    missing = [
+        name
+        for name, field in fields.items()
+        if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"parameter '{missing[0]}' is missing", where=where, mend=f"add '{missing[0]}: ...'")
+    try:
+        return cls(**built)
+    except ConfigError as error:
+        if error.where:
+            raise
+        raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend) from None
+
+
+def require(condition: bool, key: str, seen: object, rule: str) -> None:
+    """Raise ConfigError, naming the parameter, the value and the rule, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"'{key}' has an impossible value", seen=repr(seen), rule=rule)
+
+
+def set_values(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
+    """A copy of nested `values` with `section.key=value` assignments carried out, see `read_assignment`.
+
+    Raises:
+        ConfigError: an assignment is none, or leads through something that is no mapping.
+    """
+    import copy
+
+    changed: dict[str, Any] = copy.deepcopy(dict(values))
+    for assignment in assignments:
+        keys, value = read_assignment(assignment, where="--set")
+        mapping_at(changed, keys[:-1], assignment, where="--set")[keys[-1]] = value
+    return changed
+
+
+def mapping_at(values: dict[str, Any], keys: Iterable[str], assignment: str, *, where: str) -> dict[str, Any]:
+    """The mapping within `values` that `keys` lead to, made where there is none.
+
+    Raises:
+        ConfigError: they lead through something that is no mapping.
+    """
+    for key in keys:
+        if values.get(key) is None:
+            values[key] = {}
+        values = values[key]
+        if not isinstance(values, dict):
+            raise ConfigError(f"'{key}' holds no parameters", where=where, seen=assignment)
+    return values
+
+
+def to_mapping(value: Any) -> Any:
+    """The inverse of `from_mapping`: plain dicts, lists and scalars, ready for JSON or YAML."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(k): to_mapping(v) for k, v in value.items()}
+    if isinstance(value, tuple | list):
+        return [to_mapping(v) for v in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _show(value: object) -> str:
+    return f"{value!r} ({type(value).__name__})"
+
+
+def _wrong(value: object, where: str, rule: str) -> ConfigError:
+    return ConfigError("has the wrong type or value", where=where, seen=_show(value), rule=rule)
+
+
+def _convert_field(field: dataclasses.Field, hint: Any, value: object, where: str) -> Any:
+    try:
+        return _convert(hint, value, where)
+    except ConfigError as error:
+        if RULE in field.metadata:
+            raise ConfigError(error.problem, where=error.where, seen=error.seen, rule=field.metadata[RULE]) from None
+        raise
+
+
+def _convert(hint: Any, value: object, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return _convert_union(args, value, where)
+    if origin is typing.Literal:
+        if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args):
+            close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
+            raise ConfigError(
+                "is not an allowed value",
+                where=where,
+                seen=_show(value),
+                rule="one of " + ", ".join(str(a) for a in args),
+                mend=f"did you mean '{close[0]}'?" if close else None,
+            )
+        return value
+    if origin is tuple:
+        return _convert_tuple(args, value, where)
+    if origin in (dict, Mapping) or (isinstance(origin, type) and issubclass(origin, Mapping)):
+        if not isinstance(value, Mapping):
+            raise _wrong(value, where, "a mapping")
+        for k, v in value.items():
+            if args[0] is str and not isinstance(k, str):
+                raise _no_name(args[1], k, v, where)
+        return {_convert(args[0], k, f"{where} key"): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if dataclasses.is_dataclass(hint):
+        return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
+    return _convert_scalar(hint, value, where)
+
+
+def _no_name(hint: Any, key: object, value: object, where: str) -> ConfigError:
+    mend = "put the name in quotes"
+    if isinstance(value, str):
+        with contextlib.suppress(ConfigError):
+            _convert(hint, key, where)
+            mend = f"did you mean '{value}: {key}'?"
+    return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", mend=mend)
+
+
+def _convert_union(args: tuple[Any, ...], value: object, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    choices = [a for a in args if a is not type(None)]
+    if len(choices) == 1:
+        return _convert(choices[0], value, where)
+    for choice in choices:
+        try:
+            return _convert(choice, value, where)
+        except ConfigError:
+            continue
+    raise _wrong(value, where, "one of " + ", ".join(getattr(c, "__name__", str(c)) for c in choices))
+
+
+def _convert_tuple(args: tuple[Any, ...], value: object, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise _wrong(value, where, "a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+    if len(value) != len(args):
+        raise _wrong(value, where, f"a list of {len(args)} values")
+    return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+
+
+def _convert_scalar(hint: Any, value: object, where: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise _wrong(value, where, "true or false")
+    if hint is int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        if isinstance(value, float) and value.is_integer():
+            return int(value)  # KFP passes whole numbers inside lists as floats
+        raise _wrong(value, where, "a whole number")
+    if hint is float:
+        if isinstance(value, str):  # YAML 1.1 reads 1e-3 (no dot) as a string
+            try:
+                value = float(value)
+            except ValueError:
+                raise _wrong(value, where, "a number") from None
+        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+            return float(value)
+        raise _wrong(value, where, "a finite number")
+    if hint is str:
+        if isinstance(value, str):
+            return value
+        raise _wrong(value, where, "text (put it in quotes)")
+    raise TypeError(f"{where}: no conversion for {hint}")

@@ -1,1 +1,0 @@
-"""Cross-validation: the folds of one recipe in one table."""

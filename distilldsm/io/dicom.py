@@ -1,0 +1,354 @@
+"""DICOM series to scans, and masks to DICOM segmentations.
+
+pydicom and highdicom are the optional dependency group `dicom`; they are imported when a DICOM file is met.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm import __version__
+from distilldsm.core.errors import DataError
+from distilldsm.io.nifti import check_size
+from distilldsm.io.scan import Channel, Scan, check_affine
+
+DIRECTION_TOLERANCE = 1e-4
+"""Largest difference between the direction cosines of two slices of a series."""
+SPACING_TOLERANCE = 0.02
+"""Largest relative difference between the distances of neighbouring slices."""
+_MAY_BE_EMPTY = (
+    "AccessionNumber",
+    "PatientBirthDate",
+    "PatientID",
+    "PatientName",
+    "PatientSex",
+    "ReferringPhysicianName",
+    "StudyDate",
+    "StudyID",
+    "StudyTime",
+)
+"""Attributes that must be in a DICOM object, empty if unknown; anonymised series often lack them altogether."""
+_LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
+
+
+@dataclass(frozen=True)
+class DicomSource:
+    """The headers of a series without voxels, in the order of the slices."""
+
+    headers: tuple[Any, ...]
+
+
+def is_dicom(path: Path) -> bool:
+    """Whether a file's content says that it is DICOM: `DICM` after the preamble."""
+    try:
+        with open(path, "rb") as stream:
+            stream.seek(128)
+            return stream.read(4) == b"DICM"
+    except OSError:
+        return False
+
+
+def series_files(folder: Path) -> list[Path]:
+    """The DICOM files directly in a folder, whatever they are called."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
+
+
+def read_series(folder: Path, *, limit_bytes: float = float("inf")) -> Scan:
+    """The one series in a folder as a scan of one channel, rescaled (slope, intercept), slices in order.
+
+    Array axes are (columns, rows, slices), as other readers of series have them.
+
+    Raises:
+        DataError: no, several or mixed series, missing or duplicate slices, tilted stacks, unreadable voxels, or more
+            than `limit_bytes` with the mask.
+    """
+    headers = [_header(path) for path in series_files(folder)]
+    headers = [h for h in headers if h.file_meta.MediaStorageSOPClassUID.keyword != "MediaStorageDirectoryStorage"]
+    if not headers:
+        raise DataError("holds no DICOM image", where=folder)
+    for header in headers:
+        _check_image(header)
+    _check_one_series(headers, folder)
+    ordered, affine = _arrange(headers, folder)
+    check_affine(affine, folder)
+    check_size(folder, 3 * int(ordered[0].Rows) * int(ordered[0].Columns) * len(ordered), limit_bytes)
+    channel = _voxels(ordered)
+    return Scan((channel,), affine, folder, DicomSource(tuple(ordered)))
+
+
+def _header(path: Path) -> Any:
+    import pydicom
+
+    try:
+        header = pydicom.dcmread(path, stop_before_pixels=True)
+        _ = header.file_meta.TransferSyntaxUID, header.file_meta.MediaStorageSOPClassUID
+        return header
+    except Exception as error:  # pydicom raises many kinds for broken files
+        raise DataError("is no readable DICOM file", where=path, seen=_first_line(error)) from None
+
+
+def _check_image(header: Any) -> None:
+    path = header.filename
+    if int(header.get("NumberOfFrames", 1) or 1) > 1:
+        raise DataError(
+            "holds several frames",
+            where=path,
+            seen=f"{header.NumberOfFrames} frames, {header.get('SOPClassUID')}",
+            rule="one slice per file",
+            mend="convert it to single-frame DICOM or NIfTI (e.g. dcm2niix)",
+        )
+    needed = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SeriesInstanceUID")
+    for name in needed:
+        if header.get(name) in (None, ""):
+            raise DataError(
+                f"has no {name}",
+                where=path,
+                seen=str(header.get("SOPClassUID", "")) or None,
+                rule="an image slice with position, orientation and spacing",
+                mend="take files that are no slices (reports, localisers, presentation states) out of the folder",
+            )
+    if int(header.get("SamplesPerPixel", 1)) != 1:
+        raise DataError("is a colour image", where=path, seen=f"{header.SamplesPerPixel} samples", rule="one sample")
+    numbers = [*header.ImagePositionPatient, *header.ImageOrientationPatient, *header.PixelSpacing]
+    spacing = [float(v) for v in header.PixelSpacing]
+    if not np.isfinite([float(v) for v in numbers]).all() or min(spacing) <= 0:
+        raise DataError(
+            "has an impossible geometry",
+            where=path,
+            seen=f"position {list(header.ImagePositionPatient)}, spacing {spacing}",
+            rule="finite numbers, spacing above 0",
+        )
+
+
+def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
+    series: dict[str, list[Any]] = {}
+    for header in headers:
+        series.setdefault(str(header.SeriesInstanceUID), []).append(header)
+    if len(series) > 1:
+        listed = "; ".join(
+            f"{uid}: {len(files)} files, e.g. {Path(files[0].filename).name}" for uid, files in series.items()
+        )
+        raise DataError(
+            f"holds {len(series)} series", where=folder, seen=listed, rule="one series", mend="a folder for each series"
+        )
+    first = headers[0]
+    for header in headers[1:]:
+        pairs = (
+            ("size", (int(first.Rows), int(first.Columns)), (int(header.Rows), int(header.Columns)), 0.0),
+            ("spacing", first.PixelSpacing, header.PixelSpacing, 1e-3),
+            ("orientation", first.ImageOrientationPatient, header.ImageOrientationPatient, DIRECTION_TOLERANCE),
+        )
+        for what, one, other, tolerance in pairs:
+            a, b = np.array([float(v) for v in one]), np.array([float(v) for v in other])
+            if np.abs(a - b).max() > tolerance:
+                raise DataError(
+                    f"has another {what} than the other slices",
+                    where=header.filename,
+                    seen=b.tolist(),
+                    rule=f"{a.tolist()}, as {Path(first.filename).name}",
+                    mend="take slices of other kinds (localisers) out of the folder",
+                )
+
+
+def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], npt.NDArray[np.float64]]:
+    """Slices in order along their normal, and the affine (RAS, mm) of an array (columns, rows, slices)."""
+    orientation = np.array([float(v) for v in headers[0].ImageOrientationPatient])
+    along_row, along_column = orientation[:3], orientation[3:]
+    if abs(np.linalg.norm(along_row) - 1) > 1e-3 or abs(np.linalg.norm(along_column) - 1) > 1e-3:
+        raise DataError(
+            "has an impossible orientation",
+            where=headers[0].filename,
+            seen=orientation.tolist(),
+            rule="two directions of length 1",
+        )
+    normal = np.cross(along_row, along_column)
+    positions = np.array([[float(v) for v in h.ImagePositionPatient] for h in headers])
+    order = np.argsort(positions @ normal, kind="stable")
+    ordered, positions = [headers[int(k)] for k in order], positions[order]
+    row_mm, column_mm = (float(v) for v in headers[0].PixelSpacing)
+    if len(ordered) == 1:
+        step = normal * _thickness(ordered[0])
+    else:
+        _check_steps(ordered, positions @ normal, folder)
+        step = (positions[-1] - positions[0]) / (len(ordered) - 1)
+        away = np.abs(positions - (positions[0] + np.arange(len(ordered))[:, None] * step)).max(axis=1)
+        if away.max() > max(0.05, SPACING_TOLERANCE * float(np.linalg.norm(step))):
+            worst = int(away.argmax())
+            raise DataError(
+                "lies beside the line of the other slices",
+                where=ordered[worst].filename,
+                seen=f"position {positions[worst].tolist()}, {away[worst]:.3g} mm away",
+                rule="slices of one regular stack",
+            )
+    affine = np.eye(4)
+    affine[:3, 0] = along_row * column_mm
+    affine[:3, 1] = along_column * row_mm
+    affine[:3, 2] = step
+    affine[:3, 3] = positions[0]
+    return ordered, _LPS_TO_RAS @ affine
+
+
+def _thickness(header: Any) -> float:
+    for name in ("SpacingBetweenSlices", "SliceThickness"):
+        value = header.get(name)
+        if value not in (None, "") and np.isfinite(float(value)) and float(value) > 0:
+            return float(value)
+    raise DataError(
+        "is a single slice without a thickness", where=header.filename, rule="SpacingBetweenSlices or SliceThickness"
+    )
+
+
+def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder: Path) -> None:
+    steps = np.diff(along)
+    usual = float(np.median(steps))
+    names = [Path(h.filename).name for h in ordered]
+    same = np.flatnonzero(steps < max(1e-3, 0.01 * usual))
+    if same.size:
+        k = int(same[0])
+        raise DataError(
+            "holds two slices at one position",
+            where=folder,
+            seen=f"{names[k]} and {names[k + 1]} at {along[k]:.3f} mm along the normal",
+            rule="one slice per position",
+            mend="take the duplicate out; several echoes, phases or times each need a folder of their own",
+        )
+    odd = np.flatnonzero(np.abs(steps - usual) > max(0.01, SPACING_TOLERANCE * usual))
+    if odd.size:
+        k = int(odd[0])
+        missing = round(steps[k] / usual) - 1
+        raise DataError(
+            "has a gap between slices" if missing > 0 else "has slices at uneven distances",
+            where=folder,
+            seen=f"{steps[k]:.3f} mm between {names[k]} and {names[k + 1]}"
+            + (f": {missing} missing" if missing > 0 else ""),
+            rule=f"{usual:.3f} mm, as between the other slices",
+            mend="copy the whole series again",
+        )
+
+
+def _voxels(ordered: Sequence[Any]) -> Channel:
+    """Voxels slice by slice: as stored where one rescaling holds for all, else as float32 intensities."""
+    import pydicom
+
+    scalings = {(float(h.get("RescaleSlope", 1) or 1), float(h.get("RescaleIntercept", 0) or 0)) for h in ordered}
+    one = len(scalings) == 1
+    slope, intercept = next(iter(scalings))
+    array: npt.NDArray | None = None
+    for k, header in enumerate(ordered):
+        try:
+            dataset = pydicom.dcmread(header.filename)
+            pixels = dataset.pixel_array
+        except Exception as error:  # missing decoders, truncated or corrupt data
+            raise DataError(
+                "holds no readable voxels",
+                where=header.filename,
+                seen=_first_line(error),
+                mend="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
+            ) from None
+        if pixels.shape != (int(header.Rows), int(header.Columns)):
+            raise DataError(
+                "holds another number of voxels than it says",
+                where=header.filename,
+                seen=pixels.shape,
+                rule=f"{header.Rows} rows, {header.Columns} columns",
+            )
+        if not one:
+            a, b = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
+            pixels = (pixels * a + b).astype(np.float32)
+        if not np.isfinite(pixels).all() or not np.isfinite((slope, intercept)).all():
+            raise DataError("holds voxels that are not finite", where=header.filename)
+        if array is None:
+            # Signed and unsigned slices may be mixed in one series; only then does the type not hold them all.
+            array = np.empty((pixels.shape[1], pixels.shape[0], len(ordered)), dtype=pixels.dtype, order="F")
+        elif not np.can_cast(pixels.dtype, array.dtype):
+            array = array.astype(np.promote_types(pixels.dtype, array.dtype), order="F")
+        array[:, :, k] = pixels.T
+    assert array is not None
+    if not one or (slope, intercept) == (1.0, 0.0):
+        return Channel(array)
+    return Channel(array, lambda piece: piece * np.float64(slope) + np.float64(intercept))
+
+
+def write_segmentation(
+    path: Path,
+    classes: npt.NDArray[np.uint8],
+    source: DicomSource,
+    labels: Mapping[str, int],
+    *,
+    model: str,
+) -> None:
+    """Write a mask as DICOM SEG (one binary segment per label, empty frames left out) that refers to its series.
+
+    Args:
+        classes: (X, Y, Z) label values on the series' grid.
+        labels: name to value, background (0) included; segments are numbered in this order.
+        model: name of the model, for the algorithm identification.
+
+    Raises:
+        DataError: the series' headers do not allow it.
+    """
+    import highdicom as hd
+    from pydicom.sr.codedict import codes
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    foreground = {name: value for name, value in labels.items() if value != 0}
+    algorithm = hd.AlgorithmIdentificationSequence(
+        name=model[:64], version=__version__, family=codes.DCM.ArtificialIntelligence
+    )
+    segments = [
+        hd.seg.SegmentDescription(
+            segment_number=number,
+            segment_label=name[:64],
+            segmented_property_category=codes.SCT.AnatomicalStructure,
+            segmented_property_type=hd.sr.CodedConcept(f"label-{value}"[:16], "99DISTILLDSM", name[:64]),
+            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
+            algorithm_identification=algorithm,
+        )
+        for number, (name, value) in enumerate(foreground.items(), start=1)
+    ]
+    table = np.zeros(256, dtype=np.uint8)
+    table[list(foreground.values())] = np.arange(1, len(foreground) + 1)
+    frames = np.ascontiguousarray(table[classes].transpose(2, 1, 0))
+    headers = list(source.headers)
+    for header in headers:  # in memory; the files stay as they are
+        for name in _MAY_BE_EMPTY:
+            if name not in header:
+                setattr(header, name, "")
+    try:
+        segmentation = hd.seg.Segmentation(
+            source_images=headers,
+            pixel_array=frames,
+            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
+            segment_descriptions=segments,
+            series_instance_uid=hd.UID(),
+            series_number=1000,
+            sop_instance_uid=hd.UID(),
+            instance_number=1,
+            manufacturer="distilldsm",
+            manufacturer_model_name=model[:64],
+            software_versions=__version__,
+            device_serial_number="0",
+            content_description="research; not a medical device",
+            transfer_syntax_uid=ExplicitVRLittleEndian,
+            omit_empty_frames=bool(frames.any()),
+        )
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise DataError(
+            "cannot be written as DICOM SEG",
+            where=os.fspath(path),
+            seen=_first_line(error),
+            rule="headers as the standard demands them of an image",
+            mend="write NIfTI instead: --format nifti",
+        ) from None
+    segmentation.save_as(path)
+
+
+def _first_line(error: BaseException) -> str:
+    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]

@@ -1,0 +1,324 @@
+"""From the arguments of `distilldsm predict` to scans and the files they become."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.io.nifti import is_nifti_name, open_nifti, read_scan, wanted_channels
+from distilldsm.io.scan import Scan
+
+Format = Literal["nifti", "seg"]
+
+_MASK = re.compile(r"^(?P<case>.+)_(seg|segmentation|mask|labels?|gt)$", re.IGNORECASE)
+_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})\.nii(\.gz)?$")
+
+
+@dataclass(frozen=True)
+class Input:
+    """One scan: what it is called, and its files (NIfTI) or its folder (DICOM)."""
+
+    name: str
+    paths: tuple[Path, ...]
+    kind: Literal["nifti", "dicom"]
+
+    def read(self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = ()) -> Scan:
+        """Read it, if image and mask take no more than `limit_bytes`; `names` of the channels are for errors.
+
+        Raises:
+            DataError: see `nifti.read_scan` and `dicom.read_series`.
+        """
+        if self.kind == "nifti":
+            return read_scan(self.paths, channels, limit_bytes=limit_bytes, names=names)
+        from distilldsm.io.dicom import read_series
+
+        if channels != len(self.paths):
+            raise DataError(
+                "a DICOM series is one channel",
+                where=self.paths[0],
+                seen=f"{len(self.paths)} series",
+                rule=wanted_channels(channels, names),
+                mend="give one series folder per channel, in the model's order",
+            )
+        from distilldsm.io.nifti import check_same_grid
+
+        scans = [read_series(path, limit_bytes=limit_bytes / channels) for path in self.paths]
+        first = scans[0]
+        for scan in scans[1:]:
+            check_same_grid(first.path, first.shape, first.affine, scan.path, scan.shape, scan.affine)
+        return Scan(tuple(scan.channels[0] for scan in scans), first.affine, first.path, first.source)
+
+
+def tell_on_stderr(remark: str) -> None:
+    """Print a remark beside what the command prints."""
+    print(remark, file=sys.stderr)
+
+
+def find_inputs(
+    arguments: Sequence[Path],
+    channels: int,
+    names: Sequence[str] = (),
+    tell: Callable[[str], object] = tell_on_stderr,
+) -> tuple[list[Input], bool]:
+    """The scans that the arguments stand for. Of folders, files called after a scan as its mask are left out.
+
+    Args:
+        arguments: files and folders.
+        channels: of the model.
+        names: of the channels: where there are several, `CASE_<name>.nii.gz` of all names, in whatever order, are one
+            scan, and what else is called after that case (its `_seg`) is left alone. So are BraTS cases laid out.
+        tell: is given remarks on what may not be what was meant.
+
+    Returns:
+        The scans by name, and whether the output is a directory: for several scans, or a folder of scans.
+
+    Raises:
+        DataError: a path that does not exist, or holds nothing to predict.
+        ConfigError: two scans of one name, or files whose names number the channels in another order.
+    """
+    files: list[Path] = []
+    series: list[Path] = []
+    found: list[Input] = []
+    many = False
+    for path in arguments:
+        if not path.exists():
+            raise DataError("file not found", where=path)
+        if not path.is_dir():
+            files.append(path)
+            continue
+        nifti, folders = _look_into(path)
+        if nifti:
+            found += _without_masks(_by_channel_name(nifti, names) or _group(nifti, channels), path, tell)
+            many = True
+        elif folders == [path]:
+            series.append(path)
+        else:
+            found += [Input(_series_name(folder, path), (folder,), "dicom") for folder in folders]
+            many = True
+    found += _series(series, channels) + (_by_channel_name(files, names) or _files(files, channels))
+    many = many or len(found) > 1
+    named: dict[str, Input] = {}
+    for one in found:
+        if one.name in named:
+            raise ConfigError(
+                f"two scans are called '{one.name}'",
+                where=one.paths[0],
+                seen=str(named[one.name].paths[0]),
+                rule="one output file per name",
+                mend="give the folder of the scans alone, predict them one by one, or rename one",
+            )
+        named[one.name] = one
+    if channels == 1:
+        _remark_on_channels(found, tell)
+    return sorted(found, key=lambda one: one.name), many
+
+
+def _series(folders: Sequence[Path], channels: int) -> list[Input]:
+    if channels > 1 and len(folders) == channels:
+        return [Input(folders[0].resolve().name, tuple(folders), "dicom")]
+    return [Input(folder.resolve().name, (folder,), "dicom") for folder in folders]
+
+
+def _files(files: Sequence[Path], channels: int) -> list[Input]:
+    """Single files: one scan each; for several channels a set named as nnU-Net does, or one scan in the given order."""
+    for path in files:
+        if not is_nifti_name(path):
+            from distilldsm.io.dicom import is_dicom
+
+            raise DataError(
+                "is a single DICOM file" if is_dicom(path) else "is not a NIfTI file",
+                where=path,
+                seen=path.name,
+                rule="a .nii or .nii.gz file, or the folder of a DICOM series",
+                mend="give the folder that holds the series" if is_dicom(path) else None,
+            )
+    if channels == 1:
+        return [Input(stem(path), (path,), "nifti") for path in files]
+    if not files:
+        return []
+    if all(_CHANNEL.match(path.name) for path in files) and len({_key(path) for path in files}) > 1:
+        return _group(files, channels)
+    if len(files) > 1 and not all(_is_4d(path) for path in files):
+        _refuse_other_order(files)
+        return [Input(stem(files[0]), tuple(files), "nifti")]
+    return [Input(stem(path), (path,), "nifti") for path in files]
+
+
+def _refuse_other_order(files: Sequence[Path]) -> None:
+    """Raise ConfigError where the names of one scan's files number its channels in another order."""
+    numbers = [match["channel"] for path in files if (match := _CHANNEL.match(path.name))]
+    if len(numbers) == len(files) and numbers != sorted(numbers):
+        right = [path for _, path in sorted(zip(numbers, files, strict=True))]
+        raise ConfigError(
+            "the channels are in another order than their names say",
+            where=files[0].parent,
+            seen=" ".join(path.name for path in files),
+            rule="_0000, _0001, ...: the model's order",
+            mend="give " + " ".join(map(str, right)),
+        )
+
+
+def _is_4d(path: Path) -> bool:
+    try:
+        return len(open_nifti(path).shape) == 4
+    except UserError:
+        return False
+
+
+def _key(path: Path) -> tuple[Path, str]:
+    match = _CHANNEL.match(path.name)
+    return path.parent, match["case"] if match else stem(path)
+
+
+def _group(files: Sequence[Path], channels: int) -> list[Input]:
+    """Files of a folder: `case_0000.nii.gz` and so on belong together; all else is one scan per file.
+
+    For a model of one channel, `case_0000.nii.gz` is a scan called `case` where no `case_0001` stands beside it.
+    """
+    cases: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted(files):
+        cases.setdefault(_key(path), []).append(path)
+    out = []
+    for (_, name), members in cases.items():
+        if channels == 1 and len(members) > 1:
+            out += [Input(stem(path), (path,), "nifti") for path in members]
+        else:
+            out.append(Input(name, tuple(members), "nifti"))
+    return out
+
+
+def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], object]) -> list[Input]:
+    """All but those called after another scan as its mask, e.g. `CASE_seg`."""
+    cases = {name for one in found for name in (one.name, _key(one.paths[0])[1])}
+
+    def is_mask(one: Input) -> bool:
+        match = _MASK.match(one.name)
+        numbered = _CHANNEL.match(one.paths[0].name)  # as an image, whatever else its name says
+        return match is not None and match["case"] in cases and not numbered
+
+    masks = [one.name for one in found if is_mask(one)]
+    if masks:
+        tell(f"{folder}: left out, as their names are those of masks: {listed(masks)}")
+    return [one for one in found if not is_mask(one)]
+
+
+def _remark_on_channels(found: Sequence[Input], tell: Callable[[str], object]) -> None:
+    """Say that `CASE_0001` beside `CASE_0000` is taken for a scan of its own."""
+    cases: dict[tuple[Path, str], list[Path]] = {}
+    for path in sorted(one.paths[0] for one in found):
+        if _CHANNEL.match(path.name):
+            cases.setdefault(_key(path), []).append(path)
+    further = [stem(path) for members in cases.values() for path in members[1:]]
+    if further:
+        tell(f"named as further channels, but there is only one, so each is taken for a scan: {listed(further)}")
+
+
+def listed(names: Sequence[str], shown: int = 3) -> str:
+    """The first of the names, and how many more there are."""
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more
+
+
+def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]:
+    """Scans whose files end in the channels' names; nothing where the files are named in another way.
+
+    Of a case that lacks a file the others are kept: reading it tells that a channel is missing.
+    """
+    if len(names) < 2:
+        return []
+    cases: dict[tuple[Path, str], dict[str, Path]] = {}
+    for path in files:
+        for name in names:
+            if stem(path).lower().endswith(f"_{name.lower()}"):
+                cases.setdefault((path.parent, stem(path)[: -len(name) - 1]), {})[name] = path
+    if not any(len(found) == len(names) for found in cases.values()):
+        return []
+    if any(all(f.parent != folder or not f.name.startswith(f"{case}_") for folder, case in cases) for f in files):
+        return []
+    return [
+        Input(case, tuple(found[name] for name in names if name in found), "nifti")
+        for (_, case), found in cases.items()
+    ]
+
+
+def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
+    """NIfTI files directly in a folder, or in its folders, else the folders at or below it that hold DICOM files."""
+    from distilldsm.io.dicom import is_dicom
+
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
+    nifti = [path for path in files if is_nifti_name(path)]
+    if nifti and any(is_dicom(path) for path in files):
+        raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", mend="give the files one by one")
+    if nifti:
+        return nifti, []
+    folders = []
+    for directory, inner, names in os.walk(folder):
+        inner.sort()
+        if any(is_dicom(Path(directory, name)) for name in sorted(names) if not name.startswith(".")):
+            folders.append(Path(directory))
+    below = [p for p in sorted(folder.glob("*/*.nii*")) if is_nifti_name(p) and not p.name.startswith(".")]
+    if below and not folders:
+        return below, []
+    if not folders:
+        raise DataError("holds no scan", where=folder, rule=".nii or .nii.gz files, or DICOM series")
+    return [], folders
+
+
+def _series_name(folder: Path, root: Path) -> str:
+    parts = folder.relative_to(root).parts
+    return "_".join(parts) if parts else root.resolve().name
+
+
+def stem(path: Path) -> str:
+    """A file's name without .nii or .nii.gz."""
+    return path.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def output_path(one: Input, output: Path, many: bool, chosen: Format | None) -> tuple[Path, Format]:
+    """Where a scan's mask goes, and in which format: as asked for, else as the name says, else as the input is."""
+    fallback: Format = "seg" if one.kind == "dicom" else "nifti"
+    if many:
+        kind = chosen or fallback
+        return output / f"{one.name}{'.dcm' if kind == 'seg' else '.nii.gz'}", kind
+    named: Format | None = "nifti" if is_nifti_name(output) else "seg" if output.suffix == ".dcm" else None
+    return output, chosen or named or fallback
+
+
+def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -> None:
+    """Refuse an output that cannot be written, or would overwrite an input.
+
+    Raises:
+        ConfigError: names the path, the rule and the mend.
+    """
+    if kind == "seg" and one.kind != "dicom":
+        raise ConfigError(
+            "DICOM SEG needs a DICOM series to refer to", where=one.paths[0], mend="write NIfTI: -o MASK.nii.gz"
+        )
+    endings = (".dcm",) if kind == "seg" else (".nii", ".nii.gz")
+    if not path.name.endswith(endings) or path.name.startswith(endings):
+        raise ConfigError(
+            "is no NIfTI file name" if kind == "nifti" else "is no DICOM file name",
+            where=path,
+            rule=f"ends with {' or '.join(endings)}",
+            mend="rename it",
+        )
+    if path.is_dir():
+        raise ConfigError("is a directory", where=path, rule=f"a file name ending with {' or '.join(endings)}")
+    refuse_input(path, inputs, "is the scan itself")
+
+
+def refuse_input(path: Path, inputs: Sequence[Path], problem: str) -> None:
+    """Raise ConfigError if writing `path` would overwrite one of the inputs, or a file in one of their folders."""
+    for given in inputs:
+        # samefile sees through links; resolve covers an input that does not exist either.
+        same = path.samefile(given) if path.exists() and given.exists() else path.resolve() == given.resolve()
+        if not same and given.is_dir() and path.exists():
+            same = any(path.samefile(file) for file in given.iterdir() if file.is_file())
+        if same:
+            raise ConfigError(problem, where=path, mend="give the output another name")

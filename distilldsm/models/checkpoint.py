@@ -1,0 +1,186 @@
+"""Checkpoints: tensors in safetensors, everything else as JSON in its header. No pickle, one file, whole or absent."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json, whole_file
+from distilldsm.core.mapping import from_mapping
+from distilldsm.models.base import SegmentationNetwork
+from distilldsm.models.inserted import require_trusted
+from distilldsm.models.registry import MODELS, Options, build_model
+
+MAX_SIZE = 4096
+"""Channels, or a multiple of widths, beyond which a model's description is taken for damaged."""
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """Write tensors and JSON-able metadata into one safetensors file; an existing one is replaced at once."""
+    from safetensors.torch import save_file
+
+    with whole_file(path) as temporary:
+        # Shared storage is not allowed in the file; clones also free it from a GPU and from odd memory formats.
+        plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
+        save_file(plain, temporary, metadata={"json": json.dumps(meta, sort_keys=True, allow_nan=False)})
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save_tensors` wrote.
+
+    Raises:
+        DataError: missing or damaged file.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            meta = json.loads((file.metadata() or {}).get("json", "{}"))
+            return {k: file.get_tensor(k) for k in file.keys()}, meta  # noqa: SIM118 - no mapping
+    except FileNotFoundError:
+        raise DataError("checkpoint not found", where=path, mend="train the model first (dvc repro)") from None
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise DataError(
+            "is no readable checkpoint",
+            where=path,
+            seen=str(error),
+            rule="safetensors; a pickle (.pt, .pth) is never loaded",
+            mend="train again, or copy the file again",
+        ) from None
+
+
+def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    """Load weights strictly.
+
+    Raises:
+        DataError: names or shapes that differ from the network's.
+    """
+    try:
+        network.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise DataError("does not fit the network", where=path, seen=str(error)[:500]) from None
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as named tensors and plain JSON."""
+    state = optimizer.state_dict()
+    tensors, plain = {}, {}
+    for index, entries in state["state"].items():
+        for name, value in entries.items():
+            key = f"optimizer.{index}.{name}"
+            if isinstance(value, Tensor):
+                tensors[key] = value
+            else:
+                plain[key] = value
+    return tensors, {"plain": plain, "groups": state["param_groups"]}
+
+
+def unpack_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+    """The inverse of `pack_optimizer`."""
+    state: dict[int, dict[str, Any]] = {}
+    values: dict[str, Any] = {**tensors, **meta["plain"]}
+    for key, value in values.items():
+        if key.startswith("optimizer."):
+            _, index, name = key.split(".", 2)
+            state.setdefault(int(index), {})[name] = value
+    # JSON has no tuples, torch's optimizers expect them.
+    groups = [{k: tuple(v) if k == "betas" else v for k, v in group.items()} for group in meta["groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def load_network(model_dir: Path, checkpoint: str = "last") -> SegmentationNetwork:
+    """Rebuild the network of a training directory with its averaged weights, on the CPU, in evaluation mode.
+
+    Args:
+        model_dir: what the train stage wrote (`model.json` and `<checkpoint>.safetensors`).
+        checkpoint: `last` or `best`.
+
+    Raises:
+        DataError: a missing, damaged or unfitting file; a network with random weights is never returned.
+    """
+    spec = read_model_spec(model_dir)
+    path = model_dir / f"{checkpoint}.safetensors"
+    tensors, _ = load_tensors(path)
+    network = described_network(
+        spec.name, spec.options, spec.in_channels, spec.out_channels, where=model_dir / "model.json"
+    )
+    load_weights(network, tensors, path)
+    return network.eval()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec:
+    """What `model.json` must say for the network to be built again; it says more."""
+
+    name: str
+    options: Options
+    in_channels: int
+    out_channels: int
+
+
+def read_model_spec(model_dir: Path) -> ModelSpec:
+    """Read `model.json` of a training directory.
+
+    Raises:
+        UserError: it is missing or no JSON.
+        DataError: it says something else than a network.
+    """
+    path = model_dir / "model.json"
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise DataError("describes no network", where=path, seen=type(found).__name__, rule="a mapping")
+    known = {field.name for field in fields(ModelSpec)}
+    try:
+        return from_mapping(ModelSpec, {key: value for key, value in found.items() if key in known}, where=str(path))
+    except ConfigError as error:
+        raise DataError(
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="train the model again"
+        ) from None
+
+
+def described_network(
+    name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, *, where: Path
+) -> SegmentationNetwork:
+    """The network that the file `where` describes, whatever it says.
+
+    Raises:
+        DataError: there is no such network, it would be larger than any that is trained, or code that is not trusted
+            makes it (models/inserted.py).
+    """
+    if name in MODELS and MODELS[name].family == "inserted":
+        require_trusted(options, where)
+    sizes = [in_channels, out_channels, *_numbers(options)]
+    try:
+        if max(sizes) > MAX_SIZE:
+            raise ValueError(f"{max(sizes)} is more than {MAX_SIZE}")
+        if {"name", "in_channels", "out_channels"} & set(options):
+            raise ValueError("an option that is none")
+        return build_model(name, in_channels=in_channels, out_channels=out_channels, **options)
+    except (ConfigError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise DataError(
+            "describes no network of this version",
+            where=where,
+            seen=str(error)[:500],
+            rule="a name and options of `distilldsm info --models`",
+            mend="train the model again, or copy the file again",
+        ) from None
+
+
+def _numbers(value: Any) -> Iterator[float]:
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, tuple):
+        for inner in value:
+            yield from _numbers(inner)
+    elif isinstance(value, int | float):
+        yield value

@@ -1,0 +1,234 @@
+"""The exported model directory: its metadata, and the check that no file in it has changed. Imports no runtime.
+
+Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
+`fingerprint.json` (for `distilldsm drift`), `README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`,
+the folders `int8` (what was decided, and where it is worth it another IR) and `monai_bundle`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from distilldsm.config import MirrorAxis, Modality
+from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.mapping import from_mapping
+from distilldsm.core.output_directory import MANIFEST
+from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
+from distilldsm.models.registry import Options
+
+METADATA = "metadata.json"
+INTENDED_USE = "research; not a medical device"
+RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
+    "openvino": ("plan.json", "model.xml", "model.bin"),
+    "onnx": ("plan.json", "model.onnx"),
+    "torch": ("plan.json", "model.safetensors"),
+}
+"""What prediction with a runtime reads."""
+MONAI_BUNDLE = "monai_bundle"
+INT8_DECISION = "int8/decision.json"
+INT8_FILES = ("int8/model.bin", "int8/model.xml")
+SERVICE = "inference_service.yaml"
+HASHED_FILES = (
+    "README.md",
+    "fingerprint.json",
+    SERVICE,
+    INT8_DECISION,
+    "model.bin",
+    "model.onnx",
+    "model.safetensors",
+    "model.xml",
+    "parity.json",
+    "plan.json",
+)
+"""Files whose SHA-256 is in the metadata."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorInfo:
+    """An input or output of the network."""
+
+    name: str
+    dtype: str = "float32"
+    shape: tuple[int | None, ...]
+    """null: any size, as far as `multiple_of` allows."""
+    axes: tuple[str, ...] = ("batch", "channel", "depth", "height", "width")
+    multiple_of: tuple[int, int, int]
+    """What depth, height and width must be multiples of; prediction pads to it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChannelInfo:
+    """A channel of the input, in order."""
+
+    name: str
+    modality: Modality
+    normalisation: str
+    """In words; the numbers stand in plan.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkInfo:
+    """What the network is, and what prediction must know of it besides its weights."""
+
+    name: str
+    options: Options
+    stride: tuple[int, int, int]
+    depth_halo: int | None
+    """Slices beyond a slice that take part in its logits; null: the whole depth."""
+    parameters: int
+    macs_per_voxel: float
+    mirror_axes: tuple[MirrorAxis, ...] = ()
+    """Axes along which it was trained with random flips."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataInfo:
+    """What the network was trained on."""
+
+    name: str
+    licence: str
+    reference: str
+    source: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Int8Report:
+    """What came of the quantisation; in `parity.json` and `metadata.json`."""
+
+    shipped: bool
+    reason: str
+    """In words, with the numbers."""
+    speedup: float | None = None
+    """Time of the IR as OpenVINO runs it by default (bf16 where the CPU has it) over the time of the INT8 IR."""
+    speedup_f32: float | None = None
+    """The same against the IR in float32."""
+    dice_loss: float | None = None
+    """Mean Dice over labels and held-out cases of the float32 IR minus that of the INT8 IR."""
+    cases: int = 0
+    """Held-out cases it was measured on."""
+    calibration_cases: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelMetadata:
+    """The contents of `metadata.json`."""
+
+    schema_version: int = 1
+    name: str
+    intended_use: str
+    inputs: tuple[TensorInfo, ...]
+    outputs: tuple[TensorInfo, ...]
+    channels: tuple[ChannelInfo, ...]
+    labels: Mapping[str, int]
+    """Label name to value in the masks, ascending from background."""
+    regions: tuple[Region, ...] = ()
+    """What the output channels stand for (with a sigmoid each); where there are none, the labels (with a softmax)."""
+    network: NetworkInfo
+    openvino_weights: Literal["FP16", "FP32"]
+    """How model.bin stores the weights."""
+    int8: Int8Report = Int8Report(shipped=False, reason="not made")
+    """Whether there is an IR in `int8`, and why, or why not."""
+    postprocessing: tuple[str, ...] | None = None
+    """Labels or regions of which `distilldsm predict --postprocess` keeps the largest component only, decided on the
+    held-out cases; null: not decided, the fold was not evaluated."""
+    data: DataInfo
+    fold: int
+    """The fold that was held out from training."""
+    checkpoint: str
+    files: Mapping[str, str]
+    """SHA-256 (hex) of each file beside this one."""
+    versions: Mapping[str, str]
+    """Packages it was exported with."""
+
+    def __post_init__(self) -> None:
+        if self.schema_version != 1:
+            raise ConfigError("unknown version of the metadata", seen=self.schema_version, rule="1")
+        largest = self.targets.largest  # regions must fit the labels
+        if not set(self.postprocessing or ()) <= largest.keys():
+            raise ConfigError(
+                "'postprocessing' names no label or region of which only the largest component can be kept",
+                seen=self.postprocessing,
+                rule=", ".join(largest) or LARGEST_NOT_TRIED,
+            )
+
+    @property
+    def targets(self) -> Targets:
+        """What the network's output channels stand for."""
+        return Targets(tuple(self.labels), tuple(self.labels.values()), self.regions)
+
+
+def model_name(dataset: str) -> str:
+    """The name a model of this data set is registered under: lower case, digits and hyphens only."""
+    return "distilldsm-" + (re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-") or "model")
+
+
+def load_metadata(model_dir: str | os.PathLike[str]) -> ModelMetadata:
+    """Read `metadata.json` of an exported model; the other files are not looked at (see `verify`).
+
+    Raises:
+        DataError: no exported model there, or metadata that are damaged or of an unknown version.
+    """
+    path = Path(model_dir) / METADATA
+    if not path.is_file():
+        raise DataError(
+            "is no exported model",
+            where=model_dir,
+            seen=f"no {METADATA}" if Path(model_dir).is_dir() else "no such directory",
+            mend="give the directory that the export stage wrote, e.g. export/fold0",
+        )
+    try:
+        return from_mapping(ModelMetadata, read_json(path), where=str(path))
+    except ConfigError as error:
+        raise DataError(
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="export the model again"
+        ) from None
+
+
+def verify(model_dir: str | os.PathLike[str], names: Iterable[str] | None = None) -> ModelMetadata:
+    """Check files of an exported model against the hashes of its metadata, and those against the manifest.
+
+    Args:
+        model_dir: what the export stage wrote.
+        names: the files to check; by default all that the metadata list.
+
+    Raises:
+        DataError: names the first file that is missing or has changed.
+    """
+    root = Path(model_dir)
+    metadata = load_metadata(root)
+    expected = dict(metadata.files)
+    if (root / MANIFEST).is_file():
+        manifest = read_json(root / MANIFEST)
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        if not isinstance(files, dict) or METADATA not in files:
+            raise DataError("lists no file hashes", where=root / MANIFEST, mend="export the model again")
+        _check(root / METADATA, files[METADATA])
+    for name in expected:
+        if PurePosixPath(name).is_absolute() or {"..", ""} & set(name.split("/")) or "\\" in name:
+            raise DataError("names a file outside the model", where=root / METADATA, seen=name, rule="a file beside it")
+    for name in expected if names is None else names:
+        if name not in expected:
+            raise DataError(f"lists no hash of {name}", where=root / METADATA, mend="export the model again")
+        _check(root / name, expected[name])
+    return metadata
+
+
+def _check(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise DataError("is missing", where=path, mend="copy the whole model directory, or export the model again")
+    seen = sha256_file(path)
+    if seen != expected:
+        raise DataError(
+            "has changed since the export",
+            where=path,
+            seen=f"SHA-256 {seen}",
+            rule=f"SHA-256 {expected}",
+            mend="copy the model directory again, or export the model again",
+        )

@@ -1,0 +1,350 @@
+"""Talking to Kubeflow Pipelines: upload, start, follow; every failure told by what to mend."""
+
+from __future__ import annotations
+
+import json
+import os
+import ssl
+import time
+import urllib.error
+import urllib.request
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.pipeline.definition import NAME
+
+TIMEOUT_S = 8.0
+"""How long the first answer of the server may take."""
+END_STATES = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}
+SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
+
+
+class ServerAwayError(UserError):
+    """The server does not answer now, but may later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Connection:
+    """Where Kubeflow Pipelines answers, and as whom. Secrets come from the environment, never from a command line."""
+
+    host: str
+    """e.g. `https://kubeflow.example.org/pipeline`."""
+    namespace: str | None = None
+    """Of the user, in a multi-user installation."""
+    token: str | None = None
+    cookies: str | None = None
+    """As a browser sends them: `name=value; name=value`."""
+    ca_file: str | None = None
+    """Certificates of the authority that signed the server's."""
+
+    @classmethod
+    def from_environment(
+        cls, host: str | None = None, namespace: str | None = None, ca_file: str | None = None
+    ) -> Connection:
+        """Host: the argument or KF_PIPELINES_ENDPOINT. Token: KF_PIPELINES_TOKEN, or that of the pod this runs in.
+        Cookies: KF_PIPELINES_COOKIES.
+
+        Raises:
+            ConfigError: no host, or it is no address.
+        """
+        host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
+        if not host and SERVICE_ACCOUNT_TOKEN.is_file():
+            host = "http://ml-pipeline.kubeflow.svc:8888"
+        if not host.startswith(("http://", "https://")):
+            raise ConfigError(
+                "no address of Kubeflow Pipelines",
+                seen=host or "nothing",
+                rule="http://... or https://...",
+                mend="give --host, or set KF_PIPELINES_ENDPOINT",
+            )
+        if "@" in host.split("/")[2]:
+            raise ConfigError("the host holds a user or password", mend="set KF_PIPELINES_TOKEN or _COOKIES instead")
+        token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or SERVICE_ACCOUNT_TOKEN)
+        token = os.environ.get("KF_PIPELINES_TOKEN") or (token_file.read_text().strip() if token_file.is_file() else "")
+        return cls(
+            host=host.rstrip("/"),
+            namespace=namespace or os.environ.get("KF_PIPELINES_NAMESPACE") or None,
+            token=token or None,
+            cookies=os.environ.get("KF_PIPELINES_COOKIES") or None,
+            ca_file=ca_file,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Submitted:
+    """What was started."""
+
+    pipeline_id: str
+    version_id: str
+    run_id: str
+    """Of the run, or of the recurring run."""
+    recurring: bool
+    run_url: str
+
+
+def connect(connection: Connection) -> Any:
+    """kfp's client, after the server has answered.
+
+    Raises:
+        UserError: unreachable, refused, or no Kubeflow Pipelines v2.
+    """
+    probe(connection)
+    import kfp
+
+    with warnings.catch_warnings(), _own_context(connection):
+        warnings.simplefilter("ignore")
+        return kfp.Client(
+            host=connection.host,
+            namespace=connection.namespace or "",
+            existing_token=connection.token,
+            cookies=connection.cookies,
+            ssl_ca_cert=connection.ca_file,
+        )
+
+
+@contextmanager
+def _own_context(connection: Connection) -> Iterator[None]:
+    """kfp reads a saved context of other clusters from the home folder; this connection says all there is to say."""
+    import kfp
+
+    before = kfp.Client._LOCAL_KFP_CONTEXT
+    kfp.Client._LOCAL_KFP_CONTEXT = os.path.join(os.devnull, "none")
+    try:
+        yield
+    finally:
+        kfp.Client._LOCAL_KFP_CONTEXT = before
+
+
+def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
+    """Ask the server for its health.
+
+    Raises:
+        UserError: unreachable, refused, or no Kubeflow Pipelines v2.
+    """
+    url = f"{connection.host}/apis/v2beta1/healthz"
+    headers = {"Accept": "application/json"}
+    if connection.token:
+        headers["Authorization"] = f"Bearer {connection.token}"
+    if connection.cookies:
+        headers["Cookie"] = connection.cookies
+    context = ssl.create_default_context(cafile=connection.ca_file) if url.startswith("https") else None
+    try:
+        request = urllib.request.Request(url, headers=headers)  # noqa: S310
+        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:  # noqa: S310
+            body = answer.read(100_000)
+            final = answer.url
+    except urllib.error.HTTPError as error:
+        raise _refusal(error.code, connection, url) from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise UserError(
+            "Kubeflow Pipelines does not answer",
+            where=connection.host,
+            seen=str(reason),
+            mend="is the address right, the port forwarded, the VPN on? For a private authority: --ca-file",
+        ) from None
+    try:
+        json.loads(body)
+    except ValueError:
+        login = any(word in final for word in ("auth", "login", "dex", "oauth"))
+        raise UserError(
+            "asks for a log-in" if login else "answers, but not as Kubeflow Pipelines",
+            where=connection.host,
+            seen=final,
+            rule=f"JSON at {url}",
+            mend="set KF_PIPELINES_COOKIES or KF_PIPELINES_TOKEN" if login else "give the address of ml-pipeline",
+        ) from None
+
+
+def _refusal(status: int, connection: Connection, what: str) -> UserError:
+    if status in (401, 403):
+        used = "a token" if connection.token else "cookies" if connection.cookies else "no token and no cookies"
+        return UserError(
+            "access is refused: the token or cookies are missing, expired, or not allowed to do this",
+            where=connection.host,
+            seen=f"HTTP {status} with {used}",
+            mend="set a fresh KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; for several users --namespace too",
+        )
+    if status == 404:
+        return UserError(
+            "is no Kubeflow Pipelines of version 2",
+            where=connection.host,
+            seen=f"HTTP 404 for {what}",
+            rule="the v2beta1 API (Kubeflow Pipelines 2.0 or newer)",
+            mend="give the address of ml-pipeline, often ending in /pipeline",
+        )
+    return UserError("Kubeflow Pipelines failed", where=connection.host, seen=f"HTTP {status} for {what}")
+
+
+@contextmanager
+def explained(connection: Connection) -> Iterator[None]:
+    """Turn what kfp's client raises into an error that says what to mend."""
+    import kfp_server_api
+    import urllib3
+
+    try:
+        yield
+    except kfp_server_api.ApiException as error:
+        if error.status in (401, 403):
+            raise _refusal(error.status, connection, "the API") from None
+        kind = ServerAwayError if (error.status or 0) >= 500 else UserError
+        raise kind(
+            "Kubeflow Pipelines refused the request",
+            where=connection.host,
+            seen=f"HTTP {error.status}: {_server_message(error.body)}",
+        ) from None
+    except urllib3.exceptions.HTTPError as error:
+        raise ServerAwayError("the connection broke", where=connection.host, seen=str(error)[:300]) from None
+
+
+def _server_message(body: Any) -> str:
+    try:
+        found = json.loads(body)
+        return str(found.get("error_message") or found.get("message") or found.get("error") or found)[:400]
+    except (TypeError, ValueError, AttributeError):
+        return str(body)[:400]
+
+
+def submit(
+    client: Any,
+    connection: Connection,
+    package: Path,
+    *,
+    version_name: str,
+    run_name: str,
+    experiment: str,
+    arguments: Mapping[str, Any],
+    enable_caching: bool = True,
+    service_account: str | None = None,
+    pipeline_root: str | None = None,
+    cron: str | None = None,
+) -> Submitted:
+    """Upload a version of the pipeline, and start a run, or with `cron` a recurring run.
+
+    Raises:
+        UserError: the server refused a step; what was uploaded before stays, and a version is used again.
+    """
+    with explained(connection), _silent():
+        pipeline_id = client.get_pipeline_id(NAME)
+        if pipeline_id is None:
+            pipeline_id = client.upload_pipeline(
+                str(package), NAME, "Distill DSM, from volumes to model", connection.namespace
+            ).pipeline_id
+        version_id = _version(client, pipeline_id, version_name)
+        if version_id is None:
+            version_id = client.upload_pipeline_version(
+                str(package), version_name, pipeline_id=pipeline_id
+            ).pipeline_version_id
+        experiment_id = client.create_experiment(experiment, namespace=connection.namespace).experiment_id
+        common = {
+            "params": dict(arguments),
+            "pipeline_id": pipeline_id,
+            "version_id": version_id,
+            "enable_caching": None if enable_caching else False,
+            "service_account": service_account,
+            "pipeline_root": pipeline_root,
+        }
+        if cron is not None:
+            run_id = client.create_recurring_run(
+                experiment_id, run_name, cron_expression=cron, no_catchup=True, **common
+            ).recurring_run_id
+        else:
+            run_id = client.run_pipeline(experiment_id, run_name, **common).run_id
+    kind = "recurringrun" if cron is not None else "runs"
+    return Submitted(
+        pipeline_id=pipeline_id,
+        version_id=version_id,
+        run_id=run_id,
+        recurring=cron is not None,
+        run_url=f"{connection.host}/#/{kind}/details/{run_id}",
+    )
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """kfp's client prints addresses of its own, which may end up in `--json` output."""
+    import contextlib
+    import io
+
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _version(client: Any, pipeline_id: str, name: str) -> str | None:
+    """A version of that name, uploaded before."""
+    token = ""
+    while True:
+        page = client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100)
+        for version in page.pipeline_versions or []:
+            if name in (version.display_name, getattr(version, "name", None)):
+                return str(version.pipeline_version_id)
+        token = page.next_page_token or ""
+        if not token:
+            return None
+
+
+def status(client: Any, connection: Connection, run_id: str) -> dict[str, Any]:
+    """State of a run and of its steps, with their errors.
+
+    Raises:
+        UserError: there is no such run, or the server refuses.
+    """
+    with explained(connection):
+        run = client.get_run(run_id)
+    tasks = [
+        {"name": t.display_name, "state": t.state, "error": t.error.message if t.error else None}
+        for t in (run.run_details.task_details if run.run_details else None) or []
+    ]
+    return {
+        "run_id": run.run_id,
+        "name": run.display_name,
+        "state": run.state,
+        "error": run.error.message if run.error else None,
+        "url": f"{connection.host}/#/runs/details/{run.run_id}",
+        "tasks": tasks,
+    }
+
+
+def wait(
+    client: Any,
+    connection: Connection,
+    run_id: str,
+    *,
+    say: Callable[[str], None] = print,
+    poll_s: float = 10.0,
+    timeout_s: float = 0.0,
+) -> dict[str, Any]:
+    """Follow a run to its end, a line for each change of a step; a server that is away for a while is waited for.
+
+    (kfp's own wait does not know that a run can be cancelled.)
+
+    Raises:
+        UserError: access is refused, the server stays away for six polls, or `timeout_s` is over; the run
+            itself goes on then.
+    """
+    seen: dict[str, str] = {}
+    begun, misses = time.monotonic(), 0
+    while True:
+        try:
+            found = status(client, connection, run_id)
+            misses = 0
+        except ServerAwayError:
+            misses += 1
+            if misses > 6:
+                raise
+            found = None
+        if found is not None:
+            for task in found["tasks"]:
+                if seen.get(task["name"]) != task["state"]:
+                    seen[task["name"]] = task["state"]
+                    say(f"{task['name']}: {task['state']}" + (f"  {task['error']}" if task["error"] else ""))
+            if found["state"] in END_STATES:
+                return found
+        if timeout_s and time.monotonic() - begun > timeout_s:
+            raise UserError("the run has not ended in time; it goes on", seen=run_id, mend="distilldsm pipeline status")
+        time.sleep(poll_s)

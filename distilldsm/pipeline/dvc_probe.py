@@ -1,0 +1,98 @@
+"""Does DVC's remote take an object, and give it back? One small object, deleted at once."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from dvc.config import Config
+from dvc.fs import get_cloud_fs
+
+from distilldsm.core.errors import UserError
+from distilldsm.core.redaction import public_address
+from distilldsm.doctor.checks import Finding, clean
+
+NAME = "dvc remote"
+_READ_ONLY = ("http", "https")
+_REFUSED = re.compile(
+    r"denied|forbidden|unauthori[sz]ed|credentials|InvalidAccessKeyId|SignatureDoesNotMatch|\b40[13]\b", re.I
+)
+
+
+def check(limit_s: float) -> list[Finding]:
+    """The default remote of the repository in the current directory."""
+    config = Config(str(Path(".dvc").absolute()))
+    remote = config["core"].get("remote")
+    if not remote:
+        others = ", ".join(config["remote"])
+        if others:
+            mend = f"dvc remote default {next(iter(config['remote']))}"
+            return [Finding(name=NAME, status="warn", seen=f"none is the default one (there is {others})", mend=mend)]
+        return [Finding(name=NAME, status="skip", seen="not configured: data and models stay on this machine")]
+    url = _public(config["remote"][remote]["url"])
+    with _explained(remote, url):
+        cls, settings, path = get_cloud_fs(config, name=remote)
+        fs = cls(**settings)
+        if cls.protocol in _READ_ONLY:
+            fs.exists(path)
+            return [Finding(name=NAME, status="ok", seen=f"{remote}: {url}: answers (only reading was tried)")]
+        with _folder(fs, path) as folder:
+            _round_trip(fs, folder)
+    return [Finding(name=NAME, status="ok", seen=f"{remote}: {url}: an object was written, read back and deleted")]
+
+
+def _round_trip(fs: Any, folder: str) -> None:
+    path, content = fs.join(folder, f".distilldsm-doctor-{uuid.uuid4().hex}"), uuid.uuid4().bytes
+    try:
+        fs.pipe_file(path, content)
+        if fs.cat_file(path) != content:
+            raise OSError("what is read is not what was written")
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            fs.rm_file(path)
+
+
+@contextlib.contextmanager
+def _folder(fs: Any, path: str) -> Iterator[str]:
+    """The remote's folder; on this machine's disks it is made as `dvc push` would, and is gone afterwards.
+
+    Elsewhere nothing is made: for an object store that would be the bucket.
+    """
+    made: list[Path] = []
+    if fs.protocol == "local":
+        made = [one for one in (Path(path), *Path(path).parents) if not one.exists()]
+    try:
+        for one in reversed(made):
+            one.mkdir()
+        yield path
+    finally:
+        for one in made:
+            with contextlib.suppress(OSError):
+                one.rmdir()
+
+
+def _public(url: str) -> str:
+    return public_address(url) if "://" in url else url
+
+
+@contextlib.contextmanager
+def _explained(remote: str, url: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        text = clean(f"{type(error).__name__}: {error}", 200)
+        if type(error).__name__ == "RemoteMissingDepsError":
+            problem = f"a package for {url} is missing"
+            mend = f"pip install -c constraints.txt 'dvc[{url.partition('://')[0]}]'"
+        elif isinstance(error, PermissionError) or _REFUSED.search(text):
+            problem = f"access to {url} is refused"
+            mend = "the credentials are missing, expired or not allowed to write: for S3 AWS_ACCESS_KEY_ID and "
+            mend += "AWS_SECRET_ACCESS_KEY; for a folder its owner"
+        else:
+            problem = f"{url} cannot be used"
+            mend = "is the address right (dvc remote list), the disk mounted, the network there?"
+        raise UserError(problem, where=remote, seen=text, mend=mend) from None

@@ -1,0 +1,186 @@
+"""From any one of DVC's lock hash, an MLflow run id, a KFP run id, to the others and the hashes of the data."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json
+from distilldsm.core.mapping import load_yaml
+from distilldsm.tracking import default_uri
+
+TAGS = {"dvc": "dvc_lock_sha256", "kfp": "kfp_run_id", "git": "git_commit"}
+
+
+def client() -> Any:
+    """MLflow's client of the configured store."""
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=default_uri())
+
+
+def mark_runs(kfp_run_id: str, tags: Mapping[str, str]) -> list[str]:
+    """Set tags on every MLflow run of a KFP run; returns the ids of those runs."""
+    mlflow = client()
+    found = search(mlflow, f"tags.{TAGS['kfp']} = '{kfp_run_id}'")
+    for run in found:
+        for key, value in tags.items():
+            mlflow.set_tag(run.info.run_id, key, value)
+    return [run.info.run_id for run in found]
+
+
+def search(mlflow: Any, condition: str) -> list[Any]:
+    """Runs of all experiments that fulfil a condition, the newest first."""
+    experiments = [e.experiment_id for e in mlflow.search_experiments()]
+    return list(mlflow.search_runs(experiments, filter_string=condition, order_by=["attributes.start_time DESC"]))
+
+
+def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
+    """What belongs together with `identifier`.
+
+    Args:
+        identifier: an MLflow run id, a KFP run id, the SHA-256 of dvc.lock, a git commit (each also abbreviated to
+            8 characters or more), or the name of a registered model as `NAME/VERSION`.
+        root: the repository, whose dvc.lock is compared with what the runs carry.
+
+    Returns:
+        `{"identifier", "kind", "runs": [{mlflow_run_id, name, status, fold, parent, kfp_run_id, dvc_lock_sha256,
+        git_commit, datasets: [{name, digest, source}], models: [{name, version, aliases}]}], "dvc_lock": {...} or
+        None}`; `parent` is the MLflow run of a cross-validation.
+
+    Raises:
+        DataError: no run carries the identifier.
+    """
+    mlflow = client()
+    lock = _dvc_lock(root)
+    kind, runs = _of_this_lock(mlflow, identifier, lock)
+    if not runs:
+        kind, runs = _find(mlflow, identifier)
+    if not runs:
+        raise DataError(
+            "is no identifier that an MLflow run carries",
+            where=default_uri().split("@")[-1],
+            seen=identifier,
+            rule="an MLflow run id, a KFP run id, dvc.lock's SHA-256, a git commit, or MODEL/VERSION",
+            mend="is MLFLOW_TRACKING_URI the store the run was tracked in?",
+        )
+    return {
+        "identifier": identifier,
+        "kind": kind,
+        "runs": [_describe(mlflow, run) for run in runs],
+        "dvc_lock": lock,
+    }
+
+
+def _of_this_lock(mlflow: Any, identifier: str, lock: Mapping[str, Any] | None) -> tuple[str, list[Any]]:
+    """Runs of the models that the dvc.lock at hand describes.
+
+    A run's own tag tells the lock as it was when the run began; DVC writes the model into it only afterwards.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if lock is None or len(identifier) < 8 or not lock["sha256"].startswith(identifier):
+        return "dvc", []
+    runs = []
+    for run_id in lock["mlflow_run_ids"]:
+        with contextlib.suppress(MlflowException):
+            runs.append(mlflow.get_run(run_id))
+    return "dvc", runs
+
+
+def _find(mlflow: Any, identifier: str) -> tuple[str, list[Any]]:
+    from mlflow.exceptions import MlflowException
+
+    if "'" in identifier or "%" in identifier:
+        return "none", []
+    name, _, version = identifier.rpartition("/")
+    if name and version.isdigit():
+        try:
+            return "model", [mlflow.get_run(mlflow.get_model_version(name, version).run_id)]
+        except MlflowException:
+            return "none", []
+    try:
+        return "mlflow", [mlflow.get_run(identifier)]
+    except MlflowException:
+        pass
+    for kind, tag in TAGS.items():
+        exact = search(mlflow, f"tags.{tag} = '{identifier}'")
+        if exact:
+            return kind, exact
+    if len(identifier) >= 8:
+        for kind, tag in TAGS.items():
+            begun = search(mlflow, f"tags.{tag} LIKE '{identifier}%'")
+            if begun:
+                return kind, begun
+        begun = [run for run in search(mlflow, "") if run.info.run_id.startswith(identifier)]
+        return "mlflow", begun
+    return "none", []
+
+
+def _describe(mlflow: Any, run: Any) -> dict[str, Any]:
+    tags = run.data.tags
+    versions = mlflow.search_model_versions(f"run_id = '{run.info.run_id}'")
+    return {
+        "mlflow_run_id": run.info.run_id,
+        "name": run.info.run_name,
+        "status": run.info.status,
+        "fold": tags.get("fold"),
+        "parent": tags.get("mlflow.parentRunId"),
+        "kfp_run_id": tags.get(TAGS["kfp"]),
+        "dvc_lock_sha256": tags.get(TAGS["dvc"]),
+        "git_commit": tags.get(TAGS["git"]),
+        "datasets": [
+            {"name": one.dataset.name, "digest": one.dataset.digest, "source": _source(one.dataset.source)}
+            for one in run.inputs.dataset_inputs
+        ],
+        "models": [{"name": v.name, "version": str(v.version), "aliases": list(v.aliases)} for v in versions],
+    }
+
+
+def _source(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def _dvc_lock(root: Path) -> dict[str, Any] | None:
+    """Hash of the repository's dvc.lock and what it says of the data."""
+    path = root / "dvc.lock"
+    if not path.is_file():
+        return None
+    text = path.read_bytes()
+    outs = [out for stage in load_yaml(path).get("stages", {}).values() for out in stage.get("outs", [])]
+    run_files = [root / out["path"] / "mlflow_run.json" for out in outs if out["path"].startswith("models/")]
+    return {
+        "sha256": hashlib.sha256(text).hexdigest(),
+        "data": {out["path"]: out.get("md5") for out in outs if out["path"].startswith("data/")},
+        "mlflow_run_ids": [str(read_json(file)["run_id"]) for file in run_files if file.is_file()],
+    }
+
+
+def format_lineage(found: Mapping[str, Any]) -> str:
+    """The same as text."""
+    lines = [f"{found['identifier']} ({found['kind']})"]
+    for run in found["runs"]:
+        lines.append(f"MLflow run   {run['mlflow_run_id']}  {run['name']}  {run['status']}")
+        rows = [
+            ("parent", run["parent"]),
+            ("KFP run", run["kfp_run_id"]),
+            ("dvc.lock", run["dvc_lock_sha256"]),
+            ("git commit", run["git_commit"]),
+        ]
+        rows += [("data", f"{d['name']}  {d['digest']}") for d in run["datasets"]]
+        rows += [("model", f"{m['name']}/{m['version']} {' '.join(m['aliases'])}".rstrip()) for m in run["models"]]
+        lines += [f"  {key:11}{value}" for key, value in rows if value]
+    lock = found["dvc_lock"]
+    if lock is not None:
+        same = any(run["mlflow_run_id"] in lock["mlflow_run_ids"] for run in found["runs"])
+        lines.append(f"dvc.lock here is {'of this run' if same else 'of other runs'}: {lock['sha256']}")
+        lines += [f"  {path:34}{md5}" for path, md5 in lock["data"].items()]
+    return "\n".join(lines)

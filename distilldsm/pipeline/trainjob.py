@@ -1,0 +1,194 @@
+"""The train stage on as many processes as there are GPUs: in this pod by torchrun, or as a Kubeflow Trainer TrainJob.
+
+Both start the same entry point, `distilldsm.components.train`. A TrainJob's pods and the one that starts it share a claim:
+data and parameters are put there, the model is collected from there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm.config import TrackingConfig, TrainConfig, load_params
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import read_json, replace_directory, sha256_file, sha256_json
+from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
+from distilldsm.core.output_directory import MANIFEST
+from distilldsm.core.shell import handled, interrupt, run_shell
+from distilldsm.pipeline.trainjob_follow import JobApi, SdkJobApi, follow
+from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
+
+COLLECT_POLLS = 12
+"""A network file system may show a finished model some seconds late."""
+
+
+def run_train(
+    config: TrainConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    fold: int,
+    tracking: TrackingConfig | None = None,
+    job: TrainJobConfig | None = None,
+    processes: int = 0,
+    api: JobApi | None = None,
+) -> None:
+    """Run the train stage: `inputs` and `outputs` as in distilldsm/components/train.py.
+
+    Args:
+        job: as a TrainJob of the cluster; None: in this pod.
+        processes: in this pod, how many; 0: one per visible GPU, one without a GPU.
+        api: stands for the cluster in tests.
+
+    Raises:
+        UserError: the training failed, was too slow, or left no model.
+    """
+    settings = {"train": to_mapping(config), "tracking": to_mapping(tracking or TrackingConfig(enabled=False))}
+    if job is not None:
+        _run_job(settings, inputs["preprocessed"], outputs["model"], fold, job, api or SdkJobApi(job.namespace))
+        return
+    count = processes or _visible_gpus(config.device)
+    if count == 1:
+        from distilldsm.components.train import run
+
+        run(config, inputs, outputs, fold=fold, tracking=tracking)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        params = Path(folder) / "params.yaml"
+        params.write_text(json.dumps(settings), encoding="utf-8")  # JSON is YAML
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
+        arguments = _arguments(params, fold, inputs["preprocessed"], outputs["model"])
+        code = _launch([*launcher, "-m", "distilldsm.components.train", *arguments])
+    if code:
+        raise UserError(f"the training on {count} processes failed", seen=f"exit code {code}; its message is above")
+
+
+def _launch(command: Sequence[str]) -> int:
+    """Run a command and return its exit code; it ends with this process, also on SIGTERM."""
+    with handled({signal.SIGTERM: interrupt}):
+        process = subprocess.Popen(command)
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()  # torchrun hands it on to its workers
+            try:
+                process.wait(timeout=30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+            raise
+
+
+def _arguments(params: Path, fold: int, preprocessed: Path, model: Path) -> list[str]:
+    return ["--params", f"{params}", "--fold", f"{fold}", "--preprocessed", f"{preprocessed}", "--output", f"{model}"]
+
+
+def _visible_gpus(device: str) -> int:
+    if device == "cpu":
+        return 1
+    import torch
+
+    return max(1, torch.cuda.device_count())
+
+
+def _run_job(
+    settings: Mapping[str, Any], preprocessed: Path, model: Path, fold: int, job: TrainJobConfig, api: JobApi
+) -> None:
+    shared = Path(job.path)
+    if not (shared.is_dir() and os.access(shared, os.W_OK)):
+        raise UserError(
+            "the claim is not mounted here, or cannot be written",
+            where=shared,
+            mend=f"give the train step a profile with the volume {job.claim} at {job.path}",
+        )
+    # The name is that of the work: the same training, started again, goes on in the folder where it stopped.
+    name = f"distilldsm-fold{fold}-{sha256_json([settings, read_json(preprocessed / MANIFEST)['files'], fold])[:10]}"
+    folder = shared / name
+    data, params, result = folder / "preprocessed", folder / "params.yaml", folder / "model"
+    folder.mkdir(exist_ok=True)
+    if not (result / MANIFEST).is_file():  # else what started it ended before it could collect the model
+        if not data.is_dir():
+            _copy(preprocessed, data)
+        params.write_text(json.dumps(settings), encoding="utf-8")
+        # Beside the folder, which is removed: what MLflow's server did not take in time is sent by the next training.
+        env = passed_on() | {"DISTILLDSM_TRACKING_DIR": f"{shared}/tracking"}
+        follow(job, name, manifest(job, name, _arguments(params, fold, data, result), env), api)
+    for _ in range(COLLECT_POLLS):
+        if (result / MANIFEST).is_file():
+            break
+        time.sleep(job.poll_s)
+    _require_complete(result)
+    _copy(result, model)
+    _require_complete(model)
+    shutil.rmtree(folder)
+
+
+def _copy(source: Path, target: Path) -> None:
+    """Copy a directory; `target` is either what it was or a whole copy."""
+    partial = target.with_name(f".{target.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(source, partial)
+    replace_directory(partial, target)
+
+
+def _require_complete(model: Path) -> None:
+    """Raise UserError where a file that the model's manifest lists is missing or another one."""
+    if not (model / MANIFEST).is_file():
+        raise UserError("the TrainJob is complete but left no model", where=model, mend="look at its log above")
+    for name, expected in read_json(model / MANIFEST)["files"].items():
+        path = model / name
+        if not path.is_file() or sha256_file(path) != expected:
+            raise UserError(
+                "the model is incomplete",
+                where=path,
+                seen="another SHA-256" if path.is_file() else "no such file",
+                rule=f"SHA-256 {expected}",
+                mend=f"remove {model} and train again; is the volume full?",
+            )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`distilldsm pipeline trainjob`: one fold as a TrainJob, or its manifest."""
+    parser = argparse.ArgumentParser(prog="distilldsm pipeline trainjob", description=main.__doc__)
+    parser.add_argument("--params", default="params.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    parser.add_argument("--job", default="conf/trainjob.yaml", help="nodes, GPUs, claim (default: %(default)s)")
+    parser.add_argument("--fold", type=int, default=0)
+    parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
+    parser.add_argument("--output", type=Path, default=None, help="default: models/fold<FOLD>")
+    parser.add_argument("--manifest-only", action="store_true", help="write the manifest, start nothing")
+    parser.add_argument("-o", "--manifest", type=Path, default=Path("trainjob.yaml"), help="(default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    def command() -> None:
+        import yaml
+
+        params = load_params(args.params, args.set)
+        job = from_mapping(TrainJobConfig, load_yaml(args.job), where=args.job)
+        if args.manifest_only:
+            folder = Path(job.path) / "distilldsm"
+            arguments = _arguments(folder / "params.yaml", args.fold, folder / "preprocessed", folder / "model")
+            args.manifest.write_text(
+                yaml.safe_dump(manifest(job, "distilldsm", arguments, passed_on())), encoding="utf-8"
+            )
+            print(f"{args.manifest}: {job.nodes} x {job.processes} processes")
+            return
+        outputs = {"model": args.output or Path(f"models/fold{args.fold}")}
+        inputs = {"preprocessed": args.preprocessed}
+        run_train(params.train, inputs, outputs, fold=args.fold, tracking=params.tracking, job=job)
+
+    return run_shell(command)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,243 @@
+"""A TrainJob from its creation to its end: log and states are shown, and nothing of it stays on the cluster."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+from distilldsm.core.errors import UserError
+from distilldsm.core.shell import handled, interrupt
+from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
+
+ENDED = ("Complete", "Failed")
+LOG_LINES = 20
+"""Last lines of the log that an error shows."""
+REQUEST_S = (5, 30)
+"""Longest waits for the API server, connecting and reading: a deletion must not hang while a pod's grace runs out."""
+DELETE_ATTEMPTS = 3
+
+
+class JobExistsError(Exception):
+    """A job of that name is there already."""
+
+
+class JobGoneError(Exception):
+    """No job of that name is there."""
+
+
+class JobApi(Protocol):
+    """What is asked of Kubeflow Trainer."""
+
+    def create(self, manifest: Mapping[str, Any]) -> None:
+        """Raises JobExistsError."""
+
+    def state(self, name: str) -> str:
+        """Raises JobGoneError."""
+
+    def logs(self, name: str) -> Iterator[str]:
+        """From the first line; ends with the pod, or at once where there is none yet."""
+
+    def delete(self, name: str) -> None:
+        """Raises JobGoneError."""
+
+
+class SdkJobApi:
+    """Kubeflow Trainer through its SDK."""
+
+    def __init__(self, namespace: str | None = None) -> None:
+        from kubeflow.common.types import KubernetesBackendConfig
+
+        try:
+            self.connect(KubernetesBackendConfig(namespace=namespace))
+        except Exception as error:  # the SDK raises what its Kubernetes client does, of many kinds
+            raise UserError(
+                "the cluster does not answer",
+                seen=str(error)[:300],
+                mend="is there a kubeconfig, or does this run in a pod with a service account?",
+            ) from None
+
+    def connect(self, config: Any) -> None:
+        """Use the cluster of a KubernetesBackendConfig of the SDK."""
+        from kubeflow.trainer import TrainerClient
+
+        self._client = TrainerClient(backend_config=config)
+        backend: Any = self._client.backend
+        self._objects = backend.custom_api
+        self._address = ("trainer.kubeflow.org", "v1alpha1", backend.namespace, "trainjobs")
+
+    def create(self, manifest: Mapping[str, Any]) -> None:
+        # The SDK's own `train` builds a manifest without volumes; its Kubernetes client takes ours.
+        with _translated(409, JobExistsError):
+            self._objects.create_namespaced_custom_object(
+                *self._address, body=dict(manifest), _request_timeout=REQUEST_S
+            )
+
+    def state(self, name: str) -> str:
+        try:
+            return str(self._client.get_job(name).status)
+        except Exception:
+            # The SDK says the same of a job that is gone, of its runtime and of a server that is away.
+            with _translated(404, JobGoneError):
+                self._objects.get_namespaced_custom_object(*self._address, name, _request_timeout=REQUEST_S)
+            raise
+
+    def logs(self, name: str) -> Iterator[str]:
+        yield from self._client.get_job_logs(name, follow=True)
+
+    def delete(self, name: str) -> None:
+        with _translated(404, JobGoneError):
+            self._objects.delete_namespaced_custom_object(*self._address, name, _request_timeout=REQUEST_S)
+
+
+@contextmanager
+def _translated(status: int, to: type[Exception]) -> Iterator[None]:
+    from kubernetes.client.exceptions import ApiException
+
+    try:
+        yield
+    except ApiException as error:
+        if error.status == status:
+            raise to(error.reason) from None
+        raise
+
+
+def follow(
+    job: TrainJobConfig, name: str, built: Mapping[str, Any], api: JobApi, *, say: Callable[[str], None] = print
+) -> None:
+    """Create a TrainJob, print its log and states, and wait for its end; it is deleted however this ends.
+
+    One of the same name that is running is followed instead: it was left by a pod that could not delete it.
+
+    Raises:
+        UserError: it cannot be created, failed, vanished, or took longer than `timeout_s`; with the log's last lines.
+        KeyboardInterrupt: cancelled (Ctrl-C, or SIGTERM as of a pod that is deleted).
+    """
+    log = _Log(api, name, job.poll_s, say)
+    keep = False
+    with handled({signal.SIGTERM: interrupt}):
+        try:
+            begun = time.monotonic()
+            _create(api, name, built, begun + job.timeout_s, job.poll_s, say)
+            log.start()
+            state, away = "", False
+            while True:
+                try:
+                    new, away = api.state(name), False
+                except JobGoneError:
+                    raise _failure("the TrainJob has vanished", name, "deleted by somebody else", log.tail) from None
+                except Exception as error:  # a server that is away for a moment; the time limit ends it if it stays so
+                    if not away:
+                        say(f"{name}: its state cannot be read, trying on: {error}")
+                    new, away = state, True
+                if new != state:
+                    say(f"{name}: {new}")
+                    state = new
+                if state in ENDED:
+                    break
+                if time.monotonic() - begun > job.timeout_s:
+                    raise _failure("the TrainJob took too long", name, f"{job.timeout_s:g} s", log.tail)
+                time.sleep(job.poll_s)
+            log.finish()
+            if state == "Failed":
+                keep = job.keep == "failed"
+                raise _failure("the TrainJob failed", name, state, log.tail)
+        finally:
+            log.stop()
+            if not keep:
+                with handled({signal.SIGTERM: signal.SIG_IGN, signal.SIGINT: signal.SIG_IGN}):
+                    _delete(api, name, job.poll_s, say)
+
+
+def _create(
+    api: JobApi, name: str, built: Mapping[str, Any], until: float, poll_s: float, say: Callable[[str], None]
+) -> None:
+    """Create the job, or leave one that does the same work; one that has ended makes room."""
+    while True:
+        try:
+            api.create(built)
+            return
+        except JobExistsError:
+            pass
+        except Exception as error:  # of Kubernetes' client, of many kinds
+            raise UserError("the TrainJob cannot be created", where=name, seen=str(error)[:400]) from None
+        try:
+            if api.state(name) not in ENDED:
+                say(f"{name}: is there already and does the same work; following it")
+                return
+            api.delete(name)
+        except JobGoneError:
+            pass
+        except Exception as error:
+            say(f"{name}: is there already, its state cannot be read: {error}")
+        if time.monotonic() > until:
+            raise UserError("an ended TrainJob of this name is in the way", where=name, mend="delete it")
+        time.sleep(poll_s)
+
+
+class _Log:
+    """Prints a job's log as it comes, each line once although every connection starts at the first line."""
+
+    def __init__(self, api: JobApi, name: str, poll_s: float, say: Callable[[str], None]) -> None:
+        self.tail: deque[str] = deque(maxlen=LOG_LINES)
+        self._api, self._name, self._poll_s, self._say = api, name, poll_s, say
+        self._seen: list[int] = []
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Read what is left of the log of a job that has ended."""
+        self._ended.set()
+        self._thread.join(timeout=30)
+
+    def stop(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        broken = False
+        while True:
+            last = self._ended.is_set()
+            try:
+                self._read()
+            except Exception as error:  # the log is a help; the job's state decides
+                if not broken:
+                    self._say(f"{self._name}: the log broke off: {error}")
+                broken = True
+            if last:
+                return
+            self._ended.wait(self._poll_s)
+
+    def _read(self) -> None:
+        for number, line in enumerate(self._api.logs(self._name)):
+            text = line.rstrip("\n")
+            if number < len(self._seen) and self._seen[number] != hash(text):
+                del self._seen[number:]  # another pod: the training has been started again
+            if number == len(self._seen):
+                self._seen.append(hash(text))
+                self.tail.append(text)
+                self._say(text)
+
+
+def _delete(api: JobApi, name: str, poll_s: float, say: Callable[[str], None]) -> None:
+    for attempt in range(DELETE_ATTEMPTS):
+        try:
+            api.delete(name)
+            return
+        except JobGoneError:
+            return
+        except Exception as error:
+            if attempt + 1 == DELETE_ATTEMPTS:
+                say(f"{name}: could not be deleted ({error}); kubectl delete trainjob {name}")
+            else:
+                time.sleep(poll_s)
+
+
+def _failure(problem: str, name: str, seen: str, tail: Sequence[str]) -> UserError:
+    return UserError(problem, where=name, seen="\n    ".join([seen, *tail]))

@@ -1,0 +1,208 @@
+"""The manifest of a Kubeflow Trainer v2 TrainJob, and the check of manifests against their API's models."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.redaction import secret_in_address
+from distilldsm.pipeline.cluster import refuse_secrets
+
+NODE = "node"
+"""Name that Trainer's torch runtimes give to the training's pods and containers."""
+PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "KFP_RUN_ID")
+"""Variables that the pods get from the process that starts them."""
+
+
+def passed_on() -> dict[str, str]:
+    """Those of PASSED_ON that are set here."""
+    return {key: os.environ[key] for key in PASSED_ON if key in os.environ}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SecretVariable:
+    """An environment variable from a Kubernetes secret, which may be missing."""
+
+    name: str
+    secret: str
+    key: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainJobConfig:
+    """A training on several machines."""
+
+    image: str
+    """The train image."""
+    claim: str
+    """PersistentVolumeClaim (ReadWriteMany) for data, parameters and model."""
+    path: str = "/work"
+    """Where the claim is mounted, in the TrainJob's pods and in the pod that starts it."""
+    nodes: int = 1
+    processes: int = 1
+    """Processes per node, one per GPU."""
+    runtime: str = "torch-distributed"
+    """ClusterTrainingRuntime."""
+    namespace: str | None = None
+    """None: the one this runs in."""
+    cpu: str = "8"
+    memory: str = "32Gi"
+    gpu: str | None = "nvidia.com/gpu"
+    """Resource name of the GPUs, `processes` of them per node; null: CPU only."""
+    shared_memory: str = "8Gi"
+    """Size of /dev/shm."""
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: tuple[Mapping[str, str], ...] = ()
+    env: Mapping[str, str] = field(default_factory=dict)
+    """Further environment variables, readable by everyone who may read the job."""
+    secrets: tuple[SecretVariable, ...] = ()
+    """Environment variables from Kubernetes secrets."""
+    timeout_s: float = 86400.0
+    """After that the job is stopped and deleted."""
+    poll_s: float = 5.0
+    keep: Literal["never", "failed"] = "never"
+    """Whether a failed job stays, for looking at it."""
+
+    def __post_init__(self) -> None:
+        for key in ("nodes", "processes"):
+            if not 1 <= getattr(self, key) <= 1024:
+                raise ConfigError(f"'{key}' has an impossible value", seen=getattr(self, key), rule="1 to 1024")
+        if not self.path.startswith("/"):
+            raise ConfigError("'path' is not absolute", seen=self.path)
+        if self.timeout_s <= 0 or self.poll_s <= 0:
+            raise ConfigError("'timeout_s' and 'poll_s' are positive", seen=(self.timeout_s, self.poll_s))
+        refuse_secrets(self.env, "secrets come from Kubernetes secrets (`secrets`)")
+        twice = sorted(set(self.env) & {s.name for s in self.secrets})
+        if twice:
+            raise ConfigError("a variable is in 'env' and in 'secrets'", seen=", ".join(twice), rule="one of them")
+
+
+def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """The TrainJob, checked by the models of Trainer's API.
+
+    Args:
+        arguments: of `distilldsm.components.train`.
+        env: variables beside those of the job's own, which win.
+
+    Raises:
+        ConfigError: the API's models refuse it, or a variable's address holds a user name or password.
+    """
+    secret = {s.name for s in job.secrets}
+    plain = {key: value for key, value in {**env, **job.env}.items() if key not in secret}
+    for key, value in plain.items():
+        if secret_in_address(value) is not None:
+            raise ConfigError(
+                "an address with a secret would stand in the TrainJob for all to read",
+                where=key,
+                mend="leave it out of the address; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
+            )
+    variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plain.items()]
+    variables += [
+        {"name": s.name, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key, "optional": True}}}
+        for s in job.secrets
+    ]
+    resources = {"cpu": job.cpu, "memory": job.memory} | ({job.gpu: str(job.processes)} if job.gpu else {})
+    pod = {
+        "containers": [
+            {
+                "name": NODE,
+                "volumeMounts": [
+                    {"name": "work", "mountPath": job.path},
+                    {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108
+                    {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108
+                ],
+                "securityContext": {
+                    "runAsNonRoot": True,
+                    "allowPrivilegeEscalation": False,
+                    "readOnlyRootFilesystem": True,
+                    "capabilities": {"drop": ["ALL"]},
+                    "seccompProfile": {"type": "RuntimeDefault"},
+                },
+            }
+        ],
+        "volumes": [
+            {"name": "work", "persistentVolumeClaim": {"claimName": job.claim}},
+            {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.shared_memory}},
+            {"name": "tmp", "emptyDir": {}},
+        ],
+    } | {
+        key: value
+        for key, value in (
+            ("nodeSelector", dict(job.node_selector)),
+            ("tolerations", [dict(toleration) for toleration in job.tolerations]),
+        )
+        if value
+    }
+    replicated = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
+    built = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "distilldsm"}},
+        "spec": {
+            "runtimeRef": {
+                "name": job.runtime,
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "ClusterTrainingRuntime",
+            },
+            "activeDeadlineSeconds": max(1, int(job.timeout_s)),
+            "trainer": {
+                "image": job.image,
+                "numNodes": job.nodes,
+                "numProcPerNode": job.processes,
+                "command": ["torchrun"],
+                "args": ["-m", "distilldsm.components.train", *arguments],
+                "resourcesPerNode": {"requests": dict(resources), "limits": dict(resources)},
+                "env": variables,
+            },
+            "runtimePatches": [
+                {
+                    "manager": "distilldsm.org/pipeline",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}},
+                }
+            ],
+        },
+    }
+    check_manifest(built)
+    return built
+
+
+def check_manifest(built: Mapping[str, Any]) -> None:
+    """Check a TrainJob against the API's models, unknown fields included (the models silently drop those).
+
+    Raises:
+        ConfigError: a wrong type, a missing or an unknown field.
+    """
+    from kubeflow_trainer_api import models
+    from pydantic import ValidationError
+
+    try:
+        known = models.TrainerV1alpha1TrainJob.from_dict(json.loads(json.dumps(built)))
+    except ValidationError as error:
+        raise ConfigError("is no TrainJob", seen=" ".join(str(error).split())[:400]) from None
+    assert known is not None
+    lost = unknown_field(json.loads(json.dumps(built)), json.loads(known.to_json()), "")
+    if lost:
+        raise ConfigError("is no TrainJob: a field that its API does not know", seen=lost)
+
+
+def unknown_field(given: Any, kept: Any, where: str = "") -> str | None:
+    """The first field of `given` that is not in `kept`, what an API's model made of it; None: all are known."""
+    if isinstance(given, dict):
+        if not isinstance(kept, dict):
+            return where
+        for key, value in given.items():
+            if key not in kept and value not in ({}, [], None):
+                return f"{where}.{key}".lstrip(".")
+            found = unknown_field(value, kept.get(key, value), f"{where}.{key}")
+            if found:
+                return found
+    if isinstance(given, list) and isinstance(kept, list):
+        for number, (one, other) in enumerate(zip(given, kept, strict=False)):
+            found = unknown_field(one, other, f"{where}[{number}]")
+            if found:
+                return found
+    return None

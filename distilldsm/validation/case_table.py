@@ -1,0 +1,283 @@
+"""The case table: one row a case with everything the expectation suite may ask about, and duplicates across cases."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from distilldsm.core.progress import progress
+from distilldsm.core.workers import worker_count, worker_pool
+from distilldsm.data.dataset import INDEX, Case, Channel, DatasetIndex
+from distilldsm.validation.case_measures import PERCENTILES, measure_case, voxels_of_largest_file
+from distilldsm.validation.case_row import CaseRow, Detail, Value
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+MEMORY_BYTES = 2_000_000_000
+"""What all workers together may take."""
+BYTES_PER_VOXEL = 24
+"""Peak of measuring one file: its voxels, a scaled copy, those that are not zero, masks."""
+SERIAL_VOXELS = 4_000_000
+"""Below this much work starting processes costs more than it gains."""
+
+
+ColumnOf = Literal["image", "label", "dataset"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Column:
+    """A column of the case table."""
+
+    name: str
+    kind: Literal["number", "text"]
+    of: ColumnOf
+    """Which of the case's files a finding on this column points to, where no detail names a file; `dataset`: it has the
+    same value for all cases, and a finding on it is told once, of the data set."""
+    meaning: str
+
+
+def _column(name: str, kind: Literal["number", "text"], of: ColumnOf, meaning: str) -> Column:
+    return Column(name=name, kind=kind, of=of, meaning=meaning)
+
+
+COLUMNS: tuple[Column, ...] = (
+    _column("case", "text", "image", "case id"),
+    _column("patient", "text", "image", "patient; cases of one patient are never split"),
+    _column("image", "text", "image", "first image file"),
+    _column("label", "text", "label", "label file"),
+    _column("read_error", "text", "image", "why a file of the case cannot be read; empty if all can"),
+    _column("surplus_bytes", "number", "image", "bytes behind the last voxel that the header declares, image or label"),
+    _column("scaling_finite", "number", "image", "1 if scale and offset of image and label are finite, else 0"),
+    _column("geometry_told", "number", "image", "1 if image and label have a qform or an sform, else 0"),
+    _column("header_flaws", "text", "image", "other flaws of the headers of image and label"),
+    _column("dimensions", "number", "image", "dimensions of each channel, 3 for a volume"),
+    _column("channel_count", "number", "image", "channels found"),
+    _column("channel_difference", "number", "image", "channels found minus channels declared"),
+    _column("channel_shapes_agree", "number", "image", "1 if all channel files have one shape, else 0"),
+    _column("channel_offset_mm", "number", "image", "largest corner distance between channel files, mm"),
+    *(_column(f"shape_{a}", "number", "image", f"voxels along the scanner's {a} axis") for a in "xyz"),
+    *(_column(f"spacing_{a}_mm", "number", "image", f"voxel size along the scanner's {a} axis, mm") for a in "xyz"),
+    _column("spacing_min_mm", "number", "image", "finest voxel size, mm"),
+    _column("spacing_max_mm", "number", "image", "coarsest voxel size, mm"),
+    _column("anisotropy", "number", "image", "coarsest over finest voxel size"),
+    _column("orientation", "text", "image", "directions of the stored axes, e.g. RAS"),
+    _column("affine_finite", "number", "image", "1 if every image affine is finite, else 0"),
+    _column("voxel_volume_mm3", "number", "image", "volume of a voxel (affine's determinant), mm3"),
+    _column("shear_deg", "number", "image", "how far the axes are from perpendicular, degrees"),
+    _column("pixdim_min_mm", "number", "image", "smallest voxel size as written in the header, mm"),
+    _column("pixdim_affine_difference", "number", "image", "header's voxel size against the affine's, relative"),
+    _column(
+        "qform_sform_mm", "number", "image", "corner distance between qform and sform, mm; empty unless both are set"
+    ),
+    _column("spatial_unit", "text", "image", "unit of length in the header"),
+    _column("dtype", "text", "image", "stored number type"),
+    _column("finite_fraction", "number", "image", "share of image voxels that are finite"),
+    _column("constant_channels", "number", "image", "channels whose voxels are all equal"),
+    _column(
+        "padding_fraction", "number", "image", "share of voxels with the corner's value where that is not 0, not for CT"
+    ),
+    *(
+        _column(f"intensity_{p}_{end}", "number", "image", f"{q:g} percentile of non-zero voxels, {end} over channels")
+        for p, q in PERCENTILES.items()
+        for end in ("min", "max")
+    ),
+    _column("largest_intensity", "number", "image", "largest absolute voxel"),
+    _column("label_like_channels", "number", "image", "channels that hold nothing but declared label values"),
+    _column(
+        "neighbour_correlation",
+        "number",
+        "image",
+        "correlation of neighbours, smallest over axes and channels",
+    ),
+    _column("image_sha256", "text", "image", "hash of the image's voxels, whatever the geometry and orientation"),
+    _column("same_image_other_patient", "text", "image", "cases of other patients with the same image"),
+    _column("same_image_same_patient", "text", "image", "other cases of this patient with the same image"),
+    _column("label_dtype", "text", "label", "stored number type of the label"),
+    _column("label_dimensions", "number", "label", "dimensions of the label, 3 for a volume"),
+    _column("label_affine_finite", "number", "label", "1 if the label's affine is finite, else 0"),
+    _column("label_shape_agrees", "number", "label", "1 if the label has the image's shape, else 0"),
+    _column("label_offset_mm", "number", "label", "corner distance between label and image, mm"),
+    _column("label_finite_fraction", "number", "label", "share of label voxels that are finite"),
+    _column("label_deviation", "number", "label", "largest distance of a label value from a whole number"),
+    _column("label_values", "text", "label", "label values found"),
+    _column("undeclared_values", "text", "label", "label values the data set does not declare"),
+    _column("ignored_voxels", "number", "label", "voxels of the label `ignore`; empty if none is declared"),
+    _column("absent_labels", "text", "label", "declared labels without a voxel"),
+    _column("labels_in_no_case", "text", "dataset", "declared labels of which no case has a voxel"),
+    _column("foreground_fraction", "number", "label", "share of voxels that are not background"),
+    _column("border_fraction", "number", "label", "share of foreground voxels on the volume's border"),
+    _column("blank_foreground_fraction", "number", "label", "share of foreground voxels where the image is 0"),
+    _column("label_sha256", "text", "label", "hash of the label's values"),
+    _column("same_label_as", "text", "label", "other cases with the same label map on another image"),
+)
+
+
+def table_columns(index: DatasetIndex) -> tuple[Column, ...]:
+    """The columns of a data set's case table: the fixed ones, and one per channel and label."""
+    per_channel = (
+        _column(f"intensity_{p}[{c.name}]", "number", "image", f"{q:g} percentile of non-zero voxels of {c.name}")
+        for c in index.channels
+        for p, q in PERCENTILES.items()
+    )
+    per_label = (
+        _column(f"volume_ml[{name}]", "number", "label", f"volume of {name}, ml")
+        for name, value in index.labels.items()
+        if value != 0
+    )
+    return (*COLUMNS, *per_channel, *per_label)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaseTable:
+    """Columns and rows, in the order of the index."""
+
+    columns: tuple[Column, ...]
+    rows: tuple[CaseRow, ...]
+
+    @cached_property
+    def by_case(self) -> dict[str, CaseRow]:
+        return {str(row.values["case"]): row for row in self.rows}
+
+    def frame(self) -> pd.DataFrame:
+        """The table for pandas: numbers as float64 (NaN where not measured), text as objects (None likewise)."""
+        import pandas as pd
+
+        return pd.DataFrame(
+            {
+                c.name: pd.Series(
+                    [row.values.get(c.name) for row in self.rows], dtype="float64" if c.kind == "number" else object
+                )
+                for c in self.columns
+            }
+        )
+
+    def details(self, case: str, column: str) -> list[Detail]:
+        """Which files of a case a value comes from; the value itself where nothing better was noted."""
+        row = self.by_case[case]
+        noted = row.details.get(column)
+        if noted:
+            return noted
+        of = next((c.of for c in self.columns if c.name == column), "image")
+        file = INDEX if of == "dataset" else str(row.values[of])
+        return [Detail(file=file, seen=f"{column} {show(row.values.get(column))}")]
+
+    def write_csv(self, path: Path) -> None:
+        """One line a case, empty where a value could not be measured."""
+        with path.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow([c.name for c in self.columns])
+            for row in self.rows:
+                writer.writerow([show(row.values.get(c.name), empty="") for c in self.columns])
+
+    def summary(self) -> dict[str, dict[str, Any]]:
+        """Per column: `min`, `median`, `max` of numbers, or the commonest values of text; `measured` cases."""
+        found: dict[str, dict[str, Any]] = {}
+        for column in self.columns:
+            values = [v for row in self.rows if (v := row.values.get(column.name)) is not None]
+            entry: dict[str, Any] = {"meaning": column.meaning, "measured": len(values)}
+            if column.kind == "number" and values:
+                numbers = np.array(values, dtype=np.float64)
+                entry |= {"min": float(numbers.min()), "median": float(np.median(numbers)), "max": float(numbers.max())}
+            elif column.kind == "text":
+                counts: dict[str, int] = defaultdict(int)
+                for value in values:
+                    counts[str(value)] += 1
+                common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+                entry |= {"distinct": len(counts), "common": dict(common[:5])}
+            found[column.name] = entry
+        return found
+
+
+def show(value: Value, *, empty: str = "none") -> str:
+    """A value as text: numbers with at most nine digits."""
+    if value is None:
+        return empty
+    return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> CaseTable:
+    """Measure every case of a data set, in parallel; nothing below `root` is changed.
+
+    A case that cannot be read yields a row whose `read_error` says why.
+
+    Args:
+        root: the data set's root.
+        index: its cases, channels and labels.
+        workers: processes; 0 takes one per core. Fewer are used where large volumes would need too much memory.
+
+    Raises:
+        UserError: a worker was killed, most likely for want of memory.
+    """
+    rows = tuple(progress(_measure_all(root, index, workers), total=len(index.cases), title="validate", unit="case"))
+    _mark_duplicates(rows)
+    _mark_labels_in_no_case(rows, index.labels)
+    return CaseTable(columns=table_columns(index), rows=rows)
+
+
+def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[CaseRow]:
+    arguments = [(root, case, index.channels, dict(index.labels), index.ignored_value) for case in index.cases]
+    sizes = [voxels_of_largest_file(root, case) for case in index.cases]
+    in_memory = MEMORY_BYTES // max(1, max(sizes) * BYTES_PER_VOXEL)
+    workers = max(1, min(worker_count(requested, len(arguments)), in_memory))
+    if workers == 1 or sum(sizes) < SERIAL_VOXELS:
+        yield from (_measure(a) for a in arguments)
+        return
+    with worker_pool(workers, setting="validate.workers") as pool:
+        yield from pool.map(_measure, arguments, chunksize=max(1, min(8, len(arguments) // (4 * workers))))
+
+
+def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], int | None]) -> CaseRow:
+    return measure_case(*arguments)
+
+
+def _mark_duplicates(rows: Sequence[CaseRow]) -> None:
+    """Fill the columns that compare cases. Constant images and empty labels are alike without being copies."""
+    images: dict[str, list[CaseRow]] = defaultdict(list)
+    labels: dict[str, list[CaseRow]] = defaultdict(list)
+    for row in rows:
+        v = row.values
+        if v.get("image_sha256") and v.get("constant_channels") != v.get("channel_count"):
+            images[str(v["image_sha256"])].append(row)
+        if v.get("label_sha256") and v.get("foreground_fraction"):
+            labels[str(v["label_sha256"])].append(row)
+    for group in images.values():
+        for row in group:
+            others = [o for o in group if o is not row]
+            _name(row, "same_image_other_patient", [o for o in others if o.values["patient"] != row.values["patient"]])
+            _name(row, "same_image_same_patient", [o for o in others if o.values["patient"] == row.values["patient"]])
+    for group in labels.values():
+        for row in group:
+            same = row.values.get("image_sha256")
+            _name(row, "same_label_as", [o for o in group if o is not row and o.values.get("image_sha256") != same])
+
+
+def _mark_labels_in_no_case(rows: Sequence[CaseRow], labels: Mapping[str, int]) -> None:
+    """Fill the column that names them. Cases whose label could not be measured do not count."""
+    columns = [(name, f"volume_ml[{name}]") for name, value in labels.items() if value != 0]
+    measured = [row for row in rows if all(column in row.values for _, column in columns)]
+    # A voxel without volume is another finding.
+    nowhere = [
+        name
+        for name, column in columns
+        if measured and all(row.values.get("absent_labels") and row.values[column] == 0 for row in measured)
+    ]
+    if nowhere:
+        for row in rows:
+            row.values["labels_in_no_case"] = ", ".join(nowhere)
+
+
+def _name(row: CaseRow, column: str, others: Sequence[CaseRow]) -> None:
+    if others:
+        row.values[column] = ", ".join(str(o.values["case"]) for o in others)
+        files = ", ".join(str(o.values["label" if column == "same_label_as" else "image"]) for o in others)
+        own = "label" if column == "same_label_as" else "image"
+        patients = ", ".join(sorted({str(o.values["patient"]) for o in (row, *others)}))
+        row.note(column, str(row.values[own]), f"same voxels as {files} (patients: {patients})")

@@ -1,0 +1,65 @@
+"""What is measured on an image's voxels to tell a picture of a body from a mask, from noise and from fill values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.validation.case_row import CaseRow, Detail
+
+Float32 = npt.NDArray[np.float32]
+
+_BOX = 128
+"""Neighbours are compared in the middle of the volume, so many voxels along each axis: enough, and quick."""
+_PAIRS = 200
+"""Fewer pairs of neighbours tell nothing."""
+
+
+def measure_content(row: CaseRow, file: str, array: Float32, values: Float32, labels: Mapping[str, int]) -> None:
+    """Measure one channel whose voxels are not all alike.
+
+    Args:
+        file: where it comes from, relative to the data set's root.
+        array: (X, Y, Z), or whatever shape the file has.
+        values: the finite ones of its voxels.
+        labels: label name to value in the label files.
+    """
+    row.values.setdefault("label_like_channels", 0)
+    low, high = float(values.min()), float(values.max())
+    if row.worst("largest_intensity", max(abs(low), abs(high))):
+        row.details["largest_intensity"] = [Detail(file=file, seen=f"voxels from {low:g} to {high:g}")]
+    declared = sorted({0, *labels.values()})
+    if low >= declared[0] and high <= declared[-1]:
+        found = np.unique(values)
+        if np.isin(found, declared).all():
+            row.values["label_like_channels"] = int(row.values["label_like_channels"] or 0) + 1
+            row.note("label_like_channels", file, "only the values " + " ".join(f"{v:g}" for v in found))
+    correlation = neighbour_correlation(array)
+    if correlation is not None and row.worst("neighbour_correlation", correlation, largest=False):
+        seen = f"correlation of neighbouring voxels {correlation:.2f}"
+        row.details["neighbour_correlation"] = [Detail(file=file, seen=seen)]
+
+
+def neighbour_correlation(array: Float32) -> float | None:
+    """Correlation between voxels and their next neighbours, the smallest over the axes; None where too few differ.
+
+    Voxels of 0 are left out: a blank background around noise would look smooth. About 0 where the bytes of the voxels
+    stand in the wrong order; images of bodies have 0.5 and more.
+    """
+    middle = tuple(slice(max(0, (n - _BOX) // 2), max(0, (n - _BOX) // 2) + _BOX) for n in array.shape)
+    box = array[middle]
+    found: list[float] = []
+    for axis in range(box.ndim):
+        before, after = np.moveaxis(box, axis, 0)[:-1], np.moveaxis(box, axis, 0)[1:]
+        use = (before != 0) & (after != 0) & np.isfinite(before) & np.isfinite(after)
+        if np.count_nonzero(use) < _PAIRS:
+            continue
+        a, b = before[use].astype(np.float64), after[use].astype(np.float64)
+        a, b = a - a.mean(), b - b.mean()
+        with np.errstate(all="ignore"):
+            value = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
+        if np.isfinite(value):
+            found.append(round(value, 4))
+    return min(found, default=None)

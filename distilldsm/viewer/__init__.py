@@ -1,6 +1,0 @@
-"""Volumes with their masks in the browser: a self-contained piece of HTML, drawn by NiiVue, which is package data."""
-
-from distilldsm.viewer.fragment import ViewedCase, viewer_fragment, viewer_page
-from distilldsm.viewer.packing import packed
-
-__all__ = ["ViewedCase", "packed", "viewer_fragment", "viewer_page"]

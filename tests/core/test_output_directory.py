@@ -1,0 +1,266 @@
+"""Outputs are whole or absent, and say what they were made from."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import multiprocessing
+import shutil
+from pathlib import Path
+
+import pytest
+from filelock import FileLock
+
+from distilldsm.config import EvaluateConfig
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import read_json, sha256_file, whole_file, write_json
+from distilldsm.core.output_directory import content_hash, is_current, output_directory
+from distilldsm.core.workers import worker_count
+
+
+def make(path: Path, text: str = "x", **options) -> None:
+    with output_directory(
+        path, stage="s", config=options.pop("config", EvaluateConfig()), inputs={}, **options
+    ) as work:
+        (work / "a.txt").write_text(text)
+
+
+def test_manifest_tells_config_and_hashes(tmp_path: Path):
+    source = tmp_path / "in.txt"
+    source.write_text("input")
+    with output_directory(
+        tmp_path / "out", stage="s", config=EvaluateConfig(), inputs={"in": source}, extra={"fold": 2}
+    ) as work:
+        (work / "sub").mkdir()
+        (work / "sub" / "b.txt").write_text("b")
+    manifest = read_json(tmp_path / "out" / "manifest.json")
+    assert manifest["stage"] == "s"
+    assert manifest["fold"] == 2
+    assert manifest["config"]["nsd_tolerance_mm"] == 1.0
+    assert manifest["inputs"] == {"in": sha256_file(source)}
+    assert manifest["files"] == {"sub/b.txt": sha256_file(tmp_path / "out" / "sub" / "b.txt")}
+    assert "numpy" in manifest["packages"]
+    assert {p.name for p in tmp_path.iterdir()} - {".out.lock"} == {"in.txt", "out"}
+
+
+def test_an_input_that_is_replaced_meanwhile_is_told(tmp_path: Path):
+    make(tmp_path / "data", "first")
+    make(tmp_path / "out", "old")
+    with pytest.raises(UserError, match=r"data: was replaced while s was reading it(.|\n)*run the same command again"):
+        with output_directory(tmp_path / "out", stage="s", config={}, inputs={"data": tmp_path / "data"}):
+            make(tmp_path / "data", "second")
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+
+
+def test_what_goes_on_is_there_until_all_is_written(tmp_path: Path, monkeypatch):
+    def begin() -> None:
+        with output_directory(
+            tmp_path / "out", stage="s", config={}, inputs={}, resumable=True, until_done=["state"]
+        ) as work:
+            (work / "a.txt").write_text("a")
+            (work / "state").write_text("far")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(
+            "distilldsm.core.output_directory.write_json", lambda path, value: path.name == "manifest.json" and full()
+        )
+        with pytest.raises(UserError, match="no space left"):
+            begin()
+    assert (tmp_path / ".out.partial" / "state").is_file()
+    begin()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"a.txt", "manifest.json"}
+    assert read_json(tmp_path / "out" / "manifest.json")["files"].keys() == {"a.txt"}
+
+
+def test_an_error_leaves_the_old_output(tmp_path: Path):
+    make(tmp_path / "out", "old")
+    with pytest.raises(FileNotFoundError):
+        with output_directory(tmp_path / "out", stage="s", config={}, inputs={}) as work:
+            (work / "a.txt").write_text("half")
+            (work / "missing").read_text()
+    assert (tmp_path / "out" / "a.txt").read_text() == "old"
+    assert not (tmp_path / ".out.partial").exists()
+
+
+def test_new_output_replaces_the_old_wholly(tmp_path: Path):
+    make(tmp_path / "out", "old")
+    (tmp_path / "out" / "stale.txt").write_text("stale")
+    make(tmp_path / "out", "new")
+    assert (tmp_path / "out" / "a.txt").read_text() == "new"
+    assert not (tmp_path / "out" / "stale.txt").exists()
+
+
+def test_resume_only_with_the_same_key(tmp_path: Path, capsys):
+    def interrupted(config):
+        with (
+            pytest.raises(KeyboardInterrupt),
+            output_directory(tmp_path / "out", stage="s", config=config, inputs={}, resumable=True) as work,
+        ):
+            seen = sorted(p.name for p in work.iterdir() if not p.name.startswith("."))
+            (work / "done.txt").write_text("done")
+            raise KeyboardInterrupt
+        return seen
+
+    assert interrupted({"a": 1}) == []
+    assert interrupted({"a": 1}) == ["done.txt"]
+    assert interrupted({"a": 1, "workers": 2, "device": "cpu", "memory_gb": 9.0}) == ["done.txt"]  # how, not what
+    assert capsys.readouterr().err == ""
+    assert interrupted({"a": 2}) == []
+    assert "begun with other parameters or inputs, starts anew" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_a_killed_process_was_writing_is_no_part_of_the_output(tmp_path: Path):
+    key = {"stage": "s", "config": {}, "inputs": {}, "resumable": True}
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **key) as work:
+        (work / "predictions").mkdir()
+        for name in ("best.safetensors", "predictions/a.nii.gz"):
+            with contextlib.suppress(ZeroDivisionError), whole_file(work / name, "".join(Path(name).suffixes)) as left:
+                raise ZeroDivisionError
+            left.write_text("half of it")  # what `finally` takes away stays after a SIGKILL
+        (work / ".user.tmp").write_text("no name of ours")
+        raise KeyboardInterrupt
+    with output_directory(tmp_path / "out", **key) as work:
+        assert sum(".tmp" in p.name for p in work.rglob(".*")) == 3
+        write_json(work / "a.json", {})
+    assert {p.name for p in (tmp_path / "out").rglob("*") if p.is_file()} == {"manifest.json", "a.json", ".user.tmp"}
+    assert set(read_json(tmp_path / "out" / "manifest.json")["files"]) == {"a.json", ".user.tmp"}
+
+
+def test_what_is_current_need_not_be_made_again(tmp_path: Path):
+    source = tmp_path / "in.txt"
+    source.write_text("input")
+    key = {"stage": "s", "config": EvaluateConfig(), "inputs": {"in": source}, "extra": {"fold": 2}}
+    assert not is_current(tmp_path / "out", **key)
+    with output_directory(tmp_path / "out", **key) as work:
+        (work / "a.txt").write_text("a")
+    assert is_current(tmp_path / "out", **key)
+    assert not is_current(tmp_path / "out", **{**key, "extra": {"fold": 1}})
+    assert not is_current(tmp_path / "out", **{**key, "config": EvaluateConfig(checkpoint="best")})
+    assert is_current(tmp_path / "out", **{**key, "config": EvaluateConfig(workers=2)})
+    (tmp_path / "out" / "a.txt").unlink()
+    assert not is_current(tmp_path / "out", **key)
+    (tmp_path / "out" / "a.txt").write_text("a")
+    source.write_text("changed")
+    assert not is_current(tmp_path / "out", **key)
+
+
+def test_missing_input_is_named(tmp_path: Path):
+    with (
+        pytest.raises(UserError, match=r"nothing.*\n.*mend"),
+        output_directory(tmp_path / "out", stage="s", config={}, inputs={"x": tmp_path / "nothing"}),
+    ):
+        pass
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        OSError("69120 requested and 36800 written"),
+        RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=["Python", "NumPy", "safetensors"],
+)
+def test_full_disk_is_said_plainly(tmp_path: Path, error: Exception):
+    with (
+        pytest.raises(UserError, match="no space left"),
+        output_directory(tmp_path / "out", stage="s", config={}, inputs={}),
+    ):
+        raise error
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_tells_nothing_is_believed_to_be_the_full_disk_where_it_is_full(tmp_path: Path, monkeypatch):
+    for free, expected in ((1000, UserError), (10**9, RuntimeError)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: shutil._ntuple_diskusage(10**9, 0, free))
+        with (
+            pytest.raises(expected, match="iostream"),
+            output_directory(tmp_path / "out", stage="s", config={}, inputs={}),
+        ):
+            raise RuntimeError("basic_ios::clear: iostream error")
+
+
+def test_killed_before_the_last_step_nothing_is_begun_anew(tmp_path: Path, monkeypatch):
+    """Between the manifest and the output's appearance a resumable output keeps what says whose work it is."""
+    monkeypatch.setattr(
+        "distilldsm.core.output_directory.replace_directory", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    arguments = {"stage": "s", "config": {"a": 1}, "inputs": {}, "resumable": True}
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **arguments) as work:
+        (work / "weights").write_text("trained")
+    monkeypatch.undo()
+    with output_directory(tmp_path / "out", **arguments) as work:
+        assert (work / "weights").read_text() == "trained"
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "weights"]
+
+
+def _second(path: Path, queue) -> None:
+    try:
+        make(path)
+        queue.put("wrote")
+    except UserError as error:
+        queue.put(str(error))
+
+
+def test_a_second_process_is_turned_away(tmp_path: Path):
+    context = multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    with output_directory(tmp_path / "out", stage="s", config={}, inputs={}) as work:
+        process = context.Process(target=_second, args=(tmp_path / "out", queue))
+        process.start()
+        message = queue.get(timeout=60)
+        process.join()
+        (work / "a.txt").write_text("first")
+    assert "another process" in message
+    assert (tmp_path / "out" / "a.txt").read_text() == "first"
+
+
+def test_content_hash_follows_content_not_names_of_places(tmp_path: Path):
+    make(tmp_path / "one")
+    make(tmp_path / "two")
+    make(tmp_path / "three", "other")
+    assert content_hash(tmp_path / "one") == content_hash(tmp_path / "two") != content_hash(tmp_path / "three")
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "a.txt").write_text("x")
+    assert content_hash(plain) == content_hash(tmp_path / "one")
+
+
+def test_json_is_whole_or_old(tmp_path: Path):
+    path = tmp_path / "x.json"
+    write_json(path, {"a": 1})
+    with pytest.raises(ValueError):
+        write_json(path, {"a": float("nan")})
+    assert json.loads(path.read_text()) == {"a": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["x.json"]
+    path.write_text("{")
+    with pytest.raises(UserError, match="JSON"):
+        read_json(path)
+
+
+def test_what_cannot_be_written_is_told_by_its_name(tmp_path: Path, monkeypatch):
+    (tmp_path / "file").write_text("x")
+    for write in (lambda: make(tmp_path / "file" / "out"), lambda: write_json(tmp_path / "file" / "x.json", {})):
+        with pytest.raises(UserError, match=r"(out|x\.json): cannot be written(.|\n)*mend") as caught:
+            write()
+        assert "/." not in str(caught.value).replace(str(tmp_path), "")
+
+    def refused(*_, **__):
+        raise PermissionError(errno.EACCES, "Permission denied", str(tmp_path / ".out.lock"))
+
+    monkeypatch.setattr(FileLock, "acquire", refused)
+    with pytest.raises(UserError, match=r"/out: cannot be written\n  seen: Permission denied"):
+        make(tmp_path / "out")
+
+
+def test_worker_count():
+    assert worker_count(4, 2) == 2
+    assert worker_count(1, 10) == 1
+    assert worker_count(0, 100) >= 1

@@ -1,0 +1,254 @@
+"""DICOM series: geometry and voxels against SimpleITK, refusals, and segmentations that lie on their series."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from distilldsm.core.errors import DataError
+from distilldsm.io.dicom import is_dicom, read_series, write_segmentation
+from tests.conftest import SHARED_DATA
+
+pydicom = pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
+hd = pytest.importorskip("highdicom", reason="needs the optional group 'dicom'")
+sitk = pytest.importorskip("SimpleITK", reason="the oracle for series")
+
+AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+
+
+@pytest.fixture(scope="module")
+def real() -> Path:
+    path = SHARED_DATA / "dicom" / "hippocampus_crop"
+    if not path.exists():
+        pytest.skip("the DICOM series hippocampus_crop is not on this machine (looked in ../shared/data/dicom)")
+    return path
+
+
+def write_series(
+    folder: Path,
+    voxels: np.ndarray,
+    *,
+    orientation=AXIAL,
+    spacing=(0.9, 0.7),
+    step: float = 2.5,
+    origin=(-20.0, 31.0, 4.0),
+    slopes=(1.0,),
+    intercept: float = 0.0,
+    seed: int = 0,
+    **attributes,
+) -> list[Path]:
+    """(slices, rows, columns) int16 as single-frame MR files in shuffled order, under names that say nothing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    normal = np.cross(orientation[:3], orientation[3:])
+    series, frame, study = (pydicom.uid.generate_uid() for _ in range(3))
+    order = np.random.default_rng(seed).permutation(len(voxels))
+    paths = []
+    for number, k in enumerate(order):
+        meta = pydicom.dataset.FileMetaDataset()
+        meta.MediaStorageSOPClassUID = pydicom.uid.MRImageStorage
+        meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
+        meta.TransferSyntaxUID = pydicom.uid.ExplicitVRLittleEndian
+        ds = pydicom.dataset.Dataset()
+        ds.file_meta = meta
+        ds.SOPClassUID, ds.SOPInstanceUID = meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID
+        ds.SeriesInstanceUID, ds.FrameOfReferenceUID, ds.StudyInstanceUID = series, frame, study
+        ds.Modality, ds.PatientName, ds.PatientID, ds.InstanceNumber = "MR", "Nobody", "0", number + 1
+        ds.Rows, ds.Columns = voxels.shape[1:]
+        ds.PixelSpacing = [float(v) for v in spacing]
+        ds.SliceThickness = step
+        ds.ImageOrientationPatient = [float(f"{v:.12g}") for v in orientation]
+        ds.ImagePositionPatient = [float(f"{v:.12g}") for v in np.array(origin) + k * step * normal]
+        ds.SamplesPerPixel, ds.PhotometricInterpretation = 1, "MONOCHROME2"
+        ds.BitsAllocated = ds.BitsStored = 16
+        ds.HighBit, ds.PixelRepresentation = 15, 1
+        if slopes != (1.0,) or intercept:
+            ds.RescaleSlope, ds.RescaleIntercept = slopes[k % len(slopes)], intercept
+        ds.PixelData = np.ascontiguousarray(voxels[k], dtype="<i2").tobytes()
+        for key, value in attributes.items():
+            setattr(ds, key, value)
+        path = folder / f"file{number}"
+        ds.save_as(path, enforce_file_format=True)
+        paths.append(path)
+    return [paths[int(k)] for k in np.argsort(order)]
+
+
+def oracle(folder: Path) -> tuple[np.ndarray, np.ndarray]:
+    """SimpleITK's voxels as (X, Y, Z), and its geometry as an affine in RAS."""
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(folder)))
+    image = reader.Execute()
+    matrix = np.eye(4)
+    matrix[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
+    matrix[:3, 3] = image.GetOrigin()
+    return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
+
+
+def values(scan) -> np.ndarray:
+    return scan.channels[0].values(scan.channels[0].raw)
+
+
+def voxels(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(-500, 500, shape).astype(np.int16)
+
+
+def rotation(angles) -> np.ndarray:
+    out = np.eye(3)
+    for axis, angle in enumerate(angles):
+        i, j = [k for k in range(3) if k != axis]
+        turn = np.eye(3)
+        turn[i, i] = turn[j, j] = np.cos(angle)
+        turn[i, j], turn[j, i] = -np.sin(angle), np.sin(angle)
+        out = out @ turn
+    return out
+
+
+def test_a_real_series_is_read_as_by_simpleitk(real):
+    scan = read_series(real)
+    expected, matrix = oracle(real)
+    np.testing.assert_array_equal(values(scan), expected)
+    np.testing.assert_allclose(scan.affine, matrix, atol=1e-6)
+    assert scan.shape == (35, 51, 32)
+
+
+@settings(deadline=None, max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    angles=st.tuples(*[st.floats(-3.1, 3.1)] * 3),
+    spacing=st.tuples(st.floats(0.3, 3), st.floats(0.3, 3)),
+    step=st.floats(0.5, 8),
+    slope=st.sampled_from([1.0, 0.5, 2.0]),
+    intercept=st.sampled_from([0.0, -1024.0]),
+)
+def test_any_orientation_is_read_as_by_simpleitk(tmp_path, angles, spacing, step, slope, intercept):
+    folder = tmp_path / "series"
+    shutil.rmtree(folder, ignore_errors=True)
+    turned = rotation(angles)
+    write_series(
+        folder,
+        voxels(4, 5, 7),
+        orientation=(*turned[:, 0], *turned[:, 1]),
+        spacing=[round(v, 6) for v in spacing],
+        step=round(step, 4),
+        slopes=(slope,),
+        intercept=intercept,
+    )
+    scan = read_series(folder)
+    expected, matrix = oracle(folder)
+    np.testing.assert_allclose(scan.affine, matrix, atol=1e-4)
+    np.testing.assert_array_equal(values(scan), expected.astype(np.float32))
+
+
+def test_each_slice_may_have_its_own_rescaling(tmp_path):
+    data = voxels(4, 5, 7)
+    write_series(tmp_path, data, slopes=(1.0, 0.25), intercept=3.0)
+    expected = data.transpose(2, 1, 0) * np.array([1.0, 0.25, 1.0, 0.25]) + 3.0
+    np.testing.assert_array_equal(values(read_series(tmp_path)), expected.astype(np.float32))
+
+
+def test_one_slice_takes_its_thickness(tmp_path):
+    write_series(tmp_path, voxels(1, 5, 7), step=3.0)
+    scan = read_series(tmp_path)
+    assert scan.shape == (7, 5, 1)
+    assert scan.spacing_mm == pytest.approx((0.7, 0.9, 3.0))
+
+
+def change(path: Path, **attributes) -> None:
+    dataset = pydicom.dcmread(path)
+    for key, value in attributes.items():
+        if value is None:
+            delattr(dataset, key)
+        else:
+            setattr(dataset, key, value)
+    dataset.save_as(path)
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"SeriesInstanceUID": "1.2.3"}, "holds 2 series"),
+        ({"PixelSpacing": [1.0, 1.0]}, "another spacing"),
+        ({"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}, "another orientation"),
+        ({"Rows": 4, "Columns": 5, "PixelData": b"\0" * 40}, "another size"),
+        ({"ImagePositionPatient": None}, "has no ImagePositionPatient"),
+        ({"PixelSpacing": [0.0, 1.0]}, "impossible geometry"),
+        ({"SamplesPerPixel": 3}, "colour image"),
+        ({"NumberOfFrames": 2}, "several frames"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 4.0]}, "two slices at one position"),
+        ({"ImagePositionPatient": [-19.0, 31.0, 9.0]}, "beside the line"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 9.7]}, "uneven distances"),
+        ({"PixelData": b"\0" * 20}, "no readable voxels"),
+    ],
+)
+def test_mixed_and_broken_series_are_refused(tmp_path, attributes, words):
+    paths = write_series(tmp_path, voxels(5, 5, 7))
+    change(paths[2], **attributes)
+    with pytest.raises(DataError, match=words) as caught:
+        read_series(tmp_path)
+    assert caught.value.where.startswith(str(tmp_path))
+    assert caught.value.seen is not None
+
+
+def test_missing_slices_and_strange_files(tmp_path):
+    paths = write_series(tmp_path / "gap", voxels(6, 5, 7))
+    paths[3].unlink()
+    with pytest.raises(DataError, match="gap between slices") as caught:
+        read_series(tmp_path / "gap")
+    assert "1 missing" in str(caught.value)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none" / "notes.dcm").write_text("the name says DICOM, the content does not")
+    assert not is_dicom(tmp_path / "none" / "notes.dcm")
+    with pytest.raises(DataError, match="holds no DICOM image"):
+        read_series(tmp_path / "none")
+    paths = write_series(tmp_path / "cut", voxels(3, 5, 7))
+    paths[1].write_bytes(paths[1].read_bytes()[:200])
+    with pytest.raises(DataError):
+        read_series(tmp_path / "cut")
+    with pytest.raises(DataError, match="more memory than allowed"):
+        write_series(tmp_path / "large", voxels(3, 5, 7))
+        read_series(tmp_path / "large", limit_bytes=100)
+
+
+def test_a_tilted_stack_is_refused(tmp_path):
+    for k, path in enumerate(write_series(tmp_path, voxels(5, 5, 7))):
+        change(path, ImagePositionPatient=[-20.0, 31.0 + 0.8 * k, 4.0 + 2.5 * k])
+    with pytest.raises(DataError, match="sheared axes"):
+        read_series(tmp_path)
+
+
+@pytest.mark.parametrize("empty", [False, True])
+def test_a_segmentation_lies_on_its_series(tmp_path, empty):
+    turned = rotation((0.3, -0.2, 0.4))
+    write_series(tmp_path / "series", voxels(6, 5, 7), orientation=(*turned[:, 0], *turned[:, 1]))
+    scan = read_series(tmp_path / "series")
+    mask = np.zeros(scan.shape, dtype=np.uint8)
+    if not empty:
+        mask[1:4, 2:5, 1:3] = 1
+        mask[4:, :2, 2:5] = 5
+    labels = {"background": 0, "anterior": 1, "posterior": 5}
+    write_segmentation(tmp_path / "mask.dcm", mask, scan.source, labels, model="a model")
+    segmentation = hd.seg.segread(tmp_path / "mask.dcm")
+    assert [s.SegmentLabel for s in segmentation.SegmentSequence] == ["anterior", "posterior"]
+    assert segmentation.PatientID == "0"
+    first = pydicom.dcmread(next((tmp_path / "series").iterdir()))
+    assert segmentation.StudyInstanceUID == first.StudyInstanceUID
+    assert segmentation.FrameOfReferenceUID == first.FrameOfReferenceUID
+    if empty:
+        assert not segmentation.pixel_array.any()
+        return
+    volume = segmentation.get_volume(combine_segments=True)
+    found = np.argwhere(volume.array > 0)
+    # In patient coordinates (LPS, mm) segment for segment the voxels of the mask.
+    to_ras = np.diag([-1.0, -1.0, 1.0, 1.0])
+    for number, value in ((1, 1), (2, 5)):
+        found = np.argwhere(volume.array == number)
+        positions = (volume.affine @ np.c_[found, np.ones(len(found))].T)[:3].T
+        wanted = np.argwhere(mask == value)
+        expected = (to_ras @ scan.affine @ np.c_[wanted, np.ones(len(wanted))].T)[:3].T
+        assert len(positions) == len(expected)
+        distances = np.linalg.norm(positions[:, None] - expected[None], axis=-1)
+        assert distances.min(axis=1).max() < 1e-3
+        assert distances.min(axis=0).max() < 1e-3
