@@ -91,7 +91,7 @@ def main() -> None:
         subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
         rows = {}
         for stage in STAGES:
-            rows[stage] = measure([sys.executable, "-m", f"components.{stage}"], work)
+            rows[stage] = measure([sys.executable, "-m", f"distilldsm.components.{stage}"], work)
         scans = sorted(source.glob("imagesTr/*.nii.gz"))[:1]
         scan = scans[0] if scans else sorted(source.glob("*"))[0]
         out = work / "masks" if args.dataset == "brats2020" else work / "mask.nii.gz"

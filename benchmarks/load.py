@@ -66,7 +66,7 @@ def measured(cases: int, work: Path) -> dict[str, dict[str, float]]:
     params["train"] |= {"epochs": 1, "samples_per_case": 1, "validate_every": 1}
     params["tracking"]["enabled"] = False
     (work / "params.yaml").write_text(yaml.safe_dump(params), encoding="utf-8")
-    return {stage: measure([sys.executable, "-m", f"components.{stage}"], work) for stage in STAGES}
+    return {stage: measure([sys.executable, "-m", f"distilldsm.components.{stage}"], work) for stage in STAGES}
 
 
 def main() -> None:

@@ -95,7 +95,7 @@ def main() -> None:
     results = {}
     for stage in args.stages:
         fold = ["--fold", str(args.fold)] if stage in PER_FOLD else []
-        results[stage] = measure([sys.executable, "-m", f"components.{stage}", *fold], work)
+        results[stage] = measure([sys.executable, "-m", f"distilldsm.components.{stage}", *fold], work)
     scores = json.loads((work / f"evaluation/fold{args.fold}/metrics.json").read_text())
     report = {"machine": machine(), "overrides": overrides, "fold": args.fold, "stages": results, "scores": scores}
     (work / "benchmark.json").write_text(json.dumps(report, indent=2) + "\n")

@@ -59,7 +59,7 @@ def stage(work: Path, name: str, arguments: list[str], output: Path, threads: in
         if (output / "manifest.json").exists():
             return
         with open(log, "a") as stream:
-            command = [sys.executable, "-m", f"components.{name}", *arguments]
+            command = [sys.executable, "-m", f"distilldsm.components.{name}", *arguments]
             finished = subprocess.run(command, cwd=work, env=environment, stdout=stream, stderr=subprocess.STDOUT)
     if finished.returncode:
         raise SystemExit(f"{name} failed; see {log}")

@@ -50,13 +50,13 @@ def test_command(command):
     elif words[:2] == ["distilldsm", "doctor"]:
         doctor.parser().parse_args(words[2:])
     elif words[0] == "distilldsm" and words[1] in STAGES:
-        check_options(importlib.import_module(f"components.{words[1]}").main, words[2:])
+        check_options(importlib.import_module(f"distilldsm.components.{words[1]}").main, words[2:])
     elif words[0] == "distilldsm":
         _parser().parse_args(words[1:])
     elif words[:3] == ["dvc", "exp", "run"]:
         composed(*[word for word in words[3:] if word != "-S"])
     elif "distilldsm.components.train" in words:
-        assert (ROOT / "components" / "train.py").is_file()
+        assert (ROOT / "distilldsm" / "components" / "train.py").is_file()
     elif words[:3] == ["python", "-m", "benchmarks.pipeline"]:
         composed(*[word for word in words[3:] if "=" in word])
     else:

@@ -90,7 +90,7 @@ class Workspace:
     def command(self, stage: str) -> list[str]:
         """The command line of a stage."""
         fold = ["--fold", "0"] if stage in ("train", "evaluate", "export") else []
-        return [sys.executable, "-m", f"components.{stage}", *fold]
+        return [sys.executable, "-m", f"distilldsm.components.{stage}", *fold]
 
     def start(self, stage: str, **more: str) -> subprocess.Popen[str]:
         """Start a stage in a process group of its own; its output goes to STAGE.log."""

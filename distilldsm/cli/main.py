@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (data, environment) or 2 (usage, parameters)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments and arguments[0] in STAGES:
-        return _run_above(f"components.{arguments[0]}", "main", arguments[1:])
+        return _run_above(f"distilldsm.components.{arguments[0]}", "main", arguments[1:])
     if arguments and arguments[0] in UPPER:
         module, function, _ = UPPER[arguments[0]]
         return _run_above(module, function, arguments[1:])

@@ -166,7 +166,7 @@ class Folds:
         return [folder / f"models/fold{fold}" for folder in self.ensemble or (self.output,)]
 
     def command(self, stage: str, fold: int | None) -> list[str]:
-        shared = [sys.executable, "-m", f"components.{stage}", *self.arguments]
+        shared = [sys.executable, "-m", f"distilldsm.components.{stage}", *self.arguments]
         if fold is None:
             return shared
         (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"

@@ -1,6 +1,6 @@
 """The train stage on as many processes as there are GPUs: in this pod by torchrun, or as a Kubeflow Trainer TrainJob.
 
-Both start the same entry point, `distilldsm.components.train`. A TrainJob's pods and the one that starts it share a claim:
+Both start `distilldsm.components.train`. A TrainJob's pods and the one that starts it share a claim:
 data and parameters are put there, the model is collected from there.
 """
 

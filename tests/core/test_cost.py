@@ -34,7 +34,7 @@ def test_the_peak_stays_where_the_system_tells_less_later(monkeypatch):
 
 def test_the_peak_is_not_that_of_the_process_that_started_this_one():
     block = np.ones(100_000_000)  # 0.8 GB
-    code = "from distilldsm import cost; print(cost.peak_memory_gb())"
+    code = "from distilldsm.core import cost; print(cost.peak_memory_gb())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 0.4
     del block

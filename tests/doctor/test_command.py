@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from distilldsm import __version__
-from distilldsm.cli import doctor, main
+from distilldsm.cli import doctor
+from distilldsm.cli.main import main
 from distilldsm.doctor import report, settings
 from distilldsm.doctor.checks import Finding
 from tests.doctor.conftest import contents

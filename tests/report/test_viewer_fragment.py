@@ -102,7 +102,7 @@ def test_a_page_without_volumes_is_small():
 
 def test_the_script_is_the_one_that_was_built(repository):
     """Hash, version and licences of the bundle agree; change them with `make viewer` only."""
-    folder = repository / "distilldsm" / "viewer"
+    folder = repository / "distilldsm" / "report" / "viewer"
     about = json.loads((folder / "niivue.json").read_text())
     assert set(about["sha256"]) == {SCRIPT, "niivue.LICENSE.txt"}
     for name, expected in about["sha256"].items():
@@ -117,7 +117,7 @@ def test_the_script_is_the_one_that_was_built(repository):
 
 
 def test_the_build_is_locked_to_that_version(repository):
-    about = json.loads((repository / "distilldsm" / "viewer" / "niivue.json").read_text())
+    about = json.loads((repository / "distilldsm" / "report" / "viewer" / "niivue.json").read_text())
     wanted = json.loads((repository / "viewer" / "package.json").read_text())["dependencies"]
     text = (repository / "viewer" / "package-lock.json").read_text()
     locked = json.loads(text)["packages"]
@@ -131,7 +131,7 @@ def test_the_build_is_locked_to_that_version(repository):
 
 def test_all_files_of_the_viewer_are_package_data(repository):
     patterns = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    for path in (repository / "distilldsm" / "viewer").iterdir():
+    for path in (repository / "distilldsm" / "report" / "viewer").iterdir():
         if path.is_file() and path.suffix != ".py":
-            name = f"viewer/{path.name}"
+            name = f"report/viewer/{path.name}"
             assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns["distilldsm"]), name
