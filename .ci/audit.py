@@ -79,8 +79,8 @@ def report(packages: Sequence[Any], service: str) -> int:
     for package in packages:
         for one in package.get("vulns", []):
             found += 1
-            mended = ", ".join(one.get("fix_versions", [])) or "no version yet"
-            print(f"{package['name']} {package['version']}: {one['id']} (mended in {mended})")
+            fixed = ", ".join(one.get("fix_versions", [])) or "no version yet"
+            print(f"{package['name']} {package['version']}: {one['id']} (fixed in {fixed})")
     skipped = [package["name"] for package in packages if "skip_reason" in package]
     print(f"{service}: {found} known vulnerabilities in {len(packages) - len(skipped)} packages")
     if skipped:

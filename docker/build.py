@@ -33,7 +33,7 @@ def wheels_image(engine: str, wheelhouse: Path, tag: str, environment: dict[str,
     """Put a folder of wheels into an image to mount: what every engine can do, a second build context not."""
     if not any(wheelhouse.glob("*.whl")):
         raise SystemExit(
-            f"error: {wheelhouse}: holds no wheel\n  mend: pip wheel -w {wheelhouse} -c constraints.txt ..."
+            f"error: {wheelhouse}: holds no wheel\n  hint: pip wheel -w {wheelhouse} -c constraints.txt ..."
         )
     text = "FROM scratch\nCOPY *.whl /\n"
     command = [engine, "build", "--tag", tag, "--file", "-", str(wheelhouse)]

@@ -130,7 +130,7 @@ def test_a_label_that_no_case_has_is_a_finding_of_the_data_set(source, tmp_path)
     at = stages(source, tmp_path)
     found = [f for f in read_json(at.validation / "report.json")["findings"] if f["rule"] == "every_label_somewhere"]
     assert [(f["case"], f["file"], f["seen"], f["severity"]) for f in found] == [(None, INDEX, "Ghost", "warning")]
-    assert "take it out of the labels" in found[0]["mend"]
+    assert "take it out of the labels" in found[0]["hint"]
     summary = read_json(at.scores / "summary.json")
     assert summary["labels"].keys() == {"Anterior", "Posterior", "Ghost", "Rare"}
     with open(at.scores / "cases.csv") as stream:

@@ -135,7 +135,7 @@ def _find_plan(directory: Path, params: str) -> Plan:
             where=directory,
             seen="no such directory" if not directory.is_dir() else None,
             rule=f"a directory with plan.json or {INDEX}",
-            mend="give data/preprocessed, a model directory, or data/raw",
+            hint="give data/preprocessed, a model directory, or data/raw",
         )
     from distilldsm.config import PreprocessConfig, load_params
     from distilldsm.core.progress import progress
@@ -166,7 +166,7 @@ def summary(args: argparse.Namespace) -> None:
         path.parent for path in Path("evaluation").glob("fold*/summary.json")
     )
     if not directories:
-        raise DataError("no evaluated fold", where="evaluation", mend="run dvc repro, or name the directories")
+        raise DataError("no evaluated fold", where="evaluation", hint="run dvc repro, or name the directories")
     found = {str(d): read_json(d / "summary.json") for d in directories}
     for directory, table in found.items():
         if not (isinstance(table, dict) and {"labels", "mean"} <= table.keys()):

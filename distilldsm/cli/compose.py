@@ -55,11 +55,11 @@ def compose(args: argparse.Namespace) -> None:
 
     conf = Path(args.conf)
     if not (conf / "config.yaml").is_file():
-        raise ConfigError("holds no config.yaml", where=args.conf, mend="run this where conf/ is, or give --conf")
+        raise ConfigError("holds no config.yaml", where=args.conf, hint="run this where conf/ is, or give --conf")
     presets, assignments = _parted(conf, args.overrides)
     if args.keep:
-        mend = "leave --keep out, or run this where params.yaml lies"
-        layers = [Layer(name=args.output, values=load_yaml(args.output, mend=mend))]
+        hint = "leave --keep out, or run this where params.yaml lies"
+        layers = [Layer(name=args.output, values=load_yaml(args.output, hint=hint))]
         layers += [_preset(conf, group, name) for group, names in presets for name in names]
         values: dict[str, Any] = copy.deepcopy(dict(layers[0].values))
         for layer in layers[1:]:
@@ -95,7 +95,7 @@ def _parted(conf: Path, overrides: Sequence[str]) -> tuple[list[tuple[str, list[
                 where="compose",
                 seen=override,
                 rule="KEY=VALUE",
-                mend=f"{bare}={value or 'VALUE'}" if sign == "+" else "leave it out, or set it to another value",
+                hint=f"{bare}={value or 'VALUE'}" if sign == "+" else "leave it out, or set it to another value",
             )
         if re.fullmatch(r"\w[\w-]*", key) and (conf / key).is_dir():
             presets.append((key, [name.strip() for name in value.strip("[]").split(",")]))
@@ -129,7 +129,7 @@ def _preset(conf: Path, group: str, name: str) -> Layer:
             where=path,
             seen=next(iter(text.splitlines()), "an empty file"),
             rule=f"without it its keys would lie below '{group}'",
-            mend="put that line at the top",
+            hint="put that line at the top",
         )
     return Layer(name=str(path), values=values)
 
@@ -157,7 +157,7 @@ def _composed(conf: Path, presets: Mapping[str, Sequence[str]]) -> dict[str, Any
             "cannot be composed",
             where=conf,
             seen=" ".join(lines)[:600],
-            mend="correct the preset told; its keys are those of params.yaml",
+            hint="correct the preset told; its keys are those of params.yaml",
         ) from None
     assert isinstance(values, dict)
     return {str(key): value for key, value in values.items()}
@@ -174,7 +174,7 @@ def _refuse_environment(value: Any, conf: Path) -> None:
             where=conf,
             seen=value,
             rule="what params.yaml holds is written to many files",
-            mend="write the value itself; secrets stay in the environment",
+            hint="write the value itself; secrets stay in the environment",
         )
 
 
@@ -194,7 +194,7 @@ def _assign(values: dict[str, Any], assignment: str) -> Layer:
             where="compose",
             seen=assignment,
             rule="${...} is for presets",
-            mend="give the value itself",
+            hint="give the value itself",
         )
     keys, value = read_assignment(assignment, where="compose")
     inner = mapping_at(values, keys[:-1], assignment, where="compose")
@@ -222,7 +222,7 @@ def _named(error: ConfigError, layers: Sequence[Layer]) -> ConfigError:
         if _sets(layer, keys[:length])
     )
     where = ": ".join(filter(None, [file, key if known == len(keys) else section])) or "compose"
-    return ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend)
+    return ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, hint=error.hint)
 
 
 def _sets(layer: Layer, keys: Sequence[str]) -> bool:

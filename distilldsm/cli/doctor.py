@@ -22,12 +22,12 @@ def check_git(limit_s: float) -> list[Finding]:
     """git, and the repository whose commit is recorded with each run."""
     name = "git"
     if shutil.which("git") is None:
-        return [Finding(name=name, status="warn", seen="not installed: runs carry no commit", mend="install git")]
+        return [Finding(name=name, status="warn", seen="not installed: runs carry no commit", hint="install git")]
     command = ["git", "rev-parse", "--show-toplevel"]
     asked = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
     if asked.returncode:
-        mend = "run it in the repository; DVC needs one"
-        return [Finding(name=name, status="warn", seen=clean(asked.stderr) or "no repository", mend=mend)]
+        hint = "run it in the repository; DVC needs one"
+        return [Finding(name=name, status="warn", seen=clean(asked.stderr) or "no repository", hint=hint)]
     return [Finding(name=name, status="ok", seen=asked.stdout.strip())]
 
 
@@ -37,13 +37,13 @@ def check_dvc(limit_s: float) -> list[Finding]:
     if not services.is_installed("dvc"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'pipeline')")]
     if not Path("dvc.yaml").is_file():
-        mend = "run it in the folder that holds dvc.yaml"
-        return [Finding(name=name, status="warn", seen=f"{Path.cwd()}: no dvc.yaml", mend=mend)]
+        hint = "run it in the folder that holds dvc.yaml"
+        return [Finding(name=name, status="warn", seen=f"{Path.cwd()}: no dvc.yaml", hint=hint)]
     stages = load_yaml("dvc.yaml").get("stages") or {}
     found = [Finding(name=name, status="ok", seen=f"dvc.yaml: {', '.join(stages)}")]
     if not Path(".dvc").is_dir():
-        mend = "clone the repository, or dvc init"
-        return [Finding(name=name, status="fail", seen="there is a dvc.yaml, but no .dvc", mend=mend)]
+        hint = "clone the repository, or dvc init"
+        return [Finding(name=name, status="fail", seen="there is a dvc.yaml, but no .dvc", hint=hint)]
     return found + in_child("dvc remote", "distilldsm.pipeline.dvc_probe:check", limit_s)
 
 

@@ -76,10 +76,10 @@ def drift(args: argparse.Namespace) -> None:
         raise DataError(
             f"{len(failures)} of {len(failures) + len(report['scans'])} scans could not be compared",
             seen=", ".join(f["scan"] for f in failures),
-            mend="see the errors above; the others were compared",
+            hint="see the errors above; the others were compared",
         )
     if report["drift"] and args.fail:
-        raise DataError("scans differ from what the model was trained on", where=model, mend="see the findings above")
+        raise DataError("scans differ from what the model was trained on", where=model, hint="see the findings above")
 
 
 def _output(text: str | None) -> Path | None:

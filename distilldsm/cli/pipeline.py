@@ -186,7 +186,7 @@ def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
             where=path,
             seen=f"{job.claim} at {job.path}",
             rule="a volume of the train step's profile",
-            mend="give it such a profile, e.g. --profile train=launcher",
+            hint="give it such a profile, e.g. --profile train=launcher",
         )
     return values
 

@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> int:
                 where="distilldsm plots",
                 seen=argv[0] if argv else "none",
                 rule="show or diff, then arguments of dvc plots",
-                mend="e.g. distilldsm plots diff HEAD~1 -o dvc_plots",
+                hint="e.g. distilldsm plots diff HEAD~1 -o dvc_plots",
             )
         with tempfile.TemporaryDirectory() as folder:
             template = Path(folder) / "page.html"

@@ -169,7 +169,7 @@ def predict(args: argparse.Namespace) -> None:
         raise UserError(
             f"{len(failures)} of {len(jobs)} scans could not be predicted",
             seen=", ".join(job.input.name for job, _ in failures),
-            mend="see the errors above; the others are done",
+            hint="see the errors above; the others are done",
         )
 
 
@@ -195,7 +195,7 @@ def _installed_engine() -> Runtime:
     for engine, package in ENGINES.items():
         if find_spec(package) is not None:
             return engine
-    raise UserError("no engine is installed", rule=" or ".join(ENGINES.values()), mend="pip install openvino")
+    raise UserError("no engine is installed", rule=" or ".join(ENGINES.values()), hint="pip install openvino")
 
 
 def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
@@ -212,7 +212,7 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
                 f"is a file name, but these are {len(found)} scans",
                 where=output,
                 seen=listed([one.name for one in found]),
-                mend="give a directory",
+                hint="give a directory",
             )
         many = False  # a folder of one scan
     parent = output if many and output.exists() else output.parent
@@ -221,10 +221,10 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
             "is no directory" if parent.exists() else "the directory of the output does not exist",
             where=parent,
             rule="a directory for several scans" if many else None,
-            mend="give a directory" if parent.exists() else "make it first",
+            hint="give a directory" if parent.exists() else "make it first",
         )
     if many and any(path.is_dir() and output.resolve() == path.resolve() for path in given):
-        raise ConfigError("is the folder of the scans", where=output, mend="give the masks a directory of their own")
+        raise ConfigError("is the folder of the scans", where=output, hint="give the masks a directory of their own")
     every = [*given, *(path for one in found for path in one.paths)]
     jobs = []
     for one in found:
@@ -242,7 +242,7 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
             )
         refuse_input(volumes, every, "is an input")
         if not os.access(volumes if volumes.exists() else volumes.parent, os.W_OK):
-            raise UserError("cannot be written", where=volumes, mend="name a place that you may write to")
+            raise UserError("cannot be written", where=volumes, hint="name a place that you may write to")
     return jobs, many
 
 
@@ -257,7 +257,7 @@ def _failure(job: Job, error: UserError) -> dict[str, Any]:
         "problem": error.problem,
         "seen": None if error.seen is None else str(error.seen),
         "rule": error.rule,
-        "mend": error.mend,
+        "hint": error.hint,
     }
 
 

@@ -97,7 +97,7 @@ def _one_image(path: Path) -> Input:
             where=path,
             seen=", ".join(one.name for one in found[:5]),
             rule="one scan",
-            mend="give one of the files, or the folder of one series",
+            hint="give one of the files, or the folder of one series",
         )
     return found[0]
 
@@ -157,7 +157,7 @@ def _output(asked: str | None, name: str, inputs: Sequence[Path]) -> Path:
     if path.suffix != ".html" or path.is_dir():
         raise ConfigError("is no name of a page", where=path, rule="a file name ending with .html")
     if not path.parent.is_dir():
-        raise ConfigError("the directory of the output does not exist", where=path.parent, mend="make it first")
+        raise ConfigError("the directory of the output does not exist", where=path.parent, hint="make it first")
     refuse_input(path, inputs, "is an input")
     return path
 

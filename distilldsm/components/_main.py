@@ -8,5 +8,5 @@ from distilldsm.core.shell import run_shell
 
 
 def stage_main(run: Callable[[], None]) -> int:
-    """Run a stage; print what the user must mend to stderr and return the exit code (0 only for success)."""
+    """Run a stage; print what the user must fix to stderr and return the exit code (0 only for success)."""
     return run_shell(run)

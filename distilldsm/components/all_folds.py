@@ -207,7 +207,7 @@ def _failed(fold: int | None, stage: str, log: Path, code: int) -> UserError:
         f"{stage if fold is None else f'fold {fold}: {stage}'} failed, exit code {code}",
         where=log,
         seen=(told or said or ["nothing"])[-1],
-        mend="mend it and run the same command again: what is done stays, and a training goes on where it was",
+        hint="hint it and run the same command again: what is done stays, and a training goes on where it was",
     )
     error.exit_code = code if code in (1, 2) else 1
     return error
@@ -285,7 +285,7 @@ def _check_ensemble(ensemble: Sequence[Path], output: Path) -> None:
             where="--output",
             seen=output,
             rule="an ensemble has a folder of its own",
-            mend="e.g. --output runs/ensemble",
+            hint="e.g. --output runs/ensemble",
         )
 
 

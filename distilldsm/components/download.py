@@ -84,7 +84,7 @@ def _keep_apart(config: DownloadConfig, output: Path) -> None:
                 where=f"download.{key}",
                 seen=str(path),
                 rule=f"a place outside {output}",
-                mend="move it elsewhere",
+                hint="move it elsewhere",
             )
 
 
@@ -128,7 +128,7 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
                 where=path,
                 seen=seen,
                 rule=f"download.sha256 is {config.sha256}",
-                mend="get the file again, or correct download.sha256",
+                hint="get the file again, or correct download.sha256",
             )
         return path, path.name
     name = unquote(urlsplit(config.source).path).rsplit("/", 1)[-1] or "archive"

@@ -89,7 +89,7 @@ def run(
             where=inputs["dataset"],
             seen=f"no {absent[0]}",
             rule="every held-out case is scored",
-            mend="preprocess this data set again, or give the one that was preprocessed",
+            hint="preprocess this data set again, or give the one that was preprocessed",
         )
 
     def kept(work: Path) -> str:
@@ -169,7 +169,7 @@ def check_all_differ(models: Sequence[Path]) -> None:
                 where=model,
                 seen=f"the same content as {seen[weights]}",
                 rule="the networks of an ensemble differ, e.g. in train.seed",
-                mend="leave it out, or train another one (distilldsm train --set train.seed=1 --output DIR)",
+                hint="leave it out, or train another one (distilldsm train --set train.seed=1 --output DIR)",
             )
         seen[weights] = model
 

@@ -26,7 +26,7 @@ def key(config: PreprocessConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
     for name, path in (("plan", config.plan), ("splits", config.splits)):
         if path and not Path(path).is_file():
             raise ConfigError(
-                "names no file", where=f"preprocess.{name}", seen=path, mend="correct it, or set it to null"
+                "names no file", where=f"preprocess.{name}", seen=path, hint="correct it, or set it to null"
             )
         if path:
             hashed[name] = Path(path)

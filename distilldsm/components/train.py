@@ -30,7 +30,7 @@ def key(config: TrainConfig, inputs: Mapping[str, Path], fold: int) -> dict[str,
                 where="train.initial_weights",
                 seen=config.initial_weights,
                 rule="a .safetensors",
-                mend="correct it, or set it to null",
+                hint="correct it, or set it to null",
             )
     return {"stage": "train", "config": config, "inputs": hashed, "extra": {"fold": fold}}
 
@@ -78,7 +78,7 @@ def _keep_apart(config: TrainConfig, output: Path) -> None:
             where="train.initial_weights",
             seen=given,
             rule=f"a place outside {output}",
-            mend="copy it elsewhere",
+            hint="copy it elsewhere",
         )
 
 

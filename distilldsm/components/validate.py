@@ -53,7 +53,7 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     if problem:
         raise _refusal(problem, report, root, failed)
     if (failed / MANIFEST).is_file() and read_json(failed / MANIFEST).get("stage") == "validate":
-        shutil.rmtree(failed)  # what it told has been mended
+        shutil.rmtree(failed)  # what it reported is fixed
     counts = report["counts"]
     print(
         f"{index.name}: {counts['accepted']} of {counts['cases']} cases accepted, {counts['errors']} errors, "
@@ -79,20 +79,20 @@ def _problem(config: ValidateConfig, index: DatasetIndex, report: Mapping[str, A
 def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) -> DataError:
     findings = [f for f in report["findings"] if f["severity"] == "error"]
     lines = [
-        f"\n    {root / f['file']}: {f['message']} ({f['rule']})\n      seen: {f['seen']}\n      mend: {f['mend']}"
+        f"\n    {root / f['file']}: {f['message']} ({f['rule']})\n      seen: {f['seen']}\n      hint: {f['hint']}"
         for f in findings[:SHOWN]
     ]
     if len(findings) > SHOWN:
         lines.append(f"\n    ... and {len(findings) - SHOWN} more")
     counts = report["counts"]
     sound = not findings  # only the patients are too few
-    advice = "add cases" if sound else "mend the files, or leave such cases out (validate.on_invalid: exclude)"
+    advice = "add cases" if sound else "fix the files, or leave such cases out (validate.on_invalid: exclude)"
     return DataError(
         f"the data set cannot be used: {problem}",
         where=root,
         seen=f"{counts['errors']} errors, {counts['warnings']} warnings" + "".join(lines),
         rule="two patients at least, to hold one out" if sound else "every case fulfils the expectation suite",
-        mend=f"read {failed / 'report.html'}; {advice}",
+        hint=f"read {failed / 'report.html'}; {advice}",
     )
 
 

@@ -78,7 +78,7 @@ def _refuse_secret(key: str, address: str) -> None:
             f"'{key}' holds a secret",
             seen=f"{'a user or password' if found == 'user' else found} in {public_address(address)}",
             rule="no user, password, token or signature in an address: parameters are written to many files",
-            mend="put it in the environment: DISTILLDSM_DOWNLOAD_USERNAME and DISTILLDSM_DOWNLOAD_PASSWORD, "
+            hint="put it in the environment: DISTILLDSM_DOWNLOAD_USERNAME and DISTILLDSM_DOWNLOAD_PASSWORD, "
             "DISTILLDSM_DOWNLOAD_TOKEN, or DISTILLDSM_DOWNLOAD_SIGNATURE (a signed address' query)",
         )
 
@@ -294,5 +294,5 @@ def load_params(path: str | os.PathLike[str] = "params.yaml", assignments: Itera
     Raises:
         ConfigError: names the file, the section and key, the value and what is allowed.
     """
-    mend = "run this where params.yaml lies, write one by `distilldsm compose`, or name another by --params"
-    return from_mapping(Params, set_values(load_yaml(path, mend=mend), assignments), where=os.fspath(path))
+    hint = "run this where params.yaml lies, write one by `distilldsm compose`, or name another by --params"
+    return from_mapping(Params, set_values(load_yaml(path, hint=hint), assignments), where=os.fspath(path))

@@ -62,7 +62,7 @@ def matching(wanted: Sequence[str]) -> list[Parameter]:
                 "no such parameter or section",
                 where="distilldsm params",
                 seen=name,
-                mend=f"did you mean {' or '.join(sorted(close))}?" if close else "see distilldsm params",
+                hint=f"did you mean {' or '.join(sorted(close))}?" if close else "see distilldsm params",
             )
     return [p for p in known if not wanted or any(_below(p.key, name) for name in wanted)]
 

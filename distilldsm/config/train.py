@@ -30,7 +30,7 @@ class ModelConfig:
                 "'name' is no known model",
                 seen=repr(self.name),
                 rule="one of " + ", ".join(MODEL_NAMES),
-                mend=f"did you mean '{close[0]}'?" if close else None,
+                hint=f"did you mean '{close[0]}'?" if close else None,
             )
         check_options(self.name, self.options)
 

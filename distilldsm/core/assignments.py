@@ -59,7 +59,7 @@ def _refuse_twice(root: Any, where: str | os.PathLike[str]) -> None:
                     where=where,
                     seen=f"{name}, lines {lines[key.tag, key.value]} and {line}",
                     rule="each key once",
-                    mend="keep one of them",
+                    hint="keep one of them",
                 )
             lines[key.tag, key.value] = line
 
@@ -84,7 +84,7 @@ def read_assignment(assignment: str, *, where: str) -> tuple[list[str], Any]:
             where=where,
             seen=assignment[:500],
             rule=" ".join(str(error).split())[:500],
-            mend=f"put text in quotes within those of the shell: {path}='\"TEXT\"'",
+            hint=f"put text in quotes within those of the shell: {path}='\"TEXT\"'",
         ) from None
 
 

@@ -1,4 +1,4 @@
-"""Errors meant for the person at the keyboard: what was seen, what is allowed, how to mend it."""
+"""Errors meant for the person at the keyboard: what was seen, what is allowed, how to fix it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from distilldsm.core.redaction import redact
 class UserError(Exception):
     """Something the user gave (data, file, environment) cannot be used.
 
-    The message always tells the place, the value seen, the rule it broke and the mend, each where known; never a
+    The message always tells the place, the value seen, the rule it broke and the hint, each where known; never a
     password of the environment or of an address.
     """
 
@@ -23,20 +23,20 @@ class UserError(Exception):
         where: str | os.PathLike[str] | None = None,
         seen: object = None,
         rule: str | None = None,
-        mend: str | None = None,
+        hint: str | None = None,
     ) -> None:
         self.problem = problem
         self.where = None if where is None else os.fspath(where)
         self.seen = seen
         self.rule = rule
-        self.mend = mend
+        self.hint = hint
         parts = [f"{self.where}: {problem}" if self.where else problem]
         if seen is not None:
             parts.append(f"  seen: {seen}")
         if rule:
             parts.append(f"  rule: {rule}")
-        if mend:
-            parts.append(f"  mend: {mend}")
+        if hint:
+            parts.append(f"  hint: {hint}")
         super().__init__(redact("\n".join(parts)))
 
 

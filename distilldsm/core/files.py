@@ -61,8 +61,8 @@ def writes(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL_DISK:
             raise OSError(error.errno, error.strerror, str(path)) from error
-        mend = "make its folder first" if error.errno == errno.ENOENT else "name a place that you may write to"
-        raise UserError("cannot be written", where=path, seen=error.strerror or str(error), mend=mend) from error
+        hint = "make its folder first" if error.errno == errno.ENOENT else "name a place that you may write to"
+        raise UserError("cannot be written", where=path, seen=error.strerror or str(error), hint=hint) from error
 
 
 def write_text(path: Path, text: str) -> None:
@@ -93,10 +93,10 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError("is missing", where=path, mend="run the stage that writes it (dvc repro)") from None
+        raise UserError("is missing", where=path, hint="run the stage that writes it (dvc repro)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            "cannot be read as JSON", where=path, seen=str(error), mend="copy it again, or run the stage that writes it"
+            "cannot be read as JSON", where=path, seen=str(error), hint="copy it again, or run the stage that writes it"
         ) from None
 
 

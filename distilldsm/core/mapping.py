@@ -21,11 +21,11 @@ RULE = "rule"
 """Key of a field's metadata: what to tell instead of the names of its types."""
 
 
-def load_yaml(path: str | os.PathLike[str], *, mend: str = "give an existing file") -> dict[str, Any]:
+def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing file") -> dict[str, Any]:
     """Read a YAML file that holds one mapping.
 
     Args:
-        mend: what to do where it cannot be read.
+        hint: what to do where it cannot be read.
 
     Raises:
         ConfigError: the file is missing, is no YAML, holds something other than a mapping or a key twice.
@@ -36,9 +36,9 @@ def load_yaml(path: str | os.PathLike[str], *, mend: str = "give an existing fil
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError("cannot be read", where=path, seen=error.strerror, mend=mend) from None
+        raise ConfigError("cannot be read", where=path, seen=error.strerror, hint=hint) from None
     except UnicodeDecodeError as error:
-        raise ConfigError("is no text", where=path, seen=str(error), rule="UTF-8", mend=mend) from None
+        raise ConfigError("is no text", where=path, seen=str(error), rule="UTF-8", hint=hint) from None
     try:
         loaded = parse_yaml(text, where=path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2001-99-99
@@ -47,7 +47,7 @@ def load_yaml(path: str | os.PathLike[str], *, mend: str = "give an existing fil
             where=path,
             seen=str(error).replace("\n", " ")[:500],
             rule="plain mappings, lists and values; tags such as !!python/object are never carried out",
-            mend="correct the file at the place told",
+            hint="correct the file at the place told",
         ) from None
     if loaded is None:
         return {}
@@ -73,7 +73,7 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
                 f"unknown parameter '{key}'",
                 where=where,
                 rule="allowed: " + ", ".join(fields),
-                mend=f"did you mean '{close[0]}'?" if close else "remove it or correct its name",
+                hint=f"did you mean '{close[0]}'?" if close else "remove it or correct its name",
             )
     built = {key: _convert_field(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
     missing = [
@@ -82,13 +82,13 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
         if name not in built and field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
     ]
     if missing:
-        raise ConfigError(f"parameter '{missing[0]}' is missing", where=where, mend=f"add '{missing[0]}: ...'")
+        raise ConfigError(f"parameter '{missing[0]}' is missing", where=where, hint=f"add '{missing[0]}: ...'")
     try:
         return cls(**built)
     except ConfigError as error:
         if error.where:
             raise
-        raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, mend=error.mend) from None
+        raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, hint=error.hint) from None
 
 
 def require(condition: bool, key: str, seen: object, rule: str) -> None:
@@ -169,7 +169,7 @@ def _convert(hint: Any, value: object, where: str) -> Any:
                 where=where,
                 seen=_show(value),
                 rule="one of " + ", ".join(str(a) for a in args),
-                mend=f"did you mean '{close[0]}'?" if close else None,
+                hint=f"did you mean '{close[0]}'?" if close else None,
             )
         return value
     if origin is tuple:
@@ -187,12 +187,12 @@ def _convert(hint: Any, value: object, where: str) -> Any:
 
 
 def _no_name(hint: Any, key: object, value: object, where: str) -> ConfigError:
-    mend = "put the name in quotes"
+    hint = "put the name in quotes"
     if isinstance(value, str):
         with contextlib.suppress(ConfigError):
             _convert(hint, key, where)
-            mend = f"did you mean '{value}: {key}'?"
-    return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", mend=mend)
+            hint = f"did you mean '{value}: {key}'?"
+    return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", hint=hint)
 
 
 def _convert_union(args: tuple[Any, ...], value: object, where: str) -> Any:

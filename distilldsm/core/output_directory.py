@@ -37,7 +37,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
     if path.is_file():
         return sha256_file(path)
     if not path.is_dir():
-        raise UserError("is missing", where=path, mend="run the stage that writes it (dvc repro)")
+        raise UserError("is missing", where=path, hint="run the stage that writes it (dvc repro)")
     manifest = path / MANIFEST
     if manifest.is_file():
         return sha256_json(read_json(manifest)["files"])
@@ -99,7 +99,7 @@ def output_directory(
             lock.acquire(timeout=0)
         except Timeout:  # an OSError too
             raise UserError(
-                "another process is writing this output", where=path, mend="wait for it, or stop it, then run again"
+                "another process is writing this output", where=path, hint="wait for it, or stop it, then run again"
             ) from None
     try:
         input_hashes = {name: content_hash(p) for name, p in inputs.items()}
@@ -129,7 +129,7 @@ def output_directory(
                 "no space left on the device",
                 where=path,
                 seen=str(error),
-                mend="free space, then run the same command again",
+                hint="free space, then run the same command again",
             ) from error
         for name in until_done:
             (work / name).unlink(missing_ok=True)
@@ -162,7 +162,7 @@ def _check_unchanged(stage: str, inputs: Mapping[str, str | os.PathLike[str]], h
                 where=Path(path),
                 seen="other contents than at the start",
                 rule="one state of the data for one output",
-                mend="run the same command again, and no stage that writes there beside it",
+                hint="run the same command again, and no stage that writes there beside it",
             )
 
 

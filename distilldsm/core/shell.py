@@ -70,10 +70,10 @@ def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 
 def run_shell(run: Callable[[], None]) -> int:
-    """Run a command; print what the user must mend to stderr and return the exit code.
+    """Run a command; print what the user must fix to stderr and return the exit code.
 
     0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. Everything that is not the
-    user's to mend keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM
+    user's to fix keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM
     interrupts like Ctrl-C: it is what a pod that is deleted gets, and a job of a batch system. An interrupt tells
     what is kept and the command that goes on, see `interruption`.
     """
@@ -100,7 +100,7 @@ def run_shell(run: Callable[[], None]) -> int:
         if package not in EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
             raise
         print(f"error: this command needs the package '{package}', which is not installed", file=sys.stderr)
-        print(f"  mend: in the repository, pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
+        print(f"  hint: in the repository, pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
         return 1
     except OSError as error:
         if os.environ.get("DISTILLDSM_DEBUG"):
@@ -117,4 +117,4 @@ def _of_system(error: OSError) -> UserError:
         hidden := re.fullmatch(r"\.(.+?)\.(\d+\.tmp[.\w]*|lock|partial|partial\.json)", path.name)
     ):
         path = path.with_name(hidden.group(1))
-    return UserError(error.strerror or str(error), where=path, mend=MENDS.get(error.errno or 0))
+    return UserError(error.strerror or str(error), where=path, hint=MENDS.get(error.errno or 0))

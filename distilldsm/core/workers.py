@@ -20,7 +20,7 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
     """A pool of `workers` processes with one thread each.
 
     Args:
-        setting: the parameter that sets the number of workers, for the error's mend.
+        setting: the parameter that sets the number of workers, for the error's hint.
 
     Raises:
         UserError: a worker was killed, most likely for want of memory.
@@ -36,7 +36,7 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
             "a worker process was killed, most likely for want of memory",
             where=setting,
             seen=f"{workers} workers",
-            mend="set it to a smaller number, then run the same command again",
+            hint="set it to a smaller number, then run the same command again",
         ) from None
     finally:
         pool.shutdown(cancel_futures=True)  # after an error, what has not begun is not wanted any more

@@ -121,14 +121,14 @@ def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member]
                 "is one file, no data set",
                 where=archive,
                 rule="download.source: sample, msd:TASK, an address, an archive (tar, tar.gz/bz2/xz, zip) or a folder",
-                mend="name the folder that holds scans and masks",
+                hint="name the folder that holds scans and masks",
             ) from None
         raise DataError(
             "is no readable archive, or is truncated",
             where=archive,
             seen=f"{type(error).__name__}: {error}".splitlines()[0],  # tarfile adds a line for each way it tried
             rule="tar (also gz, bz2, xz) or zip",
-            mend="download or copy it again",
+            hint="download or copy it again",
         ) from None
 
 
@@ -146,7 +146,7 @@ def _checked(members: Iterator[Member], archive: Path) -> list[Member]:
                 where=archive,
                 seen=f"{packed:,} to {unpacked:,} bytes and more, in {len(files):,} files",
                 rule=f"at most {MAX_RATIO} times and {MAX_MEMBERS:,} files",
-                mend="unpack it yourself and name the folder",
+                hint="unpack it yourself and name the folder",
             )
     if not files:
         raise DataError("holds no files", where=archive)
@@ -193,7 +193,7 @@ def _zip_members(packed: zipfile.ZipFile, archive: Path) -> Iterator[Member]:
             raise DataError("holds a link or special file", where=archive, seen=info.filename, rule="plain files only")
         if info.flag_bits & 1:
             raise DataError(
-                "is encrypted", where=archive, seen=info.filename, mend="unpack it yourself, name the folder"
+                "is encrypted", where=archive, seen=info.filename, hint="unpack it yourself, name the folder"
             )
         yield Member(path, info.file_size, info)
 
@@ -207,7 +207,7 @@ def _safe_path(name: str, archive: Path) -> PurePosixPath | None:
             where=archive,
             seen=name,
             rule="relative names without '..'",
-            mend="get the archive from a source you trust",
+            hint="get the archive from a source you trust",
         )
     return None if is_litter(path) or not path.parts else path
 
@@ -221,7 +221,7 @@ def _check_space(target: Path, unpacked: int) -> None:
             where=target,
             seen=f"{free:,} bytes free",
             rule=f"{unpacked:,} needed",
-            mend="free space, then run the same command again",
+            hint="free space, then run the same command again",
         )
 
 
@@ -231,7 +231,7 @@ def _copy_exactly(source: IO[bytes], sink: IO[bytes], member: Member, archive: P
     while left > 0:
         chunk = source.read(min(_CHUNK, left))
         if not chunk:
-            raise DataError("is truncated", where=archive, seen=str(member.path), mend="download or copy it again")
+            raise DataError("is truncated", where=archive, seen=str(member.path), hint="download or copy it again")
         sink.write(chunk)
         left -= len(chunk)
     if source.read(1):

@@ -82,5 +82,5 @@ def lookup(source: str) -> CatalogEntry:
         where="download.source",
         seen=repr(source),
         rule="one of " + ", ".join(CATALOG),
-        mend=f"did you mean '{by_lower[close[0]]}'?" if close else None,
+        hint=f"did you mean '{by_lower[close[0]]}'?" if close else None,
     )

@@ -98,8 +98,8 @@ class DatasetIndex:
                 case.check_names()
             return index
         except DataError as error:
-            mend = error.mend or "run the download again (dvc repro download)"
-            raise DataError(error.problem, where=path, seen=error.seen, rule=error.rule, mend=mend) from None
+            hint = error.hint or "run the download again (dvc repro download)"
+            raise DataError(error.problem, where=path, seen=error.seen, rule=error.rule, hint=hint) from None
 
     def subset(self, ids: frozenset[str] | set[str]) -> DatasetIndex:
         """The same data set with only the named cases."""

@@ -1,4 +1,4 @@
-"""What a data set's `dataset.json` says: channels, labels, regions. Its mistakes are told with file and mend."""
+"""What a data set's `dataset.json` says: channels, labels, regions. Errors name the file and how to fix it."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def read(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
-            "cannot be read as JSON", where=path, seen=str(error), mend="correct it, or get the data set again"
+            "cannot be read as JSON", where=path, seen=str(error), hint="correct it, or get the data set again"
         ) from None
     if not isinstance(value, dict):
         raise DataError("must hold a JSON object", where=path, seen=type(value).__name__)
@@ -45,7 +45,7 @@ def need(description: Mapping[str, Any], key: str, kind: type, path: Path) -> An
             where=path,
             seen=repr(value)[:100],
             rule=f"{form} with one entry at least",
-            mend=f"add '{key}' as the format's description says",
+            hint=f"add '{key}' as the format's description says",
         )
     return value
 

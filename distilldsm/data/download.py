@@ -164,7 +164,7 @@ def fetch(
         "could not be fetched",
         where=target,
         seen="\n    ".join(answers) or "no address",
-        mend="check the address, the network and download.sha256; or download it yourself and name the file",
+        hint="check the address, the network and download.sha256; or download it yourself and name the file",
     )
 
 
@@ -176,7 +176,7 @@ def _locked(target: Path) -> Iterator[None]:
         lock.acquire(timeout=0)
     except Timeout:
         raise UserError(
-            "another process is fetching this file", where=target, mend="wait for it, or stop it, then run again"
+            "another process is fetching this file", where=target, hint="wait for it, or stop it, then run again"
         ) from None
     try:
         yield
@@ -331,5 +331,5 @@ def _check_space(target: Path, needed: int) -> None:
             where=target,
             seen=f"{free:,} bytes free",
             rule=f"{needed:,} needed",
-            mend="free space, or set download.archive_dir to another disk",
+            hint="free space, or set download.archive_dir to another disk",
         )

@@ -79,7 +79,7 @@ def classes_from_values(
             where=path,
             seen=strange,
             rule=f"declared: {list(class_values)}",
-            mend="declare them, or leave the case out (validate.on_invalid: exclude)",
+            hint="declare them, or leave the case out (validate.on_invalid: exclude)",
         )
     return classes
 

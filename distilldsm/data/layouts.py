@@ -117,25 +117,25 @@ def recognise(root: Path) -> tuple[Layout, Path]:
         where=inner,
         seen="no dataset.json, no */*_seg.nii.gz with _flair, _t1, _t1ce or _t2 beside it",
         rule="Medical Segmentation Decathlon, nnU-Net raw, BraTS 2020, or a pattern of your own",
-        mend="set download.layout: pattern and download.pattern (see docs/data.md)",
+        hint="set download.layout: pattern and download.pattern (see docs/data.md)",
     )
 
 
 def _check_files(root: Path, cases: Sequence[Files]) -> None:
     if not cases:
-        raise DataError("holds no labelled case", where=root, mend="name the folder that holds the cases")
+        raise DataError("holds no labelled case", where=root, hint="name the folder that holds the cases")
     missing = [path for files in cases for path in (*files.images, files.label) if not (root / path).is_file()]
     if missing:
         raise DataError(
             f"{len(missing)} file(s) of the data set are missing",
             where=root,
             seen=some(missing),
-            mend="complete the data set, or take these cases out of it (and of its dataset.json, if it has one)",
+            hint="complete the data set, or take these cases out of it (and of its dataset.json, if it has one)",
         )
     ids = [files.id for files in cases]
     twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
     if twice:
-        raise DataError("case ids appear twice", where=root, seen=some(twice), mend="give each case a name of its own")
+        raise DataError("case ids appear twice", where=root, seen=some(twice), hint="give each case a name of its own")
 
 
 def _with_modalities(channels: tuple[Channel, ...], wanted: Mapping[str, Modality]) -> tuple[Channel, ...]:
@@ -164,7 +164,7 @@ def _refuse_other_format(root: Path, description: Mapping[str, Any], layout: Lay
             where=path,
             seen="'modality', and images CASE_0000.nii.gz",
             rule="nnU-Net's second version names the channels in 'channel_names'",
-            mend="rename 'modality' to 'channel_names', with download.layout: nnunet or auto",
+            hint="rename 'modality' to 'channel_names', with download.layout: nnunet or auto",
         )
     own, other, layout_of_other = "modality", "channel_names", "nnunet"
     if layout == "nnunet":
@@ -175,7 +175,7 @@ def _refuse_other_format(root: Path, description: Mapping[str, Any], layout: Lay
             where=path,
             seen=f"'{other}'",
             rule=f"'{own}'",
-            mend=f"set download.layout: {layout_of_other}, or auto",
+            hint=f"set download.layout: {layout_of_other}, or auto",
         )
 
 
@@ -241,7 +241,7 @@ def _nnunet(root: Path) -> Found:
             "'numTraining' is not the number of cases",
             where=path,
             seen=f"{listed}, and {len(cases)} in imagesTr and labelsTr",
-            mend="complete the data set, or correct numTraining",
+            hint="complete the data set, or correct numTraining",
         )
     labels, regions = descriptions.split_regions(
         descriptions.need(description, "labels", dict, path), description, path
@@ -344,6 +344,6 @@ def _patient(case: str, pattern: str | None) -> str:
             where="download.patient_pattern",
             seen=case,
             rule=pattern,
-            mend="correct the pattern; cases of one patient must stay together in every split",
+            hint="correct the pattern; cases of one patient must stay together in every split",
         )
     return match[1]

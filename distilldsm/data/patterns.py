@@ -51,7 +51,7 @@ def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
             "no file matches the label pattern",
             where=inner,
             seen=f"{pattern.label}, among files such as {', '.join(files[:3]) or '(none)'}",
-            mend="correct download.pattern.label",
+            hint="correct download.pattern.label",
         )
     images = [matches(image, files) for image in pattern.images]
     problems, cases = [], []
@@ -65,7 +65,7 @@ def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
         cases.append(Files(case, tuple(m[case][0] for m in images if m.get(case)), label[0]))
     if problems:
         raise DataError(
-            "the patterns do not name one file each", where=inner, seen=some(problems), mend="correct download.pattern"
+            "the patterns do not name one file each", where=inner, seen=some(problems), hint="correct download.pattern"
         )
     masks = {name for hits in labels.values() for name in hits}  # a scan's pattern may match them too
     scans = {case for found in images for case, hits in found.items() if case not in labels and masks.isdisjoint(hits)}

@@ -142,7 +142,7 @@ def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output:
             where=root / case.images[0],
             seen=f"{largest:.4g} after normalisation",
             rule=f"at most {LARGEST_STORED} (half precision)",
-            mend="set preprocess.normalisation to zscore, or scale the images",
+            hint="set preprocess.normalisation to zscore, or scale the images",
         )
     save_array(output / "images" / f"{case.id}.npy", image.astype(np.float16))
     save_array(output / "labels" / f"{case.id}.npy", label)
@@ -195,12 +195,12 @@ def _check_plan(plan: Plan, index: DatasetIndex, config: PreprocessConfig) -> No
             where=config.plan,
             seen=seen,
             rule=rule,
-            mend="make a plan of this data (preprocess.plan: null), or correct the names in a copy of the plan",
+            hint="make a plan of this data (preprocess.plan: null), or correct the names in a copy of the plan",
         )
     if config.regions is not None and plan.regions != regions_of(index, config):
         raise ConfigError(
             "the plan has other regions than preprocess.regions",
             where=config.plan,
             seen=[region.name for region in plan.regions],
-            mend="set preprocess.regions to null, or correct a copy of the plan",
+            hint="set preprocess.regions to null, or correct a copy of the plan",
         )

@@ -113,7 +113,7 @@ def _load_template() -> dict[str, Float32]:
             "the sample needs nilearn's MNI152 template",
             where="download.source",
             seen="sample",
-            mend="pip install nilearn, or name a data set of your own",
+            hint="pip install nilearn, or name a data set of your own",
         )
     block = {}
     for key, name in _FILES.items():

@@ -29,7 +29,7 @@ def make_splits(index: DatasetIndex, *, count: int, seed: int) -> list[dict[str,
             where="preprocess.folds",
             seen=f"{len(patients)} patients, {count} folds",
             rule="every fold holds out at least one patient",
-            mend=f"set preprocess.folds to {len(patients)} or less, or add cases",
+            hint=f"set preprocess.folds to {len(patients)} or less, or add cases",
         )
     random.Random(seed).shuffle(patients)  # noqa: S311 - no secret, a seeded split
     fold_of = {patient: k % count for k, patient in enumerate(patients)}
@@ -116,7 +116,7 @@ def _require_apart(path: object, number: int, train: list[str], held_out: list[s
                 where=str(path),
                 seen=f"{patients[case]}: trains on {trained[patients[case]]}, holds out {case}",
                 rule="all scans of a patient on one side",
-                mend="move them to one side; if they are different patients, set download.patient_pattern",
+                hint="move them to one side; if they are different patients, set download.patient_pattern",
             )
 
 
@@ -134,7 +134,7 @@ def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
             where=path,
             seen=f"fold {model.get('fold')}",
             rule=f"fold {fold}: a model is scored on the cases that it has not seen",
-            mend=f"give the model of fold {fold}, or train it",
+            hint=f"give the model of fold {fold}, or train it",
         )
     if model.get("splits") not in (None, sha256_file(splits)):
         raise DataError(
@@ -142,7 +142,7 @@ def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
             where=path,
             seen=f"{splits} is not the one of its training",
             rule="a model is scored on the cases that it has not seen",
-            mend="train again (dvc repro), or give the preprocessed data of the training (--preprocessed)",
+            hint="train again (dvc repro), or give the preprocessed data of the training (--preprocessed)",
         )
 
 

@@ -33,7 +33,7 @@ class Finding:
     name: str
     status: Status
     seen: str
-    mend: str | None = None
+    hint: str | None = None
     """For what is not ok."""
 
 
@@ -61,8 +61,8 @@ def failure(name: str, error: BaseException) -> Finding:
         return Finding(name=name, status="fail", seen=clean(f"the check broke: {type(error).__name__}: {error}"))
     where = f"{error.where}: " if error.where else ""
     told = [f"{where}{error.problem}", "" if error.seen is None else f"seen: {error.seen}", error.rule or ""]
-    mend = clean(error.mend) if error.mend else None
-    return Finding(name=name, status="fail", seen=clean("; ".join(filter(None, told))), mend=mend)
+    hint = clean(error.hint) if error.hint else None
+    return Finding(name=name, status="fail", seen=clean("; ".join(filter(None, told))), hint=hint)
 
 
 def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> list[Finding]:
@@ -88,7 +88,7 @@ def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> list[Findin
 
 
 def no_answer(name: str, limit_s: float) -> Finding:
-    return Finding(name=name, status="fail", seen=f"no answer within {limit_s:g} s", mend="--timeout gives it longer")
+    return Finding(name=name, status="fail", seen=f"no answer within {limit_s:g} s", hint="--timeout gives it longer")
 
 
 def in_child(name: str, function: str, limit_s: float, environment: Mapping[str, str] | None = None) -> list[Finding]:

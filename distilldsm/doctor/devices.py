@@ -31,11 +31,11 @@ def gpu_finding(limit_s: float) -> list[Finding]:
     if not torch.cuda.is_available():
         if not (torch.version.cuda or torch.version.hip):
             seen = f"a GPU is there, but {told} is the build for CPUs"
-            mend = "install PyTorch's build for your GPU, see its installation page; or train on the CPU"
+            hint = "install PyTorch's build for your GPU, see its installation page; or train on the CPU"
         else:
             seen = f"a GPU is there, but {told} (CUDA {torch.version.cuda}) cannot use it"
-            mend = "update the driver; in a container, start it with --gpus all; is CUDA_VISIBLE_DEVICES empty?"
-        return [Finding(name="gpu", status="warn", seen=seen, mend=mend)]
+            hint = "update the driver; in a container, start it with --gpus all; is CUDA_VISIBLE_DEVICES empty?"
+        return [Finding(name="gpu", status="warn", seen=seen, hint=hint)]
     return [_gpu(torch, number, told) for number in range(torch.cuda.device_count())]
 
 
@@ -47,10 +47,10 @@ def _gpu(torch: Any, number: int, told: str) -> Finding:
         trace = float((numbers @ numbers.T).trace())
         free, _ = torch.cuda.mem_get_info(number)
     except RuntimeError as error:
-        mend = "another process may hold all of its memory (nvidia-smi); does this PyTorch build know the GPU?"
-        return Finding(name="gpu", status="fail", seen=clean(f"{seen}; a computation fails: {error}"), mend=mend)
+        hint = "another process may hold all of its memory (nvidia-smi); does this PyTorch build know the GPU?"
+        return Finding(name="gpu", status="fail", seen=clean(f"{seen}; a computation fails: {error}"), hint=hint)
     expected = sum(k * k for k in range(4096))
     if abs(trace / expected - 1) > 1e-3:
         seen += f"; computes wrongly: {trace:.6g}, not {expected:.6g}"
-        return Finding(name="gpu", status="fail", seen=seen, mend="look at the GPU's health: nvidia-smi -q")
+        return Finding(name="gpu", status="fail", seen=seen, hint="look at the GPU's health: nvidia-smi -q")
     return Finding(name="gpu", status="ok", seen=f"{seen}; computes, {free / 1e9:.0f} GB free")

@@ -47,7 +47,7 @@ def check_python(limit_s: float) -> list[Finding]:
     seen = f"{platform.python_version()}, {sys.prefix}"
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
-        return [Finding(name="python", status="fail", seen=seen, mend=f"install Python {oldest} or newer")]
+        return [Finding(name="python", status="fail", seen=seen, hint=f"install Python {oldest} or newer")]
     return [Finding(name="python", status="ok", seen=seen)]
 
 
@@ -96,16 +96,16 @@ def _group(name: str, extra: str, lines: Sequence[str], shared: set[str]) -> Fin
         if not requirement.specifier.contains(version, prereleases=True):
             old.append(f"{requirement.name} {version} (needs {requirement.specifier})")
     target = f"'.[{extra}]'" if extra else "."
-    mend = f"in the repository: pip install -c constraints.txt {target}"
+    hint = f"in the repository: pip install -c constraints.txt {target}"
     if old:
-        return Finding(name=name, status="fail", seen=f"too old: {', '.join(old)}", mend=mend)
+        return Finding(name=name, status="fail", seen=f"too old: {', '.join(old)}", hint=hint)
     if missing and extra and not own:
         return Finding(name=name, status="skip", seen="not installed (an optional group)")
     if missing:
         # The image of the first stages leaves out OpenVINO: they do not predict.
         only_later = missing == ["openvino"] or extra
         seen = f"not installed: {', '.join(missing)}"
-        return Finding(name=name, status="warn" if only_later else "fail", seen=seen, mend=mend)
+        return Finding(name=name, status="warn" if only_later else "fail", seen=seen, hint=hint)
     return Finding(name=name, status="ok", seen=f"{len(lines)} packages, none too old")
 
 
@@ -127,10 +127,10 @@ def check_cpu(limit_s: float) -> list[Finding]:
     seen = f"{model}; {cores} cores usable of {os.cpu_count()}{limited}; {able or 'no vector extensions told'}"
     if quota is not None and quota < cores * 0.75:
         whole = max(1, math.floor(quota))
-        mend = f"set OMP_NUM_THREADS={whole}, and {whole} for preprocess.workers, validate.workers, evaluate.workers"
-        return [Finding(name=name, status="warn", seen=seen, mend=mend)]
+        hint = f"set OMP_NUM_THREADS={whole}, and {whole} for preprocess.workers, validate.workers, evaluate.workers"
+        return [Finding(name=name, status="warn", seen=seen, hint=hint)]
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
-        return [Finding(name=name, status="warn", seen=seen, mend="works, but slowly: take a CPU with AVX2")]
+        return [Finding(name=name, status="warn", seen=seen, hint="works, but slowly: take a CPU with AVX2")]
     return [Finding(name=name, status="ok", seen=seen)]
 
 
@@ -203,7 +203,7 @@ def check_memory(limit_s: float) -> list[Finding]:
     scan = f"a CT of 512 x 512 x {slices}" if slices else "no CT of 512 x 512 slices"
     seen = f"{free / 1e9:.1f}{of} GB free{limited}; predict takes up to {budget / 1e9:.1f} GB: {scan}"
     if slices < 200:
-        return [Finding(name=name, status="warn", seen=seen, mend="free memory, or take a machine with 4 GB free")]
+        return [Finding(name=name, status="warn", seen=seen, hint="free memory, or take a machine with 4 GB free")]
     return [Finding(name=name, status="ok", seen=seen)]
 
 
@@ -272,12 +272,12 @@ def _disk(paths: Sequence[Path]) -> Finding:
             _write_and_delete(folder)
         except OSError as error:
             seen = f"{folder}: cannot be written: {error.strerror or error}; {free_gb:.1f} GB free"
-            mend = "free space" if free_gb < NO_DISK_GB else "give yourself the right to write, or use another folder"
-            return Finding(name=name, status="fail", seen=clean(seen), mend=mend)
+            hint = "free space" if free_gb < NO_DISK_GB else "give yourself the right to write, or use another folder"
+            return Finding(name=name, status="fail", seen=clean(seen), hint=hint)
     seen = f"{free_gb:.1f} GB free, written and deleted"
     if free_gb < LITTLE_DISK_GB:
         status: Status = "fail" if free_gb < NO_DISK_GB else "warn"
-        return Finding(name=name, status=status, seen=seen, mend="free space, or link the folders to another disk")
+        return Finding(name=name, status=status, seen=seen, hint="free space, or link the folders to another disk")
     return Finding(name=name, status="ok", seen=seen)
 
 
@@ -298,8 +298,8 @@ def _shared_memory() -> list[Finding]:
     seen = f"{size / 1e9:.1f} GB"
     if size > SHARED_BYTES:
         return [Finding(name="disk: /dev/shm", status="ok", seen=seen)]
-    mend = "for several GPUs: docker run --shm-size 1g; in conf/cluster.yaml shared_memory"
-    return [Finding(name="disk: /dev/shm", status="warn", seen=seen, mend=mend)]
+    hint = "for several GPUs: docker run --shm-size 1g; in conf/cluster.yaml shared_memory"
+    return [Finding(name="disk: /dev/shm", status="warn", seen=seen, hint=hint)]
 
 
 def _read(path: Path) -> str:

@@ -28,7 +28,7 @@ def wants_colour(stream: TextIO) -> bool:
 
 
 def render(findings: Sequence[Finding], seconds: float, *, colour: bool, width: int | None = None) -> str:
-    """Aligned lines, with the mend under those that are not ok."""
+    """Aligned lines, with the hint under those that are not ok."""
     name_width = min(max(len(one.name) for one in findings), _WIDEST_NAME)
     room = max((width or shutil.get_terminal_size((120, 24)).columns) - name_width - 8, 40)
     lines: list[str] = []
@@ -36,8 +36,8 @@ def render(findings: Sequence[Finding], seconds: float, *, colour: bool, width: 
         status = f"\x1b[{_COLOURS[one.status]}m{one.status:4}\x1b[0m" if colour else f"{one.status:4}"
         first, *rest = textwrap.wrap(one.seen, room, break_on_hyphens=False) or [""]
         lines.append(f"{status}  {one.name:{name_width}}  {first}".rstrip())
-        if one.mend and one.status != "ok":
-            rest += textwrap.wrap(f"mend: {one.mend}", room, break_on_hyphens=False)
+        if one.hint and one.status != "ok":
+            rest += textwrap.wrap(f"hint: {one.hint}", room, break_on_hyphens=False)
         lines += [" " * (name_width + 8) + line for line in rest]
     counts = Counter(one.status for one in findings)
     words = {"ok": "ok", "warn": "warnings", "fail": "failed", "skip": "skipped"}
@@ -46,7 +46,7 @@ def render(findings: Sequence[Finding], seconds: float, *, colour: bool, width: 
 
 
 def to_json(findings: Sequence[Finding], seconds: float) -> str:
-    """`{"version", "ok", "seconds", "checks": [{"name", "status", "seen", "mend"}]}`."""
+    """`{"version", "ok", "seconds", "checks": [{"name", "status", "seen", "hint"}]}`."""
     checks = [asdict(one) for one in findings]
     answer = {"version": __version__, "ok": not has_failed(findings), "seconds": round(seconds, 1), "checks": checks}
     return json.dumps(answer, indent=2)

@@ -19,8 +19,8 @@ def mends_missing(name: str, error: ModuleNotFoundError) -> Finding:
     """A check that found a package missing."""
     package = (error.name or "").partition(".")[0]
     extra = EXTRAS.get(package)
-    mend = f"pip install '.[{extra}]' in the repository" if extra else None
-    return Finding(name=name, status="fail", seen=f"the package '{package}' is not installed", mend=mend)
+    hint = f"pip install '.[{extra}]' in the repository" if extra else None
+    return Finding(name=name, status="fail", seen=f"the package '{package}' is not installed", hint=hint)
 
 
 def check_mlflow(limit_s: float) -> list[Finding]:
@@ -34,8 +34,8 @@ def check_mlflow(limit_s: float) -> list[Finding]:
         folder = database.parent
         if folder.is_dir() and os.access(folder, os.W_OK):
             return [Finding(name=name, status="ok", seen=f"{database}: not there yet, the first training makes it")]
-        mend = "make the folder, or set MLFLOW_TRACKING_URI to another place"
-        return [Finding(name=name, status="fail", seen=f"{folder}: is no folder that can be written", mend=mend)]
+        hint = "make the folder, or set MLFLOW_TRACKING_URI to another place"
+        return [Finding(name=name, status="fail", seen=f"{folder}: is no folder that can be written", hint=hint)]
     if not is_installed("mlflow"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'train')")]
     environment = {
@@ -70,14 +70,14 @@ def check_journal(limit_s: float) -> list[Finding]:
                 name=name,
                 status="warn",
                 seen=f"{waiting} records in {root} have not been delivered{why}",
-                mend="they are sent by the next stage that runs here; now: "
+                hint="they are sent by the next stage that runs here; now: "
                 "python -c 'from distilldsm.tracking import replay_journals; print(replay_journals())'",
             )
         )
     if refused:
-        mend = f"look at the reasons in {_several(refused)}; remove what is settled"
+        hint = f"look at the reasons in {_several(refused)}; remove what is settled"
         found.append(
-            Finding(name=name, status="warn", seen=f"the store refused records of {len(refused)} runs", mend=mend)
+            Finding(name=name, status="warn", seen=f"the store refused records of {len(refused)} runs", hint=hint)
         )
     return found or [Finding(name=name, status="ok", seen=f"nothing waits in {root}")]
 

@@ -36,8 +36,8 @@ def check_params(limit_s: float) -> list[Finding]:
 
     name, path = "params.yaml", Path("params.yaml")
     if not path.is_file():
-        mend = "run it in the repository; distilldsm compose writes one"
-        return [Finding(name=name, status="warn", seen=f"{path.absolute()}: not there", mend=mend)]
+        hint = "run it in the repository; distilldsm compose writes one"
+        return [Finding(name=name, status="warn", seen=f"{path.absolute()}: not there", hint=hint)]
     params = load_params(path)
     seen = f"valid: {params.download.source}, {params.train.model.name}, {params.train.epochs} epochs"
     return [Finding(name=name, status="ok", seen=seen)]
@@ -52,14 +52,14 @@ def check_environment(limit_s: float) -> list[Finding]:
         if variable not in VARIABLES:
             ends = [known.removeprefix(PREFIX) for known in VARIABLES]  # the beginning is what all have in common
             near = difflib.get_close_matches(variable.removeprefix(PREFIX), ends, n=1, cutoff=0.7)
-            mend = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(VARIABLES)}"
-            found.append(Finding(name=name, status="warn", seen=f"{variable} has no effect", mend=mend))
+            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(VARIABLES)}"
+            found.append(Finding(name=name, status="warn", seen=f"{variable} has no effect", hint=hint))
     allowed = Mode.__args__  # type: ignore[attr-defined]
     if os.environ.get(VARIABLE, allowed[0]) not in ("", *allowed):
-        mend = f"set it to {', '.join(allowed)}"
-        found.append(Finding(name=name, status="warn", seen=f"{VARIABLE} is none of its values", mend=mend))
+        hint = f"set it to {', '.join(allowed)}"
+        found.append(Finding(name=name, status="warn", seen=f"{VARIABLE} is none of its values", hint=hint))
     folder = os.environ.get("DISTILLDSM_SCANS")
     if folder and not Path(folder).is_dir():
-        mend = "make it, or name another"
-        found.append(Finding(name=name, status="warn", seen="DISTILLDSM_SCANS names no folder", mend=mend))
+        hint = "make it, or name another"
+        found.append(Finding(name=name, status="warn", seen="DISTILLDSM_SCANS names no folder", hint=hint))
     return found or [Finding(name=name, status="ok", seen=", ".join(given) or f"no {PREFIX} variable is set")]

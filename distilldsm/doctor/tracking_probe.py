@@ -40,7 +40,7 @@ def probe_store(uri: str) -> None:
     """Write a run, read it, take it away.
 
     Raises:
-        UserError: tells who refused what, and the mend.
+        UserError: tells who refused what, and the hint.
     """
     database = sqlite_path(uri)
     with contextlib.ExitStack() as stack:
@@ -152,25 +152,25 @@ def _told(error: Exception, uri: str, doing: str) -> UserError:
     name = error.error_code if isinstance(error, MlflowException) else ""
     if code in (401, 403) or name in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"):
         problem = "access is refused: user, password or token are missing, wrong, or not allowed to do this"
-        mend = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
     elif code >= 500:
-        problem, mend = "the server answers, but fails", "look at the server's own log: its database, its disk"
+        problem, hint = "the server answers, but fails", "look at the server's own log: its database, its disk"
     elif "failed with exception" in text and re.search(r"SSL|certificate", text):
         problem = "the server's certificate is not trusted"
-        mend = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the authority's certificate"
+        hint = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the authority's certificate"
     elif "failed with exception" in text:
         problem = "the server does not answer"
-        mend = "is MLFLOW_TRACKING_URI right, the server up, the port forwarded, the VPN on?"
+        hint = "is MLFLOW_TRACKING_URI right, the server up, the port forwarded, the VPN on?"
     elif "out-of-date database schema" in text:
         problem = "the store was made by another version of MLflow"
-        mend = f"keep a copy of it, then mlflow db upgrade {redact(uri)}"
+        hint = f"keep a copy of it, then mlflow db upgrade {redact(uri)}"
     elif doing.endswith("artifact"):
         problem = "runs can be written, artifacts cannot"
-        mend = "the server's store of artifacts (its --artifacts-destination), or your access to it, is what is wrong"
+        hint = "the server's store of artifacts (its --artifacts-destination), or your access to it, is what is wrong"
     elif sqlite_path(uri) is not None:
-        problem, mend = "the store cannot be used", "can the file be written, is it locked, is the disk full?"
+        problem, hint = "the store cannot be used", "can the file be written, is it locked, is the disk full?"
     else:
         problem = "answers, but not as MLflow does"
-        mend = "give MLflow's own address in MLFLOW_TRACKING_URI, not that of a page to log in"
+        hint = "give MLflow's own address in MLFLOW_TRACKING_URI, not that of a page to log in"
     seen = clean(reason[1] if reason else text, 200)
-    return UserError(f"{problem} ({doing})", where=redact(uri), seen=seen, mend=mend)
+    return UserError(f"{problem} ({doing})", where=redact(uri), seen=seen, hint=hint)

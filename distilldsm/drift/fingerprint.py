@@ -76,7 +76,7 @@ def from_preprocessed(preprocessed: Path, training: Collection[str], plan: Plan)
             where=path,
             seen=f"{len(scans)} of {len(wanted)} training cases",
             rule="one entry 'scan' a case",
-            mend="preprocess again (dvc repro preprocess)",
+            hint="preprocess again (dvc repro preprocess)",
         )
     return make_fingerprint(found["name"], scans, plan)
 
@@ -94,13 +94,13 @@ def load_fingerprint(model_dir: Path) -> TrainingFingerprint:
             where=path,
             seen="no such file",
             rule="models that this version or a later one exported have it",
-            mend="preprocess and export the model again (dvc repro)",
+            hint="preprocess and export the model again (dvc repro)",
         )
     try:
         found = from_mapping(TrainingFingerprint, read_json(path), where=str(path))
     except ConfigError as error:
         raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="export the model again"
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="export the model again"
         ) from None
     if found.cases < MINIMUM_CASES:
         raise DataError(

@@ -72,7 +72,7 @@ def find_mask(folder: Path, one: Input) -> Path | None:
 def check_masks(folder: Path) -> None:
     """Raise DataError where there is no such folder."""
     if not folder.is_dir():
-        raise DataError("no such directory", where=folder, mend="give the folder that `distilldsm predict -o` wrote")
+        raise DataError("no such directory", where=folder, hint="give the folder that `distilldsm predict -o` wrote")
 
 
 def _ordered(values: tuple, order: npt.NDArray[np.integer]) -> tuple:

@@ -58,7 +58,7 @@ def _check_tolerance(trainings: Sequence[Training]) -> None:
             where=", ".join(str(folder) for training in told for folder in training.folders),
             seen="; ".join(f"{t.name}: {', '.join(f'{mm:g}' for mm in sorted(t.tolerances_mm))} mm" for t in told),
             rule="one evaluate.nsd_tolerance_mm",
-            mend="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
+            hint="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
         )
 
 
@@ -77,7 +77,7 @@ def compare(trainings: Sequence[Training]) -> list[Comparison]:
             where=", ".join(str(folder) for training in trainings for folder in training.folders),
             seen="; ".join(f"{t.name}: {_some(sorted({case for case, _ in t.scores}))}" for t in trainings),
             rule="the same cases and labels: the same folds of one data set",
-            mend="compare cross-validations, or the same fold of each",
+            hint="compare cross-validations, or the same fold of each",
         )
     _check_truth(trainings, sorted(shared))
     patients = {case: patient for training in reversed(trainings) for case, patient in training.patients.items()}
@@ -125,7 +125,7 @@ def _check_truth(trainings: Sequence[Training], shared: Sequence[tuple[str, str]
                     where=f"{trainings[0].name}, {training.name}",
                     seen=f"{case}, {label}: {volumes[0]:g} ml and {volumes[1]:g} ml",
                     rule="the same labelled data",
-                    mend="evaluate both on the same data set",
+                    hint="evaluate both on the same data set",
                 )
 
 

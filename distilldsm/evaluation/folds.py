@@ -56,13 +56,13 @@ def read_rows(path: Path) -> list[Row]:
         DataError: the file is missing or no table of scores.
     """
     if not path.is_file():
-        raise DataError("is missing", where=path, mend="dvc repro, or distilldsm evaluate")
+        raise DataError("is missing", where=path, hint="dvc repro, or distilldsm evaluate")
     with open(path, newline="", encoding="utf-8") as stream:
         rows: list[Row] = [dict(row) for row in csv.DictReader(stream)]
     needed = {"case", "label", *NUMBERS}
     if not rows or not needed <= rows[0].keys():
         absent = ", ".join(sorted(needed - rows[0].keys())) if rows else "all rows"
-        raise DataError("is no table of scores", where=path, seen=f"lacks {absent}", mend="dvc repro")
+        raise DataError("is no table of scores", where=path, seen=f"lacks {absent}", hint="dvc repro")
     try:
         return [row | {name: float(row[name]) if row[name] else None for name in NUMBERS} for row in rows]
     except ValueError as error:
@@ -97,7 +97,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
                 f"fold {number} is missing",
                 where=directory,
                 seen="no manifest.json" if directory.is_dir() else "no such directory",
-                mend=f"distilldsm {stage} --fold {number}, or leave it out of cv.folds",
+                hint=f"distilldsm {stage} --fold {number}, or leave it out of cv.folds",
             )
     train, evaluate = read_json(model / MANIFEST), read_json(evaluation / MANIFEST)
     for directory, manifest in ((model, train), (evaluation, evaluate)):
@@ -108,7 +108,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             "was evaluated with another model",
             where=evaluation,
             seen=f"the model in {model} has changed since",
-            mend=f"dvc repro, or distilldsm evaluate --fold {number}",
+            hint=f"dvc repro, or distilldsm evaluate --fold {number}",
         )
     described = read_json(model / "model.json")
     if described.get("splits") not in (None, evaluate["inputs"].get("splits")):
@@ -117,7 +117,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             where=evaluation,
             seen=f"{model / 'model.json'} names another",
             rule="a model is scored on the cases that it has not seen",
-            mend=f"dvc repro, or distilldsm train --fold {number}",
+            hint=f"dvc repro, or distilldsm train --fold {number}",
         )
     timing, largest = evaluation / TIMING, evaluation / POSTPROCESSED
     decided = load_postprocessing(evaluation / POSTPROCESSING)
@@ -210,7 +210,7 @@ def _same(folds: Sequence[Fold], what: str, value: Callable[[Fold], Mapping], wh
                     where=where(fold),
                     seen=f"{key}: {own.get(key)}; in fold {folds[0].number}: {first.get(key)}",
                     rule="a cross-validation is one recipe on one data set and split",
-                    mend="dvc repro, or distilldsm cross-validate",
+                    hint="dvc repro, or distilldsm cross-validate",
                 )
 
 
@@ -230,7 +230,7 @@ def _check_cases(folds: Sequence[Fold]) -> None:
                     where=fold.evaluation_directory / "cases.csv",
                     seen=f"{case}, in fold {held_out[case]} too",
                     rule="each case is held out exactly once",
-                    mend="evaluate the folds of one splits.json",
+                    hint="evaluate the folds of one splits.json",
                 )
             held_out[case] = fold.number
 
@@ -244,7 +244,7 @@ def _check_splits(folds: Sequence[Fold], splits: Path) -> None:
                 f"fold {fold.number} was evaluated with another split",
                 where=fold.evaluation_directory,
                 seen=f"{splits} has changed since",
-                mend="dvc repro, or distilldsm cross-validate",
+                hint="dvc repro, or distilldsm cross-validate",
             )
         wanted, scored = set(stored[fold.number]["held_out"]), {row["case"] for row in fold.rows}
         if wanted != scored:
@@ -254,5 +254,5 @@ def _check_splits(folds: Sequence[Fold], splits: Path) -> None:
                 where=fold.evaluation_directory / "cases.csv",
                 seen=f"{len(different)} differ, first {different[0]}",
                 rule="each case is held out exactly once",
-                mend=f"distilldsm evaluate --fold {fold.number}",
+                hint=f"distilldsm evaluate --fold {fold.number}",
             )

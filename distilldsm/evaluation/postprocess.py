@@ -200,5 +200,5 @@ def load_postprocessing(path: Path) -> Postprocessing | None:
         return from_mapping(Postprocessing, read_json(path), where=str(path))
     except ConfigError as error:
         raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="evaluate the fold again"
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="evaluate the fold again"
         ) from None

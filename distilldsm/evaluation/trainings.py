@@ -72,7 +72,7 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
                 where=directory,
                 seen=f"no {path.name}, or an empty one",
                 rule="a cross-validation of two folds or more: for each fold the others decide",
-                mend="distilldsm cross-validate; of an older one remove its folder first",
+                hint="distilldsm cross-validate; of an older one remove its folder first",
             )
         rows = _read(path)
         patients |= {row["case"]: row["patient"] for row in rows if row.get("patient")}
@@ -95,7 +95,7 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
             where=", ".join(map(str, splits.values())),
             seen=f"one of them was evaluated with another splits.json, given as {name}",
             rule="the folds of one cross-validation",
-            mend="name the folds that belong together, e.g. NAME=evaluation/fold0,evaluation/fold1, or evaluate again",
+            hint="name the folds that belong together, e.g. NAME=evaluation/fold0,evaluation/fold1, or evaluate again",
         )
     return Training(
         name=name,
@@ -113,7 +113,7 @@ def _tables(directories: Sequence[Path]) -> list[Path]:
     for directory in directories:
         inner = sorted(path.parent for path in directory.glob("fold*/cases.csv"))
         if not (directory / "cases.csv").is_file() and not inner:
-            raise DataError("is no evaluated fold", where=directory, seen="no cases.csv", mend="dvc repro evaluate")
+            raise DataError("is no evaluated fold", where=directory, seen="no cases.csv", hint="dvc repro evaluate")
         found += [directory] if (directory / "cases.csv").is_file() else inner
     return found
 

@@ -173,7 +173,7 @@ def _common_plan(model_dir: Path, preprocessed: Path) -> Plan:
             "is not the plan the model was trained with",
             where=preprocessed / "plan.json",
             rule=f"equal to {model_dir / 'plan.json'}",
-            mend="train again on this data (dvc repro)",
+            hint="train again on this data (dvc repro)",
         )
     return plan
 

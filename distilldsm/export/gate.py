@@ -115,7 +115,7 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
 
 
 def why_not_comparable(challenger: Scores | None, champion: Scores | None, metric: str, version: str) -> str | None:
-    """What keeps two models from being compared and how to mend it; None where nothing does."""
+    """What keeps two models from being compared and how to fix it; None where nothing does."""
     by_hand = "or set the alias champion by hand"
     if challenger is None or not challenger.cases:
         note = challenger.note if challenger is not None else "the model carries no scores"

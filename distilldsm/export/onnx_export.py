@@ -28,7 +28,7 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
 
     Raises:
         UserError: the file is not valid, has a fixed size or keeps weights outside.
-        torch's own error: the network's code fixes a size; no user can mend that.
+        torch's own error: the network's code fixes a size; no user can fix that.
     """
     import onnx
     import torch

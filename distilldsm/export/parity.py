@@ -149,7 +149,7 @@ def compare(
             seconds = time.perf_counter() - start
             if not np.isfinite(logits).all():
                 raise UserError(
-                    f"{name} gives logits that are not finite", where=case, mend="train with a lower learning rate"
+                    f"{name} gives logits that are not finite", where=case, hint="train with a lower learning rate"
                 )
             return logits, seconds
 
@@ -198,7 +198,7 @@ def require_parity(rows: Sequence[CaseParity], limit: float) -> None:
             seen=f"{worst.differing_voxels} voxels differ, a fraction of {worst.voxel_difference:.3g}; "
             f"logits differ by up to {worst.max_logit_difference:.3g}",
             rule=f"a fraction of at most {limit:g} (export.max_voxel_difference)",
-            mend="look at the logit differences: large ones are a fault of the export; small ones mean a network that "
+            hint="look at the logit differences: large ones are a fault of the export; small ones mean a network that "
             "is undecided in many voxels (train longer, or raise the limit)",
         )
 

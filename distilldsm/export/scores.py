@@ -119,7 +119,7 @@ def collect_scores(
             "is no evaluation that can be read",
             where=evaluation,
             seen=" ".join(f"{type(error).__name__}: {error}".split()),
-            mend="evaluate the fold again (dvc repro evaluate)",
+            hint="evaluate the fold again (dvc repro evaluate)",
         ) from None
 
 

@@ -38,7 +38,7 @@ def inference_service(
     """
     if secret_in_address(storage_uri) is not None:
         raise ConfigError(
-            "the model's address holds a secret", seen=public_address(storage_uri), mend="use a service account"
+            "the model's address holds a secret", seen=public_address(storage_uri), hint="use a service account"
         )
     if not re.match(r"^(s3|gs|pvc|https?|hf|oci)://\S+$", storage_uri):
         raise ConfigError("is no address of a model", seen=storage_uri, rule="s3://, gs://, pvc://, oci:// or https://")

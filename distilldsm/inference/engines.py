@@ -194,7 +194,7 @@ class OpenVINOEngine:
                     "cannot be compiled for a stream of slices",
                     where=self.path,
                     seen=str(error)[:300],
-                    mend="free memory, or predict with --engine onnx",
+                    hint="free memory, or predict with --engine onnx",
                 ) from None
             self._stream = shape, compiled, graph.lag
         # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
@@ -222,7 +222,7 @@ def unloadable(runtime: str, path: str | os.PathLike[str], error: Exception) -> 
         where=path,
         seen=str(error)[:300],
         rule="the files that the export wrote, all of a model's data inside its directory",
-        mend="copy the model directory again, or export the model again",
+        hint="copy the model directory again, or export the model again",
     )
 
 
@@ -236,5 +236,5 @@ def _require_ir(path: Path) -> None:
 
 def _existing(path: str | os.PathLike[str]) -> Path:
     if not Path(path).is_file():
-        raise DataError("model file not found", where=path, mend="export the model first (dvc repro export)")
+        raise DataError("model file not found", where=path, hint="export the model first (dvc repro export)")
     return Path(path)

@@ -28,7 +28,7 @@ def check_same_task(first: Task, other: Task) -> None:
                 where=other[0],
                 seen=f"{name} {to_mapping(seen)}",
                 rule=f"{to_mapping(expected)}, as {first[0]}",
-                mend="give models of the same preprocessed data, e.g. the folds of one cross-validation",
+                hint="give models of the same preprocessed data, e.g. the folds of one cross-validation",
             )
 
 
@@ -62,7 +62,7 @@ def common_postprocessing(models: Sequence[tuple[Path, ModelMetadata]]) -> tuple
                 where=folder,
                 seen="postprocessing: null",
                 rule="the fold was evaluated before it was exported",
-                mend="evaluate the fold, then export it again; or predict without --postprocess",
+                hint="evaluate the fold, then export it again; or predict without --postprocess",
             )
     first, *others = [metadata.postprocessing or () for _, metadata in models]
     return tuple(label for label in first if all(label in other for other in others))

@@ -76,7 +76,7 @@ def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any
         raise error from None
     except MemoryError:
         raise DataError(
-            "needs more memory than there is", where=job.input.paths[0], mend="lower --max-memory, or free memory"
+            "needs more memory than there is", where=job.input.paths[0], hint="lower --max-memory, or free memory"
         ) from None
     except OSError as error:
         raise UserError(
@@ -243,4 +243,4 @@ def _write_mask(job: Job, mask: Any, scan: Scan, predictor: Predictor) -> None:
 
 
 def _located(error: UserError, path: Path) -> UserError:
-    return type(error)(error.problem, where=path, seen=error.seen, rule=error.rule, mend=error.mend)
+    return type(error)(error.problem, where=path, seen=error.seen, rule=error.rule, hint=error.hint)

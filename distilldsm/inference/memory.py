@@ -220,5 +220,5 @@ def _too_little(budget: int, needed: float, held_bytes: int, where: object) -> D
         where=None if where is None else str(where),
         seen=f"{budget / 1e9:.2f} GB allowed",
         rule=f"at least {needed / USABLE / 1e9:.2f} GB, {held_bytes / 1e9:.2f} of it for image and mask",
-        mend="raise --max-memory, or use a machine with more memory",
+        hint="raise --max-memory, or use a machine with more memory",
     )

@@ -39,7 +39,7 @@ def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
     found, _ = find_inputs([Path(folder)], channels)
     for scan in found:
         if scan.kind != "nifti":
-            raise DataError("is no NIfTI scan", where=scan.name, mend="distilldsm predict reads DICOM")
+            raise DataError("is no NIfTI scan", where=scan.name, hint="distilldsm predict reads DICOM")
     return [{"image": [str(p) for p in scan.paths], "source": scan.name} for scan in found]
 
 

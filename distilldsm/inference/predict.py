@@ -238,7 +238,7 @@ def _require_int8(model_dir: Path) -> ModelMetadata:
             "has no INT8 model",
             where=model_dir,
             seen=metadata.int8.reason,
-            mend="--precision auto is the fastest it has",
+            hint="--precision auto is the fastest it has",
         )
     return verify(model_dir, ("plan.json", *INT8_FILES))
 

@@ -115,7 +115,7 @@ def mirror_axes(mirror: Mirror, trained: Sequence[MirrorAxis], where: object) ->
             where=str(where),
             seen="mirror_axes: none (a model from before they were written down says none too)",
             rule="scores are averaged over flips that the network has seen",
-            mend="leave mirroring out, train with train.augment.mirror_axes, or name the axes: --mirror height,width",
+            hint="leave mirroring out, train with train.augment.mirror_axes, or name the axes: --mirror height,width",
         )
     return tuple(trained)
 
@@ -138,6 +138,6 @@ def parse_mirror(text: str | None) -> Mirror:
             where="--mirror",
             seen=text,
             rule=f"trained, or some of {','.join(AXES)}, each once",
-            mend="e.g. --mirror depth,height",
+            hint="e.g. --mirror depth,height",
         )
     return axes

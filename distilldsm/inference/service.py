@@ -62,7 +62,7 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
     files = [_allowed(path, remote) for path in paths]
     target = _allowed(output, remote) if output else None
     if target is not None and target in files:
-        raise UserError("is an input", where=target, mend="give another output")
+        raise UserError("is an input", where=target, hint="give another output")
     if target is not None and (not target.name.endswith((".nii", ".nii.gz")) or not target.parent.is_dir()):
         raise UserError("cannot be written", where=target, rule=".nii or .nii.gz, in a folder that exists")
     scan = read_scan_for(predictor.plan, files)
@@ -84,7 +84,7 @@ def _allowed(path: str, remote: bool) -> Path:
         return Path(path)
     if not root:
         raise UserError(
-            "this server takes no paths", where=path, mend=f"start it with {ROOT_VARIABLE} naming the folder of scans"
+            "this server takes no paths", where=path, hint=f"start it with {ROOT_VARIABLE} naming the folder of scans"
         )
     folder = Path(root).resolve()
     resolved = (folder / path).resolve()

@@ -148,7 +148,7 @@ def network_scores(
         lag, parts = depth_halo, stream_chunks(padded[0], window, depth_halo)
         stream = open_stream(scorer.single, (1, image.channels, window, padded[1], padded[2]), lag=lag)
         if stream is None:
-            raise DataError("the network cannot be streamed", mend="predict with --engine onnx, which needs no stream")
+            raise DataError("the network cannot be streamed", hint="predict with --engine onnx, which needs no stream")
     for part in parts:
         with clock("preprocess"):
             low, high = max(part.low - d, 0), min(part.high - d, shape[0])
@@ -168,7 +168,7 @@ def network_scores(
                     "the network's scores are not finite",
                     seen=f"slices {start - d} to {stop - d - 1}",
                     rule="intensities of the kind the network was trained on",
-                    mend="check the scan's intensities and the header's scaling",
+                    hint="check the scan's intensities and the header's scaling",
                 )
             # One array per slice: each can go as soon as it has been used.
             planes = [scores[:, k].copy() for k in range(stop - start)]

@@ -102,7 +102,7 @@ def _check_image(header: Any) -> None:
             where=path,
             seen=f"{header.NumberOfFrames} frames, {header.get('SOPClassUID')}",
             rule="one slice per file",
-            mend="convert it to single-frame DICOM or NIfTI (e.g. dcm2niix)",
+            hint="convert it to single-frame DICOM or NIfTI (e.g. dcm2niix)",
         )
     needed = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SeriesInstanceUID")
     for name in needed:
@@ -112,7 +112,7 @@ def _check_image(header: Any) -> None:
                 where=path,
                 seen=str(header.get("SOPClassUID", "")) or None,
                 rule="an image slice with position, orientation and spacing",
-                mend="take files that are no slices (reports, localisers, presentation states) out of the folder",
+                hint="take files that are no slices (reports, localisers, presentation states) out of the folder",
             )
     if int(header.get("SamplesPerPixel", 1)) != 1:
         raise DataError("is a colour image", where=path, seen=f"{header.SamplesPerPixel} samples", rule="one sample")
@@ -136,7 +136,7 @@ def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
             f"{uid}: {len(files)} files, e.g. {Path(files[0].filename).name}" for uid, files in series.items()
         )
         raise DataError(
-            f"holds {len(series)} series", where=folder, seen=listed, rule="one series", mend="a folder for each series"
+            f"holds {len(series)} series", where=folder, seen=listed, rule="one series", hint="a folder for each series"
         )
     first = headers[0]
     for header in headers[1:]:
@@ -153,7 +153,7 @@ def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
                     where=header.filename,
                     seen=b.tolist(),
                     rule=f"{a.tolist()}, as {Path(first.filename).name}",
-                    mend="take slices of other kinds (localisers) out of the folder",
+                    hint="take slices of other kinds (localisers) out of the folder",
                 )
 
 
@@ -217,7 +217,7 @@ def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder:
             where=folder,
             seen=f"{names[k]} and {names[k + 1]} at {along[k]:.3f} mm along the normal",
             rule="one slice per position",
-            mend="take the duplicate out; several echoes, phases or times each need a folder of their own",
+            hint="take the duplicate out; several echoes, phases or times each need a folder of their own",
         )
     odd = np.flatnonzero(np.abs(steps - usual) > max(0.01, SPACING_TOLERANCE * usual))
     if odd.size:
@@ -229,7 +229,7 @@ def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder:
             seen=f"{steps[k]:.3f} mm between {names[k]} and {names[k + 1]}"
             + (f": {missing} missing" if missing > 0 else ""),
             rule=f"{usual:.3f} mm, as between the other slices",
-            mend="copy the whole series again",
+            hint="copy the whole series again",
         )
 
 
@@ -250,7 +250,7 @@ def _voxels(ordered: Sequence[Any]) -> Channel:
                 "holds no readable voxels",
                 where=header.filename,
                 seen=_first_line(error),
-                mend="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
+                hint="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
             ) from None
         if pixels.shape != (int(header.Rows), int(header.Columns)):
             raise DataError(
@@ -345,7 +345,7 @@ def write_segmentation(
             where=os.fspath(path),
             seen=_first_line(error),
             rule="headers as the standard demands them of an image",
-            mend="write NIfTI instead: --format nifti",
+            hint="write NIfTI instead: --format nifti",
         ) from None
     segmentation.save_as(path)
 

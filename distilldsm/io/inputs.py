@@ -44,7 +44,7 @@ class Input:
                 where=self.paths[0],
                 seen=f"{len(self.paths)} series",
                 rule=wanted_channels(channels, names),
-                mend="give one series folder per channel, in the model's order",
+                hint="give one series folder per channel, in the model's order",
             )
         from distilldsm.io.nifti import check_same_grid
 
@@ -111,7 +111,7 @@ def find_inputs(
                 where=one.paths[0],
                 seen=str(named[one.name].paths[0]),
                 rule="one output file per name",
-                mend="give the folder of the scans alone, predict them one by one, or rename one",
+                hint="give the folder of the scans alone, predict them one by one, or rename one",
             )
         named[one.name] = one
     if channels == 1:
@@ -136,7 +136,7 @@ def _files(files: Sequence[Path], channels: int) -> list[Input]:
                 where=path,
                 seen=path.name,
                 rule="a .nii or .nii.gz file, or the folder of a DICOM series",
-                mend="give the folder that holds the series" if is_dicom(path) else None,
+                hint="give the folder that holds the series" if is_dicom(path) else None,
             )
     if channels == 1:
         return [Input(stem(path), (path,), "nifti") for path in files]
@@ -160,7 +160,7 @@ def _refuse_other_order(files: Sequence[Path]) -> None:
             where=files[0].parent,
             seen=" ".join(path.name for path in files),
             rule="_0000, _0001, ...: the model's order",
-            mend="give " + " ".join(map(str, right)),
+            hint="give " + " ".join(map(str, right)),
         )
 
 
@@ -254,7 +254,7 @@ def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     nifti = [path for path in files if is_nifti_name(path)]
     if nifti and any(is_dicom(path) for path in files):
-        raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", mend="give the files one by one")
+        raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", hint="give the files one by one")
     if nifti:
         return nifti, []
     folders = []
@@ -294,11 +294,11 @@ def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -
     """Refuse an output that cannot be written, or would overwrite an input.
 
     Raises:
-        ConfigError: names the path, the rule and the mend.
+        ConfigError: names the path, the rule and the hint.
     """
     if kind == "seg" and one.kind != "dicom":
         raise ConfigError(
-            "DICOM SEG needs a DICOM series to refer to", where=one.paths[0], mend="write NIfTI: -o MASK.nii.gz"
+            "DICOM SEG needs a DICOM series to refer to", where=one.paths[0], hint="write NIfTI: -o MASK.nii.gz"
         )
     endings = (".dcm",) if kind == "seg" else (".nii", ".nii.gz")
     if not path.name.endswith(endings) or path.name.startswith(endings):
@@ -306,7 +306,7 @@ def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -
             "is no NIfTI file name" if kind == "nifti" else "is no DICOM file name",
             where=path,
             rule=f"ends with {' or '.join(endings)}",
-            mend="rename it",
+            hint="rename it",
         )
     if path.is_dir():
         raise ConfigError("is a directory", where=path, rule=f"a file name ending with {' or '.join(endings)}")
@@ -321,4 +321,4 @@ def refuse_input(path: Path, inputs: Sequence[Path], problem: str) -> None:
         if not same and given.is_dir() and path.exists():
             same = any(path.samefile(file) for file in given.iterdir() if file.is_file())
         if same:
-            raise ConfigError(problem, where=path, mend="give the output another name")
+            raise ConfigError(problem, where=path, hint="give the output another name")

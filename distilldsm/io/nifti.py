@@ -1,4 +1,4 @@
-"""NIfTI scans read with the header as it is on disk: what a library would silently mend is refused."""
+"""NIfTI scans read with the header as it is on disk: what a library would silently repair is refused."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def open_nifti(path: Path) -> NiftiFile:
             where=path,
             seen=f"{size} bytes" if len(block) < 348 else f"starts with {block[:4].hex(' ')}",
             rule="one file, .nii or .nii.gz, NIfTI-1 or NIfTI-2",
-            mend="convert it (e.g. dcm2niix), or copy it again",
+            hint="convert it (e.g. dcm2niix), or copy it again",
         )
     block = block[: kind.template_dtype.itemsize]
     try:
@@ -94,7 +94,7 @@ def open_nifti(path: Path) -> NiftiFile:
             where=path,
             seen=f"{size} bytes",
             rule=f"shape {kept_shape} of {header.get_data_dtype()} needs {claimed} bytes",
-            mend="copy or export the file again",
+            hint="copy or export the file again",
         )
     return NiftiFile(path, header, kept_shape, affine)
 
@@ -120,7 +120,7 @@ def read_scan(
                 where=file.path,
                 seen=f"shape {file.shape}",
                 rule="three axes, or four with the channels last",
-                mend="a single slice needs a third axis of length 1",
+                hint="a single slice needs a third axis of length 1",
             )
     if len(files) == 1 and channels > 1:
         if base.volumes != channels or len(base.shape) != 4:
@@ -129,7 +129,7 @@ def read_scan(
                 where=base.path,
                 seen=f"{base.volumes} (shape {base.shape})",
                 rule=f"{wanted_channels(channels, names)}: one 3-D file each, or one 4-D file",
-                mend="give a file for each of them, in this order",
+                hint="give a file for each of them, in this order",
             )
         read = _read(base)
     else:
@@ -139,7 +139,7 @@ def read_scan(
                 where=base.path,
                 seen=f"{len(files)}: {', '.join(path.name for path in paths)}",
                 rule=wanted_channels(channels, names),
-                mend="give a file for each of them, in this order",
+                hint="give a file for each of them, in this order",
             )
         read = []
         for file in files:
@@ -179,7 +179,7 @@ def check_size(path: Path, held_bytes: int, limit_bytes: float) -> None:
             where=path,
             seen=f"image and mask take {held_bytes / 1e9:.2f} GB",
             rule=f"{limit_bytes / 1e9:.2f} GB in all",
-            mend="raise --max-memory, or use a machine with more memory",
+            hint="raise --max-memory, or use a machine with more memory",
         )
 
 
@@ -190,7 +190,7 @@ def check_same_grid(
     path_b: Path,
     shape_b: Sequence[int],
     affine_b: Any,
-    mend: str = "resample all channels to one grid",
+    hint: str = "resample all channels to one grid",
 ) -> None:
     """Raise DataError, printing both geometries, unless two channels, or a scan and its mask, share a grid."""
     same_shape = tuple(shape_a) == tuple(shape_b)
@@ -201,7 +201,7 @@ def check_same_grid(
         where=path_b,
         seen=f"shape {tuple(shape_b)}, affine {np.round(affine_b, 4).tolist()}",
         rule=f"shape {tuple(shape_a)}, affine {np.round(affine_a, 4).tolist()}",
-        mend=mend,
+        hint=hint,
     )
 
 
@@ -228,7 +228,7 @@ def _check_raw(raw: Any, path: Path) -> None:
             where=path,
             seen=f"shape {tuple(used)}",
             rule="three axes, or four with the channels last",
-            mend="a single slice needs a third axis of length 1",
+            hint="a single slice needs a third axis of length 1",
         )
     sizes = [float(v) for v in raw["pixdim"][1:4]]
     if not all(np.isfinite(v) and v > 0 for v in sizes):
@@ -237,7 +237,7 @@ def _check_raw(raw: Any, path: Path) -> None:
             where=path,
             seen=f"pixdim {sizes}",
             rule="three numbers above 0 (mm)",
-            mend="write the voxel size into the header; libraries would silently take 1 mm or drop the sign",
+            hint="write the voxel size into the header; libraries would silently take 1 mm or drop the sign",
         )
     dtype = raw.get_data_dtype()
     if dtype.kind not in "iuf":
@@ -249,7 +249,7 @@ def _check_raw(raw: Any, path: Path) -> None:
             where=path,
             seen=f"scl_slope {scaling[0]:g}, scl_inter {scaling[1]:g}",
             rule="finite numbers (slope 0: none)",
-            mend="set scl_slope and scl_inter",
+            hint="set scl_slope and scl_inter",
         )
     offset = float(raw["vox_offset"])
     if not (np.isfinite(offset) and raw.single_vox_offset <= offset and offset == int(offset)):
@@ -321,7 +321,7 @@ def _check_finite(values: npt.NDArray, path: Path) -> None:
             where=path,
             seen=f"{int((~finite).sum())} voxels NaN, infinite or beyond float32, at the first place found",
             rule="finite numbers",
-            mend="replace them, e.g. by the value of air",
+            hint="replace them, e.g. by the value of air",
         )
 
 
@@ -353,7 +353,7 @@ def _open(path: Path) -> BinaryIO:
 
 def _damaged(path: Path, error: BaseException) -> DataError:
     return unreadable(path, error) or DataError(
-        "is truncated or damaged", where=path, seen=_first_line(error), mend="copy or export the file again"
+        "is truncated or damaged", where=path, seen=_first_line(error), hint="copy or export the file again"
     )
 
 

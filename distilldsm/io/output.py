@@ -50,7 +50,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
                 where=path,
                 seen=error.strerror,
                 rule="nothing of it was kept",
-                mend="free space or choose another place, then run the same command again",
+                hint="free space or choose another place, then run the same command again",
             ) from None
         raise UserError("cannot be written", where=path, seen=error.strerror or str(error)) from None
 

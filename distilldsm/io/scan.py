@@ -95,7 +95,7 @@ def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
             where=path,
             seen=f"affine {np.round(np.asarray(affine, dtype=float), 6).tolist()}",
             rule=f"finite numbers, voxel sizes from {low:g} to {high:g} mm",
-            mend="set the file's sform or qform",
+            hint="set the file's sform or qform",
         )
     directions = affine[:3, :3] / lengths
     cosines = np.abs(directions.T @ directions - np.eye(3))
@@ -105,7 +105,7 @@ def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
             where=path,
             seen=f"cosine {cosines.max():.3f} between two axes, affine {np.round(affine, 4).tolist()}",
             rule=f"axes at right angles (cosine at most {MAX_SHEAR:g})",
-            mend="resample it to a rectangular grid (a tilted CT gantry needs that too)",
+            hint="resample it to a rectangular grid (a tilted CT gantry needs that too)",
         )
 
 
@@ -122,5 +122,5 @@ def check_scale(scan: Scan, spacing_mm: Sequence[float], target_mm: Sequence[flo
                 where=scan.path,
                 seen=f"{' x '.join(f'{v:g}' for v in spacing_mm)} mm (depth, height, width)",
                 rule=f"{' x '.join(f'{v:g}' for v in target_mm)} mm, at most {MAX_SCALE:g} times finer or coarser",
-                mend="check the voxel size and the unit in the header",
+                hint="check the voxel size and the unit in the header",
             )

@@ -66,7 +66,7 @@ def unreadable(path: Path, error: BaseException) -> DataError | None:
         "cannot be read",
         where=path,
         seen=_first_line(error),
-        mend="get the right to read it (its owner: chmod u+r)"
+        hint="get the right to read it (its owner: chmod u+r)"
         if isinstance(error, PermissionError)
         else "look after the disk or the network it lies on",
     )
@@ -96,7 +96,7 @@ def load_nifti(path: str | os.PathLike[str]) -> nib.Nifti1Image:
             where=path,
             seen=f"affine {np.asarray(affine).tolist()}",
             rule="finite numbers, no axis of length 0",
-            mend="set the file's sform or qform",
+            hint="set the file's sform or qform",
         )
     return image
 
@@ -113,7 +113,7 @@ def read_voxels(image: nib.Nifti1Image, path: str | os.PathLike[str]) -> npt.NDA
         return np.asanyarray(image.dataobj)
     except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
         raise unreadable(Path(path), error) or DataError(
-            "is truncated or damaged", where=path, seen=_first_line(error), mend="copy or export the file again"
+            "is truncated or damaged", where=path, seen=_first_line(error), hint="copy or export the file again"
         ) from None
 
 
@@ -193,7 +193,7 @@ def check_same_geometry(
         where=path_b,
         seen=f"shape {b.shape[:3]}, affine {np.round(b.affine, 4).tolist()}",
         rule=f"shape {a.shape[:3]}, affine {np.round(a.affine, 4).tolist()}",
-        mend="resample it to the image's grid",
+        hint="resample it to the image's grid",
     )
 
 

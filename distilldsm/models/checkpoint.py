@@ -48,14 +48,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             meta = json.loads((file.metadata() or {}).get("json", "{}"))
             return {k: file.get_tensor(k) for k in file.keys()}, meta  # noqa: SIM118 - no mapping
     except FileNotFoundError:
-        raise DataError("checkpoint not found", where=path, mend="train the model first (dvc repro)") from None
+        raise DataError("checkpoint not found", where=path, hint="train the model first (dvc repro)") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(
             "is no readable checkpoint",
             where=path,
             seen=str(error),
             rule="safetensors; a pickle (.pt, .pth) is never loaded",
-            mend="train again, or copy the file again",
+            hint="train again, or copy the file again",
         ) from None
 
 
@@ -144,7 +144,7 @@ def read_model_spec(model_dir: Path) -> ModelSpec:
         return from_mapping(ModelSpec, {key: value for key, value in found.items() if key in known}, where=str(path))
     except ConfigError as error:
         raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="train the model again"
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="train the model again"
         ) from None
 
 
@@ -172,7 +172,7 @@ def described_network(
             where=where,
             seen=str(error)[:500],
             rule="a name and options of `distilldsm info --models`",
-            mend="train the model again, or copy the file again",
+            hint="train the model again, or copy the file again",
         ) from None
 
 

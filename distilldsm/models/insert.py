@@ -261,7 +261,7 @@ def insert_depth_shift(
             modules[name] = module
     if not modules:
         raise ConfigError(
-            "no convolution has channels enough to pass one each way", seen=f"alpha={alpha}", mend="a larger alpha"
+            "no convolution has channels enough to pass one each way", seen=f"alpha={alpha}", hint="a larger alpha"
         )
     first = next(iter(convolutions.values()))
     volumetric = VolumetricNetwork(
@@ -335,7 +335,7 @@ def _places(network: nn.Module, convolutions: dict[str, nn.Conv2d], where: Where
             "no place for a depth shift was found",
             seen=type(network).__name__,
             rule="a convolution with a kernel above 1 and stride 1 that is not the first layer",
-            mend="name convolutions in 'where'",
+            hint="name convolutions in 'where'",
         )
     return places
 

@@ -45,7 +45,7 @@ def require_trusted(options: Mapping[str, Any], where: object) -> None:
             where=str(where),
             seen=f"{builder!r} with {json.dumps(options.get('arguments') or {}, default=str)}"[:300],
             rule="the builder and arguments of train.model.options in your params.yaml",
-            mend=f"set {TRUST_VARIABLE}={builder} if you trust that code; the OpenVINO and ONNX of an export need none",
+            hint=f"set {TRUST_VARIABLE}={builder} if you trust that code; the OpenVINO and ONNX of an export need none",
         )
 
 
@@ -145,5 +145,5 @@ def _check(network: VolumetricNetwork, in_channels: int, builder: str) -> None:
 _MEND = "set 'stride' or the builder's arguments, or name a function of your own that returns such a network"
 
 
-def _wrong(problem: str, seen: str, rule: str, mend: str | None = None) -> ConfigError:
-    return ConfigError(f"'builder' {problem}", where=WHERE, seen=seen, rule=rule, mend=mend)
+def _wrong(problem: str, seen: str, rule: str, hint: str | None = None) -> ConfigError:
+    return ConfigError(f"'builder' {problem}", where=WHERE, seen=seen, rule=rule, hint=hint)

@@ -181,13 +181,13 @@ def load_metadata(model_dir: str | os.PathLike[str]) -> ModelMetadata:
             "is no exported model",
             where=model_dir,
             seen=f"no {METADATA}" if Path(model_dir).is_dir() else "no such directory",
-            mend="give the directory that the export stage wrote, e.g. export/fold0",
+            hint="give the directory that the export stage wrote, e.g. export/fold0",
         )
     try:
         return from_mapping(ModelMetadata, read_json(path), where=str(path))
     except ConfigError as error:
         raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, mend="export the model again"
+            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="export the model again"
         ) from None
 
 
@@ -208,21 +208,21 @@ def verify(model_dir: str | os.PathLike[str], names: Iterable[str] | None = None
         manifest = read_json(root / MANIFEST)
         files = manifest.get("files") if isinstance(manifest, dict) else None
         if not isinstance(files, dict) or METADATA not in files:
-            raise DataError("lists no file hashes", where=root / MANIFEST, mend="export the model again")
+            raise DataError("lists no file hashes", where=root / MANIFEST, hint="export the model again")
         _check(root / METADATA, files[METADATA])
     for name in expected:
         if PurePosixPath(name).is_absolute() or {"..", ""} & set(name.split("/")) or "\\" in name:
             raise DataError("names a file outside the model", where=root / METADATA, seen=name, rule="a file beside it")
     for name in expected if names is None else names:
         if name not in expected:
-            raise DataError(f"lists no hash of {name}", where=root / METADATA, mend="export the model again")
+            raise DataError(f"lists no hash of {name}", where=root / METADATA, hint="export the model again")
         _check(root / name, expected[name])
     return metadata
 
 
 def _check(path: Path, expected: str) -> None:
     if not path.is_file():
-        raise DataError("is missing", where=path, mend="copy the whole model directory, or export the model again")
+        raise DataError("is missing", where=path, hint="copy the whole model directory, or export the model again")
     seen = sha256_file(path)
     if seen != expected:
         raise DataError(
@@ -230,5 +230,5 @@ def _check(path: Path, expected: str) -> None:
             where=path,
             seen=f"SHA-256 {seen}",
             rule=f"SHA-256 {expected}",
-            mend="copy the model directory again, or export the model again",
+            hint="copy the model directory again, or export the model again",
         )

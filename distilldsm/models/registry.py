@@ -147,7 +147,7 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
                 f"model '{name}' has no option '{key}'",
                 where="train.model.options",
                 rule="allowed: " + ", ".join(known),
-                mend=f"take it out; `distilldsm compose --keep model={name}` sets network and options together",
+                hint=f"take it out; `distilldsm compose --keep model={name}` sets network and options together",
             )
     for key, value in options.items() if "builder" not in known else {"builder": "", **options}.items():
         fits, rule = _RULES[key]

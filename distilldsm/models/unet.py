@@ -155,7 +155,7 @@ def _check_shift_at(value: object, levels: int) -> None:
         raise _impossible("shift_at", value, rule, "the network without modules is unet2d")
 
 
-def _impossible(name: str, value: object, rule: str, mend: str | None = None) -> ConfigError:
+def _impossible(name: str, value: object, rule: str, hint: str | None = None) -> ConfigError:
     return ConfigError(
-        f"'{name}' has an impossible value", where="train.model.options", seen=repr(value), rule=rule, mend=mend
+        f"'{name}' has an impossible value", where="train.model.options", seen=repr(value), rule=rule, hint=hint
     )

@@ -1,4 +1,4 @@
-"""Talking to Kubeflow Pipelines: upload, start, follow; every failure told by what to mend."""
+"""Talking to Kubeflow Pipelines: upload, start, follow; every failure told by what to fix."""
 
 from __future__ import annotations
 
@@ -60,10 +60,10 @@ class Connection:
                 "no address of Kubeflow Pipelines",
                 seen=host or "nothing",
                 rule="http://... or https://...",
-                mend="give --host, or set KF_PIPELINES_ENDPOINT",
+                hint="give --host, or set KF_PIPELINES_ENDPOINT",
             )
         if "@" in host.split("/")[2]:
-            raise ConfigError("the host holds a user or password", mend="set KF_PIPELINES_TOKEN or _COOKIES instead")
+            raise ConfigError("the host holds a user or password", hint="set KF_PIPELINES_TOKEN or _COOKIES instead")
         token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or SERVICE_ACCOUNT_TOKEN)
         token = os.environ.get("KF_PIPELINES_TOKEN") or (token_file.read_text().strip() if token_file.is_file() else "")
         return cls(
@@ -146,7 +146,7 @@ def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
             "Kubeflow Pipelines does not answer",
             where=connection.host,
             seen=str(reason),
-            mend="is the address right, the port forwarded, the VPN on? For a private authority: --ca-file",
+            hint="is the address right, the port forwarded, the VPN on? For a private authority: --ca-file",
         ) from None
     try:
         json.loads(body)
@@ -157,7 +157,7 @@ def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
             where=connection.host,
             seen=final,
             rule=f"JSON at {url}",
-            mend="set KF_PIPELINES_COOKIES or KF_PIPELINES_TOKEN" if login else "give the address of ml-pipeline",
+            hint="set KF_PIPELINES_COOKIES or KF_PIPELINES_TOKEN" if login else "give the address of ml-pipeline",
         ) from None
 
 
@@ -168,7 +168,7 @@ def _refusal(status: int, connection: Connection, what: str) -> UserError:
             "access is refused: the token or cookies are missing, expired, or not allowed to do this",
             where=connection.host,
             seen=f"HTTP {status} with {used}",
-            mend="set a fresh KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; for several users --namespace too",
+            hint="set a fresh KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; for several users --namespace too",
         )
     if status == 404:
         return UserError(
@@ -176,14 +176,14 @@ def _refusal(status: int, connection: Connection, what: str) -> UserError:
             where=connection.host,
             seen=f"HTTP 404 for {what}",
             rule="the v2beta1 API (Kubeflow Pipelines 2.0 or newer)",
-            mend="give the address of ml-pipeline, often ending in /pipeline",
+            hint="give the address of ml-pipeline, often ending in /pipeline",
         )
     return UserError("Kubeflow Pipelines failed", where=connection.host, seen=f"HTTP {status} for {what}")
 
 
 @contextmanager
 def explained(connection: Connection) -> Iterator[None]:
-    """Turn what kfp's client raises into an error that says what to mend."""
+    """Turn what kfp's client raises into an error that says what to fix."""
     import kfp_server_api
     import urllib3
 
@@ -346,5 +346,5 @@ def wait(
             if found["state"] in END_STATES:
                 return found
         if timeout_s and time.monotonic() - begun > timeout_s:
-            raise UserError("the run has not ended in time; it goes on", seen=run_id, mend="distilldsm pipeline status")
+            raise UserError("the run has not ended in time; it goes on", seen=run_id, hint="distilldsm pipeline status")
         time.sleep(poll_s)

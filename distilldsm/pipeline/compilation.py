@@ -29,7 +29,7 @@ def compile_pipeline(
 
     target = Path(path)
     if not target.parent.is_dir():
-        raise UserError("the directory does not exist", where=target.parent, mend="make it first")
+        raise UserError("the directory does not exist", where=target.parent, hint="make it first")
     pipeline = build_pipeline(params, cluster, images)
     root = root or cluster.storage.address("kfp")
     if root:

@@ -133,7 +133,7 @@ def connect(engine: str | None = None) -> docker.DockerClient:
         import docker
         from docker.errors import DockerException
     except ModuleNotFoundError:
-        raise UserError("containers need the package 'docker'", mend="pip install '.[pipeline]'") from None
+        raise UserError("containers need the package 'docker'", hint="pip install '.[pipeline]'") from None
 
     def client(timeout: int) -> docker.DockerClient:
         if engine is None:
@@ -150,7 +150,7 @@ def connect(engine: str | None = None) -> docker.DockerClient:
             "the container engine does not answer",
             where=engine or os.environ.get("DOCKER_HOST") or "Docker's default socket",
             seen=str(error)[:300],
-            mend="start Docker or `podman system service`, and name its socket (DOCKER_HOST=unix:///...)",
+            hint="start Docker or `podman system service`, and name its socket (DOCKER_HOST=unix:///...)",
         ) from None
 
 
@@ -166,7 +166,7 @@ def check_images(client: docker.DockerClient, images: Sequence[str]) -> None:
         try:
             image = client.images.get(name)
         except ImageNotFound:
-            raise UserError("image not found", where=name, mend="build it (make images); none is pulled") from None
+            raise UserError("image not found", where=name, hint="build it (make images); none is pulled") from None
         seen = (image.labels or {}).get(VERSION_LABEL)
         if seen != __version__:
             raise UserError(
@@ -174,7 +174,7 @@ def check_images(client: docker.DockerClient, images: Sequence[str]) -> None:
                 where=name,
                 seen=f"{VERSION_LABEL}={seen}",
                 rule=f"{__version__}, the version of this package",
-                mend="build it again (make images)",
+                hint="build it again (make images)",
             )
 
 

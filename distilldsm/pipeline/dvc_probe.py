@@ -30,8 +30,8 @@ def check(limit_s: float) -> list[Finding]:
     if not remote:
         others = ", ".join(config["remote"])
         if others:
-            mend = f"dvc remote default {next(iter(config['remote']))}"
-            return [Finding(name=NAME, status="warn", seen=f"none is the default one (there is {others})", mend=mend)]
+            hint = f"dvc remote default {next(iter(config['remote']))}"
+            return [Finding(name=NAME, status="warn", seen=f"none is the default one (there is {others})", hint=hint)]
         return [Finding(name=NAME, status="skip", seen="not configured: data and models stay on this machine")]
     url = _public(config["remote"][remote]["url"])
     with _explained(remote, url):
@@ -87,12 +87,12 @@ def _explained(remote: str, url: str) -> Iterator[None]:
         text = clean(f"{type(error).__name__}: {error}", 200)
         if type(error).__name__ == "RemoteMissingDepsError":
             problem = f"a package for {url} is missing"
-            mend = f"pip install -c constraints.txt 'dvc[{url.partition('://')[0]}]'"
+            hint = f"pip install -c constraints.txt 'dvc[{url.partition('://')[0]}]'"
         elif isinstance(error, PermissionError) or _REFUSED.search(text):
             problem = f"access to {url} is refused"
-            mend = "the credentials are missing, expired or not allowed to write: for S3 AWS_ACCESS_KEY_ID and "
-            mend += "AWS_SECRET_ACCESS_KEY; for a folder its owner"
+            hint = "the credentials are missing, expired or not allowed to write: for S3 AWS_ACCESS_KEY_ID and "
+            hint += "AWS_SECRET_ACCESS_KEY; for a folder its owner"
         else:
             problem = f"{url} cannot be used"
-            mend = "is the address right (dvc remote list), the disk mounted, the network there?"
-        raise UserError(problem, where=remote, seen=text, mend=mend) from None
+            hint = "is the address right (dvc remote list), the disk mounted, the network there?"
+        raise UserError(problem, where=remote, seen=text, hint=hint) from None

@@ -67,7 +67,7 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
             where=default_uri().split("@")[-1],
             seen=identifier,
             rule="an MLflow run id, a KFP run id, dvc.lock's SHA-256, a git commit, or MODEL/VERSION",
-            mend="is MLFLOW_TRACKING_URI the store the run was tracked in?",
+            hint="is MLFLOW_TRACKING_URI the store the run was tracked in?",
         )
     return {
         "identifier": identifier,

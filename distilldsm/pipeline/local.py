@@ -71,7 +71,7 @@ def run_local(
                 "the pipeline failed",
                 where=root / run_id,
                 seen=_plain(str(error)),
-                mend="the failed step's own message stands above",
+                hint="the failed step's own message stands above",
             ) from None
     return run_id
 

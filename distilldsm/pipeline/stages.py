@@ -59,7 +59,7 @@ def component(name: str) -> Iterator[None]:
                 where=name,
                 seen=f"distilldsm {__version__} in the image, {compiled} in the pipeline",
                 rule="the same version",
-                mend="build the images of this version, or compile the pipeline again",
+                hint="build the images of this version, or compile the pipeline again",
             )
         yield
     except UserError as error:

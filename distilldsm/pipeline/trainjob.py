@@ -108,7 +108,7 @@ def _run_job(
         raise UserError(
             "the claim is not mounted here, or cannot be written",
             where=shared,
-            mend=f"give the train step a profile with the volume {job.claim} at {job.path}",
+            hint=f"give the train step a profile with the volume {job.claim} at {job.path}",
         )
     # The name is that of the work: the same training, started again, goes on in the folder where it stopped.
     name = f"distilldsm-fold{fold}-{sha256_json([settings, read_json(preprocessed / MANIFEST)['files'], fold])[:10]}"
@@ -144,7 +144,7 @@ def _copy(source: Path, target: Path) -> None:
 def _require_complete(model: Path) -> None:
     """Raise UserError where a file that the model's manifest lists is missing or another one."""
     if not (model / MANIFEST).is_file():
-        raise UserError("the TrainJob is complete but left no model", where=model, mend="look at its log above")
+        raise UserError("the TrainJob is complete but left no model", where=model, hint="look at its log above")
     for name, expected in read_json(model / MANIFEST)["files"].items():
         path = model / name
         if not path.is_file() or sha256_file(path) != expected:
@@ -153,7 +153,7 @@ def _require_complete(model: Path) -> None:
                 where=path,
                 seen="another SHA-256" if path.is_file() else "no such file",
                 rule=f"SHA-256 {expected}",
-                mend=f"remove {model} and train again; is the volume full?",
+                hint=f"remove {model} and train again; is the volume full?",
             )
 
 

@@ -58,7 +58,7 @@ class SdkJobApi:
             raise UserError(
                 "the cluster does not answer",
                 seen=str(error)[:300],
-                mend="is there a kubeconfig, or does this run in a pod with a service account?",
+                hint="is there a kubeconfig, or does this run in a pod with a service account?",
             ) from None
 
     def connect(self, config: Any) -> None:
@@ -175,7 +175,7 @@ def _create(
         except Exception as error:
             say(f"{name}: is there already, its state cannot be read: {error}")
         if time.monotonic() > until:
-            raise UserError("an ended TrainJob of this name is in the way", where=name, mend="delete it")
+            raise UserError("an ended TrainJob of this name is in the way", where=name, hint="delete it")
         time.sleep(poll_s)
 
 

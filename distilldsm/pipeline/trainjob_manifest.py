@@ -98,7 +98,7 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
             raise ConfigError(
                 "an address with a secret would stand in the TrainJob for all to read",
                 where=key,
-                mend="leave it out of the address; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
+                hint="leave it out of the address; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
             )
     variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plain.items()]
     variables += [

@@ -1,6 +1,6 @@
 """A server that answers, knows whom it talks to, and says no: in words that tell what to do about it.
 
-Unlike what it will never take, such a record is kept: it goes through once the password or the rights are mended.
+Unlike what it will never take, such a record is kept: it goes through once the password or the rights are fixed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class DeniedError(Exception):
 
 
 def denial(error: BaseException) -> str | None:
-    """What a denial says and how to mend it; None where the error is another one.
+    """What a denial says and how to fix it; None where the error is another one.
 
     MLflow's API fails with an `MlflowException`, files sent through the server with an `HTTPError` of requests.
     """

@@ -154,7 +154,7 @@ def training_processes(device_type: str) -> Iterator[Processes]:
         raise UserError(
             "another process of this training has ended",
             seen=str(error).splitlines()[0],
-            mend="its own message says why; the same command again goes on after the last checkpoint",
+            hint="its own message says why; the same command again goes on after the last checkpoint",
         ) from error
     finally:
         if dist.is_initialized():

@@ -42,7 +42,7 @@ def load_initial_weights(network: SegmentationNetwork, path: Path, *, strict: bo
             where=path,
             seen="; ".join(problems)[:500] or "no tensors",
             rule="train.initial_weights holds the tensors of train.model, or of its 2-D network without depth shifts",
-            mend="give the weights of such a network, or take those that fit with train.initial_weights_strict: false",
+            hint="give the weights of such a network, or take those that fit with train.initial_weights_strict: false",
         )
     network.load_state_dict(fitting, strict=False)
     return [name for name in own if name not in fitting]

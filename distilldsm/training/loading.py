@@ -37,7 +37,7 @@ def batch_size_of(set_to: int | None, *, begun_with: int, planned: int, unit: in
             where="train.batch_size",
             seen=f"{batch}" if set_to else f"{batch}, which the training was begun with",
             rule=f"a multiple of processes x accumulate ({unit})",
-            mend=None if set_to else "resume on another number of processes",
+            hint=None if set_to else "resume on another number of processes",
         )
     return batch
 
@@ -73,7 +73,7 @@ def loaders_are_watched(workers: int) -> Iterator[None]:
             "a worker process was killed, most likely for want of memory",
             where="train.workers",
             seen=f"{workers} workers",
-            mend="set it to a smaller number, then run the same command again",
+            hint="set it to a smaller number, then run the same command again",
         ) from error
 
 

@@ -260,7 +260,7 @@ class Trainer:
                 "the loss is not finite; the weights were left as they were before this step",
                 where=f"epoch {epoch + 1}, step {step + 1}",
                 seen=mean,
-                mend="lower train.learning_rate, or set train.precision: fp32; look at the data's intensities",
+                hint="lower train.learning_rate, or set train.precision: fp32; look at the data's intensities",
             )
         if self.config.gradient_clip_norm:
             nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.gradient_clip_norm)
@@ -381,7 +381,7 @@ class Trainer:
                 where=path,
                 seen=f"{type(error).__name__}: {error}"[:300],
                 rule="what an interrupted training wrote",
-                mend="remove the file to train from the start",
+                hint="remove the file to train from the start",
             ) from None
         if self.state.plateau:
             self.plateau.load(self.state.plateau)

@@ -139,7 +139,7 @@ def open_array(path: Path) -> npt.NDArray:
             where=path,
             seen=str(error),
             rule="one array of numbers in NumPy's .npy format; nothing is unpickled",
-            mend="run dvc repro preprocess",
+            hint="run dvc repro preprocess",
         ) from None
     return array
 

@@ -39,7 +39,7 @@ def choose_device(name: str, local_rank: int) -> torch.device:
         ConfigError: `cuda` without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no GPU can be used", where="train.device", seen="cuda", mend="use auto or cpu")
+        raise ConfigError("no GPU can be used", where="train.device", seen="cuda", hint="use auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)

@@ -1,6 +1,6 @@
 """What is measured on one case: header, voxels, label, and how well they agree. Reads everything, refuses nothing.
 
-Where a value breaks a rule, the reader must learn which of the case's files to mend: a measure may carry details, one
+Where a value breaks a rule, the reader must learn which of the case's files to fix: a measure may carry details, one
 per file, with what was seen there.
 """
 

@@ -1,4 +1,4 @@
-"""The expectation suite: rules a person can read, checked by Great Expectations, told as findings a person can mend."""
+"""The expectation suite: rules a person can read, checked by Great Expectations, told as findings a person can hint."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ class Rule:
     """`error`: the case cannot be used; `warning`: it can, but somebody should look."""
     message: str
     """What a violation means."""
-    mend: str
-    """How to mend it."""
+    hint: str
+    """How to fix it."""
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -100,7 +100,7 @@ class Finding:
     seen: str
     allowed: str
     message: str
-    mend: str
+    hint: str
 
 
 def load_suite(
@@ -121,7 +121,7 @@ def load_suite(
             used twice, or impossible bounds.
     """
     where = os.fspath(path)
-    loaded = load_yaml(Path(path), mend="correct validate.suite; conf/expectations.yaml is the shipped one")
+    loaded = load_yaml(Path(path), hint="correct validate.suite; conf/expectations.yaml is the shipped one")
     parsed = from_mapping(_SuiteFile, loaded, where=where)
     if parsed.schema_version != SCHEMA_VERSION:
         raise ConfigError(
@@ -137,11 +137,11 @@ def load_suite(
     for rule in rules:
         _check_rule(rule, kinds, f"{where}: rule '{rule.rule}'")
         if rule.rule in names:
-            raise ConfigError("two rules have the same name", where=where, seen=rule.rule, mend="rename one")
+            raise ConfigError("two rules have the same name", where=where, seen=rule.rule, hint="rename one")
         demand = repr((rule.expectation, rule.column, sorted(rule.kwargs.items(), key=lambda item: item[0])))
         if demand in demands:
             raise ConfigError(
-                "two rules demand the same", where=where, seen=f"{demands[demand]}, {rule.rule}", mend="remove one"
+                "two rules demand the same", where=where, seen=f"{demands[demand]}, {rule.rule}", hint="remove one"
             )
         names.add(rule.rule)
         demands[demand] = rule.rule
@@ -166,7 +166,7 @@ def _bounds_rule(column: str, low: float | None, high: float | None, kinds: Mapp
         kwargs=limits,
         severity="error",
         message=f"{column} lies outside the bounds set for this data set",
-        mend=f"check the case, or correct {where}",
+        hint=f"check the case, or correct {where}",
     )
 
 
@@ -179,7 +179,7 @@ def _unknown_column(column: str, kinds: Mapping[str, str], where: str) -> Config
         where=where,
         seen=column,
         rule="one of " + ", ".join(kinds),
-        mend=f"did you mean '{close[0]}'?" if close else None,
+        hint=f"did you mean '{close[0]}'?" if close else None,
     )
 
 
@@ -192,7 +192,7 @@ def _check_rule(rule: Rule, kinds: Mapping[str, str], where: str) -> None:
         raise ConfigError(
             f"'{reserved[0]}' is no argument of an expectation",
             where=where,
-            mend="'column' and 'severity' stand beside 'kwargs'; leave the others out",
+            hint="'column' and 'severity' stand beside 'kwargs'; leave the others out",
         )
 
 
@@ -233,7 +233,7 @@ def _expectations(suite: Suite) -> list[Any]:
                 ) from None
             column = {} if rule.column is None else {"column": rule.column}
             try:
-                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.mend}"
+                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.hint}"
                 built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}, notes=notes))
             except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
                 raise ConfigError(
@@ -254,7 +254,7 @@ def _unknown_expectation(name: str, known: Sequence[str], where: str) -> ConfigE
         where=where,
         seen=name,
         rule="a core expectation of Great Expectations 1.x, e.g. " + BETWEEN,
-        mend=f"did you mean '{close[0]}'?" if close else None,
+        hint=f"did you mean '{close[0]}'?" if close else None,
     )
 
 
@@ -329,7 +329,7 @@ def _findings(rule: Rule, result: Any, table: CaseTable, path: str) -> Iterator[
         "severity": rule.severity,
         "allowed": rule.allowed,
         "message": rule.message,
-        "mend": rule.mend,
+        "hint": rule.hint,
     }
     unexpected = result.result.get("unexpected_index_list")
     if unexpected and {c.of for c in table.columns if c.name in rule.columns} == {"dataset"}:

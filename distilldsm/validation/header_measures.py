@@ -1,6 +1,6 @@
 """What is measured on a file's header and bytes: can it be read, is it whole, does the header describe what follows it.
 
-nibabel mends many flaws while loading, so they are read from the bytes.
+nibabel hints many flaws while loading, so they are read from the bytes.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _header_bytes(path: Path, image: nib.Nifti1Image) -> Any:
 
 
 def _measure_soundness(row: CaseRow, file: str, image: nib.Nifti1Image, raw: Any) -> None:
-    """Flaws that one program mends in silence and another does not."""
+    """Flaws that one program hints in silence and another does not."""
     slope, intercept = float(raw["scl_slope"]), float(raw["scl_inter"])
     finite = bool(np.isfinite(slope) and (slope == 0 or np.isfinite(intercept)))  # slope 0: no scaling
     row.worst("scaling_finite", int(finite), largest=False)

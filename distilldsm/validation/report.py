@@ -122,7 +122,7 @@ def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
     return _rows(
-        ("case", "file", "what is wrong", "seen", "allowed", "mend"),
+        ("case", "file", "what is wrong", "seen", "allowed", "hint"),
         [
             (
                 escape(f["case"] or "(data set)"),
@@ -130,7 +130,7 @@ def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
                 f"{escape(f['message'])} <span class=note>({escape(f['rule'])})</span>",
                 escape(f["seen"]),
                 escape(f["allowed"]),
-                escape(f["mend"]),
+                escape(f["hint"]),
             )
             for f in findings
         ],

@@ -41,7 +41,7 @@ def test_compose_writes_checked_parameters(repository, tmp_path, capsys):
         ("train.epochs=many", "a whole number"),
         ("train", "compose: is no assignment"),
         ("surprise=1", "unknown parameter 'surprise'"),
-        ("+train.epochs=1", "mend: train.epochs=1"),
+        ("+train.epochs=1", "hint: train.epochs=1"),
         ("~train.epochs", "set without '~'"),
         ("=cluster", "is no assignment"),
         ("download.source=${oc.env:HOME}", "${...} is for presets"),
@@ -199,26 +199,26 @@ def test_the_head_tells_every_command(conf):
 
 def test_an_output_that_cannot_be_written_is_told_by_its_name(conf, capsys, monkeypatch):
     for output, words in (
-        ("nodir/a.yaml", "nodir/a.yaml: cannot be written\n  seen: No such file or directory\n  mend: make its folder"),
-        ("params.yaml/a.yaml", "params.yaml/a.yaml: cannot be written\n  seen: Not a directory\n  mend: name a place"),
+        ("nodir/a.yaml", "nodir/a.yaml: cannot be written\n  seen: No such file or directory\n  hint: make its folder"),
+        ("params.yaml/a.yaml", "params.yaml/a.yaml: cannot be written\n  seen: Not a directory\n  hint: name a place"),
     ):
         assert main(["compose", "-o", output]) == 1
         assert capsys.readouterr().err.startswith(f"error: {words}")
     refused = PermissionError(13, "Permission denied", ".a.yaml.1.tmp")
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(refused))
     assert main(["compose", "-o", "a.yaml"]) == 1
-    assert capsys.readouterr().err.startswith("error: a.yaml: cannot be written\n  seen: Permission denied\n  mend: ")
+    assert capsys.readouterr().err.startswith("error: a.yaml: cannot be written\n  seen: Permission denied\n  hint: ")
     full = OSError(errno.ENOSPC, "No space left on device", ".a.yaml.1.tmp")
     monkeypatch.setattr(Path, "write_text", lambda *_, **__: (_ for _ in ()).throw(full))
     assert main(["compose", "-o", "a.yaml"]) == 1
     assert capsys.readouterr().err == (
-        "error: a.yaml: No space left on device\n  mend: free space, then run the same command again\n"
+        "error: a.yaml: No space left on device\n  hint: free space, then run the same command again\n"
     )
 
 
 def test_compose_keep_needs_what_it_keeps(conf, capsys):
     assert main(["compose", "--keep", "train.epochs=2", "-o", "none.yaml"]) == 2
-    assert "mend: leave --keep out" in capsys.readouterr().err
+    assert "hint: leave --keep out" in capsys.readouterr().err
 
 
 def test_compose_needs_the_presets(tmp_path, capsys):

@@ -193,9 +193,9 @@ def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
         (UserError("bad data", where="x.nii"), 1, "error: x.nii: bad data"),
         (ConfigError("bad key"), 2, "error: bad key"),
         (KeyboardInterrupt(), 130, "interrupted"),
-        (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied\n  mend: "),
+        (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied\n  hint: "),
         (PermissionError(13, "Permission denied", "a/.raw.lock"), 1, "error: a/raw: Permission denied"),
-        (FileNotFoundError(2, "No such file", "a/.b.json.12.tmp"), 1, "error: a/b.json: No such file\n  mend: "),
+        (FileNotFoundError(2, "No such file", "a/.b.json.12.tmp"), 1, "error: a/b.json: No such file\n  hint: "),
         (OSError("odd"), 1, "error: odd\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install '.[train]'"),
     ):

@@ -133,7 +133,7 @@ def test_a_mask_on_another_grid_is_refused_with_both_grids(files, tmp_path, caps
         assert main(["view", files["image"], save(tmp_path / name, array, affine), *page]) == 1
         text = capsys.readouterr().err
         grids = ("does not lie on the grid of scan.nii.gz", "shape (20, 30, 24)", "[0.0, -1.5, 0.0, 40.0]")
-        for words in (name, *grids, "mend: resample the mask"):
+        for words in (name, *grids, "hint: resample the mask"):
             assert words in text
         assert f"shape {array.shape}" in text
         assert str(affine[0].tolist()) in text

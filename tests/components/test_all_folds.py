@@ -158,7 +158,7 @@ from distilldsm.core.shell import interrupt
 signal.signal(signal.SIGTERM, interrupt)
 stage, fold = sys.argv[1:]
 if fold == "1":
-    print("reading"); print("error: the scan is bad"); print("  mend: replace it"); sys.exit(2)
+    print("reading"); print("error: the scan is bad"); print("  hint: replace it"); sys.exit(2)
 print("begun", flush=True)
 try:
     time.sleep(60)

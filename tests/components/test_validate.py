@@ -122,7 +122,7 @@ def test_every_damage_is_found_with_file_and_rule(damaged, excluded, name):
     file = case.label if kind == "label" else case.images[0]
     errors = [f for f in excluded[1]["findings"] if f["case"] == name and f["severity"] == "error"]
     assert (file, rule) in [(f["file"], f["rule"]) for f in errors]
-    assert all(f["seen"] and f["allowed"] and f["mend"] for f in errors)
+    assert all(f["seen"] and f["allowed"] and f["hint"] for f in errors)
     # Beyond the damage itself only its consequence: an image without its geometry does not fit its label.
     shape, grid = {"label_of_image_shape"}, {"label_on_image_grid"}
     consequences = {"flat": shape, "flat_label": shape, "flat_affine": grid}
@@ -187,16 +187,16 @@ def test_fail_refuses_keeps_the_report_and_the_old_output(damaged, suite, tmp_pa
         assert str(root / finding["file"]) in message
         assert finding["rule"] in message
         assert finding["seen"] in message
-        assert finding["mend"] in message
-    assert message.count("\n      mend: ") == 10
+        assert finding["hint"] in message
+    assert message.count("\n      hint: ") == 10
     assert f"and {report['counts']['errors'] - 10} more" in message
     assert [p.name for p in out.iterdir()] == ["accepted.json"]
     assert (out / "accepted.json").read_text() == "old"
     assert file_hashes(root) == before
-    # Once the data is mended, the report of the failure goes.
-    mended = tmp_path / "mended"
-    write_dataset(mended, 3)
-    run(ValidateConfig(suite=suite), {"dataset": mended}, {"validation": out})
+    # Once the data is fixed, the report of the failure goes.
+    fixed = tmp_path / "fixed"
+    write_dataset(fixed, 3)
+    run(ValidateConfig(suite=suite), {"dataset": fixed}, {"validation": out})
     assert not failed.exists()
     assert read_json(out / "accepted.json")["accepted"] == ["case_00", "case_01", "case_02"]
 
@@ -230,7 +230,7 @@ def test_nothing_left_and_rules_for_the_whole_data_set(suite, tmp_path):
     own = tmp_path / "own.yaml"
     own.write_text(
         "schema_version: 1\nrules:\n- {rule: many, expectation: expect_table_row_count_to_be_between, "
-        "kwargs: {min_value: 9}, severity: error, message: too few cases, mend: scan more}\n"
+        "kwargs: {min_value: 9}, severity: error, message: too few cases, hint: scan more}\n"
     )
     with pytest.raises(DataError, match="whole data set") as caught:
         run(ValidateConfig(suite=str(own), on_invalid="exclude"), {"dataset": root}, {"validation": tmp_path / "v"})

@@ -123,7 +123,7 @@ def test_mappings_by_name_say_what_they_hold(values, words):
 def test_a_key_is_given_once(tmp_path, text, words):
     path = tmp_path / "params.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=rf"params\.yaml: a key is given twice\n +{words}\n(.|\n)*mend: "):
+    with pytest.raises(ConfigError, match=rf"params\.yaml: a key is given twice\n +{words}\n(.|\n)*hint: "):
         load_yaml(path)
 
 
@@ -135,7 +135,7 @@ def test_what_only_looks_like_a_key_twice_is_read(tmp_path):
 
 
 def test_missing_files_say_what_to_do(tmp_path):
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read\n(.|\n)*mend: .*distilldsm compose.*--params"):
+    with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read\n(.|\n)*hint: .*distilldsm compose.*--params"):
         load_params(tmp_path / "none.yaml")
 
 

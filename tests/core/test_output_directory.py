@@ -151,7 +151,7 @@ def test_what_is_current_need_not_be_made_again(tmp_path: Path):
 
 def test_missing_input_is_named(tmp_path: Path):
     with (
-        pytest.raises(UserError, match=r"nothing.*\n.*mend"),
+        pytest.raises(UserError, match=r"nothing.*\n.*hint"),
         output_directory(tmp_path / "out", stage="s", config={}, inputs={"x": tmp_path / "nothing"}),
     ):
         pass
@@ -248,7 +248,7 @@ def test_json_is_whole_or_old(tmp_path: Path):
 def test_what_cannot_be_written_is_told_by_its_name(tmp_path: Path, monkeypatch):
     (tmp_path / "file").write_text("x")
     for write in (lambda: make(tmp_path / "file" / "out"), lambda: write_json(tmp_path / "file" / "x.json", {})):
-        with pytest.raises(UserError, match=r"(out|x\.json): cannot be written(.|\n)*mend") as caught:
+        with pytest.raises(UserError, match=r"(out|x\.json): cannot be written(.|\n)*hint") as caught:
             write()
         assert "/." not in str(caught.value).replace(str(tmp_path), "")
 

@@ -1,4 +1,4 @@
-"""The benchmark that mends ACDC's lost spacings changes headers only."""
+"""The benchmark that hints ACDC's lost spacings changes headers only."""
 
 import gzip
 

@@ -213,13 +213,13 @@ def test_a_single_file_is_told_what_a_source_may_be(tmp_path, name):
     content = b"\1" * 2000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     refused(
-        tmp_path / name, r"is one file, no data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*mend: name the folder"
+        tmp_path / name, r"is one file, no data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*hint: name the folder"
     )
 
 
 def test_what_tar_says_of_other_bytes_is_told_in_one_line(tmp_path):
     (tmp_path / "x.tar.gz").write_bytes(b"\1" * 2000)
-    refused(tmp_path / "x.tar.gz", r"truncated\n  seen: .*\n  rule: .*\n  mend: .*\Z")
+    refused(tmp_path / "x.tar.gz", r"truncated\n  seen: .*\n  rule: .*\n  hint: .*\Z")
 
 
 def test_an_archive_of_litter_only_and_a_missing_one(tmp_path):

@@ -142,7 +142,7 @@ def test_all_missing_files_are_counted_and_the_first_named(tmp_path):
     assert "12 file(s)" in message
     assert "labelsTr/c9.nii.gz and 2 more" in message
     assert "c10" not in message
-    assert "mend" in message
+    assert "hint" in message
 
 
 def test_case_ids_that_appear_twice(tmp_path):

@@ -11,7 +11,7 @@ from distilldsm.doctor.checks import Finding
 
 def fine(limit_s: float) -> list[Finding]:
     print("a library says hello")
-    return [Finding(name="fine", status="warn", seen=f"{os.environ['PLANTED']}, {limit_s:g} s", mend="nothing")]
+    return [Finding(name="fine", status="warn", seen=f"{os.environ['PLANTED']}, {limit_s:g} s", hint="nothing")]
 
 
 def hangs(limit_s: float) -> list[Finding]:

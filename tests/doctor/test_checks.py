@@ -23,7 +23,7 @@ def raising(error: BaseException):
 
 def test_findings_come_in_order_and_no_check_brings_down_another():
     fine = Finding(name="fine", status="ok", seen="well")
-    told = UserError("is wrong", where="http://anna:geheim99@host/x", seen=3, rule="2 at most", mend="take less")
+    told = UserError("is wrong", where="http://anna:geheim99@host/x", seen=3, rule="2 at most", hint="take less")
     findings = run_checks(
         [
             check("hangs", lambda limit_s: threading.Event().wait(30)),
@@ -40,7 +40,7 @@ def test_findings_come_in_order_and_no_check_brings_down_another():
     assert findings[0].seen == "no answer within 0.3 s"
     assert findings[1].seen == "the check broke: ZeroDivisionError: by zero"
     assert findings[2].seen == "the check broke: SystemExit: 3"
-    assert (findings[3].seen, findings[3].mend) == ("http://host/x: is wrong; seen: 3; 2 at most", "take less")
+    assert (findings[3].seen, findings[3].hint) == ("http://host/x: is wrong; seen: 3; 2 at most", "take less")
 
 
 def test_texts_of_others_are_one_line_without_secrets(monkeypatch):

@@ -21,9 +21,9 @@ from tests.doctor.conftest import contents
 
 ROOT = Path(__file__).resolve().parents[2]
 FINDINGS = [
-    Finding(name="python", status="ok", seen="3.11", mend="is not told"),
-    Finding(name="mlflow journal", status="warn", seen="4 records wait " * 9, mend="send them"),
-    Finding(name="mlflow", status="fail", seen="away", mend="start it"),
+    Finding(name="python", status="ok", seen="3.11", hint="is not told"),
+    Finding(name="mlflow journal", status="warn", seen="4 records wait " * 9, hint="send them"),
+    Finding(name="mlflow", status="fail", seen="away", hint="start it"),
     Finding(name="gpu", status="skip", seen="none"),
 ]
 
@@ -34,9 +34,9 @@ def test_aligned_lines_with_the_mend_under_what_is_not_ok():
         "warn  mlflow journal  4 records wait 4 records wait 4 records wait 4 records",
         "                      wait 4 records wait 4 records wait 4 records wait 4",
         "                      records wait 4 records wait",
-        "                      mend: send them",
+        "                      hint: send them",
         "fail  mlflow          away",
-        "                      mend: start it",
+        "                      hint: start it",
         "skip  gpu             none",
         "",
         "1 ok, 1 warnings, 1 failed, 1 skipped (1.3 s)",
@@ -65,7 +65,7 @@ def test_colours_are_for_terminals_that_want_them(monkeypatch):
 def test_params(place):
     (found,) = settings.check_params(1)
     assert found.status == "warn"
-    assert "distilldsm compose" in found.mend
+    assert "distilldsm compose" in found.hint
     shutil.copyfile(ROOT / "params.yaml", "params.yaml")
     (found,) = settings.check_params(1)
     assert found.status == "ok"
@@ -83,7 +83,7 @@ def test_variables_that_have_no_effect(place, monkeypatch):
     monkeypatch.setenv("DISTILLDSM_NONSENSE", "1")
     monkeypatch.setenv("DISTILLDSM_PROGRESS", "colourful")
     monkeypatch.setenv("DISTILLDSM_SCANS", "/not/there")
-    found = {one.seen: one.mend for one in settings.check_environment(1)}
+    found = {one.seen: one.hint for one in settings.check_environment(1)}
     assert found["DISTILLDSM_DOWNLOAD_PASWORD has no effect"] == "did you mean DISTILLDSM_DOWNLOAD_PASSWORD?"
     assert found["DISTILLDSM_NONSENSE has no effect"].startswith("known are DISTILLDSM_BUILDER, DISTILLDSM_DEBUG, ")
     assert found["DISTILLDSM_PROGRESS is none of its values"] == "set it to bar, plain, off"
@@ -106,7 +106,7 @@ def test_json_exit_codes_and_usage(place, capsys, monkeypatch):
     told = json.loads(capsys.readouterr().out)
     assert (told["version"], told["ok"]) == (__version__, True)
     assert [(c["name"], c["status"]) for c in told["checks"]] == [("python", "ok"), ("kubeflow", "skip")]
-    assert set(told["checks"][0]) == {"name", "status", "seen", "mend"}
+    assert set(told["checks"][0]) == {"name", "status", "seen", "hint"}
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "nonsense")
     assert doctor.main(["--json", "kubeflow"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False

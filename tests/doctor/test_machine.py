@@ -25,7 +25,7 @@ def test_python(monkeypatch):
     assert statuses(machine.check_python(1)) == {"python": "ok"}
     monkeypatch.setattr(machine, "OLDEST_PYTHON", (99, 1))
     (found,) = machine.check_python(1)
-    assert (found.status, found.mend) == ("fail", "install Python 99.1 or newer")
+    assert (found.status, found.hint) == ("fail", "install Python 99.1 or newer")
 
 
 def test_the_packages_of_this_installation():
@@ -66,7 +66,7 @@ def test_packages_that_are_missing_or_too_old(monkeypatch):
     }
     assert found["packages"].seen == "not installed: openvino"
     assert found["train"].seen == "too old: torch 2.5 (needs >=2.6)", "the small mlflow does"
-    assert found["train"].mend == "in the repository: pip install -c constraints.txt '.[train]'"
+    assert found["train"].hint == "in the repository: pip install -c constraints.txt '.[train]'"
     found = group({"openvino": "2026.1", "mlflow": "3.10", "torch": "2.6"}, table, monkeypatch)
     assert (found["packages"].status, found["packages"].seen) == ("fail", "not installed: numpy")
     assert (found["train"].status, found["train"].seen) == ("warn", "not installed: pandas")
@@ -113,7 +113,7 @@ def test_cpu(monkeypatch):
     (found,) = machine.check_cpu(1)
     assert found.status == "warn"
     assert "limited to the time of 2.5 (cgroup)" in found.seen
-    assert found.mend.startswith("set OMP_NUM_THREADS=2, and 2 for preprocess.workers")
+    assert found.hint.startswith("set OMP_NUM_THREADS=2, and 2 for preprocess.workers")
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)
     fields["flags"] = "fpu sse2"
     assert statuses(machine.check_cpu(1)) == {"cpu": "warn"}
@@ -176,9 +176,9 @@ def test_a_disk_that_is_full_or_cannot_be_written(place, monkeypatch):
     folders = machine.check_disk(1)[0]
     assert folders.status == "fail"
     assert folders.seen == f"{place}: cannot be written: Permission denied; 500.0 GB free"
-    assert "right to write" in folders.mend
+    assert "right to write" in folders.hint
     free.total = 64 << 20
-    assert machine.check_disk(1)[-1].mend.startswith("for several GPUs: docker run --shm-size 1g")
+    assert machine.check_disk(1)[-1].hint.startswith("for several GPUs: docker run --shm-size 1g")
 
 
 class Numbers:
@@ -232,7 +232,7 @@ def test_gpu(torch, status, words, monkeypatch):
     (found,) = devices.gpu_finding(1)
     assert found.status == status
     assert words in found.seen
-    assert bool(found.mend) == (status != "ok")
+    assert bool(found.hint) == (status != "ok")
 
 
 def test_torch_is_imported_only_where_there_is_a_sign_of_a_gpu(monkeypatch):

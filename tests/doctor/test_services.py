@@ -96,7 +96,7 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
 
 
 @pytest.mark.parametrize(
-    ("answer", "problem", "mend"),
+    ("answer", "problem", "hint"),
     [
         ("401", "access is refused", "MLFLOW_TRACKING_USERNAME"),
         ("403", "access is refused", "MLFLOW_TRACKING_USERNAME"),
@@ -108,7 +108,7 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
         ("away", "the server does not answer", "the VPN"),
     ],
 )
-def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, mend):
+def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, hint):
     from distilldsm.doctor import tracking_probe as probe
 
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
@@ -119,7 +119,7 @@ def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, mend
         probe.probe_store(host.replace("://", "://anna:geheim99@"))
     assert caught.value.problem == caught.value.problem.strip()
     assert caught.value.problem.startswith(problem)
-    assert mend in caught.value.mend
+    assert hint in caught.value.hint
     assert caught.value.where == host
     assert "geheim" not in str(caught.value)
     assert files(place) == []
@@ -176,8 +176,8 @@ def test_records_that_wait_for_mlflow(place):
     assert waiting.seen.startswith(
         f"4 records in {place}/tracking have not been delivered (MlflowException: the server"
     )
-    assert "replay_journals" in waiting.mend
-    assert str(place / "tracking" / ("a" * 32) / "rejected.jsonl") in refused.mend
+    assert "replay_journals" in waiting.hint
+    assert str(place / "tracking" / ("a" * 32) / "rejected.jsonl") in refused.hint
 
 
 def repository(place: Path, config: str) -> None:
@@ -231,7 +231,7 @@ def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             dvc_probe.check(1)
         assert problem in caught.value.problem
-        assert caught.value.mend
+        assert caught.value.hint
     assert not (tmp_path / "store").exists()
 
 
@@ -242,7 +242,7 @@ def test_a_dvc_repository_without_a_remote(place):
     assert dvc_probe.check(1)[0].status == "skip"
     repository(place, remote("s3://anna:geheim99@bucket/x").replace("[core]\n    remote = store\n", ""))
     (found,) = dvc_probe.check(1)
-    assert (found.status, found.mend) == ("warn", "dvc remote default store")
+    assert (found.status, found.hint) == ("warn", "dvc remote default store")
 
 
 def test_git_and_dvc_where_there_is_nothing(place, monkeypatch):
@@ -262,7 +262,7 @@ def test_git_and_dvc_where_there_is_nothing(place, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("answer", "seen", "mend"),
+    ("answer", "seen", "hint"),
     [
         ("401", "access is refused", "KF_PIPELINES_TOKEN"),
         ("404", "is no Kubeflow Pipelines of version 2", "ml-pipeline"),
@@ -272,14 +272,14 @@ def test_git_and_dvc_where_there_is_nothing(place, monkeypatch):
         ("hang", "does not answer", "the VPN"),
     ],
 )
-def test_kubeflow_that_refuses(server, place, monkeypatch, answer, seen, mend):
+def test_kubeflow_that_refuses(server, place, monkeypatch, answer, seen, hint):
     server.answer = answer
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", server.url)
     monkeypatch.setenv("KF_PIPELINES_TOKEN", "geheim99")
     (found,) = run_checks([CHECKS["kubeflow"]], 1.0)
     assert found.status == "fail"
     assert seen in found.seen
-    assert (mend or "") in (found.mend or "")
+    assert (hint or "") in (found.hint or "")
     assert "geheim" not in f"{found}"
 
 

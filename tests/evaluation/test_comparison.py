@@ -238,7 +238,7 @@ def test_bad_tables_are_named(tmp_path):
     other = write_fold(tmp_path / "b", random_cases(["c1"], 0))
     with pytest.raises(DataError, match="no case was scored in all") as caught:
         compare([load_training("a", [folder]), load_training("b", [other])])
-    for words in (f"{folder}, {other}: ", "seen: a: c0; b: c1\n", "rule: ", "mend: compare cross-validations"):
+    for words in (f"{folder}, {other}: ", "seen: a: c0; b: c1\n", "rule: ", "hint: compare cross-validations"):
         assert words in str(caught.value)
     text = (folder / "cases.csv").read_text()
     (folder / "cases.csv").write_text(text.splitlines()[0] + "\nc0,A,good,1,1,1,1,1,1\n")

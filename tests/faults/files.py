@@ -26,7 +26,7 @@ def store(path: Path, content: bytes, level: int = 6) -> None:
 
 
 def header(path: Path, **values: object) -> None:
-    """Set header fields in the bytes, past everything that nibabel would mend; `pixdim_1` is element 1 of `pixdim`."""
+    """Set header fields in the bytes, past everything that nibabel would hint; `pixdim_1` is element 1 of `pixdim`."""
     content = raw(path)
     fields = np.frombuffer(content, HEADER, count=1)  # a view: a bytearray may be written to
     for name, value in values.items():

@@ -69,7 +69,7 @@ def test_nothing_known(ask, capsys, tmp_path):
 @pytest.mark.parametrize("ci", [False, True])
 def test_a_known_vulnerability_fails_in_ci_too(ask, capsys, ci):
     assert ask([fine("a"), BAD], ci=ci) == 1
-    assert "bad 2.0: CVE-2026-1 (mended in 2.1)" in capsys.readouterr().out
+    assert "bad 2.0: CVE-2026-1 (fixed in 2.1)" in capsys.readouterr().out
     assert ask("away", [BAD], ci=ci) == 1
 
 

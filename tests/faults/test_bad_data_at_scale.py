@@ -68,12 +68,12 @@ def test_damage_is_found_with_its_file_and_rule(everything, name):
 
 @pytest.mark.parametrize("name", DAMAGES)
 def test_only_what_was_touched_is_accused(everything, name):
-    """A finding names a file of the damaged case, says what was seen and how to mend it."""
+    """A finding names a file of the damaged case, says what was seen and how to fix it."""
     for case in everything.planted[name].cases:
         for finding in everything.told[case.id]:
             assert finding.file in (*case.images, case.label)
             assert finding.seen
-            assert finding.mend
+            assert finding.hint
 
 
 def test_good_cases_beside_them_are_clean(everything):

@@ -88,7 +88,7 @@ def test_a_pipeline_file_and_a_lock_file(tmp_path, canary):
     with pytest.raises(UserError, match=r"p\.yaml"):
         check_pipeline(tmp_path / "p.yaml")
     (tmp_path / "dvc.lock").write_text(f"stages: {canary.yaml()}\n")
-    with pytest.raises(UserError, match=r"dvc\.lock(.|\n)*mend"):
+    with pytest.raises(UserError, match=r"dvc\.lock(.|\n)*hint"):
         _dvc_lock(tmp_path)
 
 
@@ -100,7 +100,7 @@ def test_a_preset_cannot_bring_the_environment_into_the_parameters(tmp_path, cap
     )
     target = tmp_path / "params.yaml"
     assert main(["compose", "dataset=evil", "--conf", str(tmp_path / "conf"), "-o", str(target)]) == 2
-    told(capsys.readouterr().err, "a preset reads the environment", "mend: ")
+    told(capsys.readouterr().err, "a preset reads the environment", "hint: ")
     assert not target.exists()
 
 
@@ -146,7 +146,7 @@ def test_an_index_that_names_files_elsewhere(tmp_path, changes):
     index = read_json(tmp_path / INDEX)
     index["cases"][0] |= changes
     write_json(tmp_path / INDEX, index)
-    with pytest.raises(DataError, match=rf"{INDEX}(.|\n)*seen(.|\n)*rule(.|\n)*mend"):
+    with pytest.raises(DataError, match=rf"{INDEX}(.|\n)*seen(.|\n)*rule(.|\n)*hint"):
         DatasetIndex.load(tmp_path)
 
 

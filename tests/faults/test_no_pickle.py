@@ -68,7 +68,7 @@ def test_the_payloads_are_real(tmp_path, kind):
 @pytest.mark.parametrize("name", ["last.safetensors", "last.pt", "resume.safetensors"])
 def test_a_pickle_by_any_name_is_no_checkpoint(tmp_path, canary, kind, name):
     (tmp_path / name).write_bytes(canary.pickled(kind))
-    with pytest.raises(DataError, match=r"no readable checkpoint(.|\n)*seen(.|\n)*never loaded(.|\n)*mend") as caught:
+    with pytest.raises(DataError, match=r"no readable checkpoint(.|\n)*seen(.|\n)*never loaded(.|\n)*hint") as caught:
         load_tensors(tmp_path / name)
     assert name in str(caught.value)
 
@@ -93,17 +93,17 @@ def test_stages_refuse_a_pickled_checkpoint(made, model, tmp_path, canary, capsy
         "export": lambda: export.main(common),
     }
     assert codes[stage]() == 1
-    told(capsys.readouterr().err, "last.safetensors", "seen: ", "rule: ", "mend: ")
+    told(capsys.readouterr().err, "last.safetensors", "seen: ", "rule: ", "hint: ")
     assert not (tmp_path / "out").exists()
 
 
 def test_prediction_refuses_pickled_weights(package, scan, canary, capsys):
     (package / "model.safetensors").write_bytes(canary.pickled("torch"))
     assert predict(package, scan, "--engine", "torch") == 1
-    told(capsys.readouterr().err, "model.safetensors", "has changed since the export", "mend: ")
+    told(capsys.readouterr().err, "model.safetensors", "has changed since the export", "hint: ")
     rehash(package)
     assert predict(package, scan, "--engine", "torch") == 1
-    told(capsys.readouterr().err, "model.safetensors", "no readable checkpoint", "never loaded", "mend: ")
+    told(capsys.readouterr().err, "model.safetensors", "no readable checkpoint", "never loaded", "hint: ")
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_odd_descriptions_of_a_network(model, changes):
     with pytest.raises(DataError) as caught:
         load_network(model)
     assert str(model / "model.json") in str(caught.value)
-    assert "mend: " in str(caught.value)
+    assert "hint: " in str(caught.value)
 
 
 @pytest.mark.parametrize("content", ["[]", '"text"', "null", "[" * 100_000, "{", "\0"])
@@ -205,7 +205,7 @@ def test_onnx_weights_outside_the_model(package, scan, capsys, engine, place):
     rehash(package)
     if engine == "onnx":
         assert predict(package, scan, "--engine", engine) == 1
-        told(capsys.readouterr().err, "model.onnx", "cannot be loaded by ONNX Runtime", "mend: ")
+        told(capsys.readouterr().err, "model.onnx", "cannot be loaded by ONNX Runtime", "hint: ")
     else:
         from distilldsm.export.openvino_export import export_openvino
 
@@ -231,7 +231,7 @@ def test_spoiled_pieces_of_an_openvino_model(package, scan, canary, capsys, piec
     assert "root:" not in captured.out + captured.err
     if piece != "entity" or code:  # it is no error if the entity is taken for the text that it is
         assert code == 1
-        told(captured.err, "model.xml", "cannot be loaded by OpenVINO", "seen: ", "mend: ")
+        told(captured.err, "model.xml", "cannot be loaded by OpenVINO", "seen: ", "hint: ")
 
 
 @pytest.mark.parametrize("folder", ["images", "labels", "locations"])
@@ -248,7 +248,7 @@ def test_arrays_of_objects_are_not_read(made, tmp_path, canary, capsys, folder):
         ["--params", str(params), "--fold", "0", "--preprocessed", str(spoiled), "--output", str(tmp_path / "m")]
     )
     assert code == 1
-    told(capsys.readouterr().err, f"{folder}/case_0", "cannot be read", "nothing is unpickled", "mend: ")
+    told(capsys.readouterr().err, f"{folder}/case_0", "cannot be read", "nothing is unpickled", "hint: ")
 
 
 @pytest.mark.parametrize("kind", ["object", "npz", "pickle", "torch", "empty", "text"])
@@ -260,5 +260,5 @@ def test_what_is_no_array_of_numbers(tmp_path, canary, kind):
     else:
         content = {"object": canary.array(), "empty": b"", "text": b"__import__('os')"}
         path.write_bytes(content.get(kind) or (b"" if kind == "empty" else canary.pickled(kind)))
-    with pytest.raises(DataError, match=r"x.npy: cannot be read(.|\n)*nothing is unpickled(.|\n)*mend"):
+    with pytest.raises(DataError, match=r"x.npy: cannot be read(.|\n)*nothing is unpickled(.|\n)*hint"):
         open_array(path)

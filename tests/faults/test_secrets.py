@@ -173,7 +173,7 @@ def test_failures_of_a_download_tell_no_secret(place, monkeypatch, capsys, path)
         assert main(["download"]) == 1
         assert QUOTED in server.seen[0][0]
         message = capsys.readouterr().err
-        told(message, server.address, "could not be fetched", "mend: ")
+        told(message, server.address, "could not be fetched", "hint: ")
     nowhere(place, message)
 
 
@@ -236,7 +236,7 @@ def test_an_address_with_a_secret_is_refused_in_the_parameters(place, capsys, ke
     for command in commands if key == "source" else commands[:1]:
         assert main(command) == 2
         text = capsys.readouterr()
-        told(text.err, "holds a secret", "rule: ", "mend: put it in the environment: DISTILLDSM_DOWNLOAD_USERNAME")
+        told(text.err, "holds a secret", "rule: ", "hint: put it in the environment: DISTILLDSM_DOWNLOAD_USERNAME")
         assert TELLTALE.decode() not in text.out + text.err
     assert not (place / "out.yaml").exists()
     with pytest.raises(SystemExit):

@@ -30,7 +30,7 @@ def test_channels_whose_names_number_them_in_another_order_are_refused(tmp_path)
     first, second = touch(tmp_path, "th_090_0000.nii.gz", "th_090_0001.nii.gz")
     with pytest.raises(ConfigError, match="another order") as caught:
         find_inputs([second, first], 2)
-    assert f"mend: give {first} {second}" in str(caught.value)
+    assert f"hint: give {first} {second}" in str(caught.value)
     assert found([first, second], 2) == (["th_090_0000"], [])
     # Other numbers say nothing of channels.
     assert found(touch(tmp_path, "b.nii", "a.nii"), 2) == (["b"], [])
@@ -71,7 +71,7 @@ def test_a_missing_channel_is_told_with_the_names_of_all(tmp_path):
     with pytest.raises(DataError) as caught:
         one.read(2, names=("T1", "FLAIR"))
     told = str(caught.value)
-    for words in ("seen: 1 (shape (4, 5, 6))", "rule: 2 channels (T1, FLAIR)", "mend: give a file for each of them"):
+    for words in ("seen: 1 (shape (4, 5, 6))", "rule: 2 channels (T1, FLAIR)", "hint: give a file for each of them"):
         assert words in told
     (one,), _ = find_inputs([path] * 3, 2)
     with pytest.raises(DataError, match=r"seen: 3: a\.nii, a\.nii, a\.nii\n  rule: 2 channels \(T1, FLAIR\)"):

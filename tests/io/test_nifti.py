@@ -140,7 +140,7 @@ def test_what_a_header_may_not_say(tmp_path, fields, words):
         read_scan([path], 1)
     assert caught.value.where == str(path)
     assert caught.value.seen is not None
-    assert caught.value.rule or caught.value.mend or "damaged" in words
+    assert caught.value.rule or caught.value.hint or "damaged" in words
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -198,10 +198,10 @@ def deny(monkeypatch, denied: Path, error: type[OSError], number: int) -> None:
 @pytest.mark.parametrize("read", [read_scan, read_image])
 def test_a_file_that_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, name, read):
     path = write(tmp_path / name, np.zeros((4, 5, 6), np.int16))
-    for error, number, mend in ((PermissionError, errno.EACCES, "chmod"), (OSError, errno.EIO, "disk")):
+    for error, number, hint in ((PermissionError, errno.EACCES, "chmod"), (OSError, errno.EIO, "disk")):
         with monkeypatch.context() as patched:
             deny(patched, path, error, number)
-            with pytest.raises(DataError, match=f"cannot be read(.|\n)*{os.strerror(number)}(.|\n)*mend: .*{mend}"):
+            with pytest.raises(DataError, match=f"cannot be read(.|\n)*{os.strerror(number)}(.|\n)*hint: .*{hint}"):
                 read([path], 1)
     assert read([path], 1).shape == (4, 5, 6)
 

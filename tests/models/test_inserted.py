@@ -116,7 +116,7 @@ def test_networks_of_known_packages(name, options):
         ({"in_argument": "in_channels"}, ["failed", "TypeError", "in_channels=2", "in_argument"]),
         ({"arguments": {"depth": 3}}, ["failed", "depth=3"]),
         ({"stride": 0}, ["'stride'", "from 1"]),
-        ({"stride": 2}, ["cannot compute", "sizes multiples of the stride 2", "mend"]),
+        ({"stride": 2}, ["cannot compute", "sizes multiples of the stride 2", "hint"]),
         ({"arguments": [1]}, ["'arguments'", "a mapping"]),
         ({"alpha": 3}, ["alpha"]),
         ({"where": ["layer9"]}, ["names no 2-D convolution", "layer9"]),

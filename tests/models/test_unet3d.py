@@ -17,7 +17,7 @@ def test_output_and_gradient_are_those_of_a_plain_convolution_in_double_precisio
     plain.load_state_dict({name: value.double() for name, value in ours.state_dict().items()})
     x = torch.randn(2, 8, depth, 4, 4).to(dtype)
     tolerance = {"rtol": 5e-2, "atol": 1e-1} if dtype == torch.bfloat16 else {"rtol": 1e-4, "atol": 1e-4}
-    # What the broken kernel reads is chance: without the mend, 27 to 30 of 30 attempts gave NaN with memory made dirty.
+    # What the broken kernel reads is chance: without the hint, 27 to 30 of 30 attempts gave NaN with memory made dirty.
     for _ in range(10):
         dirty = [torch.full((97 * n,), float("nan"), dtype=dtype) for n in range(1, 200)]
         del dirty

@@ -181,7 +181,7 @@ def test_a_wrong_password_is_told_at_the_start_and_loses_nothing(servers, as_use
 
 
 def test_records_wait_for_the_right_to_write(servers, as_user, tmp_path, monkeypatch):
-    """Whoever may only read another's experiment keeps the records, also those with files, until that is mended."""
+    """Whoever may only read another's experiment keeps the records, also those with files, until that is fixed."""
     monkeypatch.setattr(tracking, "_start_worker", lambda *_, **__: None)
     servers.add_user(GUEST)
     with tracking.start_run(TrackingConfig(experiment="ours"), directory=tmp_path / "work", name="ours"):

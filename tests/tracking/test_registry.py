@@ -127,7 +127,7 @@ def test_a_champion_without_scores_is_not_beaten(export, client):
     export(0.9)
     assert export.aliases == {CHALLENGER: "2", CHAMPION: "1"}
     assert "version 1 carries no scores per case" in export.tags(2)["gate.reason"]
-    client.set_registered_model_alias(NAME, CHAMPION, "2")  # the mend that was named
+    client.set_registered_model_alias(NAME, CHAMPION, "2")  # the hint that was named
     export(0.95)
     assert export.aliases[CHAMPION] == "3"
 

@@ -40,7 +40,7 @@ def rule(**changes: object) -> dict:
         "kwargs": {"max_value": 3},
         "severity": "error",
         "message": "thick slices",
-        "mend": "scan again",
+        "hint": "scan again",
     }
     return {k: v for k, v in (base | changes).items() if v is not None}
 
@@ -59,7 +59,7 @@ def suite_file(tmp_path):
     ("rules", "expected"),
     [
         ([rule(colum="x")], ["unknown parameter 'colum'", "did you mean 'column'"]),
-        ([rule(mend=None)], ["'mend' is missing"]),
+        ([rule(hint=None)], ["'hint' is missing"]),
         ([rule(severity="fatal")], ["severity", "error, warning"]),
         ([rule(column="spacing_max")], ["unknown column", "did you mean 'spacing_max_mm'", "rule 'thin'"]),
         ([rule(expectation="expect_column_values_to_be_betwen")], ["unknown expectation", f"did you mean '{BETWEEN}'"]),
@@ -86,7 +86,7 @@ def test_a_wrong_suite_is_refused_with_its_place(suite_file, rules, expected):
 def test_other_files_are_refused(suite_file, tmp_path):
     with pytest.raises(ConfigError, match="schema version"):
         load_suite(suite_file(rule(), schema_version=2), COLUMNS, {})
-    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read\n(.|\n)*mend: correct validate\.suite"):
+    with pytest.raises(ConfigError, match=r"absent\.yaml: cannot be read\n(.|\n)*hint: correct validate\.suite"):
         load_suite(tmp_path / "absent.yaml", COLUMNS, {})
 
 
@@ -126,7 +126,7 @@ def test_findings_name_each_file_that_was_noted(suite_file):
     suite = load_suite(suite_file(rule(column="finite_fraction", kwargs={"min_value": 1})), COLUMNS, {})
     found = check_table(cases, suite)
     assert [(f.case, f.file, f.seen) for f in found] == [("b", "b_t1.nii.gz", "9 NaN"), ("b", "b_t2.nii.gz", "1 NaN")]
-    assert (found[0].message, found[0].mend) == ("thick slices", "scan again")
+    assert (found[0].message, found[0].hint) == ("thick slices", "scan again")
 
 
 def test_errors_come_first_then_suite_and_case_order(suite_file):
@@ -192,7 +192,7 @@ def test_shipped_suite_loads_and_every_rule_explains_itself(repository):
     assert len(suite.rules) >= 25
     for one in suite.rules:
         assert len(one.message) > 10
-        assert len(one.mend) > 10
+        assert len(one.hint) > 10
         assert one.columns
         assert one.allowed
     assert check_table(table(), suite) == ()  # what was not measured breaks no rule but `readable`
