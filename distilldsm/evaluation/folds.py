@@ -11,10 +11,10 @@ from typing import Any
 from distilldsm.core.cost import TIMING, training_cost
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.mapping import flatten
 from distilldsm.core.output_directory import EXECUTION_PARAMETERS, MANIFEST, content_hash
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import POSTPROCESSED, POSTPROCESSING, load_postprocessing
-from distilldsm.tracking.values import flatten
 
 Row = dict[str, Any]
 CASES_POSTPROCESSED = "cases_postprocessed.csv"

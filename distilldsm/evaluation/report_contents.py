@@ -12,11 +12,14 @@ import numpy.typing as npt
 
 from distilldsm.config import EvaluateConfig
 from distilldsm.core.files import read_json
+from distilldsm.core.mapping import flatten
 from distilldsm.core.output_directory import MANIFEST, content_hash, package_versions
+from distilldsm.core.provenance import provenance
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_sections import mean_dice
+from distilldsm.evaluation.statistics import bland_altman
 from distilldsm.io.volume import read_image, read_label
 from distilldsm.report import figures
 from distilldsm.report.overlays import overlay
@@ -208,7 +211,7 @@ def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
         },
         "volumes": {
             "volume_differences": (
-                figures.volume_differences(rows, labels),
+                figures.volume_differences(rows, labels, _limits(rows, labels)),
                 "Bland-Altman plot: bias and 95 % limits of agreement; the numbers stand below.",
                 "Scatter plot of predicted minus true volume against their mean, ml.",
             ),
@@ -242,12 +245,21 @@ def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
     return pictures
 
 
-def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
-    from distilldsm.tracking.values import version_tags
+def _limits(rows: Rows, labels: Sequence[str]) -> dict[str, tuple[float, float, float]]:
+    """Of the Bland-Altman plot: label to lower limit, bias and upper limit, ml."""
+    found = {}
+    for label in labels:
+        of_label = [row for row in rows if row["label"] == label]
+        agreement = bland_altman(*([row[f"volume_{of}_ml"] for row in of_label] for of in ("truth", "predicted")))
+        if agreement is not None:
+            found[label] = (agreement.low, agreement.bias, agreement.high)
+    return found
 
+
+def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
     index, inputs = given.index, given.inputs
-    tags = version_tags()
-    commit = tags.get("git_commit", "not known")
+    source = provenance()
+    commit = source.get("git_commit", "not known")
     recorded = inputs["model"] / "mlflow_run.json"
     run = read_json(recorded).get("run_id") if recorded.is_file() else None
     return {
@@ -262,17 +274,15 @@ def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
         "reference": index.reference,
         "data hash": content_hash(inputs["dataset"])[:16],
         "model hash": ", ".join(content_hash(folder)[:16] for folder in (inputs["model"], *given.ensemble)),
-        "git commit": commit + (", changed since" if tags.get("git_dirty") == "true" else ""),
+        "git commit": commit + (", changed since" if source.get("git_dirty") == "true" else ""),
         "MLflow run": run or "none",
-        **({"Kubeflow run": tags["kfp_run_id"]} if "kfp_run_id" in tags else {}),
+        **({"Kubeflow run": source["kfp_run_id"]} if "kfp_run_id" in source else {}),
         "versions": ", ".join(f"{k} {v}" for k, v in package_versions().items()),
     }
 
 
 def _params(given: Evaluation) -> dict[str, Any]:
     """Of the training, as its manifest tells them, and of the evaluation."""
-    from distilldsm.tracking.values import flatten
-
     manifest = given.inputs["model"] / MANIFEST
     train = read_json(manifest).get("config", {}) if manifest.is_file() else {}
     flat = flatten({"train": train, "evaluate": asdict(given.config)})

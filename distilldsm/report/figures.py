@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from distilldsm.evaluation.statistics import bland_altman
-
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -124,8 +122,12 @@ def volume_agreement(rows: Rows, labels: Sequence[str]) -> Figure:
     return figure
 
 
-def volume_differences(rows: Rows, labels: Sequence[str]) -> Figure:
-    """Bland-Altman plot: predicted minus true volume against their mean, ml, with bias and limits of agreement."""
+def volume_differences(rows: Rows, labels: Sequence[str], limits: Mapping[str, tuple[float, float, float]]) -> Figure:
+    """Bland-Altman plot: predicted minus true volume against their mean, ml, with bias and limits of agreement.
+
+    Args:
+        limits: label to lower limit, bias and upper limit, ml; labels that are missing get no lines.
+    """
     figure, axes = new_figure()
     axis = axes[0, 0]
 
@@ -136,11 +138,11 @@ def volume_differences(rows: Rows, labels: Sequence[str]) -> Figure:
     _scatter(axis, rows, labels, point)
     axis.axhline(0, color="grey", linewidth=1, zorder=0)
     for k, label in enumerate(labels if len(labels) <= LINES_FOR else ()):
-        found = bland_altman(_column(rows, label, "volume_truth_ml"), _column(rows, label, "volume_predicted_ml"))
-        if found is None:
+        if label not in limits:
             continue
-        axis.axhline(found.bias, color=label_colour(k), linewidth=1.4)
-        for limit in (found.low, found.high):
+        low, bias, high = limits[label]
+        axis.axhline(bias, color=label_colour(k), linewidth=1.4)
+        for limit in (low, high):
             axis.axhline(limit, color=label_colour(k), linewidth=1.1, linestyle="dashed")
     means = [point(row)[0] for row in rows]
     if means and min(means) > 0 and max(means) > 20 * min(means):

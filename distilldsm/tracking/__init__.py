@@ -25,7 +25,7 @@ from typing import Any
 
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import write_json
-from distilldsm.core.mapping import to_mapping
+from distilldsm.core.mapping import flatten, to_mapping
 from distilldsm.tracking.delivery import Delivery, clean, live_uri, redact, replay_all
 from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.journal import JournalWriter, State, encode_number, pending, writer_identity
@@ -38,7 +38,6 @@ from distilldsm.tracking.values import (
     DIGEST_LENGTH,
     PARAM_LENGTH,
     TAG_LENGTH,
-    flatten,
     key_name,
     plain,
     texts,

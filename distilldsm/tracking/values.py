@@ -7,16 +7,13 @@ import getpass
 import hashlib
 import json
 import math
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from distilldsm import __version__
-from distilldsm.core.files import sha256_file
+from distilldsm.core.provenance import provenance
 
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 250, 6000, 5000, 36
 
@@ -26,37 +23,10 @@ def version_tags() -> dict[str, str]:
     tags = {"distilldsm.version": __version__, "mlflow.source.type": "LOCAL", "mlflow.source.name": sys.argv[0] or "-"}
     with contextlib.suppress(Exception):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
-    commit = _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")
-    if commit:
-        tags |= {"mlflow.source.git.commit": commit, "git_commit": commit}
-        changed = _git("status", "--porcelain", "--untracked-files=no")
-        if changed is not None:
-            tags["git_dirty"] = str(bool(changed)).lower()
-    if Path("dvc.lock").is_file():
-        with contextlib.suppress(OSError):
-            tags["dvc_lock_sha256"] = sha256_file("dvc.lock")
-    if os.environ.get("KFP_RUN_ID"):
-        tags["kfp_run_id"] = os.environ["KFP_RUN_ID"]
-    return tags
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+    facts = provenance()
+    if "git_commit" in facts:
+        tags["mlflow.source.git.commit"] = facts["git_commit"]
+    return tags | facts
 
 
 def key_name(name: object) -> str:

@@ -243,7 +243,7 @@ def test_figures_repeat_byte_for_byte_and_take_any_name(tmp_path: Path):
             "no_validation": figures.training_dice(history[:1]),
             "dice": figures.training_dice(history),
             "volumes": figures.volume_agreement(wide, ["one", "_two", "none of it"]),
-            "differences": figures.volume_differences(wide, ["one", "_two"]),
+            "differences": figures.volume_differences(wide, ["one", "_two"], {"one": (-1.0, 0.5, 2.0)}),
             "by_volume": figures.dice_by_volume(wide, ["one"]),
             "overlay": overlay(image, truth, truth * 0, affine=np.diag([1.0, 2.0, 3.0, 1.0]), labels=labels),
         }.items():

@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilldsm.core.files import sha256_file
-from distilldsm.tracking.values import flatten, key_name, plain, texts, version_tags
+from distilldsm.core.mapping import flatten
+from distilldsm.tracking.values import key_name, plain, texts, version_tags
 
 
 @settings(deadline=None, max_examples=150)

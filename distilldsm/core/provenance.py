@@ -1,0 +1,35 @@
+"""What leads from a result back to the code and the data that made it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+from distilldsm.core.files import sha256_file
+
+
+def provenance() -> dict[str, str]:
+    """`git_commit`, `git_dirty`, `dvc_lock_sha256` and `kfp_run_id`, as far as they are known here."""
+    facts = {}
+    commit = _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")
+    if commit:
+        facts["git_commit"] = commit
+        changed = _git("status", "--porcelain", "--untracked-files=no")
+        if changed is not None:
+            facts["git_dirty"] = str(bool(changed)).lower()
+    if Path("dvc.lock").is_file():
+        with contextlib.suppress(OSError):
+            facts["dvc_lock_sha256"] = sha256_file("dvc.lock")
+    if os.environ.get("KFP_RUN_ID"):
+        facts["kfp_run_id"] = os.environ["KFP_RUN_ID"]
+    return facts
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=5, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
