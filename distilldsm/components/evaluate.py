@@ -31,7 +31,8 @@ from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessi
 from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
 from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.postprocess import keep_largest
-from distilldsm.io.volume import read_image, read_label, spacing_of, write_label
+from distilldsm.io.orientation import spacing_of
+from distilldsm.io.volume import read_image, read_label, write_label
 from distilldsm.models.inserted import trust_builder
 
 if TYPE_CHECKING:

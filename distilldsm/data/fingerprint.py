@@ -13,6 +13,7 @@ import numpy.typing as npt
 from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
+from distilldsm.io.orientation import ras_orientation
 from distilldsm.io.volume import Volume, check_same_geometry, load_nifti, read_image, read_label
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
@@ -94,14 +95,6 @@ def nonzero_box(array: npt.NDArray) -> tuple[tuple[int, int, int], tuple[int, in
         start.append(int(hit[0]) if hit.size else 0)
         stop.append(int(hit[-1]) + 1 if hit.size else nonzero.shape[axis])
     return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
-
-
-def ras_orientation(affine: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """nibabel's orientation (axis, flip) of each array axis; sheared axes go to their closest scanner axis."""
-    orientation = nib.orientations.io_orientation(affine)
-    if np.isnan(orientation).any():
-        raise DataError("has an axis of no direction", seen=np.round(affine, 3).tolist())
-    return orientation
 
 
 def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerprint:

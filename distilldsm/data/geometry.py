@@ -8,20 +8,27 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.data.fingerprint import nonzero_box, ras_orientation
+from distilldsm.core.errors import DataError
+from distilldsm.data.fingerprint import nonzero_box
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
 from distilldsm.data.resampling import CubicSlices
 from distilldsm.data.targets import Targets
-from distilldsm.io.volume import Volume, spacing_of
+from distilldsm.io.nifti import read_scan
+from distilldsm.io.orientation import ras_orientation, reorient, spacing_along
+from distilldsm.io.scan import Scan
+from distilldsm.io.volume import Volume
 
 Float32 = npt.NDArray[np.float32]
 CONSTANT = 1e-6
 """Voxels whose sd is this share of their mean differ by float32's rounding only."""
+MAX_SCALE = 20.0
+"""Largest factor, per axis, between the scan's spacing and the model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,13 +48,6 @@ class GeometryRecord:
     resampled: tuple[int, int, int]
     """(D, H, W) after resampling: the network array's shape."""
     coarse_slices: bool
-
-
-def reorient(array: npt.NDArray, affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> npt.NDArray:
-    """(C, X, Y, Z) of a file to (C, D, H, W) with axes in RAS directions."""
-    orientation = ras_orientation(affine)
-    ras = np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), orientation), -1, 0)
-    return ras.transpose(0, *(k + 1 for k in axis_order))
 
 
 def undo_reorient(array: npt.NDArray, affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> npt.NDArray:
@@ -229,10 +229,31 @@ def _reoriented_shape(record: GeometryRecord) -> tuple[int, ...]:
     return tuple(ras[k] for k in record.axis_order)
 
 
-def spacing_along(affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> tuple[float, ...]:
-    """Voxel size, mm, along the RAS axes in the given order."""
-    spacing = spacing_of(affine)
-    ras = [0.0, 0.0, 0.0]
-    for axis, (target, _) in enumerate(ras_orientation(affine)):
-        ras[int(target)] = spacing[axis]
-    return tuple(ras[k] for k in axis_order)
+def check_scale(scan: Scan, plan: Plan) -> None:
+    """Refuse a scan whose spacing has nothing to do with what the model was trained on.
+
+    Raises:
+        DataError: a factor beyond MAX_SCALE along an axis.
+    """
+    spacing_mm = spacing_along(scan.affine, plan.axis_order)
+    for seen, target in zip(spacing_mm, plan.target_spacing_mm, strict=True):
+        if not 1 / MAX_SCALE <= seen / target <= MAX_SCALE:
+            raise DataError(
+                "has voxels of another order of size than the model was trained on",
+                where=scan.path,
+                seen=f"{' x '.join(f'{v:g}' for v in spacing_mm)} mm (depth, height, width)",
+                rule=f"{' x '.join(f'{v:g}' for v in plan.target_spacing_mm)} mm, at most {MAX_SCALE:g} times finer "
+                "or coarser",
+                hint="check the voxel size and the unit in the header",
+            )
+
+
+def read_scan_for(plan: Plan, paths: Sequence[Path]) -> Scan:
+    """One scan of the plan's channels, as `distilldsm predict` takes it.
+
+    Raises:
+        DataError: see `read_scan` and `check_scale`.
+    """
+    scan = read_scan(paths, len(plan.channels), names=[channel.name for channel in plan.channels])
+    check_scale(scan, plan)
+    return scan

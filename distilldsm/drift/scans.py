@@ -10,11 +10,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.data.fingerprint import classes_from_values, ras_orientation
+from distilldsm.data.fingerprint import classes_from_values
 from distilldsm.data.plan import Plan
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
 from distilldsm.io.inputs import Input
 from distilldsm.io.nifti import MEND_MASK, check_same_grid
+from distilldsm.io.orientation import ras_orientation
 from distilldsm.io.scan import Scan
 from distilldsm.io.volume import read_label
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.progress import beside_the_bar, progress
-from distilldsm.data.geometry import spacing_along
+from distilldsm.data.geometry import check_scale
 from distilldsm.data.targets import Targets
 from distilldsm.inference.memory import (
     DEFAULT_PIECE_VOXELS,
@@ -30,7 +30,7 @@ from distilldsm.inference.report import Stopwatch, peak_memory_mb
 from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan, stream_chunks
 from distilldsm.io.inputs import Format, Input, stem
 from distilldsm.io.output import replacing, scratch_array, write_nifti
-from distilldsm.io.scan import Scan, check_scale
+from distilldsm.io.scan import Scan
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
     plan, geometry, clock = predictor.plan, predictor.geometry, Stopwatch()
     with clock("read"):
         scan = job.input.read(len(plan.channels), settings.budget, [channel.name for channel in plan.channels])
-    check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
+    check_scale(scan, plan)
     with clock("preprocess"):
         image = NetworkImage(scan, plan)
     pieces = _plan_memory(job, scan, image, predictor, settings)

@@ -19,11 +19,11 @@ from monai.transforms import Transform
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.mapping import from_mapping, to_mapping
-from distilldsm.data.geometry import GeometryRecord, scores_to_scan, to_network_space
+from distilldsm.data.geometry import GeometryRecord, read_scan_for, scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 from distilldsm.io.inputs import find_inputs
-from distilldsm.io.nifti import open_nifti, read_scan_for
+from distilldsm.io.nifti import open_nifti
 from distilldsm.io.output import write_nifti
 from distilldsm.io.scan import Channel, Scan
 

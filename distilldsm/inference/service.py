@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import UserError
+from distilldsm.data.geometry import read_scan_for
 from distilldsm.inference.predict import Predictor
-from distilldsm.io.nifti import read_scan_for
 from distilldsm.io.output import write_nifti
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record, reorient
+from distilldsm.data.geometry import GeometryRecord, Normaliser, make_record
 from distilldsm.data.plan import Plan
 from distilldsm.data.resampling import CubicSlices, LinearSlices
 from distilldsm.inference.engines import Engine, open_stream
 from distilldsm.inference.scores import Scorer
 from distilldsm.inference.windows import UNBOUNDED_HALO, Window, stream_chunks
+from distilldsm.io.orientation import reorient
 from distilldsm.io.scan import Scan
 
 Float32 = npt.NDArray[np.float32]

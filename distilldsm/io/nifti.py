@@ -17,9 +17,7 @@ import numpy.typing as npt
 from nibabel.volumeutils import apply_read_scaling
 
 from distilldsm.core.errors import DataError
-from distilldsm.data.geometry import spacing_along
-from distilldsm.data.plan import Plan
-from distilldsm.io.scan import Channel, Scan, check_affine, check_scale
+from distilldsm.io.scan import Channel, Scan, check_affine
 from distilldsm.io.volume import corner_distance_mm, unreadable
 
 BLOCK_BYTES = 16_000_000
@@ -153,17 +151,6 @@ def read_scan(
             check_same_grid(base.path, base.shape[:3], base.affine, file.path, file.shape[:3], file.affine)
             read += _read(file)
     return Scan(tuple(read), base.affine, base.path, base.header)
-
-
-def read_scan_for(plan: Plan, paths: Sequence[Path]) -> Scan:
-    """One scan of the plan's channels, as `distilldsm predict` takes it.
-
-    Raises:
-        DataError: see `read_scan`, and voxels of another order of size than the plan's.
-    """
-    scan = read_scan(paths, len(plan.channels), names=[channel.name for channel in plan.channels])
-    check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
-    return scan
 
 
 def wanted_channels(channels: int, names: Sequence[str] = ()) -> str:

@@ -11,14 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.data.geometry import reorient
-from distilldsm.io.volume import Volume, spacing_of
+from distilldsm.io.orientation import reorient, spacing_of
+from distilldsm.io.volume import Volume
 
 MAX_SHEAR = 0.01
 """Largest cosine between two axes that still counts as a right angle (0.6 degrees; rounding in headers)."""
 SPACING_MM = (0.005, 500.0)
-MAX_SCALE = 20.0
-"""Largest factor, per axis, between the scan's spacing and the model's."""
 
 
 @dataclass(frozen=True)
@@ -107,20 +105,3 @@ def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
             rule=f"axes at right angles (cosine at most {MAX_SHEAR:g})",
             hint="resample it to a rectangular grid (a tilted CT gantry needs that too)",
         )
-
-
-def check_scale(scan: Scan, spacing_mm: Sequence[float], target_mm: Sequence[float]) -> None:
-    """Refuse a scan whose spacing has nothing to do with what the model was trained on.
-
-    Raises:
-        DataError: a factor beyond MAX_SCALE along an axis.
-    """
-    for seen, target in zip(spacing_mm, target_mm, strict=True):
-        if not 1 / MAX_SCALE <= seen / target <= MAX_SCALE:
-            raise DataError(
-                "has voxels of another order of size than the model was trained on",
-                where=scan.path,
-                seen=f"{' x '.join(f'{v:g}' for v in spacing_mm)} mm (depth, height, width)",
-                rule=f"{' x '.join(f'{v:g}' for v in target_mm)} mm, at most {MAX_SCALE:g} times finer or coarser",
-                hint="check the voxel size and the unit in the header",
-            )

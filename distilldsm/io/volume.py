@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import whole_file
+from distilldsm.io.orientation import spacing_of
 
 FloatArray = npt.NDArray[np.floating]
 
@@ -40,12 +41,6 @@ class Volume:
     def shape(self) -> tuple[int, int, int]:
         """(X, Y, Z)."""
         return self.data.shape[1:]  # type: ignore[return-value]
-
-
-def spacing_of(affine: npt.NDArray[np.float64]) -> tuple[float, float, float]:
-    """Voxel size along the three array axes, mm: the lengths of the affine's columns."""
-    x, y, z = (float(v) for v in np.sqrt((affine[:3, :3] ** 2).sum(axis=0)))
-    return x, y, z
 
 
 def unreadable(path: Path, error: BaseException) -> DataError | None:

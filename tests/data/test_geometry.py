@@ -17,13 +17,13 @@ from distilldsm.data.geometry import (
     make_record,
     nonzero_box,
     normalise,
-    reorient,
     resample,
     scores_to_scan,
     to_network_space,
     undo_reorient,
 )
 from distilldsm.data.plan import Normalisation, Plan
+from distilldsm.io.orientation import reorient
 from distilldsm.io.volume import Volume
 from tests.data.volumes import affine, ellipsoid
 

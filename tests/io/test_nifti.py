@@ -16,11 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distilldsm.core.errors import DataError, UserError
-from distilldsm.data.geometry import spacing_along
+from distilldsm.data.geometry import check_scale
 from distilldsm.io import nifti
 from distilldsm.io.nifti import open_nifti, read_scan
 from distilldsm.io.output import write_nifti
-from distilldsm.io.scan import check_scale
 from distilldsm.io.volume import read_image
 from tests.data.volumes import affine
 from tests.inference.test_predict import PLAN
@@ -248,7 +247,7 @@ def test_any_header_is_read_as_nibabel_reads_it_or_refused(tmp_path, changes, pa
     plan = replace(PLAN, class_names=("background", "a", "b"), class_values=(0, 7, 3), target_spacing_mm=(1.5, 1, 1))
     try:
         scan = read_scan([path], 1)
-        check_scale(scan, spacing_along(scan.affine, plan.axis_order), plan.target_spacing_mm)
+        check_scale(scan, plan)
         labels, counts = in_pieces(neighbours, scan, plan, window=6)
     except UserError:  # which one for what: the test above
         return
