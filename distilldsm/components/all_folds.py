@@ -23,9 +23,9 @@ from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json
 from distilldsm.core.interruption import RESUME_VARIABLE, command_again, explains_interrupt
+from distilldsm.core.machine import usable_cores
 from distilldsm.core.output_directory import is_current
 from distilldsm.core.progress import Meter, beside_the_bar, meter
-from distilldsm.core.workers import worker_count
 
 PREPROCESSED, RAW, VALIDATION = Path("data/preprocessed"), Path("data/raw"), Path("data/validation")
 LOGS = Path("logs/cross_validation")
@@ -181,7 +181,7 @@ class Folds:
         inherited = {**os.environ, RESUME_VARIABLE: command_again()}
         if alone or self.jobs == 1:
             return inherited
-        return {**inherited, "OMP_NUM_THREADS": str(max(1, worker_count(0, 1 << 16) // self.jobs))}
+        return {**inherited, "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
 
     def _stop(self, patience_s: float = 0.0) -> None:
         """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed.

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import platform
-import re
 import statistics
 import sys
 import time
@@ -14,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.files import read_json, write_json
+from distilldsm.core.machine import cpu_name, peak_memory_gb
 
 COST = "cost.json"
 """In a model directory: what the training took."""
@@ -21,39 +19,12 @@ TIMING = "timing.json"
 """In an evaluation directory: what the predictions took, and the model's `cost.json`."""
 
 
-_seen: dict[int, float] = {}
-"""Process to the largest peak it was told: a forked one starts anew."""
-
-
-def peak_memory_gb() -> float:
-    """The most memory that this process has held (resident, 10^9 bytes), without its children; it never falls.
-
-    Linux counts resident pages by CPU and adds them up roughly: its own peak can be some pages lower a moment later.
-    """
-    process = os.getpid()
-    _seen[process] = max(_peak_told_gb(), _seen.get(process, 0.0))
-    return _seen[process]
-
-
-def _peak_told_gb() -> float:
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: its peak is that of the process that started this one, if that was larger.
-        found = re.search(r"^VmHWM:\s+(\d+) kB", status.read_text(), flags=re.MULTILINE)
-        if found:
-            return round(int(found[1]) * 1024 / 1e9, 3)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9, 3)
-
-
 def peak_gpu_memory_gb() -> float | None:
     """The most memory that torch has given out on this process's GPU, 10^9 bytes; None where it has used none."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return round(torch.cuda.max_memory_allocated() / 1e9, 3)
+    return float(torch.cuda.max_memory_allocated() / 1e9)
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
@@ -61,7 +32,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
+    name = torch.cuda.get_device_name() if device == "cuda" else cpu_name()
     return {
         "device": device,
         "device_name": name,
@@ -70,21 +41,12 @@ def machine(device: str | None = None) -> dict[str, Any]:
     }
 
 
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), flags=re.MULTILINE)
-        if found:
-            return found[1].strip()
-    return platform.processor() or platform.machine()
-
-
 def _peaks(*others: Mapping[str, Any]) -> dict[str, float | None]:
     """The largest of this process's peaks and those that others have measured."""
     peaks: dict[str, float | None] = {}
     for key, own in (("peak_memory_gb", peak_memory_gb()), ("peak_gpu_memory_gb", peak_gpu_memory_gb())):
         known = [value for value in (own, *(other.get(key) for other in others)) if value is not None]
-        peaks[key] = max(known, default=None)
+        peaks[key] = round(max(known), 3) if known else None
     return peaks
 
 

@@ -197,11 +197,11 @@ def _convert(hint: Any, value: object, where: str) -> Any:
     return _convert_scalar(hint, value, where)
 
 
-def _no_name(hint: Any, key: object, value: object, where: str) -> ConfigError:
+def _no_name(kind: Any, key: object, value: object, where: str) -> ConfigError:
     hint = "put the name in quotes"
     if isinstance(value, str):
         with contextlib.suppress(ConfigError):
-            _convert(hint, key, where)
+            _convert(kind, key, where)
             hint = f"did you mean '{value}: {key}'?"
     return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", hint=hint)
 

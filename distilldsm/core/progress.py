@@ -7,13 +7,13 @@ DISTILLDSM_PROGRESS chooses: `bar`, `plain` or `off`. Nothing here writes a colo
 from __future__ import annotations
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar, get_args
+
+from distilldsm.core.machine import held_memory_bytes
 
 T = TypeVar("T")
 Mode = Literal["bar", "plain", "off"]
@@ -21,7 +21,6 @@ VARIABLE = "DISTILLDSM_PROGRESS"
 LOG_EVERY_SECONDS = 30.0
 _MEMORY_EVERY_SECONDS = 1.0
 _DRAW_EVERY_SECONDS = 0.1
-_PROC = Path("/proc")
 
 
 def mode(stream: TextIO | None = None) -> Mode:
@@ -198,41 +197,8 @@ def duration(seconds: float) -> str:
 
 def memory_text() -> str:
     """E.g. `1.2 GB`; nothing where the system does not tell."""
-    held = memory_bytes()
+    held = held_memory_bytes()
     return f"{held / 1e9:.1f} GB" if held >= 1e8 else f"{held / 1e6:.0f} MB" if held else ""
-
-
-def memory_bytes() -> int:
-    """Memory that this process and those it started hold now; pages they share are counted once where Linux tells.
-
-    Elsewhere the peak of this process alone, and 0 where nothing is known.
-    """
-    if not (_PROC / "self/statm").exists():
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return peak if sys.platform == "darwin" else peak * 1024
-    return sum(_held(pid) for pid in _family(os.getpid()))
-
-
-def _family(pid: int) -> Iterator[int]:
-    yield pid
-    for children in _PROC.glob(f"{pid}/task/*/children"):
-        for child in _read(children).split():
-            yield from _family(int(child))
-
-
-def _held(pid: int) -> int:
-    for line in _read(_PROC / f"{pid}/smaps_rollup").splitlines():
-        if line.startswith("Pss:"):  # a page that n processes share is an n-th of each
-            return int(line.split()[1]) * 1024
-    numbers = _read(_PROC / f"{pid}/statm").split()
-    return int(numbers[1]) * resource.getpagesize() if len(numbers) > 1 else 0
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text()
-    except OSError:  # it has just ended, or is not ours to see
-        return ""
 
 
 def _columns(stream: TextIO) -> int:

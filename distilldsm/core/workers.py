@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 
 from distilldsm.core.errors import UserError
+from distilldsm.core.machine import usable_cores
 from distilldsm.core.shell import handled
 
 
@@ -72,5 +73,4 @@ def _wait_for_the_end() -> None:
 
 def worker_count(requested: int, tasks: int) -> int:
     """Processes to use: `requested`, or one per available core for 0, and never more than there are tasks."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(requested or cores, tasks))
+    return max(1, min(requested or usable_cores(), tasks))

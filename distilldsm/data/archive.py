@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import lzma
 import os
-import shutil
 import stat
 import tarfile
 import zipfile
@@ -16,6 +15,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 from distilldsm.core.errors import DataError
+from distilldsm.core.machine import check_space
 from distilldsm.core.progress import meter
 
 MAX_RATIO = 200
@@ -63,7 +63,8 @@ def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
     with _opened(archive) as (members, read):
         files = _checked(members, archive)
         unpacked = sum(m.size for m in files)
-        _check_space(target, unpacked)
+        target.mkdir(parents=True, exist_ok=True)
+        check_space(target, unpacked, hint="free space, then run the same command again")
         with meter(total=unpacked, title=f"unpack {archive.name}", unit="B", brief=True) as shown:
             for member in files:
                 destination = target.joinpath(*member.path.parts)
@@ -210,19 +211,6 @@ def _safe_path(name: str, archive: Path) -> PurePosixPath | None:
             hint="get the archive from a source you trust",
         )
     return None if is_litter(path) or not path.parts else path
-
-
-def _check_space(target: Path, unpacked: int) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(target).free
-    if unpacked > free:
-        raise DataError(
-            "not enough space to unpack",
-            where=target,
-            seen=f"{free:,} bytes free",
-            rule=f"{unpacked:,} needed",
-            hint="free space, then run the same command again",
-        )
 
 
 def _copy_exactly(source: IO[bytes], sink: IO[bytes], member: Member, archive: Path) -> None:

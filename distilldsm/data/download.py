@@ -22,6 +22,7 @@ from filelock import FileLock, Timeout
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import write_json
 from distilldsm.core.interruption import explains_interrupt
+from distilldsm.core.machine import check_space
 from distilldsm.core.progress import meter
 from distilldsm.core.redaction import public_address, redact
 
@@ -30,6 +31,7 @@ ATTEMPTS = 5
 TIMEOUT_SECONDS = (10.0, 60.0)
 """To connect, and between two packets."""
 _CHUNK = 1 << 20
+_NO_SPACE_HINT = "free space, or set download.archive_dir to another disk"
 _GONE = {400, 401, 403, 404, 410, 451}
 """Answers that another try will not change."""
 _QUERY = re.compile(r"\?[^\s)'\"]+=[^\s)'\"]*")
@@ -230,7 +232,7 @@ def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: C
     if path is not None:
         if not path.is_file():
             raise _GiveUpError("no such file")
-        _check_space(target, path.stat().st_size)
+        check_space(target.parent, path.stat().st_size, hint=_NO_SPACE_HINT)
         _sidecar(target).unlink(missing_ok=True)  # what is copied now is not what a server's version speaks of
         shutil.copyfile(path, _part(target))
         return True
@@ -304,7 +306,7 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
             have = 0
         length = answer.headers.get("Content-Length")
         total = have + int(length) if length else None
-        _check_space(target, (total or 0) - have)
+        check_space(target.parent, (total or 0) - have, hint=_NO_SPACE_HINT)
         if not resumed:
             # The old bytes go before the new note comes: at no time does a note vouch for bytes of another version.
             part.unlink(missing_ok=True)
@@ -321,15 +323,3 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
                 sink.write(chunk)
                 shown.advance(len(chunk))
     return total is None or _size(part) == total, resumed
-
-
-def _check_space(target: Path, needed: int) -> None:
-    free = shutil.disk_usage(target.parent).free
-    if needed > free:
-        raise DataError(
-            "not enough space",
-            where=target,
-            seen=f"{free:,} bytes free",
-            rule=f"{needed:,} needed",
-            hint="free space, or set download.archive_dir to another disk",
-        )

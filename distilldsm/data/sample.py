@@ -27,6 +27,7 @@ from scipy import ndimage
 from distilldsm.config import SampleConfig
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import whole_file
+from distilldsm.core.machine import usable_cores
 from distilldsm.core.progress import progress
 
 VERSION = 1
@@ -70,7 +71,7 @@ def make_sample_archive(path: str | os.PathLike[str], config: SampleConfig) -> P
     """
     path = Path(path)
     template = _load_template()
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 8)) as pool:
+    with ThreadPoolExecutor(min(usable_cores(), 8)) as pool:
         made = pool.map(lambda k: _subject(template, config.seed, k), range(config.subjects))
         subjects = list(progress(made, total=config.subjects, title="sample", unit="subject"))
     names = [f"subject_{k:03d}" for k in range(config.subjects)]

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
+from distilldsm.core.machine import cpu_name, usable_cores
 from distilldsm.doctor.checks import Finding, Status, clean, in_child
 from distilldsm.doctor.services import is_installed
 
@@ -122,9 +123,8 @@ def check_cpu(limit_s: float) -> list[Finding]:
     name, cores, quota = "cpu", usable_cores(), cpu_quota()
     flags = _cpu_field("flags").split() or _cpu_field("Features").split()
     able = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
-    model = _cpu_field("model name") or platform.processor() or platform.machine()
     limited = f", limited to the time of {quota:g} (cgroup)" if quota is not None else ""
-    seen = f"{model}; {cores} cores usable of {os.cpu_count()}{limited}; {able or 'no vector extensions told'}"
+    seen = f"{cpu_name()}; {cores} cores usable of {os.cpu_count()}{limited}; {able or 'no vector extensions told'}"
     if quota is not None and quota < cores * 0.75:
         whole = max(1, math.floor(quota))
         hint = f"set OMP_NUM_THREADS={whole}, and {whole} for preprocess.workers, validate.workers, evaluate.workers"
@@ -132,11 +132,6 @@ def check_cpu(limit_s: float) -> list[Finding]:
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
         return [Finding(name=name, status="warn", seen=seen, hint="works, but slowly: take a CPU with AVX2")]
     return [Finding(name=name, status="ok", seen=seen)]
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:

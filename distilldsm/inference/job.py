@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.machine import peak_memory_gb
 from distilldsm.core.progress import beside_the_bar, progress
 from distilldsm.data.geometry import check_scale
 from distilldsm.data.targets import Targets
@@ -26,7 +27,7 @@ from distilldsm.inference.memory import (
 )
 from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
 from distilldsm.inference.predict import Precision, Predictor, Runtime
-from distilldsm.inference.report import Stopwatch, peak_memory_mb
+from distilldsm.inference.report import Stopwatch
 from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan, stream_chunks
 from distilldsm.io.inputs import Format, Input, stem
 from distilldsm.io.output import replacing, scratch_array, write_nifti
@@ -141,6 +142,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
                     job.probabilities.unlink(missing_ok=True)
                 raise
     voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+    peak = peak_memory_gb()
     return {
         "scan": job.input.name,
         "inputs": [str(path) for path in job.input.paths],
@@ -155,7 +157,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         "streamed": pieces.streamed,
         "pieces": windows,
         "estimated_memory_mb": round(pieces.estimate_bytes / 1e6, 1),
-        "peak_memory_mb": peak_memory_mb(),
+        "peak_memory_mb": None if peak is None else round(peak * 1000, 1),
         "seconds": clock.rounded(),
     }
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from distilldsm.config import Params
 from distilldsm.core.errors import UserError
+from distilldsm.core.machine import usable_cores
 from distilldsm.pipeline.cluster import Cluster
 from distilldsm.pipeline.compilation import compile_pipeline
 from distilldsm.pipeline.definition import SECTIONS, Images, arguments
@@ -81,12 +82,11 @@ def _environment(run_id: str) -> Iterator[None]:
     """What steps inherit: the run's id, one MLflow store for all, and their share of the cores."""
     from distilldsm.tracking import default_uri, tracking_directory
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given = {
         "KFP_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": default_uri(),
         "DISTILLDSM_TRACKING_DIR": str(tracking_directory()),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // _FOLDS_AT_ONCE)),
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // _FOLDS_AT_ONCE)),
     }
     _prepare_store(given["MLFLOW_TRACKING_URI"])
     before = {name: os.environ.get(name) for name in given}

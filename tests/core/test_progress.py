@@ -9,7 +9,6 @@ import pty
 import re
 import signal
 import struct
-import subprocess
 import sys
 import termios
 from pathlib import Path
@@ -20,7 +19,7 @@ from distilldsm.core import progress as module
 from distilldsm.core.errors import UserError
 from distilldsm.core.interruption import RESUME_VARIABLE, command_again, explains_interrupt
 from distilldsm.core.output_directory import output_directory
-from distilldsm.core.progress import beside_the_bar, duration, memory_bytes, memory_text, meter, progress
+from distilldsm.core.progress import beside_the_bar, duration, meter, progress
 from distilldsm.core.shell import run_shell
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -162,35 +161,6 @@ def test_how_it_is_shown(environment, on_a_terminal, in_a_log, monkeypatch):
     list(progress("abc", total=3, title="a", unit="case", file=screen))
     assert ("\r" in screen.getvalue(), bool(screen.getvalue())) == (on_a_terminal == "bar", on_a_terminal != "off")
     assert "\x1b" not in screen.getvalue()
-
-
-def test_memory_is_that_of_all_processes():
-    code = "x = bytearray(b'x' * 200_000_000); print(flush=True); input()"
-    before = memory_bytes()
-    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    try:
-        assert child.stdout is not None
-        child.stdout.readline()
-        if not Path("/proc/self/task").exists():
-            pytest.skip("the children's memory is known on Linux only")
-        assert memory_bytes() - before > 190_000_000
-        assert re.fullmatch(r"[\d.]+ GB", memory_text())
-    finally:
-        child.communicate(b"\n")
-
-
-def test_memory_where_proc_does_not_tell(monkeypatch, tmp_path):
-    monkeypatch.setattr(module, "_PROC", tmp_path)
-    assert memory_bytes() > 1_000_000, "the peak of this process"
-    process = tmp_path / str(os.getpid())
-    (process / "task/1").mkdir(parents=True)
-    (tmp_path / "self").mkdir()
-    (tmp_path / "self/statm").touch()
-    (process / "task/1/children").write_text("77 78 ")
-    (process / "smaps_rollup").write_text("head\nRss: 9000 kB\nPss:     4000 kB\n")
-    (tmp_path / "77").mkdir()
-    (tmp_path / "77/statm").write_text("500 100 50")
-    assert memory_bytes() == 4_096_000 + 100 * os.sysconf("SC_PAGE_SIZE"), "78 has ended in the meantime"
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import os
+import shutil
 import stat
 import tarfile
 import zipfile
@@ -125,7 +126,7 @@ def test_a_zip_that_lies_about_a_size(tmp_path):
 
 def test_no_space_is_told_before_anything_is_written(tmp_path, monkeypatch):
     archive = tar_of(tmp_path / "x.tar", [(member("a"), NOISE)])
-    monkeypatch.setattr(archive_module.shutil, "disk_usage", lambda _: type("U", (), {"free": 99})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("U", (), {"free": 99})())
     with pytest.raises(DataError, match=r"99 bytes free(.|\n)*100,000 needed"):
         extract(archive, tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []

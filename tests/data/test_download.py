@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -220,7 +221,7 @@ def test_kinds_of_sources(monkeypatch):
 
 
 def test_no_space_is_told_before_anything_is_written(server, get, monkeypatch, tmp_path):
-    monkeypatch.setattr(download_module.shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: type("U", (), {"free": 10})())
     with pytest.raises(DataError, match=r"not enough space(.|\n)*300,000 needed"):
         get(server.url())
     assert list(tmp_path.glob("archive.tar*")) == []

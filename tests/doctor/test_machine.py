@@ -100,8 +100,9 @@ def test_limits_of_a_container(tmp_path):
 
 
 def test_cpu(monkeypatch):
-    fields = {"flags": "fpu avx2 avx512f amx_tile", "model name": "Model 7"}
+    fields = {"flags": "fpu avx2 avx512f amx_tile"}
     monkeypatch.setattr(machine, "_cpu_field", lambda key: fields.get(key, ""))
+    monkeypatch.setattr(machine, "cpu_name", lambda: "Model 7")
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
     monkeypatch.setattr(machine, "cpu_quota", lambda: None)

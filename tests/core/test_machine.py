@@ -1,0 +1,100 @@
+"""What is measured of this machine, and what is said where the system does not tell."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distilldsm.core import machine
+from distilldsm.core.errors import DataError
+from distilldsm.core.machine import check_space, held_memory_bytes, peak_memory_gb, usable_cores
+
+
+def test_the_peak_grows_and_stays():
+    before = peak_memory_gb()
+    block = np.ones(40_000_000)  # 0.32 GB
+    during = peak_memory_gb()
+    del block
+    assert during >= max(before, 0.32)
+    assert peak_memory_gb() >= during
+
+
+def test_the_peak_stays_where_the_system_tells_less_later(monkeypatch):
+    told = iter([90.087, 90.086, 90.1])
+    monkeypatch.setattr(machine, "_largest_peak", {})
+    monkeypatch.setattr(machine, "_measured_peak_gb", lambda: next(told))
+    assert [peak_memory_gb() for _ in range(3)] == [90.087, 90.087, 90.1]
+    monkeypatch.setattr(machine, "_measured_peak_gb", lambda: 1.0)
+    monkeypatch.setattr(machine.os, "getpid", lambda: -1)  # another process does not inherit it
+    assert peak_memory_gb() == 1.0
+
+
+def test_the_peak_is_not_that_of_the_process_that_started_this_one():
+    block = np.ones(100_000_000)  # 0.8 GB
+    code = "from distilldsm.core.machine import peak_memory_gb; print(peak_memory_gb())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 0.4
+    del block
+
+
+def test_memory_is_that_of_all_processes():
+    code = "x = bytearray(b'x' * 200_000_000); print(flush=True); input()"
+    before = held_memory_bytes()
+    child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        assert child.stdout is not None
+        child.stdout.readline()
+        if not Path("/proc/self/task").exists():
+            pytest.skip("the children's memory is known on Linux only")
+        assert held_memory_bytes() - before > 190_000_000
+    finally:
+        child.communicate(b"\n")
+
+
+def test_memory_where_proc_does_not_tell(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    assert held_memory_bytes() > 1_000_000, "the peak of this process"
+    process = tmp_path / str(os.getpid())
+    (process / "task/1").mkdir(parents=True)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self/statm").touch()
+    (process / "task/1/children").write_text("77 78 ")
+    (process / "smaps_rollup").write_text("head\nRss: 9000 kB\nPss:     4000 kB\n")
+    (tmp_path / "77").mkdir()
+    (tmp_path / "77/statm").write_text("500 100 50")
+    assert held_memory_bytes() == 4_096_000 + 100 * os.sysconf("SC_PAGE_SIZE"), "78 has ended in the meantime"
+
+
+def test_where_nothing_tells(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    monkeypatch.setattr(machine, "resource", None)
+    assert (peak_memory_gb(), held_memory_bytes()) == (None, 0)
+
+
+def test_the_cpu_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    (tmp_path / "cpuinfo").write_text("processor\t: 0\nmodel name\t: Model 7\nflags\t: fpu\n")
+    assert machine.cpu_name() == "Model 7"
+    (tmp_path / "cpuinfo").unlink()
+    assert machine.cpu_name()
+
+
+def test_cores_that_are_usable(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5, 6}, raising=False)
+    assert usable_cores() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert usable_cores() == 1
+
+
+def test_space_that_is_missing(monkeypatch, tmp_path):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000))
+    check_space(tmp_path, 1000, hint="free space")
+    with pytest.raises(DataError, match=r"not enough space\n  seen: 1,000 bytes free\n  rule: 1,001 needed"):
+        check_space(tmp_path, 1001, hint="free space")
