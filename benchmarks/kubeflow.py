@@ -80,7 +80,7 @@ def main() -> None:
         for shared in ("params.yaml", "conf"):
             (folder / shared).symlink_to(ROOT / shared)
         compile_s = [
-            seconds(lambda: command(folder, "distilldsm.cli.pipeline", "compile", "-o", "p.yaml"))
+            seconds(lambda: command(folder, "distilldsm", "pipeline", "compile", "-o", "p.yaml"))
             for _ in range(repeats)
         ]
         stage = "from distilldsm.config import load_params; load_params()"
@@ -89,7 +89,7 @@ def main() -> None:
         ]
         components = component_seconds(folder, repeats)
         sets = [part for assignment in TINY for part in ("--set", assignment)]
-        pipeline_s = seconds(lambda: command(folder, "distilldsm.cli.pipeline", "run", "--local", *sets))
+        pipeline_s = seconds(lambda: command(folder, "distilldsm", "pipeline", "run", "--local", *sets))
     print(
         json.dumps(
             {

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distilldsm.cli.main import STAGES, UPPER, subcommands
+from distilldsm.cli.main import COMMANDS, STAGES
 from distilldsm.config.reference import as_markdown, matching
 
 
 def commands() -> str:
     """What `--help` says, of the whole and of every command."""
     lines = ["# Commands", ""]
-    for words in ([], *([name] for name in (*STAGES, *UPPER, *subcommands()))):
+    for words in ([], *([name] for name in (*STAGES, *COMMANDS))):
         shown = " ".join(["distilldsm", *words])
         text = subprocess.run(
             [sys.executable, "-m", "distilldsm", *words, "--help"],

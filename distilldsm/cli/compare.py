@@ -12,8 +12,30 @@ from pathlib import Path
 
 from distilldsm.core.errors import ConfigError
 
+DESCRIPTION = (
+    "Means, standard deviations over cases and folds, and a paired Wilcoxon test against the first "
+    "one, a pair for each patient, Holm-corrected, over the cases that all were scored on."
+)
 
-def compare(args: argparse.Namespace) -> None:
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "trainings",
+        metavar="NAME=DIR[,DIR...]",
+        nargs="+",
+        help="a cross_validation, an evaluated fold, or a folder of them, e.g. distill=runs/distill/cross_validation",
+    )
+    parser.add_argument(
+        "--postprocessed",
+        action="store_true",
+        help="scores after the post-processing that the other folds decide on (of cross-validations)",
+    )
+    parser.add_argument("-o", "--output", metavar="DIR", help="also write comparison.csv, costs.csv, comparison.png")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:

@@ -33,16 +33,15 @@ class Layer:
     values: Mapping[str, Any]
 
 
-def add_compose(commands: Any) -> None:
-    """Add the sub-command to a parser's sub-commands."""
-    compose = commands.add_parser("compose", help="write params.yaml from the presets in conf/")
-    compose.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")
-    compose.add_argument("-o", "--output", default="params.yaml", help="file to write, - for stdout (%(default)s)")
-    compose.add_argument("--keep", action="store_true", help="change what the file holds instead of the defaults")
-    compose.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")
+    parser.add_argument("-o", "--output", default="params.yaml", help="file to write, - for stdout (%(default)s)")
+    parser.add_argument("--keep", action="store_true", help="change what the file holds instead of the defaults")
+    parser.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
 
 
-def compose(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Presets and values on the defaults, or on what `params.yaml` holds; what comes out is checked, then written.
 
     Raises:

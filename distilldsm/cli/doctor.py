@@ -1,4 +1,4 @@
-"""The command `distilldsm doctor`: is this machine ready, and do the services answer? Changes nothing."""
+"""`distilldsm doctor`: is this machine ready, and do the services answer? Changes nothing."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import load_yaml
-from distilldsm.core.shell import run_shell
 from distilldsm.doctor import machine, report, services, settings
 from distilldsm.doctor.checks import LIMIT_S, Check, Finding, clean, in_child, run_checks
 
@@ -78,43 +76,33 @@ CHECKS = (
 )
 
 
-def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
-    made = argparse.ArgumentParser(
-        prog="distilldsm doctor", description=__doc__, epilog="exit codes: 0 nothing failed, 1 something did, 2 usage"
-    )
-    made.add_argument(
+EPILOG = "exit codes: 0 nothing failed, 1 something did, 2 usage"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
         "checks", metavar="CHECK", nargs="*", help=f"default: all of {', '.join(check.name for check in CHECKS)}"
     )
-    made.add_argument("--json", action="store_true", help="print a JSON object")
-    made.add_argument(
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    parser.add_argument(
         "--timeout", type=float, default=LIMIT_S, metavar="SECONDS", help="for each check (default: %(default)g)"
     )
-    return made
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `distilldsm doctor`; returns the exit code."""
-    args = parser().parse_args(argv)
-    found: list[Finding] = []
-
-    def command() -> None:
-        known = {check.name: check for check in CHECKS}
-        for name in args.checks:
-            if name not in known:
-                raise ConfigError("is no check", where="doctor", seen=name, rule=", ".join(known))
-        if not args.timeout > 0:
-            raise ConfigError("has an impossible value", where="--timeout", seen=args.timeout, rule="above 0, seconds")
-        began = time.monotonic()
-        found.extend(run_checks([known[name] for name in dict.fromkeys(args.checks or known)], args.timeout))
-        seconds = time.monotonic() - began
-        if args.json:
-            print(report.to_json(found, seconds))
-        else:
-            print(report.render(found, seconds, colour=report.wants_colour(sys.stdout)))
-
-    return run_shell(command) or int(report.has_failed(found))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())
+def run(args: argparse.Namespace) -> int:
+    """Run the checks and print what they found; returns 1 where one of them failed."""
+    known = {check.name: check for check in CHECKS}
+    for name in args.checks:
+        if name not in known:
+            raise ConfigError("is no check", where="doctor", seen=name, rule=", ".join(known))
+    if not args.timeout > 0:
+        raise ConfigError("has an impossible value", where="--timeout", seen=args.timeout, rule="above 0, seconds")
+    began = time.monotonic()
+    found = run_checks([known[name] for name in dict.fromkeys(args.checks or known)], args.timeout)
+    seconds = time.monotonic() - began
+    if args.json:
+        print(report.to_json(found, seconds))
+    else:
+        print(report.render(found, seconds, colour=report.wants_colour(sys.stdout)))
+    return int(report.has_failed(found))

@@ -10,34 +10,35 @@ from typing import Any
 
 from distilldsm.core.errors import ConfigError, DataError
 
+DESCRIPTION = (
+    "Compares scans with the training data of an exported model: geometry, intensities as stored and "
+    "as the network sees them, structures of masks. It needs no network and sees no anatomy: scans inside are no "
+    "proof that predictions are right."
+)
+EPILOG = (
+    "exit codes: 0 all scans compared, whatever was found; 1 a scan could not be read, or with --fail drift "
+    "was found; 2 usage. docs/drift.md tells more."
+)
 
-def add_drift(commands: Any) -> None:
-    """Add the sub-command to a parser's sub-commands."""
-    drift = commands.add_parser(
-        "drift",
-        help="whether scans look like what a model was trained on",
-        description="Compares scans with the training data of an exported model: geometry, intensities as stored and "
-        "as the network sees them, structures of masks. It needs no network and sees no anatomy: scans inside are no "
-        "proof that predictions are right.",
-        epilog="exit codes: 0 all scans compared, whatever was found; 1 a scan could not be read, or with --fail drift "
-        "was found; 2 usage. docs/drift.md tells more.",
-    )
-    drift.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
-    drift.add_argument(
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
+    parser.add_argument(
         "inputs", metavar="SCAN", nargs="+", help="NIfTI files or DICOM series, or folders, as for predict"
     )
-    drift.add_argument(
+    parser.add_argument(
         "--masks", metavar="DIR", help="masks called as the scans (predict's output folder): compares structures too"
     )
-    drift.add_argument("-o", "--output", metavar="FILE.html", help="write a page with all measures")
-    drift.add_argument("--fail", action="store_true", help="exit with 1 where drift was found")
-    drift.add_argument(
+    parser.add_argument("-o", "--output", metavar="FILE.html", help="write a page with all measures")
+    parser.add_argument("--fail", action="store_true", help="exit with 1 where drift was found")
+    parser.add_argument(
         "--max-memory", metavar="GB", type=float, help="refuse scans that take more (default: as predict)"
     )
-    drift.add_argument("--json", action="store_true", help="print a JSON report")
+    parser.add_argument("--json", action="store_true", help="print a JSON report")
 
 
-def drift(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:

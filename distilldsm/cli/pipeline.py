@@ -1,11 +1,10 @@
-"""The command `distilldsm pipeline`: compile, run, submit, status, storage, and the trainings beyond one machine."""
+"""`distilldsm pipeline`: compile, run, submit, status, storage, and the trainings beyond one machine."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,26 +13,13 @@ from distilldsm.config import load_params
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import sha256_file
 from distilldsm.core.mapping import to_mapping
-from distilldsm.core.shell import run_shell
+from distilldsm.pipeline import sweep, trainjob
 from distilldsm.pipeline.cluster import STEPS, Cluster, load_cluster
 from distilldsm.pipeline.definition import Images, arguments
 
-DELEGATED = {"trainjob": "distilldsm.pipeline.trainjob", "sweep": "distilldsm.pipeline.sweep"}
 
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run `distilldsm pipeline ...`; returns the exit code."""
-    values = list(argv or [])
-    if values and values[0] in DELEGATED:
-        import importlib
-
-        return int(importlib.import_module(DELEGATED[values[0]]).main(values[1:]))
-    args = _parser().parse_args(values)
-    return run_shell(lambda: args.run(args))
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="distilldsm pipeline", description=__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
@@ -54,12 +40,12 @@ def _parser() -> argparse.ArgumentParser:
     compiled.add_argument("-o", "--output", required=True, metavar="FILE")
     compiled.set_defaults(run=compile_command)
 
-    run = commands.add_parser("run", parents=[common], help="run the whole pipeline on this machine")
-    run.add_argument("--local", action="store_true", help="(always; said for clarity)")
-    run.add_argument("--runner", choices=("subprocess", "docker"), default="subprocess")
-    run.add_argument("--engine", help="socket of Docker or Podman (default: DOCKER_HOST)")
-    run.add_argument("--root", type=Path, default=Path("kfp-runs"), help="folder of the runs (default: %(default)s)")
-    run.set_defaults(run=run_command)
+    local = commands.add_parser("run", parents=[common], help="run the whole pipeline on this machine")
+    local.add_argument("--local", action="store_true", help="(always; said for clarity)")
+    local.add_argument("--runner", choices=("subprocess", "docker"), default="subprocess")
+    local.add_argument("--engine", help="socket of Docker or Podman (default: DOCKER_HOST)")
+    local.add_argument("--root", type=Path, default=Path("kfp-runs"), help="folder of the runs (default: %(default)s)")
+    local.set_defaults(run=run_command)
 
     submit = commands.add_parser("submit", parents=[common, server], help="upload, and start a run on the cluster")
     submit.add_argument("--experiment", help="default: tracking.experiment")
@@ -90,9 +76,15 @@ def _parser() -> argparse.ArgumentParser:
     serving.add_argument("-o", "--output", required=True, metavar="FILE")
     serving.set_defaults(run=serving_command)
 
-    commands.add_parser("trainjob", add_help=False, help="train one fold as a Kubeflow TrainJob")
-    commands.add_parser("sweep", add_help=False, help="search for hyper-parameters: Katib, or DVC's queue")
-    return parser
+    for name, module in (("trainjob", trainjob), ("sweep", sweep)):
+        inner = commands.add_parser(name, help=module.HELP)
+        module.add_arguments(inner)
+        inner.set_defaults(run=module.run)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the sub-command."""
+    args.run(args)
 
 
 def _cluster(args: argparse.Namespace) -> Cluster:
@@ -278,31 +270,3 @@ def serving_command(args: argparse.Namespace) -> None:
     )
     Path(args.output).write_text(to_yaml(built), encoding="utf-8")
     print(f"{args.output}: {built['metadata']['name']}; kubectl apply -f {args.output}")
-
-
-def lineage_main(argv: Sequence[str] | None = None) -> int:
-    """Run `distilldsm lineage ID`; returns the exit code."""
-    args = _lineage_parser().parse_args(argv)
-
-    def command() -> None:
-        from distilldsm.pipeline.lineage import format_lineage, lineage
-
-        found = lineage(args.identifier)
-        print(json.dumps(found, indent=2) if args.json else format_lineage(found))
-
-    return run_shell(command)
-
-
-def _lineage_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="distilldsm lineage", description="What belongs to a run, wherever it is known: DVC, MLflow, Kubeflow."
-    )
-    parser.add_argument("identifier", help="MLflow run, KFP run, SHA-256 of dvc.lock, git commit, or MODEL/VERSION")
-    parser.add_argument("--json", action="store_true", help="print a JSON object")
-    return parser
-
-
-if __name__ == "__main__":
-    import sys
-
-    raise SystemExit(main(sys.argv[1:]))

@@ -23,76 +23,74 @@ ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime",
 """Engine to the package it needs, in the order of preference."""
 
 
-def add_predict(commands: Any) -> None:
-    """Add the sub-command to a parser's sub-commands."""
-    predict = commands.add_parser(
-        "predict",
-        help="scans to masks, on each scan's own grid",
-        description="Scans to masks, on each scan's own grid. Research software, not a medical device.",
-        epilog="exit codes: 0 all done, 1 some scan could not be predicted, 2 usage. docs/predict.md tells more.",
-    )
-    predict.add_argument("model_dir", metavar="MODEL", help="what the export stage wrote, e.g. export/fold0")
-    predict.add_argument(
+DESCRIPTION = "Scans to masks, on each scan's own grid. Research software, not a medical device."
+EPILOG = "exit codes: 0 all done, 1 some scan could not be predicted, 2 usage. docs/predict.md tells more."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("model_dir", metavar="MODEL", help="what the export stage wrote, e.g. export/fold0")
+    parser.add_argument(
         "inputs",
         metavar="INPUT",
         nargs="+",
         help="NIfTI scans, folders of them, DICOM series folders, or folders of such folders; for several channels "
         "CASE_0000.nii.gz and so on, a 4-D file, or one scan's files in the model's order",
     )
-    predict.add_argument(
+    parser.add_argument(
         "-o", "--output", metavar="OUT", required=True, help="a file for one scan, a directory for several"
     )
-    predict.add_argument(
+    parser.add_argument(
         "--format",
         choices=("nifti", "seg"),
         help="of the masks: nifti, or seg (DICOM SEG, the default for DICOM input)",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--probabilities",
         action="store_true",
         help="also write NAME_probabilities.nii.gz: (X, Y, Z, classes), uint8 scaled to 0..1",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--volumes", metavar="FILE", help="write the volume of each label and region, ml: .json or .csv"
     )
-    predict.add_argument(
+    parser.add_argument(
         "--ensemble",
         metavar="MODEL",
         action="append",
         default=[],
         help="a further model, e.g. another fold; may be given several times; scores are averaged",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--mirror",
         metavar="AXES",
         help="also average over mirrored views: 'trained' for the axes that the model was trained with flips of, or "
         "some of depth,height,width; takes 2^axes times as long",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--postprocess",
         action="store_true",
         help="keep only the largest connected component of what gained by it on the held-out cases",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--engine", choices=tuple(ENGINES), help="runs the network (default: openvino, else onnx, else torch)"
     )
-    predict.add_argument(
+    parser.add_argument(
         "--precision",
         choices=("f32", "auto", "int8"),
         default="f32",
         help="of OpenVINO: f32 (default); auto: bf16 where the CPU has it, some voxels may differ; int8: the quantised "
         "model, where the export found it worth while",
     )
-    predict.add_argument(
+    parser.add_argument(
         "--max-memory",
         metavar="GB",
         type=float,
         help="memory to stay within (default: 3, or half of what is available where that is less)",
     )
-    predict.add_argument("--json", action="store_true", help="print a JSON report")
+    parser.add_argument("--json", action="store_true", help="print a JSON report")
 
 
-def predict(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:

@@ -9,7 +9,7 @@ import tempfile
 import webbrowser
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from distilldsm.core.errors import ConfigError
 
@@ -24,31 +24,29 @@ MAX_VOXELS = 16_000_000
 """Of a volume in the page; a larger one loses every other voxel along its finest axis, and so on."""
 
 
-def add_view(commands: Any) -> None:
-    """Add the sub-command to a parser's sub-commands."""
-    view = commands.add_parser(
-        "view",
-        help="a scan and masks as a page for the browser",
-        description="A scan and masks on its grid as one page that needs no network. Not a medical device.",
-    )
-    view.add_argument("image", metavar="IMAGE", help="a NIfTI scan, or the folder of a DICOM series")
-    view.add_argument("masks", metavar="MASK", nargs="*", help="predicted masks (NIfTI); several become a choice")
-    view.add_argument("--truth", metavar="MASK", help="the true mask, shown with each of the others")
-    view.add_argument("-o", "--output", metavar="PAGE.html", help="default: a file in a new temporary folder")
-    naming = view.add_mutually_exclusive_group()
+DESCRIPTION = "A scan and masks on its grid as one page that needs no network. Not a medical device."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("image", metavar="IMAGE", help="a NIfTI scan, or the folder of a DICOM series")
+    parser.add_argument("masks", metavar="MASK", nargs="*", help="predicted masks (NIfTI); several become a choice")
+    parser.add_argument("--truth", metavar="MASK", help="the true mask, shown with each of the others")
+    parser.add_argument("-o", "--output", metavar="PAGE.html", help="default: a file in a new temporary folder")
+    naming = parser.add_mutually_exclusive_group()
     naming.add_argument("--labels", metavar="NAME=VALUE,...", help="names of the masks' values")
     naming.add_argument("--model", metavar="MODEL_DIR", help="take the names from an exported model")
-    view.add_argument(
+    parser.add_argument(
         "--max-voxels",
         metavar="N",
         type=int,
         default=MAX_VOXELS,
         help="leave voxels out of larger volumes (default: %(default)s)",
     )
-    view.add_argument("--no-open", action="store_true", help="only write the page")
+    parser.add_argument("--no-open", action="store_true", help="only write the page")
 
 
-def view(args: argparse.Namespace) -> None:
+def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:

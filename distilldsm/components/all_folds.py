@@ -5,7 +5,6 @@ What is there already, made from the same parameters and inputs, is not made aga
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import signal
@@ -18,7 +17,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 from distilldsm.components import download, evaluate, preprocess, train, validate
-from distilldsm.components._main import stage_main
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json
@@ -287,37 +285,3 @@ def _check_ensemble(ensemble: Sequence[Path], output: Path) -> None:
             rule="an ensemble has a folder of its own",
             hint="e.g. --output runs/ensemble",
         )
-
-
-def parser() -> argparse.ArgumentParser:
-    """Of the command line."""
-    made = argparse.ArgumentParser(prog="distilldsm cross-validate", description=__doc__)
-    made.add_argument("--params", default="params.yaml")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-    made.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all of the split")
-    made.add_argument("--jobs", type=int, default=1, help="folds at a time; they share the cores (%(default)s)")
-    made.add_argument(
-        "--output",
-        type=Path,
-        default=Path(),
-        metavar="DIR",
-        help="holds models/, evaluation/, cross_validation/, logs/",
-    )
-    made.add_argument(
-        "--ensemble",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="DIR",
-        help="--output of earlier calls: train nothing, score the mean of their networks",
-    )
-    return made
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parser().parse_args(argv)
-    return stage_main(lambda: run(args.params, args.set, args.folds, args.jobs, args.output, args.ensemble))
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -69,8 +69,8 @@ def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def run_shell(run: Callable[[], None]) -> int:
-    """Run a command; print what the user must fix to stderr and return the exit code.
+def run_shell(run: Callable[[], int | None]) -> int:
+    """Run a command; print what the user must fix to stderr and return the exit code, the command's own if it has one.
 
     0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. Everything that is not the
     user's to fix keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM
@@ -80,7 +80,7 @@ def run_shell(run: Callable[[], None]) -> int:
     try:
         try:
             with handled({signal.SIGTERM: interrupt}):
-                run()
+                code = run() or 0
         finally:
             close_bars()
         # A closed pipe shows when the buffer is written, which would otherwise be after the exit code is decided.
@@ -107,7 +107,7 @@ def run_shell(run: Callable[[], None]) -> int:
             raise
         print(f"error: {_of_system(error)}", file=sys.stderr)
         return 1
-    return 0
+    return code
 
 
 def _of_system(error: OSError) -> UserError:

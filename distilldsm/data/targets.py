@@ -108,6 +108,11 @@ class Targets:
             for name, values in self.largest.items()
         }
 
+    def describe_regions(self) -> str:
+        """Each region with its labels, e.g. `whole (core, shell); inner (core)`; empty where there are none."""
+        names = dict(zip(self.class_values, self.class_names, strict=True))
+        return "; ".join(f"{region.name} ({', '.join(names[v] for v in region.values)})" for region in self.regions)
+
     def membership(self) -> npt.NDArray[np.bool_]:
         """(structures, classes): which class belongs to which structure."""
         return np.array([[value in values for value in self.class_values] for values in self.structures.values()])

@@ -18,11 +18,12 @@ from typing import Any, Literal
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.mapping import from_mapping, load_yaml, set_values, to_mapping
-from distilldsm.core.shell import run_shell
 from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, manifest, unknown_field
 
 FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}
 """Labels that JobSet and Kubernetes give to the pod of rank 0, whose log holds the metrics."""
+
+HELP = "search for hyper-parameters: Katib, or DVC's queue"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,9 +183,8 @@ def _check(built: Mapping[str, Any]) -> None:
         raise ConfigError("is no Katib Experiment: a field that its API does not know", seen=lost)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`distilldsm pipeline sweep`: search for hyper-parameters, on Katib or through DVC's queue."""
-    parser = argparse.ArgumentParser(prog="distilldsm pipeline sweep", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--sweep", default="conf/sweep.yaml", help="the space (default: %(default)s)")
     parser.add_argument("--params", default="params.yaml")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -198,16 +198,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     local.add_argument("--trials", type=int, help="default: max_trials")
     local.add_argument("--seed", type=int, default=0)
     local.add_argument("--dry-run", action="store_true", help="print the commands only")
-    args = parser.parse_args(argv)
 
-    def command() -> None:
-        sweep = load_sweep(args.sweep, to_mapping(load_params(args.params)))
-        if args.command == "katib":
-            _write_katib(sweep, args)
-        else:
-            queue(draw(sweep, args.trials or sweep.max_trials, args.seed), dry_run=args.dry_run)
 
-    return run_shell(command)
+def run(args: argparse.Namespace) -> None:
+    """Search for hyper-parameters, on Katib or through DVC's queue."""
+    sweep = load_sweep(args.sweep, to_mapping(load_params(args.params)))
+    if args.command == "katib":
+        _write_katib(sweep, args)
+    else:
+        queue(draw(sweep, args.trials or sweep.max_trials, args.seed), dry_run=args.dry_run)
 
 
 def _write_katib(sweep: SweepConfig, args: argparse.Namespace) -> None:
@@ -233,7 +232,3 @@ def queue(trials: Sequence[Mapping[str, Any]], *, dry_run: bool = False) -> None
             done = subprocess.run(line, capture_output=True, text=True)
             if done.returncode:
                 raise UserError("DVC refused the experiment", where=" ".join(line), seen=done.stderr.strip()[-400:])
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -24,12 +24,14 @@ from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, replace_directory, sha256_file, sha256_json
 from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.core.output_directory import MANIFEST
-from distilldsm.core.shell import handled, interrupt, run_shell
+from distilldsm.core.shell import handled, interrupt
 from distilldsm.pipeline.trainjob_follow import JobApi, SdkJobApi, follow
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
 
 COLLECT_POLLS = 12
 """A network file system may show a finished model some seconds late."""
+
+HELP = "train one fold as a Kubeflow TrainJob"
 
 
 def run_train(
@@ -157,9 +159,8 @@ def _require_complete(model: Path) -> None:
             )
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """`distilldsm pipeline trainjob`: one fold as a TrainJob, or its manifest."""
-    parser = argparse.ArgumentParser(prog="distilldsm pipeline trainjob", description=main.__doc__)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
     parser.add_argument("--job", default="conf/trainjob.yaml", help="nodes, GPUs, claim (default: %(default)s)")
@@ -168,27 +169,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=None, help="default: models/fold<FOLD>")
     parser.add_argument("--manifest-only", action="store_true", help="write the manifest, start nothing")
     parser.add_argument("-o", "--manifest", type=Path, default=Path("trainjob.yaml"), help="(default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    def command() -> None:
-        import yaml
-
-        params = load_params(args.params, args.set)
-        job = from_mapping(TrainJobConfig, load_yaml(args.job), where=args.job)
-        if args.manifest_only:
-            folder = Path(job.path) / "distilldsm"
-            arguments = _arguments(folder / "params.yaml", args.fold, folder / "preprocessed", folder / "model")
-            args.manifest.write_text(
-                yaml.safe_dump(manifest(job, "distilldsm", arguments, passed_on())), encoding="utf-8"
-            )
-            print(f"{args.manifest}: {job.nodes} x {job.processes} processes")
-            return
-        outputs = {"model": args.output or Path(f"models/fold{args.fold}")}
-        inputs = {"preprocessed": args.preprocessed}
-        run_train(params.train, inputs, outputs, fold=args.fold, tracking=params.tracking, job=job)
-
-    return run_shell(command)
 
 
-if __name__ == "__main__":
-    raise SystemExit(main())
+def run(args: argparse.Namespace) -> None:
+    """One fold as a TrainJob, or its manifest."""
+    import yaml
+
+    params = load_params(args.params, args.set)
+    job = from_mapping(TrainJobConfig, load_yaml(args.job), where=args.job)
+    if args.manifest_only:
+        folder = Path(job.path) / "distilldsm"
+        arguments = _arguments(folder / "params.yaml", args.fold, folder / "preprocessed", folder / "model")
+        args.manifest.write_text(yaml.safe_dump(manifest(job, "distilldsm", arguments, passed_on())), encoding="utf-8")
+        print(f"{args.manifest}: {job.nodes} x {job.processes} processes")
+        return
+    outputs = {"model": args.output or Path(f"models/fold{args.fold}")}
+    inputs = {"preprocessed": args.preprocessed}
+    run_train(params.train, inputs, outputs, fold=args.fold, tracking=params.tracking, job=job)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
-from distilldsm.cli.plots import main, page_template
+from distilldsm.cli.main import main
+from distilldsm.cli.plots import page_template
 from distilldsm.components.evaluate import _write_plots
 from distilldsm.data.dataset import Case, DatasetIndex
 
@@ -85,6 +87,22 @@ def test_the_page_loads_nothing():
     assert "{scripts}" not in page  # where DVC would put addresses
 
 
-def test_the_command_refuses_what_it_does_not_know(capsys):
-    assert main(["draw"]) == 2
-    assert "show or diff" in capsys.readouterr().err
+def test_all_arguments_reach_dvc(monkeypatch):
+    called = []
+
+    def dvc(command, check):
+        called.extend(command[1:])
+        return SimpleNamespace(returncode=3)
+
+    monkeypatch.setattr("subprocess.run", dvc)
+    assert main(["plots", "diff", "HEAD~1", "-o", "here", "--help"]) == 1
+    assert called[:5] == ["-m", "dvc", "plots", "diff", "--html-template"]
+    assert called[6:] == ["HEAD~1", "-o", "here", "--help"]
+
+
+@pytest.mark.parametrize("arguments", [[], ["draw"]])
+def test_the_command_refuses_what_it_does_not_know(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["plots", *arguments])
+    assert ended.value.code == 2
+    assert "{show,diff}" in capsys.readouterr().err

@@ -34,7 +34,8 @@ def run_in_containers(cwd: Path, images: BuiltImages, *assignments: str) -> subp
     command = [
         sys.executable,
         "-m",
-        "distilldsm.cli.pipeline",
+        "distilldsm",
+        "pipeline",
         "run",
         "--local",
         "--runner",

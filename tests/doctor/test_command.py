@@ -102,19 +102,19 @@ def test_every_variable_that_the_sources_read_is_known():
 
 
 def test_json_exit_codes_and_usage(place, capsys, monkeypatch):
-    assert doctor.main(["--json", "python", "kubeflow", "python"]) == 0
+    assert main(["doctor", "--json", "python", "kubeflow", "python"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["version"], told["ok"]) == (__version__, True)
     assert [(c["name"], c["status"]) for c in told["checks"]] == [("python", "ok"), ("kubeflow", "skip")]
     assert set(told["checks"][0]) == {"name", "status", "seen", "hint"}
     monkeypatch.setenv("KF_PIPELINES_ENDPOINT", "nonsense")
-    assert doctor.main(["--json", "kubeflow"]) == 1
+    assert main(["doctor", "--json", "kubeflow"]) == 1
     assert json.loads(capsys.readouterr().out)["ok"] is False
-    assert doctor.main(["pythn"]) == 2
+    assert main(["doctor", "pythn"]) == 2
     assert "python, packages, cpu" in capsys.readouterr().err
-    assert doctor.main(["--timeout", "0", "python"]) == 2
+    assert main(["doctor", "--timeout", "0", "python"]) == 2
     with pytest.raises(SystemExit) as ended:
-        doctor.main(["--help"])
+        main(["doctor", "--help"])
     assert ended.value.code == 0
     told = capsys.readouterr().out
     assert all(check.name in told for check in doctor.CHECKS)

@@ -11,7 +11,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilldsm.cli import pipeline as cli
+from distilldsm.cli.main import main
 from distilldsm.core.errors import ConfigError
 from distilldsm.export.serving import PLACEHOLDER, inference_service, service_name
 from distilldsm.models.package import SERVICE, verify
@@ -75,11 +75,11 @@ def test_the_export_holds_one_with_a_placeholder_and_the_command_fills_it_in(pac
     shipped = yaml.safe_load((package / SERVICE).read_text())
     check(shipped, SCHEMA)
     assert shipped["spec"]["predictor"]["model"]["storageUri"] == PLACEHOLDER
-    assert cli.main(["serving", str(package), "--uri", "s3://b/m", "-o", str(tmp_path / "s.yaml")]) == 0
+    assert main(["pipeline", "serving", str(package), "--uri", "s3://b/m", "-o", str(tmp_path / "s.yaml")]) == 0
     filled = yaml.safe_load((tmp_path / "s.yaml").read_text())
     shipped["spec"]["predictor"]["model"]["storageUri"] = "s3://b/m"
     assert filled == shipped
-    assert cli.main(["serving", str(package), "--uri", "/a/path", "-o", str(tmp_path / "t.yaml")]) == 2
+    assert main(["pipeline", "serving", str(package), "--uri", "/a/path", "-o", str(tmp_path / "t.yaml")]) == 2
     assert not (tmp_path / "t.yaml").exists()
 
 

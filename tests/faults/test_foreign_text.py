@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 import yaml
 
-from distilldsm.cli import pipeline as pipeline_cli
 from distilldsm.cli.main import main
 from distilldsm.components import download, train, validate
 from distilldsm.config import DownloadConfig
@@ -63,9 +62,9 @@ def test_tags_in_yaml_are_not_carried_out(tmp_path, canary, capsys, monkeypatch,
         "stage": lambda: train.main(["--params", "evil.yaml"]),
         "set": lambda: train.main(["--set", f"train.epochs={canary.yaml()}"]),
         "suite": lambda: validate.main([]),
-        "sweep": lambda: pipeline_cli.main(["sweep", "--sweep", "evil.yaml", "local", "--dry-run"]),
-        "trainjob": lambda: pipeline_cli.main([*katib, "katib", "--job", "evil.yaml", "-o", "out.yaml"]),
-        "cluster": lambda: pipeline_cli.main(["compile", "--cluster", "evil.yaml", "-o", "out.yaml"]),
+        "sweep": lambda: main(["pipeline", "sweep", "--sweep", "evil.yaml", "local", "--dry-run"]),
+        "trainjob": lambda: main(["pipeline", *katib, "katib", "--job", "evil.yaml", "-o", "out.yaml"]),
+        "cluster": lambda: main(["pipeline", "compile", "--cluster", "evil.yaml", "-o", "out.yaml"]),
         "preset": lambda: main(["compose", "dataset=evil", "-o", "out.yaml"]),
         "keep": lambda: main(["compose", "--keep", "dataset=evil"]),
     }[front]()

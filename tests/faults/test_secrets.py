@@ -16,7 +16,6 @@ import pytest
 import yaml
 
 from distilldsm import tracking
-from distilldsm.cli import pipeline as pipeline_cli
 from distilldsm.cli.main import main
 from distilldsm.config import DownloadConfig, TrackingConfig
 from distilldsm.core.errors import ConfigError, DataError, UserError
@@ -253,9 +252,9 @@ def test_addresses_without_a_secret_are_taken():
 def test_manifests_hold_no_secret(place):
     job = TrainJobConfig(image="i:1", claim="c")
     written = json.dumps(manifest(job, "n", [], {"MLFLOW_TRACKING_URI": "http://mlflow:5000"}))
-    assert pipeline_cli.main(["compile", "--params", str(ROOT / "params.yaml"), "-o", "pipeline.yaml"]) == 0
+    assert main(["pipeline", "compile", "--params", str(ROOT / "params.yaml"), "-o", "pipeline.yaml"]) == 0
     katib = ["sweep", "--params", str(ROOT / "params.yaml"), "katib", "-o", "sweep.yaml"]
-    assert pipeline_cli.main(katib) == 0
+    assert main(["pipeline", *katib]) == 0
     nowhere(place, written)
 
 

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilldsm.cli.commands import _print_model
+from distilldsm.cli.info import _print_model
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.output_directory import MANIFEST

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distilldsm.cli import pipeline as cli
+from distilldsm.cli.main import main
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.pipeline import client
 from distilldsm.pipeline.client import Connection, connect, status, wait
@@ -28,7 +28,7 @@ def fake(monkeypatch):
 
 
 def run_cli(*arguments: str, capsys) -> tuple[int, str, str]:
-    code = cli.main(list(arguments))
+    code = main(["pipeline", *arguments])
     captured = capsys.readouterr()
     return code, captured.out, captured.err
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm.cli import pipeline as cli
+from distilldsm.cli.main import main
 from distilldsm.core.errors import ConfigError
 from distilldsm.pipeline.cluster import Profile, Storage, load_cluster, quantity
 
@@ -83,13 +83,13 @@ def test_the_bucket_becomes_dvcs_remote_and_kfps_root(tmp_path, monkeypatch, cap
     (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text())
     monkeypatch.chdir(tmp_path)
     subprocess.run(["dvc", "init", "--no-scm", "-q"], check=True)
-    assert cli.main(["storage", "--cluster", str(path), "--apply"]) == 0
+    assert main(["pipeline", "storage", "--cluster", str(path), "--apply"]) == 0
     assert "s3://team/x/mlflow" in capsys.readouterr().out
     config = (tmp_path / ".dvc" / "config").read_text()
     assert "url = s3://team/x/dvc" in config
     assert "endpointurl = http://minio:9000" in config
 
-    assert cli.main(["compile", "--cluster", str(path), "-o", str(tmp_path / "p.yaml")]) == 0
+    assert main(["pipeline", "compile", "--cluster", str(path), "-o", str(tmp_path / "p.yaml")]) == 0
     spec = next(yaml.safe_load_all((tmp_path / "p.yaml").read_text()))
     assert spec["defaultPipelineRoot"] == "s3://team/x/kfp"
     env = {e["name"]: e["value"] for e in spec["deploymentSpec"]["executors"]["exec-train"]["container"]["env"]}
@@ -99,5 +99,5 @@ def test_the_bucket_becomes_dvcs_remote_and_kfps_root(tmp_path, monkeypatch, cap
 
 def test_storage_without_a_bucket(capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli.main(["storage"]) == 2
+    assert main(["pipeline", "storage"]) == 2
     assert "storage.bucket" in capsys.readouterr().err

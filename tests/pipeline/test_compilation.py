@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from distilldsm import __version__
-from distilldsm.cli import pipeline as cli
+from distilldsm.cli.main import main
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.mapping import set_values, to_mapping
@@ -38,7 +38,7 @@ def compiled(path: Path, params: Params | None = None, images: Images | None = N
 def test_the_golden_file_is_what_is_compiled_now(tmp_path):
     target = tmp_path / "pipeline.yaml"
     # In a process with another hash seed: the order must not come from a set or a protobuf map.
-    command = [sys.executable, "-m", "distilldsm.cli.pipeline", "compile", "-o", str(target)]
+    command = [sys.executable, "-m", "distilldsm", "pipeline", "compile", "-o", str(target)]
     subprocess.run(command, cwd=ROOT, check=True, env={**os.environ, "PYTHONHASHSEED": "7"}, capture_output=True)
     assert target.read_text() == GOLDEN.read_text(), (
         "run: distilldsm pipeline compile -o distilldsm/pipeline/distilldsm.yaml"
@@ -179,7 +179,7 @@ def test_a_broken_file_is_refused(tmp_path):
 
 def test_nothing_is_left_where_compiling_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
-    assert cli.main(["compile", "-o", str(tmp_path / "p.yaml"), "--profile", "train=huge"]) == 2
+    assert main(["pipeline", "compile", "-o", str(tmp_path / "p.yaml"), "--profile", "train=huge"]) == 2
     assert "names no profile" in capsys.readouterr().err
-    assert cli.main(["compile", "-o", str(tmp_path / "none" / "p.yaml")]) == 1
+    assert main(["pipeline", "compile", "-o", str(tmp_path / "none" / "p.yaml")]) == 1
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,7 @@ TINY = [
 def run_pipeline(cwd: Path, *assignments: str) -> subprocess.CompletedProcess[str]:
     shutil.copytree(ROOT / "conf", cwd / "conf", dirs_exist_ok=True)
     shutil.copy(ROOT / "params.yaml", cwd)
-    command = [sys.executable, "-m", "distilldsm.cli.pipeline", "run", "--local"]
+    command = [sys.executable, "-m", "distilldsm", "pipeline", "run", "--local"]
     for assignment in (*TINY, *assignments):
         command += ["--set", assignment]
     environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}

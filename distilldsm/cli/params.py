@@ -1,0 +1,19 @@
+"""`distilldsm params`: every parameter, its type, its default and what it is."""
+
+from __future__ import annotations
+
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("keys", metavar="KEY", nargs="*", help="a parameter or a section, e.g. train.augment")
+    parser.add_argument("--markdown", action="store_true", help="as tables in Markdown")
+
+
+def run(args: argparse.Namespace) -> None:
+    """The reference of the parameters."""
+    from distilldsm.config.reference import as_markdown, as_text, matching
+
+    found = matching(args.keys)
+    print(as_markdown(found) if args.markdown else as_text(found))
