@@ -22,7 +22,6 @@ from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.report_contents import Evaluation, write_report
-from distilldsm.evaluation.statistics import intervals
 
 LABELS = ("inner", "outer")
 SHAPES = ((64, 64, 64), (256, 256, 128))
@@ -65,7 +64,7 @@ def made(work: Path, shape: tuple[int, int, int], cases: int) -> tuple[Evaluatio
         for label in LABELS
     ]
     began = time.process_time()
-    sure = intervals(rows, LABELS)
+    sure = tables.intervals(rows, LABELS)
     seconds = time.process_time() - began
     given = Evaluation(
         config=EvaluateConfig(),

@@ -1,4 +1,4 @@
-"""`distilldsm summary`: scores per label of evaluated folds, and over the folds where there are several."""
+"""`distilldsm summary`: the scores of evaluated folds, and of a cross-validation."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json
+
+TOGETHER = Path("cross_validation")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -17,54 +20,60 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """The table of scores per label of evaluated folds, and over the folds where there are several."""
-    from distilldsm.core.files import read_json
-    from distilldsm.evaluation.tables import format_table
+    """Print the table of each folder: per label of an evaluated fold, over the folds of a cross-validation.
 
+    Without folders: all of `evaluation/`, and what they are together.
+
+    Raises:
+        DataError: there is no evaluated fold, or a folder is none.
+    """
     directories = [Path(d) for d in args.directories] or sorted(
         path.parent for path in Path("evaluation").glob("fold*/summary.json")
     )
     if not directories:
         raise DataError("no evaluated fold", where="evaluation", hint="run dvc repro, or name the directories")
-    found = {str(d): read_json(d / "summary.json") for d in directories}
+    if not args.directories and _is_current(TOGETHER):
+        directories.append(TOGETHER)
+    found = {str(directory): read_json(directory / "summary.json") for directory in directories}
     for directory, table in found.items():
         if not (isinstance(table, dict) and {"labels", "mean"} <= table.keys()):
             raise DataError("is no summary of an evaluation", where=Path(directory) / "summary.json")
-    together = Path("cross_validation")
-    summed_up = None if args.directories or not (together / "summary.json").is_file() else _summed_up(together)
     if args.json:
-        print(json.dumps(found if summed_up is None else {**found, str(together): summed_up}, indent=2))
+        print(json.dumps(found, indent=2))
         return
+    from distilldsm.evaluation import fold_table, tables
+
+    of_folds = [table for table in found.values() if "folds" not in table]
     for directory, table in found.items():
-        print(format_table(table, directory))
-    if summed_up is not None and len(summed_up["folds"]) > 1:
-        from distilldsm.evaluation.fold_table import format_table as format_folds
+        if "folds" not in table:
+            print(tables.format_table(table, directory))
+        elif len(table["folds"]) > 1 or args.directories:
+            print(fold_table.format_table(table, directory))
+    if len(of_folds) > 1 and len(of_folds) == len(found):
+        print(_over_folds(of_folds))
 
-        print(format_folds(summed_up, str(together)))
-    elif len(found) > 1:
-        print(_over_folds(list(found.values())))
 
-
-def _summed_up(directory: Path) -> dict[str, Any] | None:
-    """The table over the folds; None where a fold was evaluated again, or is gone, since it was made."""
-    from distilldsm.core.files import read_json
+def _is_current(directory: Path) -> bool:
+    """Whether a table over the folds is there, and no fold was evaluated again, or is gone, since it was made."""
     from distilldsm.core.output_directory import MANIFEST, content_hash
 
-    table = read_json(directory / "summary.json")
+    if not (directory / "summary.json").is_file():
+        return False
     inputs = read_json(directory / MANIFEST)["inputs"]
-    folds = {fold: Path(f"evaluation/fold{fold}") for fold in table["folds"]}
-    same = all(path.is_dir() and inputs[f"evaluation{fold}"] == content_hash(path) for fold, path in folds.items())
-    return table if same else None
+    folds = {fold: Path(f"evaluation/fold{fold}") for fold in read_json(directory / "summary.json")["folds"]}
+    return all(path.is_dir() and inputs[f"evaluation{fold}"] == content_hash(path) for fold, path in folds.items())
 
 
-def _over_folds(tables: list[dict[str, Any]]) -> str:
+def _over_folds(summaries: list[dict[str, Any]]) -> str:
     """Mean and sample standard deviation of the folds' mean Dice, per label that all folds have."""
-    from distilldsm.evaluation.fold_table import number, spread
+    from distilldsm.evaluation.metrics import METRICS
+    from distilldsm.evaluation.statistics import spread
+    from distilldsm.evaluation.tables import aligned, label_key
 
-    labels = [label for label in tables[0]["labels"] if all(label in table["labels"] for table in tables)]
-    width = max(len(label) for label in [*labels, "label"]) + 2
-    lines = [f"over {len(tables)} folds", f"{'label':{width}}{'Dice':>8}{'sd':>8}"]
-    for label in labels:
-        mean, sd, _ = spread(table["labels"][label]["dice"]["mean"] for table in tables)
-        lines.append(f"{label:{width}}{number(mean):>8}{number(sd):>8}")
-    return "\n".join(lines)
+    dice = METRICS["dice"]
+    lines = [("label", dice.heading, "sd")]
+    for label in summaries[0]["labels"]:
+        if all(label in one["labels"] for one in summaries):
+            mean, sd, _ = spread([one["labels"][label]["dice"]["mean"] for one in summaries])
+            lines.append((label_key(label), dice.text(mean), dice.text(sd)))
+    return "\n".join([f"over {len(summaries)} folds", *aligned(lines)])

@@ -13,7 +13,7 @@ from distilldsm.core.files import sha256_json, write_json
 from distilldsm.core.output_directory import content_hash, output_directory
 from distilldsm.evaluation import fold_report as report
 from distilldsm.evaluation import fold_table as table
-from distilldsm.evaluation.folds import CASES_POSTPROCESSED, NUMBERS, Fold, load_folds
+from distilldsm.evaluation.folds import CASES_POSTPROCESSED, Fold, load_folds
 from distilldsm.evaluation.tables import write_csv
 
 
@@ -48,7 +48,7 @@ def run(
         rows = _rows({fold.number: fold.rows for fold in folds})
         write_csv(work / "cases.csv", rows)
         # There always, as DVC expects it: only the names of its columns where no other fold is left to decide.
-        processed = _rows(table.postprocessed_rows(folds) or {})
+        processed = _rows(table.postprocessed_rows(folds))
         if processed:
             write_csv(work / CASES_POSTPROCESSED, processed)
         else:
@@ -61,12 +61,7 @@ def run(
 
 
 def _rows(by_fold: Mapping[int, Sequence[Mapping]]) -> list[dict[str, Any]]:
-    columns = ("case", "patient", "label", *NUMBERS)
-    return [
-        {"fold": number, **{key: row[key] for key in columns if key in row}}
-        for number, rows in by_fold.items()
-        for row in rows
-    ]
+    return [{"fold": number, **row} for number, rows in by_fold.items() for row in rows]
 
 
 def _track(

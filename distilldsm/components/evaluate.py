@@ -29,7 +29,6 @@ from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import confusion, score_case
 from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessing
 from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
-from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.io.orientation import spacing_of
 from distilldsm.io.volume import read_image, read_label, write_label
@@ -110,11 +109,10 @@ def run(
         tables.write_csv(work / "cases.csv", rows)
         largest = _with_names(cases, scores, "largest")
         decided = write_postprocessing(work, rows, largest, targets.changed_with)
-        sure = intervals(rows, list(targets.structures))
-        told = {"ensemble": recipes(models)} if ensemble else {}
-        write_json(
-            work / "summary.json", {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": sure, **told}
-        )
+        confidence_intervals = tables.intervals(rows, list(targets.structures))
+        ensemble_info = {"ensemble": recipes(models)} if ensemble else {}
+        facts = {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": confidence_intervals}
+        write_json(work / "summary.json", facts | ensemble_info)
         write_json(work / "metrics.json", tables.metrics_for_dvc(summary))
         history = read_json(inputs["model"] / "history.json")
         _write_plots(work / "plots", rows, history, scores, index)
@@ -131,7 +129,7 @@ def run(
             labels=list(targets.structures),
             rows=rows,
             summary=summary,
-            intervals=sure,
+            intervals=confidence_intervals,
             postprocessing=decided,
             prediction_cost=taken,
             training_cost=training,
@@ -246,10 +244,9 @@ def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm
     cut = [name for name, values in targets.largest.items() if keep_largest(mask, values)]
     changed = {other for name in cut for other in targets.changed_with[name]}
     labels = {name: values for name, values in targets.structures.items() if name in changed}
-    again = {one.label: one for one in score(mask, labels=labels)}
-    largest = [again.get(one.label, one) for one in scores]
-    rows = {"rows": [asdict(one) for one in scores], "largest": [asdict(one) for one in largest]}
-    write_json(output, {**rows, "confusion": table.tolist()})
+    again = {row["label"]: row for row in score(mask, labels=labels)}
+    largest = [again.get(row["label"], row) for row in scores]
+    write_json(output, {"rows": scores, "largest": largest, "confusion": table.tolist()})
 
 
 def _write_plots(
@@ -281,20 +278,8 @@ def _write_plots(
     tables.write_csv(folder / "confusion.csv", pairs)
 
 
-def tracked_metrics(summary: Mapping, sure: Mapping) -> dict[str, float]:
-    """What the training's MLflow run is told: means, some per label, and the intervals of the most important ones."""
-    metrics = {f"test_{metric}_mean": value for metric, value in summary["mean"].items() if value is not None}
-    for metric in ("dice", "hd95_mm", "nsd"):
-        if sure["mean"][metric]:
-            low, high = sure["mean"][metric]
-            metrics |= {f"test_{metric}_mean_ci_low": low, f"test_{metric}_mean_ci_high": high}
-    for label, s in summary["labels"].items():
-        metrics |= {f"test_{m}_{label}": s[m]["mean"] for m in ("dice", "hd95_mm", "nsd") if s[m]["mean"] is not None}
-    return metrics
-
-
 def _track(mlflow_run: Run, given: Evaluation, evaluation: Path) -> None:
-    mlflow_run.log_metrics(tracked_metrics(given.summary, given.intervals))
+    mlflow_run.log_metrics(tables.metrics_for_mlflow(given.summary, given.intervals))
     mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
     mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
     mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")

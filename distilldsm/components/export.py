@@ -31,6 +31,7 @@ def run(
         fold: the fold that was held out.
         tracking: attaches to the training run; None leaves MLflow out.
     """
+    from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
     from distilldsm.export.build import build_package
     from distilldsm.export.scores import SCORES, collect_scores
 
@@ -46,7 +47,7 @@ def run(
         )
         # Only an evaluation of this very model decides.
         scored = scores.source == "evaluation"
-        decided = _decided(inputs["model"], inputs["evaluation"]) if scored else None
+        decided = load_postprocessing(inputs["evaluation"] / POSTPROCESSING).kept if scored else None
         built = build_package(
             inputs["model"],
             inputs["preprocessed"],
@@ -96,17 +97,6 @@ def run(
             )
         if mlflow_run.registration:
             print(mlflow_run.registration)
-
-
-def _decided(model: Path, evaluation: Path) -> tuple[str, ...] | None:
-    """Of what only the largest component is kept; None where that was not decided."""
-    from distilldsm.data.plan import Plan
-    from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
-
-    found = load_postprocessing(evaluation / POSTPROCESSING)
-    if found is None or (found.schema_version < 2 and Plan.load(model / "plan.json").regions):
-        return None
-    return found.kept
 
 
 def main(argv: Sequence[str] | None = None) -> int:

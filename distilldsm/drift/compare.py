@@ -15,7 +15,7 @@ import numpy as np
 
 from distilldsm.drift.fingerprint import TrainingFingerprint
 from distilldsm.drift.measures import Measure
-from distilldsm.evaluation.comparison import holm
+from distilldsm.evaluation.statistics import holm
 
 MARGIN = 0.25
 """Of the training range, added at both ends."""

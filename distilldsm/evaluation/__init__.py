@@ -1,1 +1,1 @@
-
+"""Scores of predictions: metrics, tables over cases and folds, comparison of trainings, post-processing, reports."""

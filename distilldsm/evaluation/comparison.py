@@ -1,14 +1,13 @@
 """Several trainings side by side, compared case by case on the cases that all of them were scored on.
 
-The test is the two-sided Wilcoxon signed-rank test of the paired differences to the first one (F. Wilcoxon, 1945), its
-p-values corrected for the number of comparisons of a metric by Holm's step-down procedure (S. Holm, 1979). It takes its
-pairs for independent: of several cases of a patient the mean difference is one pair.
+The test is the two-sided Wilcoxon signed-rank test of the paired differences to the first one, its p-values corrected
+for the number of comparisons of a metric by Holm's procedure. It takes its pairs for independent: of several cases of a
+patient the mean difference is one pair.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,13 +16,15 @@ from typing import Any
 import numpy as np
 
 from distilldsm.core.errors import DataError
-from distilldsm.evaluation.fold_table import COSTS, combine_costs
-from distilldsm.evaluation.statistics import by_patient
-from distilldsm.evaluation.trainings import COMPARED, Training
+from distilldsm.evaluation.costs import COSTS, combine_costs, measured
+from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.statistics import Floats, by_patient, holm, spread, wilcoxon_p
+from distilldsm.evaluation.tables import ScoreTable, aligned, write_csv
+from distilldsm.evaluation.trainings import Training
+from distilldsm.report.figures import dice_panels, save_figure
 
 VOLUME_TOLERANCE = 1e-3
 """By which share the volumes of one truth may differ: tables hold six digits."""
-_DECIMALS = 9  # of a difference: rounding errors must not rank what is equal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,94 +51,139 @@ class Comparison:
     """Corrected for the number of comparisons of the metric."""
 
 
-def _check_tolerance(trainings: Sequence[Training]) -> None:
-    told = [training for training in trainings if training.tolerances_mm]
-    if len({tolerance for training in told for tolerance in training.tolerances_mm}) > 1:
-        raise DataError(
-            "were scored with different tolerances of the NSD",
-            where=", ".join(str(folder) for training in told for folder in training.folders),
-            seen="; ".join(f"{t.name}: {', '.join(f'{mm:g}' for mm in sorted(t.tolerances_mm))} mm" for t in told),
-            rule="one evaluate.nsd_tolerance_mm",
-            hint="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
-        )
-
-
 def compare(trainings: Sequence[Training]) -> list[Comparison]:
     """Every training, label and metric, over the cases that all of them have.
+
+    Metrics whose best value is 0 are left out: their size is a metric of its own.
 
     Raises:
         DataError: no case is common to all, or a case was scored against another truth or with another tolerance.
     """
     _check_tolerance(trainings)
+    tables = shared_scores(trainings)
+    _check_truth(trainings, tables)
+    patients = _patients(tables)
+    rows: list[Comparison] = []
+    for name, metric in METRICS.items():
+        if metric.higher_is_better is None:
+            continue
+        values = np.stack([table.scores[name] for table in tables])  # (trainings, cases, labels)
+        of_metric = [
+            row
+            for k, label in enumerate(tables[0].labels)
+            for row in _of_label(trainings, tables[0].cases, patients, values[:, :, k], label=label, metric=name)
+        ]
+        rows += _corrected(of_metric)
+    return rows
+
+
+def _of_label(
+    trainings: Sequence[Training],
+    cases: Sequence[str],
+    patients: Sequence[str],
+    values: Floats,
+    *,
+    label: str,
+    metric: str,
+) -> list[Comparison]:
+    """A row for each training, not yet corrected, of values (trainings, cases); none where no case counts."""
+    defined = np.flatnonzero(~np.isnan(values).any(axis=0))
+    values, whose = values[:, defined], [patients[int(k)] for k in defined]
+    rows = []
+    for number, training in enumerate(trainings if defined.size else ()):
+        mean, sd, count = spread(values[number])
+        differences = values[number] - values[0]
+        fold_of = np.array([training.fold_of[cases[int(k)]] for k in defined])
+        fold_means = [float(values[number][fold_of == fold].mean()) for fold in np.unique(fold_of)]
+        rows.append(
+            Comparison(
+                training=training.name,
+                label=label,
+                metric=metric,
+                cases=count,
+                patients=len(set(whose)),
+                mean=float(mean or 0.0),
+                sd=sd,
+                sd_folds=spread(fold_means)[1],
+                difference=float(differences.mean()) if number else None,
+                p=wilcoxon_p(by_patient(differences, whose)) if number else None,
+                p_holm=None,
+            )
+        )
+    return rows
+
+
+def _corrected(rows: Sequence[Comparison]) -> list[Comparison]:
+    corrected = iter(holm([row.p for row in rows if row.p is not None]))
+    return [row if row.p is None else dataclasses.replace(row, p_holm=next(corrected)) for row in rows]
+
+
+def shared_scores(trainings: Sequence[Training]) -> list[ScoreTable]:
+    """The scores of each training, of the cases and labels that all of them have.
+
+    Raises:
+        DataError: there are none.
+    """
     tables = [training.scores for training in trainings]
-    shared = set.intersection(*(set(table) for table in tables))
-    if not shared:
+    cases = sorted(set.intersection(*(set(table.cases) for table in tables)))
+    labels = [label for label in tables[0].labels if all(label in table.labels for table in tables)]
+    if not cases or not labels:
         raise DataError(
             "no case was scored in all of them",
             where=", ".join(str(folder) for training in trainings for folder in training.folders),
-            seen="; ".join(f"{t.name}: {_some(sorted({case for case, _ in t.scores}))}" for t in trainings),
+            seen="; ".join(f"{training.name}: {_some(sorted(training.scores.cases))}" for training in trainings),
             rule="the same cases and labels: the same folds of one data set",
             hint="compare cross-validations, or the same fold of each",
         )
-    _check_truth(trainings, sorted(shared))
-    patients = {case: patient for training in reversed(trainings) for case, patient in training.patients.items()}
-    labels = list(dict.fromkeys(label for _, label in tables[0] if any(key[1] == label for key in shared)))
-    found: list[Comparison] = []
-    for metric in COMPARED:
-        rows = []
-        for label in labels:
-            keys = sorted(k for k in shared if k[1] == label and all(metric in table[k] for table in tables))
-            if not keys:
-                continue
-            values = np.array([[table[k][metric] for k in keys] for table in tables])
-            whose = [patients.get(case, case) for case, _ in keys]
-            for number, training in enumerate(trainings):
-                first = number == 0
-                rows.append(
-                    Comparison(
-                        training=training.name,
-                        label=label,
-                        metric=metric,
-                        cases=len(keys),
-                        patients=len(set(whose)),
-                        mean=float(values[number].mean()),
-                        sd=float(values[number].std(ddof=1)) if len(keys) > 1 else None,
-                        sd_folds=_sd_of_folds(training, keys, metric),
-                        difference=None if first else float((values[number] - values[0]).mean()),
-                        p=None if first else wilcoxon_p(by_patient(values[number] - values[0], whose)),
-                        p_holm=None,
-                    )
-                )
-        found += _corrected(rows)
-    return found
+    return [table.select(cases, labels) for table in tables]
 
 
-def _check_truth(trainings: Sequence[Training], shared: Sequence[tuple[str, str]]) -> None:
+def _patients(tables: Sequence[ScoreTable]) -> list[str]:
+    """Of each shared case: as the first training that knows it names the patient."""
+    names = zip(*(table.patients for table in tables), strict=True)
+    pairs = zip(tables[0].cases, names, strict=True)
+    return [next((name for name in of_case if name != case), case) for case, of_case in pairs]
+
+
+def _check_tolerance(trainings: Sequence[Training]) -> None:
+    key = "nsd_tolerance_mm"
+    known = {t.name: sorted({float(one[key]) for one in t.settings if key in one}) for t in trainings}
+    if len({tolerance for tolerances in known.values() for tolerance in tolerances}) > 1:
+        raise DataError(
+            "were scored with different tolerances of the NSD",
+            where=", ".join(str(folder) for training in trainings for folder in training.folders),
+            seen="; ".join(f"{name}: {', '.join(f'{mm:g}' for mm in many)} mm" for name, many in known.items() if many),
+            rule="one evaluate.nsd_tolerance_mm",
+            hint="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
+        )
+
+
+def _check_truth(trainings: Sequence[Training], tables: Sequence[ScoreTable]) -> None:
     """Refuse cases that are called alike but hold another structure: another data set, or labels changed since."""
-    first = trainings[0].scores
-    for training in trainings[1:]:
-        table = training.scores
-        for case, label in shared:
-            volumes = [scores[case, label]["volume_truth_ml"] for scores in (first, table)]
-            if not math.isclose(*volumes, rel_tol=VOLUME_TOLERANCE, abs_tol=1e-6):
-                raise DataError(
-                    "a case was scored against another truth",
-                    where=f"{trainings[0].name}, {training.name}",
-                    seen=f"{case}, {label}: {volumes[0]:g} ml and {volumes[1]:g} ml",
-                    rule="the same labelled data",
-                    hint="evaluate both on the same data set",
-                )
+    first = tables[0].scores["volume_truth_ml"]
+    for training, table in zip(trainings[1:], tables[1:], strict=True):
+        volumes = table.scores["volume_truth_ml"]
+        same = np.isclose(volumes, first, rtol=VOLUME_TOLERANCE, atol=1e-6, equal_nan=True)
+        for case, label in np.argwhere(~same)[:1]:
+            raise DataError(
+                "a case was scored against another truth",
+                where=f"{trainings[0].name}, {training.name}",
+                seen=f"{table.cases[case]}, {table.labels[label]}: {first[case, label]:g} ml and "
+                f"{volumes[case, label]:g} ml",
+                rule="the same labelled data",
+                hint="evaluate both on the same data set",
+            )
 
 
 def unmatched(trainings: Sequence[Training]) -> list[str]:
     """What is left out because not all trainings were scored on it, a line for each training and kind."""
-    names = [[{key[k] for key in training.scores} for k in (0, 1)] for training in trainings]
     lines = []
-    for k, kind in enumerate(("cases", "labels")):
-        shared = set.intersection(*(of_training[k] for of_training in names))
-        for training, of_training in zip(trainings, names, strict=True):
-            if left := sorted(of_training[k] - shared):
-                lines.append(f"{training.name}: {len(left)} of {len(of_training[k])} {kind} left out ({_some(left)})")
+    for kind in ("cases", "labels"):
+        names = {training.name: set(getattr(training.scores, kind)) for training in trainings}
+        shared = set.intersection(*names.values())
+        for name, own in names.items():
+            if left := sorted(own - shared):
+                lines.append(f"{name}: {len(left)} of {len(own)} {kind} left out ({_some(left)})")
     return lines
 
 
@@ -145,9 +191,9 @@ def scored_differently(trainings: Sequence[Training]) -> list[str]:
     """Where trainings were evaluated with different settings, a line for each setting: what is compared may be that."""
     lines = []
     for key in dict.fromkeys(key for training in trainings for one in training.settings for key in one):
-        told = {t.name: [one[key] for one in t.settings if key in one] for t in trainings}
-        if len({repr(value) for values in told.values() for value in values}) > 1:
-            seen = "; ".join(f"{name}: {', '.join(str(v) for v in values)}" for name, values in told.items() if values)
+        values = {t.name: [str(one[key]) for one in t.settings if key in one] for t in trainings}
+        if len({value for of_training in values.values() for value in of_training}) > 1:
+            seen = "; ".join(f"{name}: {', '.join(of_training)}" for name, of_training in values.items() if of_training)
             lines.append(f"evaluate.{key} differs ({seen})")
     return lines
 
@@ -156,64 +202,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def wilcoxon_p(differences: np.ndarray) -> float:
-    """Two-sided p-value of the Wilcoxon signed-rank test; 1 where nothing differs."""
-    from scipy.stats import wilcoxon
-
-    differences = np.round(differences, _DECIMALS)
-    if not differences.any():
-        return 1.0
-    p = float(wilcoxon(differences).pvalue)
-    return p if math.isfinite(p) else 1.0
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's step-down correction of p-values, in their order."""
-    corrected = [0.0] * len(p_values)
-    largest = 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
-        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
-        corrected[index] = largest
-    return corrected
-
-
-def _corrected(rows: Sequence[Comparison]) -> list[Comparison]:
-    import dataclasses
-
-    compared = [row for row in rows if row.p is not None]
-    values = dict(zip(map(id, compared), holm([row.p for row in compared if row.p is not None]), strict=True))
-    return [dataclasses.replace(row, p_holm=values.get(id(row))) for row in rows]
-
-
-def _sd_of_folds(training: Training, keys: Sequence[tuple[str, str]], metric: str) -> float | None:
-    means = []
-    for fold in training.folds:
-        values = [fold[key][metric] for key in keys if key in fold]
-        if values:
-            means.append(statistics.fmean(values))
-    return statistics.stdev(means) if len(means) > 1 else None
-
-
 def format_comparison(rows: Sequence[Comparison]) -> str:
     """A table for the terminal, a block per metric."""
-    width = max(len(text) for row in rows for text in (row.training, row.metric)) + 2
-    labels = max(len(row.label) for row in rows) + 2
-    lines = []
-    for metric in dict.fromkeys(row.metric for row in rows):
-        lines.append(
-            f"{metric:{width}}{'label':{labels}}{'mean':>9}{'sd cases':>10}{'sd folds':>10}{'diff':>10}{'p (Holm)':>10}"
-            f"{'cases':>7}"
-        )
-        for row in (r for r in rows if r.metric == metric):
-            sd = "-" if row.sd is None else f"{row.sd:.4f}"
-            folds = "" if row.sd_folds is None else f"{row.sd_folds:.4f}"
-            difference = "" if row.difference is None else f"{row.difference:+.4f}"
+    lines: list[tuple[str, ...]] = []
+    for name in dict.fromkeys(row.metric for row in rows):
+        metric = METRICS[name]
+        lines.append((name, "label", "mean", "sd cases", "sd folds", "diff", "p (Holm)", "cases"))
+        for row in (one for one in rows if one.metric == name):
+            folds = "" if row.sd_folds is None else metric.text(row.sd_folds)
+            difference = "" if row.difference is None else metric.text(row.difference, sign="+")
             p = "" if row.p_holm is None else f"{row.p_holm:.2g}"
-            lines.append(
-                f"{row.training:{width}}{row.label:{labels}}{row.mean:9.4f}{sd:>10}{folds:>10}{difference:>10}"
-                f"{p:>10}{row.cases:7d}"
-            )
-    return "\n".join(lines)
+            spreads = (metric.text(row.mean), metric.text(row.sd), folds)
+            lines.append((row.training, row.label, *spreads, difference, p, str(row.cases)))
+    return "\n".join(aligned(lines, left=2))
 
 
 def cost_rows(trainings: Sequence[Training]) -> list[dict[str, Any]]:
@@ -223,39 +224,26 @@ def cost_rows(trainings: Sequence[Training]) -> list[dict[str, Any]]:
 
 def format_costs(rows: Sequence[Mapping[str, Any]]) -> str:
     """The costs for the terminal; columns that nobody knows are left out."""
-    columns = [key for key in COSTS if any(row[key] is not None for row in rows)]
-    if not columns:
-        return ""
-    width = max(len(str(row["training"])) for row in rows) + 2
-    lines = [" " * width + "".join(f"{key:>{len(key) + 2}}" for key in columns)]
+    columns = measured(rows)
+    lines = [["", *columns]]
     for row in rows:
-        cells = ("" if row[key] is None else format(row[key], COSTS[key]) for key in columns)
-        lines.append(
-            f"{row['training']:{width}}" + "".join(f"{c:>{len(k) + 2}}" for k, c in zip(columns, cells, strict=True))
-        )
-    return "\n".join(lines)
+        lines.append([row["training"], *("" if row[key] is None else COSTS[key].text(row[key]) for key in columns)])
+    return "\n".join(aligned(lines)) if columns else ""
 
 
 def draw(trainings: Sequence[Training], path: Path) -> None:
     """Dice of every case that all were scored on as boxes, a panel per label, as PNG."""
-    from distilldsm.report.figures import dice_panels, save_figure
-
-    tables = [training.scores for training in trainings]
-    keys = [key for key in tables[0] if all(key in table for table in tables)]
-    panels: dict[str, dict[str, list[float]]] = {
+    tables = shared_scores(trainings)
+    panels = {
         label: {
-            training.name: [table[key]["dice"] for key in keys if key[1] == label and "dice" in table[key]]
+            training.name: [float(dice) for dice in table.scores["dice"][:, k] if not np.isnan(dice)]
             for training, table in zip(trainings, tables, strict=True)
         }
-        for label in dict.fromkeys(label for _, label in keys)
+        for k, label in enumerate(tables[0].labels)
     }
     save_figure(dice_panels(panels), path)
 
 
 def write_comparison(rows: Sequence[Comparison], path: Path) -> None:
     """The same numbers as CSV, undefined ones empty."""
-    import dataclasses
-
-    from distilldsm.evaluation.tables import write_csv
-
     write_csv(path, [dataclasses.asdict(row) for row in rows])

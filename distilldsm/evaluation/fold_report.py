@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.output_directory import content_hash, package_versions
-from distilldsm.evaluation.fold_table import COSTS, LARGEST, TITLES, cost_lines, largest_lines, lines_of, number
+from distilldsm.evaluation.costs import COSTS, measured
+from distilldsm.evaluation.fold_table import LARGEST, cost_lines, largest_lines, lines_of
 from distilldsm.evaluation.folds import Fold
+from distilldsm.evaluation.metrics import METRICS
 from distilldsm.report.figures import dice_panels, save_figure
 from distilldsm.report.page import HOW_TO_READ, cases_table, facts_table, figure, networks_named, page
 
@@ -64,12 +66,13 @@ def _scores(summary: Mapping[str, Any]) -> str:
         for text in ("label", "score", "over folds", "over cases", *(f"fold {fold}" for fold in folds), "cases")
     )
     body = ""
-    for label, metric, entry in lines_of(summary):
+    for label, name, entry in lines_of(summary):
+        text = METRICS[name].text
         cells = [
-            TITLES[metric],
-            f"{number(entry['mean_folds'], metric)} ± {number(entry['sd_folds'], metric)}",
-            f"{number(entry['mean_cases'], metric)} ± {number(entry['sd_cases'], metric)}",
-            *(number(entry["fold_means"][fold], metric) for fold in folds),
+            METRICS[name].heading,
+            f"{text(entry['mean_folds'])} ± {text(entry['sd_folds'])}",
+            f"{text(entry['mean_cases'])} ± {text(entry['sd_cases'])}",
+            *(text(entry["fold_means"][fold]) for fold in folds),
             str(entry["cases"]),
         ]
         body += f"<tr><td>{escape(label)}</td>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
@@ -82,11 +85,11 @@ def _largest(summary: Mapping[str, Any]) -> str:
 
 
 def _costs_by_fold(cost: Mapping[str, Any]) -> str:
-    columns = [key for key in COSTS if cost[key] is not None]
+    columns = measured(cost["folds"])
     head = "".join(f"<th>{key.replace('_', ' ')}</th>" for key in ("fold", *columns))
     body = ""
     for row in cost["folds"]:
-        cells = (str(row["fold"]), *("-" if row[key] is None else format(row[key], COSTS[key]) for key in columns))
+        cells = (str(row["fold"]), *(COSTS[key].text(row[key]) for key in columns))
         body += "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>"
     return f"<div class='scroll'><table class='small'><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
 

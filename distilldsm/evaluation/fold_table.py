@@ -7,49 +7,20 @@ no case does not count. What is defined once has no standard deviation (None).
 
 from __future__ import annotations
 
-import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from distilldsm.evaluation.folds import ALIKE, Fold, Row
-from distilldsm.evaluation.metrics import METRICS
+import numpy as np
+
+from distilldsm.evaluation.costs import COSTS, combine_costs, costs_of_fold, machines
+from distilldsm.evaluation.folds import Fold, recipe_of
+from distilldsm.evaluation.metrics import METRICS, main_metrics
 from distilldsm.evaluation.postprocess import nested
+from distilldsm.evaluation.statistics import Floats, spread
+from distilldsm.evaluation.tables import Row, ScoreTable, aligned, case_means, label_key
 
-REPORTED = (*METRICS, "volume_error_abs_ml")
-"""The scores of `metrics.LabelScore`, and the size of the volume error."""
-POSTPROCESSED_METRICS = ("dice", "hd95_mm", "nsd")
-TITLES = {
-    "dice": "Dice",
-    "hd95_mm": "HD95 mm",
-    "nsd": "NSD",
-    "sensitivity": "sensitivity",
-    "specificity": "specificity",
-    "precision": "precision",
-    "volume_error_ml": "volume error ml",
-    "volume_error_abs_ml": "|volume error| ml",
-}
 LARGEST = "largest component only, as the other folds decide"
-COSTS = {
-    "parameters": ",",
-    "macs_per_voxel": ",.0f",
-    "seconds_per_epoch": ".2f",
-    "training_seconds": ".0f",
-    "training_gb": ".2f",
-    "training_gpu_gb": ".2f",
-    "seconds_per_volume": ".3f",
-    "prediction_gb": ".2f",
-    "prediction_gpu_gb": ".2f",
-}
-"""What a network costs, and how each is written. Seconds are medians (those of a training its sum over the epochs),
-memory (10^9 bytes) is the peak of the main process."""
-
-
-def spread(values: Iterable[float | None]) -> tuple[float | None, float | None, int]:
-    """Mean, sample standard deviation (None for fewer than two) and number of the defined values."""
-    known = [value for value in values if value is not None]
-    mean = statistics.fmean(known) if known else None
-    return mean, statistics.stdev(known) if len(known) > 1 else None, len(known)
 
 
 def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
@@ -65,150 +36,97 @@ def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
         by it in the **other** folds, only the largest component is kept}. The numbers of folds and cases are those
         where the score is defined.
     """
-    by_fold = {fold.number: [_with_size(row) for row in fold.rows] for fold in folds}
-    labels = list(dict.fromkeys(row["label"] for row in folds[0].rows))
-    summary: dict[str, Any] = {
+    first = folds[0]
+    cases = {str(fold.number): len({row["case"] for row in fold.rows}) for fold in folds}
+    summary = {
         "schema_version": 1,
-        "folds": list(by_fold),
-        "cases": sum(len({row["case"] for row in rows}) for rows in by_fold.values()),
-        "cases_by_fold": {str(number): len({row["case"] for row in rows}) for number, rows in by_fold.items()},
-        "labels": {},
-        "mean": {},
+        "folds": [fold.number for fold in folds],
+        "cases": sum(cases.values()),
+        "cases_by_fold": cases,
+        **_scores({fold.number: fold.rows for fold in folds}, METRICS),
+        "largest_component": _largest_component(folds),
+        "network": _named(first.model),
+        "evaluate": recipe_of(first.evaluate["config"]),
+        "cost": _costs(folds),
     }
-    for label in labels:
-        of_label = {number: [row for row in rows if row["label"] == label] for number, rows in by_fold.items()}
-        summary["labels"][label] = {
-            metric: _statistics({number: [row[metric] for row in rows] for number, rows in of_label.items()})
-            for metric in REPORTED
-        }
-    for metric in REPORTED:
-        summary["mean"][metric] = _of_labels(by_fold, summary["labels"], metric)
-    model = folds[0].model
-    summary["largest_component"] = _largest_component(folds, labels)
-    summary["network"] = {key: model[key] for key in ("name", "options")}
-    if folds[0].ensemble:
-        summary["ensemble"] = [{key: one[key] for key in ("name", "options")} for one in folds[0].ensemble.values()]
-    summary["evaluate"] = {key: value for key, value in folds[0].evaluate["config"].items() if key not in ALIKE}
-    summary["cost"] = _costs(folds)
-    return summary
+    return summary | ({"ensemble": [_named(one) for one in first.ensemble.values()]} if first.ensemble else {})
 
 
-def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Mapping[str, Any]]] | None:
-    """Fold to its rows after post-processing, decided for each fold by the others; None where that cannot be."""
-    tables = {fold.number: (fold.rows, fold.largest) for fold in folds if fold.largest is not None}
-    return nested(tables, folds[0].groups) if len(tables) >= max(len(folds), 2) else None
+def _named(model: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: model[key] for key in ("name", "options")}
 
 
-def _largest_component(folds: Sequence[Fold], labels: Sequence[str]) -> dict[str, Any] | None:
+def _scores(by_fold: Mapping[int, Sequence[Row]], metrics: Iterable[str]) -> dict[str, Any]:
+    """`labels` and `mean` of a summary.
+
+    The labels' mean is in a fold the mean of its labels' means, in a case that of its labels.
+    """
+    table = ScoreTable.of([row for rows in by_fold.values() for row in rows])
+    number_of = {row["case"]: number for number, rows in by_fold.items() for row in rows}
+    fold_of = np.array([number_of[case] for case in table.cases])
+    of_labels: dict[str, dict[str, Any]] = {label: {} for label in table.labels}
+    of_mean: dict[str, Any] = {}
+    for name in metrics:
+        means = np.full((len(by_fold), len(table.labels)), np.nan)
+        for k, label in enumerate(table.labels):
+            values = table.scores[name][:, k]
+            for place, number in enumerate(by_fold):
+                mean = spread(values[fold_of == number])[0]
+                means[place, k] = np.nan if mean is None else mean
+            of_labels[label][name] = _entry(values, dict(zip(by_fold, means[:, k], strict=True)))
+        in_folds = {number: spread(of_fold)[0] for number, of_fold in zip(by_fold, means, strict=True)}
+        of_mean[name] = _entry(case_means(table, name), in_folds)
+    return {"labels": of_labels, "mean": of_mean}
+
+
+def _entry(of_cases: Floats, of_folds: Mapping[int, float | None]) -> dict[str, Any]:
+    """What is reported of one score: each case's value, and each fold's mean."""
+    means = {str(number): None if mean is None or np.isnan(mean) else float(mean) for number, mean in of_folds.items()}
+    over_folds = spread([mean for mean in means.values() if mean is not None])
+    return {
+        **dict(zip(("mean_folds", "sd_folds", "folds"), over_folds, strict=True)),
+        **dict(zip(("mean_cases", "sd_cases", "cases"), spread(of_cases), strict=True)),
+        "fold_means": means,
+    }
+
+
+def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Row]]:
+    """Fold to its rows after post-processing, decided for each fold by the others; empty for a single fold."""
+    if len(folds) < 2:
+        return {}
+    return nested({fold.number: (fold.rows, fold.largest) for fold in folds}, folds[0].groups)
+
+
+def _largest_component(folds: Sequence[Fold]) -> dict[str, Any] | None:
     """Scores after post-processing; None for one fold or without a change."""
     rows = postprocessed_rows(folds)
-    if rows is None:
-        return None
-    changed = {
-        fold.number: sorted(
+    chosen = {
+        str(fold.number): sorted(
             {row["label"] for row, raw in zip(rows[fold.number], fold.rows, strict=True) if row is not raw}
         )
         for fold in folds
+        if fold.number in rows
     }
-    if not any(changed.values()):
+    if not any(chosen.values()):
         return None
-    of_labels = {
-        label: {
-            metric: _statistics({f: [r[metric] for r in of if r["label"] == label] for f, of in rows.items()})
-            for metric in POSTPROCESSED_METRICS
-        }
-        for label in labels
-    }
-    return {
-        "chosen": {str(fold): chosen for fold, chosen in changed.items()},
-        "labels": of_labels,
-        "mean": {metric: _of_labels(rows, of_labels, metric) for metric in POSTPROCESSED_METRICS},
-    }
-
-
-def _with_size(row: Row) -> Row:
-    error = row["volume_error_ml"]
-    return {**row, "volume_error_abs_ml": None if error is None else abs(error)}
-
-
-def _statistics(values: Mapping[int, Sequence[float | None]]) -> dict[str, Any]:
-    """Of one score: fold to its cases' values."""
-    fold_means = {str(number): spread(of_fold)[0] for number, of_fold in values.items()}
-    over_folds = spread(fold_means.values())
-    over_cases = spread(value for of_fold in values.values() for value in of_fold)
-    return _entry(over_folds, over_cases, fold_means)
-
-
-def _of_labels(by_fold: Mapping[int, Sequence[Mapping]], labels: Mapping[str, Any], metric: str) -> dict[str, Any]:
-    """Of the labels' mean: in a fold the mean of its labels' means, in a case that of its labels."""
-    fold_means = {
-        str(number): spread(of_label[metric]["fold_means"][str(number)] for of_label in labels.values())[0]
-        for number in by_fold
-    }
-    by_case: dict[str, list[float | None]] = {}
-    for rows in by_fold.values():
-        for row in rows:
-            by_case.setdefault(row["case"], []).append(row[metric])
-    return _entry(spread(fold_means.values()), spread(spread(values)[0] for values in by_case.values()), fold_means)
-
-
-def _entry(over_folds: tuple, over_cases: tuple, fold_means: Mapping[str, float | None]) -> dict[str, Any]:
-    return {
-        **dict(zip(("mean_folds", "sd_folds", "folds"), over_folds, strict=True)),
-        **dict(zip(("mean_cases", "sd_cases", "cases"), over_cases, strict=True)),
-        "fold_means": dict(fold_means),
-    }
-
-
-def costs_of_fold(timing: Mapping[str, Any]) -> dict[str, Any]:
-    """The costs of one fold, named as in `COSTS`, from its `timing.json`; what that does not tell is None."""
-    training = timing.get("training", {})
-    return {
-        "parameters": training.get("parameters"),
-        "macs_per_voxel": training.get("macs_per_voxel"),
-        "seconds_per_epoch": training.get("seconds_per_epoch"),
-        "training_seconds": training.get("seconds"),
-        "training_gb": training.get("peak_memory_gb"),
-        "training_gpu_gb": training.get("peak_gpu_memory_gb"),
-        "seconds_per_volume": timing.get("seconds_per_volume"),
-        "prediction_gb": timing.get("peak_memory_gb"),
-        "prediction_gpu_gb": timing.get("peak_gpu_memory_gb"),
-    }
-
-
-def combine_costs(of_folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The median of the folds' seconds, the largest of anything else; None where no fold tells."""
-    found: dict[str, Any] = {}
-    for key in COSTS:
-        values = [one[key] for one in of_folds if one.get(key) is not None]
-        combine = statistics.median if "seconds" in key else max
-        found[key] = combine(values) if values else None
-    return found
+    return {"chosen": chosen, **_scores(rows, [metric.name for metric in main_metrics()])}
 
 
 def _costs(folds: Sequence[Fold]) -> dict[str, Any]:
     """Of all folds together, of each, and what they were measured on."""
-    rows = [{"fold": fold.number, **costs_of_fold(fold.costs)} for fold in folds]
-    machines = (_machine(part) for fold in folds for part in (fold.costs.get("training", {}), fold.costs))
-    return {
-        **combine_costs(rows),
-        "machines": list(dict.fromkeys(text for text in machines if text)),
-        "folds": rows,
-    }
+    rows = [{"fold": fold.number, **costs_of_fold(fold.timing)} for fold in folds]
+    return {**combine_costs(rows), "machines": machines([fold.timing for fold in folds]), "folds": rows}
 
 
-def _machine(facts: Mapping[str, Any]) -> str:
-    if "device_name" not in facts:
-        return ""
-    threads = f"threads: {facts['threads']}" if facts.get("device") == "cpu" else str(facts.get("device"))
-    precision = f", {facts['precision']}" if "precision" in facts else ""
-    return f"{facts['device_name']}, {threads}{precision}, torch {facts['torch']}"
+def by_label(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Label to metric to statistics; the labels' mean last as `mean`, where there are several labels."""
+    labels = {label_key(label): of_label for label, of_label in scores["labels"].items()}
+    return labels | ({"mean": scores["mean"]} if len(labels) > 1 else {})
 
 
 def lines_of(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, Any]]]:
-    """Label, metric and statistics, in the order of the table; the labels' mean last, where there are several."""
-    labels = dict(summary["labels"]) | ({"mean": summary["mean"]} if len(summary["labels"]) > 1 else {})
-    return [(label, metric, of_label[metric]) for label, of_label in labels.items() for metric in REPORTED]
+    """Label, metric and statistics, in the order of the table."""
+    return [(label, metric, of[metric]) for label, of in by_label(summary).items() for metric in METRICS]
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -224,63 +142,45 @@ def table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
-def number(value: float | None, metric: str = "dice") -> str:
-    """A score as text, a dash where it is undefined."""
-    return "-" if value is None else f"{value:.{2 if metric.endswith(('_mm', '_ml')) else 4}f}"
-
-
 def cost_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What the network costs, as title and text; what was not measured is left out."""
-    cost = summary["cost"]
-    titles = {
-        "parameters": "parameters",
-        "macs_per_voxel": "convolution MACs per voxel",
-        "seconds_per_epoch": "seconds per epoch",
-        "training_seconds": "seconds per training",
-        "training_gb": "peak memory of training, GB",
-        "training_gpu_gb": "peak GPU memory of training, GB",
-        "seconds_per_volume": "seconds per volume",
-        "prediction_gb": "peak memory of prediction, GB",
-        "prediction_gpu_gb": "peak GPU memory of prediction, GB",
-    }
-    lines = [(titles[key], format(cost[key], form)) for key, form in COSTS.items() if cost[key] is not None]
+    values = summary["cost"]
+    lines = [(cost.title, cost.text(values[name])) for name, cost in COSTS.items() if values[name] is not None]
     if networks := summary.get("ensemble"):
         names = Counter(one["name"] for one in networks)
         lines.insert(0, ("networks, averaged", ", ".join(f"{many} {name}" for name, many in names.items())))
-    return lines + ([("measured on", "; ".join(cost["machines"]))] if cost["machines"] else [])
+    return lines + ([("measured on", "; ".join(values["machines"]))] if values["machines"] else [])
 
 
 def format_table(summary: Mapping[str, Any], title: str) -> str:
     """The table for the terminal."""
-    width = max(len(label) for label in [*summary["labels"], "label"]) + 2
+    lines = [("label", "", "folds", "sd", "cases", "sd")]
+    for label, name, entry in lines_of(summary):
+        texts = [METRICS[name].text(entry[key]) for key in ("mean_folds", "sd_folds", "mean_cases", "sd_cases")]
+        lines.append((label, METRICS[name].heading, texts[0], texts[1], texts[2], texts[3]))
     numbers = ", ".join(str(fold) for fold in summary["folds"])
-    lines = [
-        f"{title}: folds {numbers}, {summary['cases']} cases",
-        f"{'label':{width}}{'':19}{'folds':>10}{'sd':>9}{'cases':>10}{'sd':>9}",
-    ]
-    for label, metric, entry in lines_of(summary):
-        cells = [number(entry[key], metric) for key in ("mean_folds", "sd_folds", "mean_cases", "sd_cases")]
-        lines.append(f"{label:{width}}{TITLES[metric]:19}{cells[0]:>10}{cells[1]:>9}{cells[2]:>10}{cells[3]:>9}")
-    lines += [f"{label}, {LARGEST}: {text}" for label, text in largest_lines(summary)]
-    return "\n".join(lines + [f"{key}: {text}" for key, text in cost_lines(summary)])
+    return "\n".join(
+        [
+            f"{title}: folds {numbers}, {summary['cases']} cases",
+            *aligned(lines, left=2),
+            *(f"{label}, {LARGEST}: {text}" for label, text in largest_lines(summary)),
+            *(f"{key}: {text}" for key, text in cost_lines(summary)),
+        ]
+    )
 
 
 def largest_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Label and its scores after post-processing, mean and sd over folds; nothing where no fold was changed."""
-    found = summary["largest_component"]
-    if not found:
+    if not summary["largest_component"]:
         return []
-
-    def text(metric: str, entry: Mapping[str, Any]) -> str:
-        sd = "" if entry["sd_folds"] is None else f" ± {number(entry['sd_folds'], metric)}"
-        return f"{TITLES[metric]} {number(entry['mean_folds'], metric)}{sd}"
-
-    # Summaries from before the labels' mean was written hold none.
-    labels = dict(found["labels"]) | ({"mean": found["mean"]} if len(found["labels"]) > 1 and "mean" in found else {})
-    return [
-        (label, ", ".join(text(metric, of_label[metric]) for metric in POSTPROCESSED_METRICS))
-        for label, of_label in labels.items()
-    ]
+    lines = []
+    for label, of_label in by_label(summary["largest_component"]).items():
+        texts = []
+        for metric in main_metrics():
+            mean, sd = of_label[metric.name]["mean_folds"], of_label[metric.name]["sd_folds"]
+            texts.append(f"{metric.heading} {metric.text(mean)}" + ("" if sd is None else f" ± {metric.text(sd)}"))
+        lines.append((label, ", ".join(texts)))
+    return lines
 
 
 def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, Any]:
@@ -288,19 +188,17 @@ def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, Any]:
 
     Scores after post-processing, where it changed anything, are `postprocessed_METRIC`.
     """
-    found = {metric: _rounded(summary, metric) for metric in REPORTED}
+    values = {metric: _rounded(summary, metric) for metric in METRICS}
     if processed := summary["largest_component"]:
-        found |= {f"postprocessed_{metric}": _rounded(processed, metric) for metric in POSTPROCESSED_METRICS}
-    measured = {key: value for key, value in summary["cost"].items() if isinstance(value, int | float)}
-    return found | {"cost": measured}
+        values |= {f"postprocessed_{metric.name}": _rounded(processed, metric.name) for metric in main_metrics()}
+    return values | {"cost": {name: summary["cost"][name] for name in COSTS if summary["cost"][name] is not None}}
 
 
 def _rounded(scores: Mapping[str, Any], metric: str) -> dict[str, dict[str, float]]:
-    digits = 3 if metric.endswith(("_mm", "_ml")) else 5
-    entries = {label: of_label[metric] for label, of_label in scores["labels"].items()}
+    entries = {label_key(label): of_label[metric] for label, of_label in scores["labels"].items()}
     return {
         label: {
-            key: round(entry[source], digits)
+            key: round(entry[source], METRICS[metric].digits + 1)
             for key, source in (("mean", "mean_folds"), ("sd_folds", "sd_folds"), ("sd_cases", "sd_cases"))
             if entry[source] is not None
         }
@@ -310,12 +208,10 @@ def _rounded(scores: Mapping[str, Any], metric: str) -> dict[str, dict[str, floa
 
 def metrics_for_mlflow(summary: Mapping[str, Any]) -> dict[str, float]:
     """`cv_METRIC_LABEL_mean`, `_sd_folds` and `_sd_cases`, without LABEL for the labels' mean, and `cv_COST`."""
-    found: dict[str, float] = {}
-    for metric, labels in metrics_for_dvc(summary).items():
-        if metric == "cost":
-            found |= {f"cv_{key}": value for key, value in labels.items()}
-            continue
+    values = metrics_for_dvc(summary)
+    flat = {f"cv_{name}": value for name, value in values.pop("cost").items()}
+    for metric, labels in values.items():
         for label, numbers in labels.items():
             prefix = f"cv_{metric}" if label == "mean" else f"cv_{metric}_{label}"
-            found |= {f"{prefix}_{key}": value for key, value in numbers.items()}
-    return found
+            flat |= {f"{prefix}_{key}": value for key, value in numbers.items()}
+    return flat

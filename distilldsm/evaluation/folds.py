@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import csv
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from distilldsm.core.cost import TIMING, training_cost
+from distilldsm.core.cost import TIMING
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, sha256_file
 from distilldsm.core.mapping import flatten
 from distilldsm.core.output_directory import EXECUTION_PARAMETERS, MANIFEST, content_hash
-from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import POSTPROCESSED, POSTPROCESSING, load_postprocessing
+from distilldsm.evaluation.tables import Row, read_rows
 
-Row = dict[str, Any]
 CASES_POSTPROCESSED = "cases_postprocessed.csv"
 """Of a cross-validation: the cases after the post-processing that the other folds decide on."""
-NUMBERS = (*METRICS, "volume_truth_ml", "volume_predicted_ml")
-ALIKE = EXECUTION_PARAMETERS | {"save_masks"}
-"""Parameters that may differ from fold to fold: where and how it was computed, not what."""
+_MAY_DIFFER = EXECUTION_PARAMETERS | {"save_masks"}
+_NETWORK = ("name", "options", "in_channels", "out_channels", "parameters", "macs_per_voxel", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,42 +28,46 @@ class Fold:
     number: int
     rows: tuple[Row, ...]
     """One per case and label; undefined scores are None."""
-    largest: tuple[Row, ...] | None = None
-    """The same with only the largest component of every label; None where it was not scored."""
-    groups: Mapping[str, tuple[str, ...]] | None = None
-    """Which of their labels change together, see `postprocess.Groups`; None where it is not told: each by itself."""
+    largest: tuple[Row, ...]
+    """The same with only the largest component of every label."""
+    groups: Mapping[str, tuple[str, ...]]
+    """Which of their labels change together, see `postprocess.Groups`."""
     model: Mapping[str, Any]
     """`model.json`."""
     train: Mapping[str, Any]
     """The manifest of the model."""
     evaluate: Mapping[str, Any]
     """The manifest of the evaluation."""
-    ensemble: Mapping[str, Any] = field(default_factory=dict)
+    ensemble: Mapping[str, Any]
     """1, 2 ... to name, options and parameters of the training of the networks that were averaged; empty for one."""
-    costs: Mapping[str, Any]
-    """`timing.json`; without it, as far as the model tells."""
+    timing: Mapping[str, Any]
+    """`timing.json`."""
     model_directory: Path
     evaluation_directory: Path
 
+    def recipe(self) -> dict[str, tuple[Path, dict[str, Any]]]:
+        """What all folds share: what is wrong where one does not, to the file that tells it and the values."""
+        model, evaluation = self.model_directory, self.evaluation_directory
+        trained, scored = self.train["inputs"], self.evaluate["inputs"]
+        networks = {number: one | {"train": recipe_of(one["train"])} for number, one in self.ensemble.items()}
+        tried = {name: ", ".join(group) for name, group in self.groups.items()}
+        labels = sorted({row["label"] for row in self.rows})
+        return {
+            "another network": (model / "model.json", {key: self.model.get(key) for key in _NETWORK}),
+            "another ensemble": (evaluation / "summary.json", networks),
+            "other preprocessed data": (model / MANIFEST, {"preprocessed": trained.get("preprocessed")}),
+            "other initial weights": (model / MANIFEST, {"initial_weights": trained.get("initial_weights")}),
+            "another data set or split": (evaluation / MANIFEST, {k: scored.get(k) for k in ("dataset", "splits")}),
+            "other parameters of the training": (model / MANIFEST, recipe_of(self.train["config"])),
+            "other parameters of the evaluation": (evaluation / MANIFEST, recipe_of(self.evaluate["config"])),
+            "other labels": (evaluation / "cases.csv", {"labels": labels}),
+            "another post-processing": (evaluation / POSTPROCESSING, {"tried": tried}),
+        }
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a `cases.csv`, numbers as float, undefined ones as None.
 
-    Raises:
-        DataError: the file is missing or no table of scores.
-    """
-    if not path.is_file():
-        raise DataError("is missing", where=path, hint="dvc repro, or distilldsm evaluate")
-    with open(path, newline="", encoding="utf-8") as stream:
-        rows: list[Row] = [dict(row) for row in csv.DictReader(stream)]
-    needed = {"case", "label", *NUMBERS}
-    if not rows or not needed <= rows[0].keys():
-        absent = ", ".join(sorted(needed - rows[0].keys())) if rows else "all rows"
-        raise DataError("is no table of scores", where=path, seen=f"lacks {absent}", hint="dvc repro")
-    try:
-        return [row | {name: float(row[name]) if row[name] else None for name in NUMBERS} for row in rows]
-    except ValueError as error:
-        raise DataError("a score is no number", where=path, seen=str(error)) from None
+def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters of a stage that must be alike in all folds: what was computed, not where and how."""
+    return {key: value for key, value in config.items() if key not in _MAY_DIFFER}
 
 
 def load_folds(numbers: Sequence[int], evaluation: Path, models: Path, splits: Path | None = None) -> list[Fold]:
@@ -83,7 +84,8 @@ def load_folds(numbers: Sequence[int], evaluation: Path, models: Path, splits: P
             held out exactly once.
     """
     folds = [_load(k, evaluation / f"fold{k}", models / f"fold{k}") for k in sorted(numbers)]
-    _check_recipe(folds)
+    for fold in folds[1:]:
+        _check_recipe(fold, folds[0])
     _check_cases(folds)
     if splits is not None:
         _check_splits(folds, splits)
@@ -119,96 +121,31 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             rule="a model is scored on the cases that it has not seen",
             hint=f"dvc repro, or distilldsm train --fold {number}",
         )
-    timing, largest = evaluation / TIMING, evaluation / POSTPROCESSED
-    decided = load_postprocessing(evaluation / POSTPROCESSING)
     return Fold(
         number=number,
         rows=tuple(read_rows(evaluation / "cases.csv")),
-        largest=tuple(read_rows(largest)) if largest.is_file() else None,
-        groups=None if decided is None else decided.groups,
+        largest=tuple(read_rows(evaluation / POSTPROCESSED)),
+        groups=load_postprocessing(evaluation / POSTPROCESSING).groups,
         model=described,
         train=train,
         evaluate=evaluate,
         ensemble=read_json(evaluation / "summary.json").get("ensemble", {}),
-        costs=read_json(timing) if timing.is_file() else {"training": training_cost(model)},
+        timing=read_json(evaluation / TIMING),
         model_directory=model,
         evaluation_directory=evaluation,
     )
 
 
-def _check_recipe(folds: Sequence[Fold]) -> None:
-    network = ("name", "options", "in_channels", "out_channels", "parameters", "macs_per_voxel", "labels")
-    of_network: Callable[[Fold], Mapping] = lambda fold: {key: fold.model.get(key) for key in network}  # noqa: E731
-    _same(folds, "another network", of_network, lambda fold: fold.model_directory / "model.json")
-    _same(
-        folds,
-        "another ensemble",
-        lambda fold: {number: one | {"train": _result(one["train"])} for number, one in fold.ensemble.items()},
-        lambda fold: fold.evaluation_directory / "summary.json",
-    )
-    _same(
-        folds,
-        "other preprocessed data",
-        lambda fold: {"preprocessed": fold.train["inputs"].get("preprocessed")},
-        lambda fold: fold.model_directory / MANIFEST,
-    )
-    _same(
-        folds,
-        "other initial weights",
-        lambda fold: {"initial_weights": fold.train["inputs"].get("initial_weights")},
-        lambda fold: fold.model_directory / MANIFEST,
-    )
-    _same(
-        folds,
-        "another data set or split",
-        lambda fold: {key: fold.evaluate["inputs"].get(key) for key in ("dataset", "splits")},
-        lambda fold: fold.evaluation_directory / MANIFEST,
-    )
-    _same(
-        folds,
-        "other parameters of the training",
-        lambda fold: _settings(fold.train),
-        lambda fold: fold.model_directory / MANIFEST,
-    )
-    _same(
-        folds,
-        "other parameters of the evaluation",
-        lambda fold: _settings(fold.evaluate),
-        lambda fold: fold.evaluation_directory / MANIFEST,
-    )
-    _same(
-        [fold for fold in folds if fold.groups is not None] or folds,
-        "another post-processing",
-        lambda fold: {"tried": {name: ", ".join(group) for name, group in (fold.groups or {}).items()}},
-        lambda fold: fold.evaluation_directory / POSTPROCESSING,
-    )
-    _same(
-        folds,
-        "other labels",
-        lambda fold: {"labels": sorted({row["label"] for row in fold.rows})},
-        lambda fold: fold.evaluation_directory / "cases.csv",
-    )
-
-
-def _settings(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    return _result(manifest["config"])
-
-
-def _result(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in config.items() if key not in ALIKE}
-
-
-def _same(folds: Sequence[Fold], what: str, value: Callable[[Fold], Mapping], where: Callable[[Fold], Path]) -> None:
-    """Every fold must have the first one's values."""
-    first = flatten(value(folds[0]))
-    for fold in folds[1:]:
-        own = flatten(value(fold))
-        for key in {**first, **own}:
-            if own.get(key) != first.get(key):
+def _check_recipe(fold: Fold, first: Fold) -> None:
+    expected = first.recipe()
+    for what, (path, values) in fold.recipe().items():
+        own, theirs = flatten(values), flatten(expected[what][1])
+        for key in {**theirs, **own}:
+            if own.get(key) != theirs.get(key):
                 raise DataError(
-                    f"fold {fold.number} has {what} than fold {folds[0].number}",
-                    where=where(fold),
-                    seen=f"{key}: {own.get(key)}; in fold {folds[0].number}: {first.get(key)}",
+                    f"fold {fold.number} has {what} than fold {first.number}",
+                    where=path,
+                    seen=f"{key}: {own.get(key)}; in fold {first.number}: {theirs.get(key)}",
                     rule="a cross-validation is one recipe on one data set and split",
                     hint="dvc repro, or distilldsm cross-validate",
                 )
@@ -217,22 +154,22 @@ def _same(folds: Sequence[Fold], what: str, value: Callable[[Fold], Mapping], wh
 def _check_cases(folds: Sequence[Fold]) -> None:
     held_out: dict[str, int] = {}
     for fold in folds:
-        pairs = [(row["case"], row["label"]) for row in fold.rows]
-        twice = [pair for pair in dict.fromkeys(pairs) if pairs.count(pair) > 1] if len(set(pairs)) < len(pairs) else []
-        if twice:
-            raise DataError(
-                "a case was scored twice", where=fold.evaluation_directory / "cases.csv", seen=", ".join(twice[0])
-            )
-        for case in dict.fromkeys(case for case, _ in pairs):
-            if case in held_out:
+        path = fold.evaluation_directory / "cases.csv"
+        pairs: set[tuple[str, str]] = set()
+        for row in fold.rows:
+            pair = (row["case"], row["label"])
+            if pair in pairs:
+                raise DataError("a case was scored twice", where=path, seen=", ".join(pair))
+            pairs.add(pair)
+            other = held_out.setdefault(row["case"], fold.number)
+            if other != fold.number:
                 raise DataError(
                     "a case was held out in two folds",
-                    where=fold.evaluation_directory / "cases.csv",
-                    seen=f"{case}, in fold {held_out[case]} too",
+                    where=path,
+                    seen=f"{row['case']}, in fold {other} too",
                     rule="each case is held out exactly once",
                     hint="evaluate the folds of one splits.json",
                 )
-            held_out[case] = fold.number
 
 
 def _check_splits(folds: Sequence[Fold], splits: Path) -> None:
@@ -246,9 +183,8 @@ def _check_splits(folds: Sequence[Fold], splits: Path) -> None:
                 seen=f"{splits} has changed since",
                 hint="dvc repro, or distilldsm cross-validate",
             )
-        wanted, scored = set(stored[fold.number]["held_out"]), {row["case"] for row in fold.rows}
-        if wanted != scored:
-            different = sorted(wanted ^ scored)
+        different = sorted(set(stored[fold.number]["held_out"]) ^ {row["case"] for row in fold.rows})
+        if different:
             raise DataError(
                 "the cases scored are not those held out",
                 where=fold.evaluation_directory / "cases.csv",

@@ -1,4 +1,7 @@
-"""Scores of one mask against the truth, on the scan's own grid.
+"""The metrics: scores of one mask against the truth, on the scan's own grid.
+
+`METRICS` is the one table of them. Tables, reports, `cases.csv`, DVC, MLflow, cross-validation, comparison and gate
+read it: a new metric is one entry there.
 
 Convention for empty masks (also in docs/metrics.md):
 
@@ -14,38 +17,147 @@ distance there can be: a missed structure costs, but one case cannot make a mean
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
+VOLUMES = ("volume_truth_ml", "volume_predicted_ml")
+"""What is measured of each mask besides the metrics."""
 
-METRICS = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "precision", "volume_error_ml")
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskPair:
+    """A true and a predicted mask, (X, Y, Z) on one grid, and what several metrics need of them."""
+
+    truth: Mask
+    prediction: Mask
+    spacing_mm: Sequence[float]
+    tolerance_mm: float
+    """Of the NSD."""
+
+    @cached_property
+    def n_truth(self) -> int:
+        """Voxels of the truth."""
+        return int(self.truth.sum())
+
+    @cached_property
+    def n_predicted(self) -> int:
+        """Voxels of the prediction."""
+        return int(self.prediction.sum())
+
+    @cached_property
+    def n_both(self) -> int:
+        """Voxels that are in both masks: the true positives."""
+        return int((self.truth & self.prediction).sum())
+
+    def volume_ml(self, voxels: int) -> float:
+        """The volume of so many voxels."""
+        return voxels * float(np.prod(self.spacing_mm)) / 1000
+
+    @cached_property
+    def surface_scores(self) -> tuple[float, float]:
+        """HD95 (mm) and NSD.
+
+        HD95 is the larger of the two 95th percentiles of surface distances, truth to prediction and back. NSD
+        (normalised surface Dice, Nikolov et al., 2018) is the share of both surfaces within the tolerance of the other.
+        """
+        if not self.n_truth and not self.n_predicted:
+            return 0.0, 1.0
+        if not self.n_truth or not self.n_predicted:
+            return float(np.linalg.norm(np.array(self.truth.shape) * np.array(self.spacing_mm))), 0.0
+        import surface_distance
+
+        window = _bounding_box(self.truth | self.prediction)
+        distances = surface_distance.compute_surface_distances(
+            np.ascontiguousarray(self.truth[window]),
+            np.ascontiguousarray(self.prediction[window]),
+            tuple(self.spacing_mm),
+        )
+        hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
+        return float(hd95), float(surface_distance.compute_surface_dice_at_tolerance(distances, self.tolerance_mm))
 
 
-@dataclass(frozen=True, kw_only=True)
-class LabelScore:
-    """Scores of one label in one case."""
+@dataclass(frozen=True)
+class Metric:
+    """One score of a predicted mask."""
 
-    label: str
-    dice: float
+    name: str
+    """Column of `cases.csv` and key in all files."""
+    title: str
+    """For people, without the unit."""
+    unit: str
+    """Empty: a fraction."""
+    higher_is_better: bool | None
+    """None: the best value is 0, and errors to both sides count."""
+    digits: int
+    """Decimals in tables for people; `metrics.json` holds one more."""
+    compute: Callable[[MaskPair], float | None]
+    """The score; None where it is undefined."""
+    main: bool = False
+    """Defined for all masks, shown first, tracked per label and with its interval. The gate may use it
+    (`ExportConfig.gate_metric`)."""
+
+    @property
+    def heading(self) -> str:
+        """Title and unit."""
+        return f"{self.title} {self.unit}".rstrip()
+
+    def text(self, value: float | None, sign: str = "") -> str:
+        """A value for people, a dash where it is undefined; `sign` "+" shows plus signs."""
+        return "-" if value is None else f"{value:{sign}.{self.digits}f}"
+
+    def badness(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
+        """Values of any shape, turned so that more is worse."""
+        if self.higher_is_better is None:
+            return np.abs(values)
+        return -values if self.higher_is_better else values
+
+
+def _share(part: int, whole: int) -> float | None:
+    return part / whole if whole else None
+
+
+def _dice(masks: MaskPair) -> float:
     """2 |A and B| / (|A| + |B|)."""
-    hd95_mm: float
-    """The larger of the two 95th percentiles of surface distances, truth to prediction and back, mm."""
-    nsd: float
-    """Normalised surface Dice (Nikolov et al., 2018): share of both surfaces within the tolerance of the other."""
-    sensitivity: float | None
-    """True positives / truth."""
-    specificity: float | None
+    voxels = masks.n_truth + masks.n_predicted
+    return 2 * masks.n_both / voxels if voxels else 1.0
+
+
+def _specificity(masks: MaskPair) -> float | None:
     """True negatives / voxels that are not truth, over the whole volume."""
-    precision: float | None
-    """True positives / prediction."""
-    volume_truth_ml: float
-    volume_predicted_ml: float
-    volume_error_ml: float
+    negatives = masks.truth.size - masks.n_truth
+    return _share(negatives - (masks.n_predicted - masks.n_both), negatives)
+
+
+def _volume_error_ml(masks: MaskPair) -> float:
     """Predicted minus true volume."""
+    return masks.volume_ml(masks.n_predicted - masks.n_truth)
+
+
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (  # name, title, unit, whether higher is better, digits, how it is computed
+        Metric("dice", "Dice", "", True, 4, _dice, main=True),
+        Metric("hd95_mm", "HD95", "mm", False, 2, lambda masks: masks.surface_scores[0], main=True),
+        Metric("nsd", "NSD", "", True, 4, lambda masks: masks.surface_scores[1], main=True),
+        Metric("sensitivity", "sensitivity", "", True, 4, lambda masks: _share(masks.n_both, masks.n_truth)),
+        Metric("specificity", "specificity", "", True, 4, _specificity),
+        Metric("precision", "precision", "", True, 4, lambda masks: _share(masks.n_both, masks.n_predicted)),
+        Metric("volume_error_ml", "volume error", "ml", None, 2, _volume_error_ml),
+        Metric("volume_error_abs_ml", "|volume error|", "ml", False, 2, lambda masks: abs(_volume_error_ml(masks))),
+    )
+}
+"""Name to metric, in the order of all tables."""
+
+
+def main_metrics() -> list[Metric]:
+    """The metrics that are shown first, see `Metric.main`."""
+    return [metric for metric in METRICS.values() if metric.main]
 
 
 def score_case(
@@ -55,7 +167,7 @@ def score_case(
     spacing_mm: Sequence[float],
     labels: Mapping[str, int | Sequence[int]],
     tolerance_mm: float = 1.0,
-) -> list[LabelScore]:
+) -> list[dict[str, Any]]:
     """Score every foreground label, or region of several labels.
 
     Args:
@@ -64,57 +176,28 @@ def score_case(
         labels: name to value, or to the values of a region; the value 0 (background) is not scored.
         tolerance_mm: of the NSD.
 
+    Returns:
+        Of each label a row: `label`, every metric (None where undefined), and VOLUMES.
+
     Raises:
         ValueError: the shapes differ.
     """
     if truth.shape != prediction.shape:
         raise ValueError(f"truth {truth.shape} and prediction {prediction.shape} lie on different grids")
-    return [
-        score_label(name, np.isin(truth, value), np.isin(prediction, value), spacing_mm, tolerance_mm)
-        for name, value in labels.items()
-        if value != 0
-    ]
-
-
-def score_label(
-    name: str, truth: Mask, prediction: Mask, spacing_mm: Sequence[float], tolerance_mm: float
-) -> LabelScore:
-    """Score one binary mask; see `LabelScore` and the module's convention for empty masks."""
-    n_truth, n_predicted = int(truth.sum()), int(prediction.sum())
-    both = int((truth & prediction).sum())
-    negatives = truth.size - n_truth
-    hd95_mm, nsd = _surface_scores(truth, prediction, spacing_mm, tolerance_mm)
-    voxel_ml = float(np.prod(spacing_mm)) / 1000
-    return LabelScore(
-        label=name,
-        dice=2 * both / (n_truth + n_predicted) if n_truth + n_predicted else 1.0,
-        hd95_mm=hd95_mm,
-        nsd=nsd,
-        sensitivity=both / n_truth if n_truth else None,
-        specificity=(negatives - (n_predicted - both)) / negatives if negatives else None,
-        precision=both / n_predicted if n_predicted else None,
-        volume_truth_ml=n_truth * voxel_ml,
-        volume_predicted_ml=n_predicted * voxel_ml,
-        volume_error_ml=(n_predicted - n_truth) * voxel_ml,
-    )
-
-
-def _surface_scores(
-    truth: Mask, prediction: Mask, spacing_mm: Sequence[float], tolerance_mm: float
-) -> tuple[float, float]:
-    """HD95 (mm) and NSD."""
-    if not truth.any() and not prediction.any():
-        return 0.0, 1.0
-    if not truth.any() or not prediction.any():
-        return float(np.linalg.norm(np.array(truth.shape) * np.array(spacing_mm))), 0.0
-    import surface_distance
-
-    window = _bounding_box(truth | prediction)
-    distances = surface_distance.compute_surface_distances(
-        np.ascontiguousarray(truth[window]), np.ascontiguousarray(prediction[window]), tuple(spacing_mm)
-    )
-    hd95 = surface_distance.compute_robust_hausdorff(distances, 95)
-    return float(hd95), float(surface_distance.compute_surface_dice_at_tolerance(distances, tolerance_mm))
+    rows: list[dict[str, Any]] = []
+    for name, value in labels.items():
+        if value == 0:
+            continue
+        masks = MaskPair(
+            truth=np.isin(truth, value),
+            prediction=np.isin(prediction, value),
+            spacing_mm=spacing_mm,
+            tolerance_mm=tolerance_mm,
+        )
+        scores = {metric.name: metric.compute(masks) for metric in METRICS.values()}
+        volumes = (masks.volume_ml(masks.n_truth), masks.volume_ml(masks.n_predicted))
+        rows.append({"label": name, **scores, **dict(zip(VOLUMES, volumes, strict=True))})
+    return rows
 
 
 def _bounding_box(mask: Mask) -> tuple[slice, ...]:

@@ -3,21 +3,21 @@
 Two tables of the same rows (case, label, scores): the predictions as they are, and with only the largest component of
 everything in `Targets.largest`. What is cut off a label, or off a region that shares none of its labels, changes its
 own scores only; what is cut off the region that contains all others changes theirs too, and the mean over them decides.
-So one such table serves for all decisions.
+So one such table serves for all decisions. `inference.postprocess` is what cuts.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.mapping import from_mapping
 from distilldsm.data.targets import LARGEST_NOT_TRIED
+from distilldsm.evaluation.tables import Row, ScoreTable, write_csv
 
 POSTPROCESSING = "postprocessing.json"
 POSTPROCESSED = "postprocessed.csv"
@@ -25,8 +25,6 @@ MIN_DICE_GAIN = 1e-4
 """Mean Dice must rise by more than this: the last digit in which Dice is reported."""
 SCHEMA_VERSION = 2
 
-Row = Mapping[str, Any]
-"""`case`, `label`, `dice`, `hd95_mm`, `volume_predicted_ml` and more; numbers, or text as csv gives them."""
 Groups = Mapping[str, Sequence[str]]
 """Of each label or region that is tried those whose scores change with it, see `Targets.changed_with`."""
 Fold = TypeVar("Fold", bound=Hashable)
@@ -37,8 +35,8 @@ class LabelDecision:
     """Whether only the largest component of a label or region is kept, and what that rests on."""
 
     keep_largest: bool
-    scores_of: tuple[str, ...] = ()
-    """All whose scores change with it: the means are over them. Empty before version 2: its own."""
+    scores_of: tuple[str, ...]
+    """All whose scores change with it: the means are over them."""
     dice_raw: float
     """Mean over the cases, as predicted."""
     dice_kept: float
@@ -55,7 +53,6 @@ class Postprocessing:
     """The contents of `postprocessing.json`."""
 
     schema_version: int = SCHEMA_VERSION
-    """1: regions were not tried, whatever the reasons say."""
     cases: int
     """Held-out cases it was decided on."""
     labels: Mapping[str, LabelDecision]
@@ -64,8 +61,8 @@ class Postprocessing:
     """Why, where none was."""
 
     def __post_init__(self) -> None:
-        if self.schema_version not in (1, SCHEMA_VERSION):
-            raise ConfigError("unknown version of the post-processing", seen=self.schema_version, rule="1 or 2")
+        if self.schema_version != SCHEMA_VERSION:
+            raise ConfigError("is of an unknown version", seen=self.schema_version, rule=str(SCHEMA_VERSION))
 
     @property
     def kept(self) -> tuple[str, ...]:
@@ -75,7 +72,7 @@ class Postprocessing:
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
         """Of each that was tried those whose scores change with it."""
-        return {label: decision.scores_of or (label,) for label, decision in self.labels.items()}
+        return {label: decision.scores_of for label, decision in self.labels.items()}
 
 
 def decide(raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None) -> Postprocessing:
@@ -88,44 +85,34 @@ def decide(raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None
     Raises:
         ValueError: they are not, or lack a label of `groups`.
     """
-    before, after = ({(r["case"], r["label"]): r for r in rows} for rows in (raw, kept))
-    if before.keys() != after.keys():
+    if _keys(raw) != _keys(kept):
         raise ValueError("the tables hold different cases or labels")
-    groups = _by_itself(raw) if groups is None else groups
-    unknown = {label for group in groups.values() for label in group} - {label for _, label in before}
+    before = ScoreTable.of(raw)
+    groups = {label: (label,) for label in before.labels} if groups is None else groups
+    unknown = {label for group in groups.values() for label in group} - set(before.labels)
     if unknown:
         raise ValueError(f"the tables lack {', '.join(sorted(unknown))}")
-    decisions = {}
-    for name, group in groups.items():
-        keys = [key for key in before if key[1] in group]
-
-        def mean(rows: Mapping[Any, Row], metric: str, keys: Sequence[Any] = keys) -> float:
-            return math.fsum(float(rows[key][metric]) for key in keys) / len(keys)
-
-        decisions[name] = _decision(
-            tuple(group),
-            dice=(mean(before, "dice"), mean(after, "dice")),
-            hd95=(mean(before, "hd95_mm"), mean(after, "hd95_mm")),
-            changed=len({key[0] for key in keys if _volume(before[key]) != _volume(after[key])}),
-        )
+    after = ScoreTable.of(kept).select(before.cases, before.labels)
+    decisions = {
+        name: _decision(*(table.select(before.cases, group) for table in (before, after)))
+        for name, group in groups.items()
+    }
     not_tried = "" if groups else LARGEST_NOT_TRIED
-    return Postprocessing(cases=len({case for case, _ in before}), labels=decisions, not_tried=not_tried)
+    return Postprocessing(cases=len(before.cases), labels=decisions, not_tried=not_tried)
 
 
-def _by_itself(rows: Sequence[Row]) -> Groups:
-    return {label: (label,) for label in dict.fromkeys(row["label"] for row in rows)}
+def _keys(rows: Sequence[Row]) -> set[tuple[str, str]]:
+    return {(row["case"], row["label"]) for row in rows}
 
 
-def _volume(row: Row) -> float:
-    return float(row["volume_predicted_ml"])
-
-
-def _decision(
-    scores_of: tuple[str, ...], *, dice: tuple[float, float], hd95: tuple[float, float], changed: int
-) -> LabelDecision:
+def _decision(before: ScoreTable, after: ScoreTable) -> LabelDecision:
+    """Of the scores of one group of labels, as predicted and with the largest component only."""
+    dice, hd95 = ([float(table.scores[name].mean()) for table in (before, after)] for name in ("dice", "hd95_mm"))
+    volumes = [table.scores["volume_predicted_ml"] for table in (before, after)]
+    changed = int((volumes[0] != volumes[1]).any(axis=1).sum())
     gain, further = dice[1] - dice[0], hd95[1] - hd95[0]
     keep = False
-    of = f"of {', '.join(scores_of)} " if len(scores_of) > 1 else ""
+    of = f"of {', '.join(before.labels)} " if len(before.labels) > 1 else ""
     mean_dice = f"mean Dice {of}{gain:+.5f}"
     if not changed:
         reason = "no case has a second component"
@@ -137,7 +124,7 @@ def _decision(
         keep, reason = True, f"{mean_dice}, HD95 {further:+.3f} mm"
     return LabelDecision(
         keep_largest=keep,
-        scores_of=scores_of,
+        scores_of=before.labels,
         dice_raw=dice[0],
         dice_kept=dice[1],
         hd95_raw=hd95[0],
@@ -166,12 +153,12 @@ def nested(
         raise ValueError("nothing is left to decide on: nested reporting needs two folds at least")
     reported: dict[Fold, list[Row]] = {}
     for fold, (raw, kept) in folds.items():
-        others = [tables for other, tables in folds.items() if other != fold]
-        found = decide([r for t in others for r in t[0]], [r for t in others for r in t[1]], groups)
-        changed = {label for name in found.kept for label in found.groups[name]}
-        after = {(r["case"], r["label"]): r for r in kept}
-        if after.keys() != {(r["case"], r["label"]) for r in raw}:
+        if _keys(raw) != _keys(kept):
             raise ValueError(f"the tables of fold {fold} hold different cases or labels")
+        others = [tables for other, tables in folds.items() if other != fold]
+        decided = decide([r for t in others for r in t[0]], [r for t in others for r in t[1]], groups)
+        changed = {label for name in decided.kept for label in decided.groups[name]}
+        after = {(r["case"], r["label"]): r for r in kept}
         reported[fold] = [after[r["case"], r["label"]] if r["label"] in changed else r for r in raw]
     return reported
 
@@ -180,22 +167,18 @@ def write_postprocessing(
     folder: Path, raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None
 ) -> Postprocessing:
     """Decide, and write POSTPROCESSING and the table POSTPROCESSED: the scores with the largest components only."""
-    from distilldsm.evaluation.tables import write_csv
-
-    found = decide(raw, kept, groups)
+    decided = decide(raw, kept, groups)
     write_csv(folder / POSTPROCESSED, kept)
-    write_json(folder / POSTPROCESSING, found)
-    return found
+    write_json(folder / POSTPROCESSING, decided)
+    return decided
 
 
-def load_postprocessing(path: Path) -> Postprocessing | None:
-    """Read `postprocessing.json`; None where there is none, as in evaluations from before it was written.
+def load_postprocessing(path: Path) -> Postprocessing:
+    """Read `postprocessing.json`.
 
     Raises:
-        DataError: it is damaged or of an unknown version.
+        DataError: it is missing, damaged or of an unknown version.
     """
-    if not path.is_file():
-        return None
     try:
         return from_mapping(Postprocessing, read_json(path), where=str(path))
     except ConfigError as error:

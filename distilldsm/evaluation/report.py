@@ -34,7 +34,7 @@ class Report:
     summary: Mapping[str, Any]
     """Of `tables.summarise`."""
     intervals: Mapping[str, Any]
-    """Of `statistics.intervals`."""
+    """Of `tables.intervals`."""
     postprocessing: Postprocessing | None = None
     """What keeping only the largest component would give; None where it was not scored."""
     distributions: Sequence[Picture] = ()

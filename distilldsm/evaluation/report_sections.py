@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.statistics import METHOD, bland_altman
 from distilldsm.report.page import facts_table, number, table
@@ -18,7 +19,6 @@ LOW_DICE = 0.7
 TIMES = " \u00d7 "
 NAMED = 5
 """So many cases are named in a sentence."""
-DIGITS = {"hd95_mm": 2}
 
 _ASKED_FOR = "Not in the scores above; <code>distilldsm predict --postprocess</code> does what is kept here"
 
@@ -141,16 +141,15 @@ def _relative_biases(rows: Rows, labels: Sequence[str]) -> dict[str, Any]:
 
 def scores(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> str:
     """Every label's scores with their intervals, and the mean of the labels."""
-    with_interval = ("dice", "hd95_mm", "nsd", "sensitivity", "precision")
-    names = ("Dice", "HD95 mm", "NSD", "sensitivity", "precision")
-    head = "".join(f"<th>{name}</th>" for name in ("label", *names, "sd of Dice", "median", "worst", "cases"))
+    names = [metric.heading for metric in METRICS.values()]
+    head = "".join(f"<th>{escape(name)}</th>" for name in ("label", *names, "sd of Dice", "median", "worst", "cases"))
 
     def cells(means: Mapping[str, Any], of: Mapping[str, Any]) -> str:
-        return "".join(
-            f"<td>{number(means[metric], DIGITS.get(metric, 4))}"
-            f"{f'<i>{_between(of[metric], DIGITS.get(metric, 3))}</i>' if of[metric] else ''}</td>"
-            for metric in with_interval
-        )
+        text = ""
+        for name, metric in METRICS.items():
+            interval = f"<i>{_between(of[name], min(metric.digits, 3))}</i>" if of[name] else ""
+            text += f"<td>{metric.text(means[name])}{interval}</td>"
+        return text
 
     body = ""
     for label, s in summary["labels"].items():

@@ -1,31 +1,46 @@
-"""How sure the means are, and how volumes agree: bootstrap intervals over patients, Bland-Altman limits."""
+"""How sure means are, and what differs: bootstrap intervals, paired tests, Bland-Altman limits."""
 
 from __future__ import annotations
 
 import math
-import statistics
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.evaluation.metrics import METRICS
-
+Floats = npt.NDArray[np.floating]
 LEVEL = 0.95
 RESAMPLES = 4999
 SEED = 0
 METHOD = "bootstrap over patients, bias-corrected and accelerated (BCa)"
 _DECIMALS = 12  # the same patients in another order are the same draw, whatever rounding errors make of it
+_DECIMALS_OF_PAIRS = 9  # of a difference: rounding errors must not rank what is equal
 _BATCH = 1 << 22
 """Numbers that a step of the bootstrap holds at a time."""
 
 Interval = tuple[float, float]
 
 
-def bootstrap_mean(table: npt.NDArray[np.floating], patients: Sequence[str] | None = None) -> Interval | None:
+def mean_of(values: Floats, axis: int | None = None) -> Any:
+    """The mean of the defined values (not NaN), over all or along an axis; NaN where none is."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing
+        return np.nanmean(values, axis=axis) if np.size(values) else np.nan
+
+
+def spread(values: Floats | Sequence[float]) -> tuple[float | None, float | None, int]:
+    """Mean, sample standard deviation (n - 1, None for fewer than two) and number of the defined values."""
+    known = np.asarray(values, dtype=np.float64)
+    known = known[~np.isnan(known)]
+    if not known.size:
+        return None, None, 0
+    return float(known.mean()), float(known.std(ddof=1)) if known.size > 1 else None, known.size
+
+
+def bootstrap_mean(table: Floats, patients: Sequence[str] | None = None) -> Interval | None:
     """The interval of the mean over columns of the means over cases; the same table gives the same interval.
 
     Patients are drawn with replacement, each with all its cases and columns (Efron, 1987: BCa; a cluster bootstrap).
@@ -41,8 +56,7 @@ def bootstrap_mean(table: npt.NDArray[np.floating], patients: Sequence[str] | No
     from scipy.stats import bootstrap
 
     scored = ~np.isnan(table).all(axis=1)
-    number_of = {patient: k for k, patient in enumerate(dict.fromkeys(patients or ()))}
-    whose = np.arange(len(table)) if patients is None else np.array([number_of[patient] for patient in patients])
+    whose = np.arange(len(table)) if patients is None else _numbered(patients)
     table, whose = table[scored], np.unique(whose[scored], return_inverse=True)[1]
     count = int(whose.max()) + 1 if len(whose) else 0
     if count < 2:
@@ -57,13 +71,13 @@ def bootstrap_mean(table: npt.NDArray[np.floating], patients: Sequence[str] | No
     def mean(drawn: npt.NDArray[np.integer], axis: int = -1) -> Any:
         drawn = np.moveaxis(drawn, axis, -1)
         with np.errstate(invalid="ignore"):  # a column without a score in this draw does not count
-            found = np.nanmean(sums[drawn].sum(axis=-2) / numbers[drawn].sum(axis=-2), axis=-1)
-        return np.round(found, _DECIMALS)
+            means = np.nanmean(sums[drawn].sum(axis=-2) / numbers[drawn].sum(axis=-2), axis=-1)
+        return np.round(means, _DECIMALS)
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # draws without any defined score, and BCa where it is undefined
         for method in ("BCa", "percentile"):
-            found = bootstrap(
+            interval = bootstrap(
                 (np.arange(count),),
                 mean,
                 vectorized=True,
@@ -73,45 +87,45 @@ def bootstrap_mean(table: npt.NDArray[np.floating], patients: Sequence[str] | No
                 method=method,
                 rng=np.random.default_rng(SEED),
             ).confidence_interval
-            if math.isfinite(found.low) and math.isfinite(found.high):
-                return float(found.low), float(found.high)
+            if math.isfinite(interval.low) and math.isfinite(interval.high):
+                return float(interval.low), float(interval.high)
     return None
 
 
-def intervals(rows: Sequence[Mapping[str, Any]], labels: Sequence[str]) -> dict[str, Any]:
-    """Intervals of what `tables.summarise` calls mean, for every metric.
-
-    Returns:
-        {"level", "method", "resamples", "seed", "labels": {label: {metric: [low, high]}}, "mean": {metric: [low,
-        high]}}; null where there is none.
-    """
-    patient_of = {row["case"]: row.get("patient") or row["case"] for row in rows}
-    cases, patients = {case: k for k, case in enumerate(patient_of)}, list(patient_of.values())
-    columns = {label: k for k, label in enumerate(labels)}
-    tables = {metric: np.full((len(cases), len(columns)), np.nan) for metric in METRICS}
-    for row in rows:
-        for metric, table in tables.items():
-            if row[metric] is not None:
-                table[cases[row["case"]], columns[row["label"]]] = row[metric]
-    return {
-        "level": LEVEL,
-        "method": METHOD,
-        "resamples": RESAMPLES,
-        "seed": SEED,
-        "labels": {
-            label: {metric: bootstrap_mean(table[:, [k]], patients) for metric, table in tables.items()}
-            for label, k in columns.items()
-        },
-        "mean": {metric: bootstrap_mean(table, patients) for metric, table in tables.items()},
-    }
+def _numbered(names: Sequence[Hashable]) -> npt.NDArray[np.integer]:
+    """Each name's number, in the order of their first appearance."""
+    number_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
+    return np.array([number_of[name] for name in names], dtype=int)
 
 
-def by_patient(differences: Sequence[float] | npt.NDArray[np.floating], patients: Sequence[str]) -> npt.NDArray:
+def by_patient(differences: Floats, patients: Sequence[str]) -> Floats:
     """(patients,) the mean difference of each patient's cases, in the order of their first ones."""
-    of_patient: dict[str, list[float]] = {}
-    for patient, difference in zip(patients, differences, strict=True):
-        of_patient.setdefault(patient, []).append(float(difference))
-    return np.array([statistics.fmean(values) for values in of_patient.values()])
+    whose = _numbered(patients)
+    return np.bincount(whose, weights=differences) / np.bincount(whose)
+
+
+def wilcoxon_p(differences: Floats, alternative: Literal["two-sided", "greater"] = "two-sided") -> float:
+    """p-value of the Wilcoxon signed-rank test (F. Wilcoxon, 1945); 1 where nothing differs.
+
+    The test takes its pairs for independent: of several cases of a patient give the mean difference (`by_patient`).
+    """
+    from scipy.stats import wilcoxon
+
+    differences = np.round(differences, _DECIMALS_OF_PAIRS)
+    if not differences.any():
+        return 1.0
+    p = float(wilcoxon(differences, alternative=alternative).pvalue)
+    return p if math.isfinite(p) else 1.0
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """Holm's step-down correction of p-values (S. Holm, 1979), in their order."""
+    corrected = [0.0] * len(p_values)
+    largest = 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        largest = max(largest, min(1.0, (len(p_values) - rank) * p_values[index]))
+        corrected[index] = largest
+    return corrected
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,8 +142,7 @@ class Agreement:
 
 def bland_altman(truth: Sequence[float], predicted: Sequence[float]) -> Agreement | None:
     """Bias and 95 % limits of agreement, in the unit of the volumes; None for fewer than two cases."""
-    differences = np.asarray(predicted, dtype=np.float64) - np.asarray(truth, dtype=np.float64)
-    if len(differences) < 2:
+    bias, sd, cases = spread(np.subtract(predicted, truth, dtype=np.float64))
+    if bias is None or sd is None:
         return None
-    bias, spread = float(differences.mean()), 1.96 * float(differences.std(ddof=1))
-    return Agreement(bias=bias, low=bias - spread, high=bias + spread, cases=len(differences))
+    return Agreement(bias=bias, low=bias - 1.96 * sd, high=bias + 1.96 * sd, cases=cases)

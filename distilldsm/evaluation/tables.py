@@ -1,19 +1,22 @@
-"""Tables over cases: rows, summaries, what DVC and the terminal show."""
+"""Tables of scores: rows in files, scores as arrays, the summary of a fold, and how tables look in a terminal."""
 
 from __future__ import annotations
 
 import csv
-import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from distilldsm.evaluation.metrics import METRICS
+from distilldsm.core.errors import DataError
+from distilldsm.evaluation.metrics import METRICS, VOLUMES, Metric, main_metrics
+from distilldsm.evaluation.statistics import LEVEL, METHOD, RESAMPLES, SEED, Floats, bootstrap_mean, mean_of, spread
 
 Row = Mapping[str, Any]
-LOWER_IS_BETTER = {"hd95_mm"}
+"""`case`, `label`, the metrics (None where undefined) and VOLUMES; where they are known `patient` and `fold`."""
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -25,68 +28,175 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
 
 
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a `cases.csv`, scores as float, undefined ones as None.
+
+    Raises:
+        DataError: the file is missing or no table of scores.
+    """
+    if not path.is_file():
+        raise DataError("is missing", where=path, hint="dvc repro, or distilldsm evaluate")
+    numbers = (*METRICS, *VOLUMES)
+    with open(path, newline="", encoding="utf-8") as stream:
+        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+    needed = {"case", "label", *numbers}
+    if not rows or not needed <= rows[0].keys():
+        absent = ", ".join(sorted(needed - rows[0].keys())) if rows else "all rows"
+        raise DataError("is no table of scores", where=path, seen=f"lacks {absent}", hint="evaluate again (dvc repro)")
+    try:
+        return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
+    except ValueError as error:
+        raise DataError("a score is no number", where=path, seen=str(error)) from None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScoreTable:
+    """The scores of cases and labels."""
+
+    cases: tuple[str, ...]
+    labels: tuple[str, ...]
+    patients: tuple[str, ...]
+    """Of each case; where none is known the case itself."""
+    scores: Mapping[str, Floats]
+    """Metric (or one of VOLUMES) to an array (cases, labels), NaN where it is undefined."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], labels: Iterable[str] | None = None) -> ScoreTable:
+        """From rows: all their cases, and these labels (default: all) in this order."""
+        patients = {row["case"]: row.get("patient") or row["case"] for row in rows}
+        places = {case: k for k, case in enumerate(patients)}
+        columns = {label: k for k, label in enumerate(dict.fromkeys(labels or (row["label"] for row in rows)))}
+        names = [name for name in (*METRICS, *VOLUMES) if name in rows[0]]
+        scores = {name: np.full((len(places), len(columns)), np.nan) for name in names}
+        for row in rows:
+            for name, array in scores.items():
+                if row[name] is not None and row["label"] in columns:
+                    array[places[row["case"]], columns[row["label"]]] = row[name]
+        return cls(cases=tuple(places), labels=tuple(columns), patients=tuple(patients.values()), scores=scores)
+
+    def select(self, cases: Sequence[str], labels: Sequence[str]) -> ScoreTable:
+        """The part of these cases and labels, in this order."""
+        rows = [self.cases.index(case) for case in cases]
+        index = np.ix_(rows, [self.labels.index(label) for label in labels])
+        return ScoreTable(
+            cases=tuple(cases),
+            labels=tuple(labels),
+            patients=tuple(self.patients[k] for k in rows),
+            scores={name: array[index] for name, array in self.scores.items()},
+        )
+
+
 def summarise(rows: Sequence[Row], labels: Iterable[str]) -> dict[str, Any]:
     """Statistics of every metric, per label over cases, and of the labels' mean per case.
 
     Returns:
         {"labels": {label: {metric: {mean, sd, median, worst, worst_case, defined, cases}}}, "mean": {metric: mean of
         the labels' means}}. sd is the sample standard deviation (n - 1), None for a single defined value.
-        `volume_error_ml` is judged by its size.
     """
-    summary: dict[str, Any] = {"cases": len({row["case"] for row in rows}), "labels": {}, "mean": {}}
-    for label in labels:
-        of_label = [row for row in rows if row["label"] == label]
-        summary["labels"][label] = {metric: _statistics(of_label, metric) for metric in METRICS}
-    for metric in METRICS:
-        means = [s[metric]["mean"] for s in summary["labels"].values() if s[metric]["mean"] is not None]
-        summary["mean"][metric] = sum(means) / len(means) if means else None
-    return summary
-
-
-def _statistics(rows: Sequence[Row], metric: str) -> dict[str, Any]:
-    defined = [(float(row[metric]), str(row["case"])) for row in rows if row[metric] is not None]
-    if not defined:
-        return dict.fromkeys(("mean", "sd", "median", "worst", "worst_case")) | {"defined": 0, "cases": len(rows)}
-    values = np.array([value for value, _ in defined])
-    badness = values if metric in LOWER_IS_BETTER else np.abs(values) if metric == "volume_error_ml" else -values
-    worst = int(np.argmax(badness))
+    table = ScoreTable.of(rows, labels)
+    of_labels = {
+        label: {name: _statistics(metric, table.scores[name][:, k], table.cases) for name, metric in METRICS.items()}
+        for k, label in enumerate(table.labels)
+    }
+    means = {name: np.array([of[name]["mean"] for of in of_labels.values()], dtype=float) for name in METRICS}
     return {
-        "mean": float(values.mean()),
-        "sd": float(values.std(ddof=1)) if len(values) > 1 else None,
-        "median": float(np.median(values)),
-        "worst": defined[worst][0],
-        "worst_case": defined[worst][1],
-        "defined": len(values),
-        "cases": len(rows),
+        "cases": len(table.cases),
+        "labels": of_labels,
+        "mean": {name: spread(of_metric)[0] for name, of_metric in means.items()},
     }
 
 
-def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Few numbers, well rounded: {metric: {"mean": ..., label: ...}}; undefined ones are left out."""
-    table: dict[str, Any] = {}
-    for metric in METRICS:
-        entry = {"mean": summary["mean"][metric]}
-        entry |= {label: s[metric]["mean"] for label, s in summary["labels"].items()}
-        table[metric] = {
-            key: round(value, 3 if metric.endswith(("_mm", "_ml")) else 5)
-            for key, value in entry.items()
-            if value is not None and math.isfinite(value)
-        }
-    return table
+def _statistics(metric: Metric, values: Floats, cases: Sequence[str]) -> dict[str, Any]:
+    mean, sd, defined = spread(values)
+    worst = int(np.nanargmax(metric.badness(values))) if defined else None
+    return {
+        "mean": mean,
+        "sd": sd,
+        "median": float(np.nanmedian(values)) if defined else None,
+        "worst": None if worst is None else float(values[worst]),
+        "worst_case": None if worst is None else cases[worst],
+        "defined": defined,
+        "cases": len(values),
+    }
+
+
+def intervals(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
+    """Intervals of what `summarise` calls mean, for every metric.
+
+    Returns:
+        {"level", "method", "resamples", "seed", "labels": {label: {metric: [low, high]}}, "mean": {metric: [low,
+        high]}}; null where there is none.
+    """
+    table = ScoreTable.of(rows, labels)
+    return {
+        "level": LEVEL,
+        "method": METHOD,
+        "resamples": RESAMPLES,
+        "seed": SEED,
+        "labels": {
+            label: {name: bootstrap_mean(table.scores[name][:, [k]], table.patients) for name in METRICS}
+            for k, label in enumerate(table.labels)
+        },
+        "mean": {name: bootstrap_mean(table.scores[name], table.patients) for name in METRICS},
+    }
+
+
+def case_means(table: ScoreTable, metric: str) -> Floats:
+    """(cases,) the mean over the labels."""
+    return np.asarray(mean_of(table.scores[metric], axis=1))
+
+
+def label_key(label: str) -> str:
+    """A label's key beside the key `mean` of the labels' mean: its name, but `label_mean` for a label named mean."""
+    return f"label_{label}" if re.fullmatch("(label_)*mean", label) else label
+
+
+def means_of(summary: Mapping[str, Any], metric: str) -> dict[str, float]:
+    """The labels' mean under `mean`, then each label's under its `label_key`; undefined ones are left out."""
+    of_labels = {label_key(label): of[metric]["mean"] for label, of in summary["labels"].items()}
+    means = {"mean": summary["mean"][metric], **of_labels}
+    return {key: value for key, value in means.items() if value is not None}
+
+
+def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Few numbers, well rounded: {metric: `means_of`}."""
+    return {
+        name: {key: round(value, metric.digits + 1) for key, value in means_of(summary, name).items()}
+        for name, metric in METRICS.items()
+    }
+
+
+def metrics_for_mlflow(summary: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> dict[str, float]:
+    """`test_METRIC_mean`; of the main metrics also `test_METRIC_LABEL` and the interval of the mean."""
+    values: dict[str, float] = {}
+    for name, metric in METRICS.items():
+        means = means_of(summary, name)
+        values |= {f"test_{name}_{key}": value for key, value in means.items() if metric.main or key == "mean"}
+        interval = intervals["mean"][name] if intervals is not None and metric.main else None
+        if interval is not None:
+            values |= {f"test_{name}_mean_ci_low": interval[0], f"test_{name}_mean_ci_high": interval[1]}
+    return values
+
+
+def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    """Lines of cells as columns: the first `left` ones flush left, the others flush right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(
+            cell.ljust(w) if k < left else cell.rjust(w) for k, (cell, w) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    ]
 
 
 def format_table(summary: Mapping[str, Any], title: str = "") -> str:
-    """Dice, HD95 and NSD per label, for the terminal."""
-    width = max(len(label) for label in [*summary["labels"], "label"]) + 2
-    lines = [title] if title else []
-    lines.append(f"{'label':{width}}{'Dice':>8}{'sd':>8}{'worst':>8}{'HD95 mm':>10}{'NSD':>8}{'cases':>7}")
-    for label, s in summary["labels"].items():
-        dice, hd95, nsd = s["dice"], s["hd95_mm"], s["nsd"]
-        sd = "-" if dice["sd"] is None else f"{dice['sd']:.4f}"
-        lines.append(
-            f"{label:{width}}{dice['mean']:8.4f}{sd:>8}{dice['worst']:8.4f}"
-            f"{hd95['mean']:10.2f}{nsd['mean']:8.4f}{dice['cases']:7d}"
-        )
-    mean = summary["mean"]
-    lines.append(f"{'mean':{width}}{mean['dice']:8.4f}{'':16}{mean['hd95_mm']:10.2f}{mean['nsd']:8.4f}")
-    return "\n".join(lines)
+    """The main metrics per label, for the terminal; of the first one also how it spreads."""
+    first, *others = main_metrics()
+    lines = [("label", first.heading, "sd", "worst", *(metric.heading for metric in others), "cases")]
+    for label, of in summary["labels"].items():
+        spreads = [first.text(of[first.name][key]) for key in ("mean", "sd", "worst")]
+        means = [metric.text(of[metric.name]["mean"]) for metric in others]
+        lines.append((label_key(label), *spreads, *means, str(of[first.name]["cases"])))
+    means = [metric.text(summary["mean"][metric.name]) for metric in others]
+    lines.append(("mean", first.text(summary["mean"][first.name]), "", "", *means, ""))
+    return "\n".join(([title] if title else []) + aligned(lines))

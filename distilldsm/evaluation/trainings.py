@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,9 @@ from distilldsm.core.cost import TIMING
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json
 from distilldsm.core.output_directory import MANIFEST
-from distilldsm.evaluation.fold_table import costs_of_fold
-from distilldsm.evaluation.folds import ALIKE, CASES_POSTPROCESSED
-
-COMPARED = ("dice", "hd95_mm", "nsd", "sensitivity", "specificity", "volume_error_abs_ml")
-"""The scores that are compared; the last is the size of `volume_error_ml`."""
-READ = (*COMPARED[:-1], "volume_error_ml", "volume_truth_ml")
-Scores = Mapping[tuple[str, str], Mapping[str, float]]
-"""(case, label) to metric to value; undefined values are missing."""
+from distilldsm.evaluation.costs import costs_of_fold
+from distilldsm.evaluation.folds import CASES_POSTPROCESSED, recipe_of
+from distilldsm.evaluation.tables import ScoreTable, read_rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,25 +21,16 @@ class Training:
     """The evaluated folds of one training."""
 
     name: str
-    folds: tuple[Scores, ...]
-    costs: tuple[Mapping[str, Any], ...] = ()
-    """Of each fold, as far as they are known, see `crossval.table.costs_of_fold`."""
-    patients: Mapping[str, str] = field(default_factory=dict)
-    """Case to patient; cases that are missing are taken for patients of their own."""
-    folders: tuple[Path, ...] = ()
+    scores: ScoreTable
+    """Of the cases of all folds."""
+    fold_of: Mapping[str, int]
+    """Case to the place of its fold."""
+    costs: tuple[Mapping[str, Any], ...]
+    """Of each fold, as far as they are known, see `costs.costs_of_fold`."""
+    folders: tuple[Path, ...]
     """What it was read from."""
-    settings: tuple[Mapping[str, Any], ...] = ()
+    settings: tuple[Mapping[str, Any], ...]
     """Of the evaluation (the `evaluate` section), one after another, each once, as far as they are known."""
-
-    @property
-    def scores(self) -> dict[tuple[str, str], Mapping[str, float]]:
-        """Of all folds."""
-        return {key: values for fold in self.folds for key, values in fold.items()}
-
-    @property
-    def tolerances_mm(self) -> set[float]:
-        """Of the NSD, as far as they are known."""
-        return {float(one["nsd_tolerance_mm"]) for one in self.settings if "nsd_tolerance_mm" in one}
 
 
 def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool = False) -> Training:
@@ -58,13 +43,13 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
     Raises:
         DataError: a table is missing or damaged, a case was scored in two folds, or the folds are of different splits.
     """
-    folds: list[Scores] = []
-    taken: list[dict[str, Any]] = []
-    seen: dict[str, Path] = {}
-    patients: dict[str, str] = {}
+    rows: list[dict[str, Any]] = []
+    costs: list[Mapping[str, Any]] = []
     settings: list[Mapping[str, Any]] = []
+    folds: dict[tuple[int, str], int] = {}
+    seen: dict[str, tuple[int, Path]] = {}
     splits: dict[str, Path] = {}
-    for directory in _tables(directories):
+    for number, directory in enumerate(_tables(directories)):
         path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
         if postprocessed and (not path.is_file() or len(path.read_text(encoding="utf-8").splitlines()) < 2):
             raise DataError(
@@ -72,23 +57,21 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
                 where=directory,
                 seen=f"no {path.name}, or an empty one",
                 rule="a cross-validation of two folds or more: for each fold the others decide",
-                hint="distilldsm cross-validate; of an older one remove its folder first",
+                hint="distilldsm cross-validate",
             )
-        rows = _read(path)
-        patients |= {row["case"]: row["patient"] for row in rows if row.get("patient")}
-        by_fold: dict[str, list[dict[str, str]]] = {}
-        for row in rows:
-            by_fold.setdefault(row.get("fold", ""), []).append(row)
-        for of_fold in by_fold.values():
-            for case in {row["case"] for row in of_fold}:
-                if case in seen:
-                    raise DataError("a case was scored in two folds", where=path, seen=f"{case}, also in {seen[case]}")
-                seen[case] = path
-            folds.append(_scores(of_fold, path))
-        taken += _costs(directory)
-        settings += [one for one in [_settings(directory)] if one and one not in settings]
-        splits.setdefault(_split(directory), directory)
-    splits.pop("", None)
+        for row in read_rows(path):
+            fold = folds.setdefault((number, row.get("fold", "")), len(folds))
+            other, place = seen.setdefault(row["case"], (fold, path))
+            if other != fold:
+                raise DataError("a case was scored in two folds", where=path, seen=f"{row['case']}, also in {place}")
+            rows.append(row)
+        summary, manifest, timing = (_optional(directory / file) for file in ("summary.json", MANIFEST, TIMING))
+        costs += [costs_of_fold(timing)] if timing else summary.get("cost", {}).get("folds", [])
+        # Of a cross-validation its summary holds how it was evaluated, of an evaluated fold its manifest.
+        setting = recipe_of(summary.get("evaluate") or manifest.get("config", {}))
+        settings += [setting] if setting and setting not in settings else []
+        if split := manifest.get("inputs", {}).get("splits"):
+            splits.setdefault(split, directory)
     if len(splits) > 1:
         raise DataError(
             "are folds of different splits",
@@ -99,9 +82,9 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
         )
     return Training(
         name=name,
-        folds=tuple(folds),
-        costs=tuple(taken),
-        patients=patients,
+        scores=ScoreTable.of(rows),
+        fold_of={case: fold for case, (fold, _) in seen.items()},
+        costs=tuple(costs),
         folders=tuple(directories),
         settings=tuple(settings),
     )
@@ -118,45 +101,5 @@ def _tables(directories: Sequence[Path]) -> list[Path]:
     return found
 
 
-def _read(path: Path) -> list[dict[str, str]]:
-    with open(path, newline="", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    if not rows or not {"case", "label", *READ} <= rows[0].keys():
-        raise DataError("is no table of scores", where=path, rule=f"columns case, label, {', '.join(READ)}")
-    return rows
-
-
-def _scores(rows: Sequence[Mapping[str, str]], path: Path) -> Scores:
-    try:
-        found = {(r["case"], r["label"]): {m: float(r[m]) for m in READ if r[m]} for r in rows}
-    except ValueError as error:
-        raise DataError("a score is no number", where=path, seen=str(error)) from None
-    for values in found.values():
-        if "volume_error_ml" in values:
-            values["volume_error_abs_ml"] = abs(values["volume_error_ml"])
-    return found
-
-
-def _costs(directory: Path) -> list[dict[str, Any]]:
-    """What the folds of a directory took, as far as it tells."""
-    if (directory / TIMING).is_file():
-        return [costs_of_fold(read_json(directory / TIMING))]
-    if (directory / "summary.json").is_file():
-        cost = read_json(directory / "summary.json").get("cost")
-        return list(cost["folds"]) if cost else []
-    return []
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    """How it was evaluated: of a cross-validation its summary tells it, of an evaluated fold its manifest."""
-    for name, section in (("summary.json", "evaluate"), (MANIFEST, "config")):
-        told = read_json(directory / name).get(section, {}) if (directory / name).is_file() else {}
-        if told:
-            return {key: value for key, value in told.items() if key not in ALIKE}
-    return {}
-
-
-def _split(directory: Path) -> str:
-    """The hash of `splits.json` that a fold was evaluated with; empty where it is not known."""
-    path = directory / MANIFEST
-    return str(read_json(path).get("inputs", {}).get("splits", "")) if path.is_file() else ""
+def _optional(path: Path) -> dict[str, Any]:
+    return dict(read_json(path)) if path.is_file() else {}

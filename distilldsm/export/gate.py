@@ -5,7 +5,6 @@ The test takes its pairs for independent: of several cases of a patient the mean
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -15,12 +14,11 @@ import numpy as np
 
 from distilldsm.config import ExportConfig
 from distilldsm.core.errors import ConfigError
-from distilldsm.evaluation.statistics import by_patient
+from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.statistics import by_patient, wilcoxon_p
 from distilldsm.export.scores import Scores
 
 Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable"]
-LOWER_IS_BETTER = frozenset({"hd95_mm"})
-NAMES: Mapping[str, str] = {"dice": "Dice", "nsd": "NSD", "hd95_mm": "HD95 (mm)"}
 _DECIMALS = 9  # a difference that should equal the margin must not pass by a rounding error
 
 
@@ -92,10 +90,11 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
     problem = why_not_comparable(challenger, champion, gate.metric, version)
     if problem is not None or challenger is None or champion is None:
         return decided(outcome="not_comparable", reason=problem or "no scores")
+    metric = METRICS[gate.metric]
     differences = paired_differences(challenger, champion, gate.metric)
     known = {**champion.patients, **challenger.patients}
     pairs = by_patient(differences, [known.get(case, case) for case in sorted(challenger.cases)])
-    mean, p = round(float(differences.mean()), _DECIMALS), p_value(pairs, gate.margin)
+    mean, p = round(float(differences.mean()), _DECIMALS), wilcoxon_p(pairs - gate.margin, "greater")
     outcome: Outcome = "better"
     if not mean > gate.margin:
         outcome = "not_better"
@@ -107,8 +106,9 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
         "not_significant": f"better, but p is above {gate.p or 0:g}, than",
     }[outcome]
     of = f" of {len(pairs)} patients" if len(pairs) < len(differences) else ""
+    measured = mean if metric.higher_is_better else -mean
     reason = (
-        f"{said} version {version}: mean {NAMES[gate.metric]} difference {_worded(mean, gate.metric)} "
+        f"{said} version {version}: mean {metric.heading} difference {metric.text(measured, sign='+')} "
         f"over {len(differences)} cases{of}, p {p:.3g}"
     )
     return decided(outcome=outcome, reason=reason, difference=mean, p=p, cases=len(differences))
@@ -156,21 +156,9 @@ def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.
 
     The scores must be of the same cases (see `why_not_comparable`).
     """
-    cases = sorted(challenger.cases)
     ours, theirs = challenger.per_case(metric), champion.per_case(metric)
-    differences = np.array([ours[case] - theirs[case] for case in cases])
-    return -differences if metric in LOWER_IS_BETTER else differences
-
-
-def p_value(differences: np.ndarray, margin: float) -> float:
-    """One-sided Wilcoxon signed-rank test of paired differences being above a margin; 1 where all equal it."""
-    from scipy.stats import wilcoxon
-
-    above = np.round(differences - margin, _DECIMALS)
-    if not above.any():
-        return 1.0
-    p = float(wilcoxon(above, alternative="greater").pvalue)
-    return p if math.isfinite(p) else 1.0
+    differences = np.array([ours[case] - theirs[case] for case in sorted(challenger.cases)])
+    return -METRICS[metric].badness(differences)
 
 
 def gate_from(values: Mapping[str, Any] | None) -> Gate:
@@ -181,12 +169,6 @@ def gate_from(values: Mapping[str, Any] | None) -> Gate:
         return from_mapping(Gate, values or {}, where="gate")
     except ConfigError:
         return Gate()
-
-
-def _worded(difference: float, metric: str) -> str:
-    if metric in LOWER_IS_BETTER:  # shown as it is measured: less is better
-        return f"{-difference:+.4g}"
-    return f"{difference:+.4f}"
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,9 +12,10 @@ from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json, sha256_file
 from distilldsm.core.mapping import from_mapping
 from distilldsm.core.output_directory import MANIFEST, content_hash
+from distilldsm.evaluation.metrics import main_metrics
+from distilldsm.evaluation.tables import metrics_for_mlflow, read_rows
 
 SCORES = "scores.json"
-METRICS = ("dice", "nsd", "hd95_mm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,18 +40,18 @@ class Scores:
     mean: Mapping[str, float] = field(default_factory=dict)
     """Under the names of the run's metrics, e.g. `test_dice_mean`."""
     cases: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    """Case to label to `dice`, `nsd`, `hd95_mm`; empty without an evaluation."""
+    """Case to label to the main metrics, `dice` and so on; empty without an evaluation."""
     patients: Mapping[str, str] = field(default_factory=dict)
-    """Case to patient; older files tell none, and cases that are missing are taken for patients of their own."""
+    """Case to patient; cases that are missing are taken for patients of their own."""
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the scores", seen=self.schema_version, rule="1")
+        needed = [metric.name for metric in main_metrics()]
         for case, rows in self.cases.items():
-            if set(rows) != set(self.labels) or not all(
-                math.isfinite(row.get(metric, math.nan)) for row in rows.values() for metric in METRICS
-            ):
-                raise ConfigError(f"case '{case}' lacks finite scores of every label", rule=", ".join(METRICS))
+            values = [row.get(name, math.nan) for row in rows.values() for name in needed]
+            if set(rows) != set(self.labels) or not all(map(math.isfinite, values)):
+                raise ConfigError(f"case '{case}' lacks finite scores of every label", rule=", ".join(needed))
 
     def per_case(self, metric: str) -> dict[str, float]:
         """Case to the mean of a metric over the labels."""
@@ -84,62 +84,53 @@ def collect_scores(
         "data_hash": _data_hash(preprocessed),
         "split_hash": sha256_file(preprocessed / "splits.json"),
     }
-    if evaluation is None or not (evaluation / MANIFEST).is_file():
-        return Scores(
-            source="validation", note="it was not evaluated", mean=_validation(model_dir, checkpoint), **facts
-        )
-    manifest = read_json(evaluation / MANIFEST)
+    note = "it was not evaluated"
     try:
-        settings, of = manifest["config"], manifest["inputs"]
-        note = ""
-        if manifest["fold"] != fold:
-            note = f"the evaluation is of fold {manifest['fold']}"
-        elif of["model"] != content_hash(model_dir):
-            note = "the evaluation is of another training"
-        elif "ensemble1" in of:
-            note = "the evaluation is of this network and others, averaged"
-        elif settings["checkpoint"] != checkpoint:
-            note = f"the evaluation is of checkpoint '{settings['checkpoint']}', exported is '{checkpoint}'"
-        if note:
-            return Scores(source="validation", note=note, mean=_validation(model_dir, checkpoint), **facts)
-        facts |= {"data_hash": of["dataset"], "split_hash": of["splits"]}
-        cases, patients = _cases(evaluation / "cases.csv")
-        return Scores(
-            source="evaluation",
-            nsd_tolerance_mm=float(settings["nsd_tolerance_mm"]),
-            mirror=bool(settings.get("mirror", False)),
-            labels=tuple(next(iter(cases.values()), {})),
-            mean=_means(read_json(evaluation / "summary.json")),
-            cases=cases,
-            patients=patients,
-            **facts,
-        )
-    except (KeyError, TypeError, ValueError, OSError, ConfigError) as error:
+        if evaluation is not None and (evaluation / MANIFEST).is_file():
+            manifest = read_json(evaluation / MANIFEST)
+            note = _not_of_this(manifest, content_hash(model_dir), fold=fold, checkpoint=checkpoint)
+            if not note:
+                return Scores(**facts | _evaluated(evaluation, manifest))
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise DataError(
             "is no evaluation that can be read",
             where=evaluation,
             seen=" ".join(f"{type(error).__name__}: {error}".split()),
             hint="evaluate the fold again (dvc repro evaluate)",
         ) from None
+    return Scores(source="validation", note=note, mean=_validation(model_dir, checkpoint), **facts)
 
 
-def _cases(path: Path) -> tuple[dict[str, dict[str, dict[str, float]]], dict[str, str]]:
-    """Case to label to scores, and case to patient where the table tells it."""
+def _not_of_this(manifest: Mapping[str, Any], model_hash: str, *, fold: int, checkpoint: str) -> str:
+    """Why an evaluation's scores are not those of the exported model; empty where they are."""
+    if manifest["fold"] != fold:
+        return f"the evaluation is of fold {manifest['fold']}"
+    if manifest["inputs"]["model"] != model_hash:
+        return "the evaluation is of another training"
+    if "ensemble1" in manifest["inputs"]:
+        return "the evaluation is of this network and others, averaged"
+    if manifest["config"]["checkpoint"] != checkpoint:
+        return f"the evaluation is of checkpoint '{manifest['config']['checkpoint']}', exported is '{checkpoint}'"
+    return ""
+
+
+def _evaluated(evaluation: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation's directory says of the scores."""
     cases: dict[str, dict[str, dict[str, float]]] = {}
-    patients: dict[str, str] = {}
-    with path.open(newline="", encoding="utf-8") as stream:
-        for row in csv.DictReader(stream):
-            cases.setdefault(row["case"], {})[row["label"]] = {metric: float(row[metric]) for metric in METRICS}
-            if row.get("patient"):
-                patients[row["case"]] = row["patient"]
-    return cases, patients
-
-
-def _means(summary: Mapping[str, Any]) -> dict[str, float]:
-    means = {f"test_{metric}_mean": summary["mean"][metric] for metric in METRICS}
-    for label, of_label in summary["labels"].items():
-        means |= {f"test_{metric}_{label}": of_label[metric]["mean"] for metric in METRICS}
-    return {name: float(value) for name, value in means.items() if value is not None}
+    rows = read_rows(evaluation / "cases.csv")
+    for row in rows:
+        cases.setdefault(row["case"], {})[row["label"]] = {m.name: row[m.name] for m in main_metrics()}
+    return {
+        "source": "evaluation",
+        "data_hash": manifest["inputs"]["dataset"],
+        "split_hash": manifest["inputs"]["splits"],
+        "nsd_tolerance_mm": float(manifest["config"]["nsd_tolerance_mm"]),
+        "mirror": bool(manifest["config"]["mirror"]),
+        "labels": tuple(dict.fromkeys(row["label"] for row in rows)),
+        "mean": metrics_for_mlflow(read_json(evaluation / "summary.json")),
+        "cases": cases,
+        "patients": {row["case"]: row["patient"] for row in rows if row.get("patient")},
+    }
 
 
 def _validation(model_dir: Path, checkpoint: str) -> dict[str, float]:

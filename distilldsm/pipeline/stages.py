@@ -294,7 +294,7 @@ def cross_validate(
         Whether the models may leave. (One output only: kfp's local runner cannot tell several apart in a condition.)
     """
     from distilldsm.components import cross_validate as stage
-    from distilldsm.evaluation.fold_table import number
+    from distilldsm.evaluation.metrics import METRICS
 
     with component("cross_validate"):
         threshold = section(ExportConfig, config, "export").min_dice
@@ -318,7 +318,7 @@ def cross_validate(
         rows = [(label, of_label["dice"]) for label, of_label in table["labels"].items()]
         lines = ["| label | Dice | sd over folds | sd over cases | folds |", "|---|---|---|---|---|"]
         for label, score in rows:
-            cells = (number(score[key]) for key in ("mean_folds", "sd_folds", "sd_cases"))
+            cells = (METRICS["dice"].text(score[key]) for key in ("mean_folds", "sd_folds", "sd_cases"))
             lines.append(f"| {label} | {' | '.join(cells)} | {score['folds']} |")
         listed = ", ".join(str(fold) for fold in table["folds"])
         lines += ["", f"Folds {listed}. Mean Dice {dice:.4f}, threshold {threshold:g}: **{verdict}**."]

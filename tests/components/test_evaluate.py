@@ -21,14 +21,11 @@ from distilldsm.core.output_directory import file_hashes, is_current
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets, regions_from_labels
-from distilldsm.evaluation import tables
 from distilldsm.evaluation.postprocess import load_postprocessing
-from distilldsm.evaluation.statistics import intervals
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.io.volume import read_image
 from tests.data.volumes import write_dataset
-from tests.evaluation.test_tables import rows
 from tests.inference.test_scores import slanted
 
 
@@ -278,19 +275,6 @@ def test_what_validation_found_is_told_and_evaluates_anew(trained, tmp_path, mon
 def evaluated(config: EvaluateConfig, inputs: dict[str, Path], output: Path) -> str:
     run(config, inputs, {"evaluation": output}, fold=0)
     return (output / "report.html").read_text()
-
-
-def test_mlflow_is_told_the_intervals():
-    summary = tables.summarise(rows(), ["one"])
-    sure = intervals(rows(), ["one"])
-    metrics = stage.tracked_metrics(summary, sure)
-    assert metrics["test_dice_mean_ci_low"] < metrics["test_dice_mean"] < metrics["test_dice_mean_ci_high"]
-    assert metrics["test_dice_one"] == metrics["test_dice_mean"]
-    assert all(isinstance(value, float) for value in metrics.values())
-    alone = stage.tracked_metrics(summary, intervals(rows()[:1], ["one"]))
-    assert metrics.keys() - alone.keys() == {
-        f"test_{metric}_mean_ci_{end}" for metric in ("dice", "hd95_mm", "nsd") for end in ("low", "high")
-    }
 
 
 def test_what_predictions_take_is_measured(trained, tmp_path, monkeypatch):

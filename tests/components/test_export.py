@@ -16,13 +16,14 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distilldsm
-from distilldsm.components.export import _decided, main, run
+from distilldsm.components.export import main, run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.output_directory import content_hash
+from distilldsm.evaluation.metrics import METRICS, VOLUMES
 from distilldsm.evaluation.postprocess import write_postprocessing
-from distilldsm.evaluation.tables import write_csv
+from distilldsm.evaluation.tables import summarise, write_csv
 from distilldsm.export import build
 from distilldsm.inference.predict import Predictor
 from distilldsm.models.package import verify
@@ -199,12 +200,12 @@ def test_what_training_and_evaluation_decided_travels_with_the_model(made, trace
     write_json(model / "model.json", read_json(model / "model.json") | changes)
     evaluation = tmp_path / "evaluation"
     evaluation.mkdir()
-    facts = {"dice": 0.5, "nsd": 0.5, "hd95_mm": 3.0, "volume_predicted_ml": 2.0}
+    facts = dict.fromkeys((*METRICS, *VOLUMES), 0.5) | {"hd95_mm": 3.0, "volume_predicted_ml": 2.0}
     rows = [{"case": c, "label": label, **facts} for c in ("one", "two") for label in ("shell", "core")]
     better = {"dice": 0.6, "volume_predicted_ml": 1.0}
     write_csv(evaluation / "cases.csv", rows)
     write_postprocessing(evaluation, rows, [r | better if r["label"] == "core" else r for r in rows])
-    write_json(evaluation / "summary.json", {"mean": {"dice": 0.5, "nsd": 0.5, "hd95_mm": 3.0}, "labels": {}})
+    write_json(evaluation / "summary.json", summarise(rows, ["shell", "core"]))
     manifest = {
         "fold": FOLD,
         "files": {},
@@ -226,20 +227,6 @@ def test_what_training_and_evaluation_decided_travels_with_the_model(made, trace
     write_json(evaluation / "manifest.json", manifest | {"inputs": manifest["inputs"] | {"model": "another"}})
     run(LOOSE, inputs, {"export": tmp_path / "out"}, fold=FOLD)
     assert verify(tmp_path / "out").postprocessing is None
-
-
-def test_older_evaluations_did_not_try_regions(made, tmp_path):
-    model = copy_model(made, tmp_path / "model")
-    facts = {"dice": 0.5, "hd95_mm": 3.0, "volume_predicted_ml": 2.0}
-    rows = [{"case": "one", "label": label, **facts} for label in ("shell", "core")]
-    write_postprocessing(tmp_path, rows, rows)
-    assert _decided(model, tmp_path) == ()
-    write_json(tmp_path / "postprocessing.json", read_json(tmp_path / "postprocessing.json") | {"schema_version": 1})
-    assert _decided(model, tmp_path) == ()
-    plan = read_json(model / "plan.json")
-    regions = [{"name": name, "values": [value], "written_as": value} for name, value in (("shell", 1), ("core", 2))]
-    write_json(model / "plan.json", plan | {"regions": regions})
-    assert _decided(model, tmp_path) is None
 
 
 def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch, capsys):

@@ -15,6 +15,7 @@ from distilldsm.core.files import write_json
 from distilldsm.core.output_directory import output_directory
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.postprocess import write_postprocessing
 
 LABELS = ("shell", "core")
 
@@ -28,6 +29,7 @@ def random_rows(cases: Sequence[str], seed: int, labels: Sequence[str] = LABELS)
             row: dict[str, Any] = {"case": case, "label": label}
             row |= {metric: float(f"{rng.uniform(0, 1):.6g}") for metric in METRICS}
             row["volume_error_ml"] = float(f"{rng.normal(0, 3):.6g}")
+            row["volume_error_abs_ml"] = abs(row["volume_error_ml"])
             if rng.random() < 0.3:
                 row["sensitivity"] = None
             rows.append(row | {"volume_truth_ml": 2.0, "volume_predicted_ml": 2.5})
@@ -82,6 +84,7 @@ def write_fold(
         evaluation, stage="evaluate", config=evaluate or EvaluateConfig(), inputs=inputs, extra={"fold": fold}
     ) as work:
         tables.write_csv(work / "cases.csv", list(rows))
+        write_postprocessing(work, rows, rows)
         labels = list(dict.fromkeys(row["label"] for row in rows))
         write_json(work / "summary.json", {"fold": fold, **tables.summarise(rows, labels)})
         machine = {key: training[key] for key in ("device", "device_name", "threads", "torch")}

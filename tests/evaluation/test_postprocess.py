@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilldsm.core.errors import DataError
+from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.evaluation.postprocess import decide, load_postprocessing, nested, write_postprocessing
 
@@ -84,10 +84,9 @@ def test_nested_regions_change_together():
     assert reported[1] == folds[1][0]
 
 
-def test_text_as_csv_gives_it_and_tables_that_do_not_fit():
+def test_tables_that_do_not_fit():
     raw, kept = rows("a", 0.8, 0.8), rows("a", 0.9, 0.9, volume=0.5)
-    text = [[{k: str(v) for k, v in r.items()} for r in table] for table in (raw, kept)]
-    assert decide(*text) == decide(raw, kept)
+    assert decide(raw, kept[::-1]) == decide(raw, kept), "in whatever order"
     with pytest.raises(ValueError, match="different cases"):
         decide(raw, kept[:1])
 
@@ -125,18 +124,25 @@ def test_nested_needs_folds_that_fit():
 
 def test_files(tmp_path):
     raw, kept = fold("x", 0.1)
-    found = write_postprocessing(tmp_path, raw, kept)
+    decided = write_postprocessing(tmp_path, raw, kept)
     path = tmp_path / "postprocessing.json"
-    assert load_postprocessing(path) == found
+    assert load_postprocessing(path) == decided
     written = read_json(path)
-    assert written["schema_version"] == 2
-    old = {key: {k: v for k, v in one.items() if k != "scores_of"} for key, one in written["labels"].items()}
-    write_json(path, {"schema_version": 1, "cases": 2, "labels": old})
-    assert load_postprocessing(path).groups == {"a": ("a",)}
-    assert written["labels"]["a"]["keep_largest"] is True
+    assert (written["schema_version"], written["cases"]) == (2, 2)
+    assert written["labels"]["a"] == {
+        "keep_largest": True,
+        "scores_of": ["a"],
+        "dice_raw": 0.6,
+        "dice_kept": pytest.approx(0.7),
+        "hd95_raw": 2.0,
+        "hd95_kept": 2.0,
+        "cases_changed": 2,
+        "reason": "mean Dice +0.10000, HD95 +0.000 mm",
+    }
     assert (tmp_path / "postprocessed.csv").read_text().splitlines()[0] == ",".join(raw[0])
-    assert load_postprocessing(tmp_path / "none.json") is None
-    for change in ({"schema_version": 3}, {"labels": []}, {"more": 1}):
+    for change in ({"schema_version": 1}, {"labels": []}, {"more": 1}):
         write_json(path, written | change)
         with pytest.raises(DataError, match="evaluate the fold again"):
             load_postprocessing(path)
+    with pytest.raises(UserError, match="is missing"):
+        load_postprocessing(tmp_path / "none.json")

@@ -1,14 +1,25 @@
-"""Intervals and limits of agreement against SciPy and numbers computed by hand."""
+"""Intervals, paired tests and limits of agreement against SciPy and numbers computed by hand."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy import stats
 
-from distilldsm.evaluation.metrics import METRICS
-from distilldsm.evaluation.statistics import LEVEL, RESAMPLES, SEED, bland_altman, bootstrap_mean, intervals
-from distilldsm.evaluation.tables import summarise
+from distilldsm.evaluation.statistics import (
+    LEVEL,
+    RESAMPLES,
+    SEED,
+    bland_altman,
+    bootstrap_mean,
+    by_patient,
+    holm,
+    mean_of,
+    spread,
+    wilcoxon_p,
+)
 
 
 def test_one_column_is_scipys_bca_interval():
@@ -85,23 +96,52 @@ def test_equal_cases_have_an_interval_of_no_width():
     assert bootstrap_mean(np.full((5, 2), 1.0)) == (1.0, 1.0)
 
 
-def test_intervals_are_of_what_the_summary_calls_mean():
-    rng = np.random.default_rng(5)
-    rows = [
-        {"case": f"c{k}", "label": label, **dict.fromkeys(METRICS, 0.5), "dice": rng.uniform(low, 1)}
-        for k in range(15)
-        for label, low in (("large", 0.8), ("small", 0.2))
-    ]
-    rows[0]["sensitivity"] = None
-    summary, found = summarise(rows, ["large", "small"]), intervals(rows, ["large", "small"])
-    for label in ("large", "small"):
-        low, high = found["labels"][label]["dice"]
-        assert low < summary["labels"][label]["dice"]["mean"] < high
-    low, high = found["mean"]["dice"]
-    assert low < summary["mean"]["dice"] < high
-    assert found["labels"]["large"]["sensitivity"] == (0.5, 0.5)
-    assert found == intervals(rows, ["large", "small"])
-    assert intervals(rows[:2], ["large", "small"])["mean"]["dice"] is None
+def test_spread_is_that_of_numpy_without_what_is_undefined():
+    values = [0.5, np.nan, 0.9, 0.1]
+    mean, sd, count = spread(values)
+    assert (mean, sd, count) == (pytest.approx(0.5), pytest.approx(np.std([0.5, 0.9, 0.1], ddof=1)), 3)
+    assert spread([0.25, np.nan]) == (0.25, None, 1)
+    assert spread([np.nan]) == spread([]) == (None, None, 0)
+    table = np.array([[1.0, np.nan], [np.nan, np.nan], [2.0, 4.0]])
+    np.testing.assert_array_equal(mean_of(table, axis=1), [1.0, np.nan, 3.0])
+    assert mean_of(table) == pytest.approx(7 / 3)
+
+
+def test_a_patient_is_one_pair():
+    assert by_patient(np.array([1.0, 5.0, 3.0, 4.0]), ["b", "a", "b", "c"]).tolist() == [2.0, 5.0, 4.0]
+
+
+def test_wilcoxon_ranks_equal_differences_as_ties_in_spite_of_rounding_errors():
+    a = [3, 1, 2, 2, 4, 1, 2, 1, 1, 3, 2, 1, 4, 1]
+    b = [1, 5, 5, 1, 5, 1, 3, 5, 3, 4, 5, 4, 1, 3]
+    true = stats.wilcoxon(np.subtract(b, a)).pvalue
+    millimetres = 1.4 * np.array(b) - 1.4 * np.array(a)  # HD95 in multiples of the voxel
+    assert stats.wilcoxon(millimetres).pvalue != pytest.approx(true, rel=0.1)
+    assert wilcoxon_p(millimetres) == pytest.approx(true)
+    differences = np.random.default_rng(0).normal(0.02, 0.05, 20)
+    assert wilcoxon_p(differences) == pytest.approx(stats.wilcoxon(differences).pvalue)
+    greater = stats.wilcoxon(differences, alternative="greater").pvalue
+    assert wilcoxon_p(differences, "greater") == pytest.approx(greater)
+    assert wilcoxon_p(np.full(4, 0.1) - 0.1) == wilcoxon_p(np.array([1e-12])) == 1.0
+    assert wilcoxon_p(np.array([0.1, 0.2, 0.3]), "greater") == pytest.approx(1 / 8)  # three signs out of three
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_rejects_what_the_step_down_procedure_rejects(p_values):
+    corrected = holm(p_values)
+    for alpha in (0.01, 0.05, 0.3):
+        rejected = set()
+        for rank, index in enumerate(sorted(range(len(p_values)), key=lambda k: p_values[k])):
+            if (len(p_values) - rank) * p_values[index] > alpha:
+                break
+            rejected.add(index)
+        assert {k for k, p in enumerate(corrected) if p <= alpha} == rejected
+
+
+def test_holm_by_hand():
+    assert holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])
+    assert holm([0.9, 0.8]) == [1.0, 1.0]
+    assert holm([]) == []
 
 
 def test_bland_altman_by_hand():

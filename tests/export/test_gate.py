@@ -12,10 +12,11 @@ from scipy.stats import wilcoxon
 
 from distilldsm.config import ExportConfig
 from distilldsm.core.errors import ConfigError
-from distilldsm.export.gate import Gate, decide, gate_from, p_value
+from distilldsm.evaluation.metrics import main_metrics
+from distilldsm.export.gate import Gate, decide, gate_from
 from distilldsm.export.scores import Scores
 
-METRICS = ("dice", "nsd", "hd95_mm")
+METRICS = [metric.name for metric in main_metrics()]
 
 
 def scored(*values: float, **facts) -> Scores:
@@ -56,7 +57,7 @@ def test_less_is_better_for_a_distance():
     gate = Gate(metric="hd95_mm")
     assert decide(near, far, gate, version="1").promoted
     assert decide(near, far, gate, version="1").difference == pytest.approx(0.5)
-    assert "difference -0.5 over" in decide(near, far, gate, version="1").reason
+    assert "mean HD95 mm difference -0.50 over" in decide(near, far, gate, version="1").reason
     assert not decide(far, near, gate, version="1").promoted
 
 
@@ -75,9 +76,10 @@ def test_the_p_value_counts_only_where_it_is_asked_for():
 
 
 def test_the_p_value_is_of_the_differences_above_the_margin():
-    differences = np.random.default_rng(0).normal(0.02, 0.01, 20)
-    assert p_value(differences, 0.01) == pytest.approx(wilcoxon(differences - 0.01, alternative="greater").pvalue)
-    assert p_value(np.full(4, 0.1), 0.1) == 1.0
+    differences = np.random.default_rng(0).normal(0.02, 0.01, 12).round(4)
+    decision = decide(scored(*(0.5 + differences)), scored(*[0.5] * 12), Gate(margin=0.01), version="1")
+    assert decision.p == pytest.approx(wilcoxon(differences - 0.01, alternative="greater").pvalue)
+    assert decide(scored(0.6, 0.6), scored(0.5, 0.5), Gate(margin=0.1), version="1").p == 1.0
 
 
 def test_a_patient_is_one_pair():
@@ -85,7 +87,7 @@ def test_a_patient_is_one_pair():
     patients = {f"c{k}": f"p{k // 2}" for k in range(6)}
     assert decide(high, low, Gate(), version="1").p == pytest.approx(1 / 64)
     mine = replace(high, patients=patients)
-    for champion in (low, replace(low, patients=patients)):  # of an older file nobody's patients are told
+    for champion in (low, replace(low, patients=patients)):  # one of them may not know the patients
         decision = decide(mine, champion, Gate(p=0.1), version="1")
         assert (decision.p, decision.cases, decision.outcome) == (pytest.approx(1 / 8), 6, "not_significant")
         assert decision.difference == pytest.approx(0.035)
@@ -101,7 +103,7 @@ def test_a_patient_is_one_pair():
         ({"cases": {}}, "carries no scores per case"),
     ],
 )
-def test_what_cannot_be_compared_is_said_with_a_mend(change, words):
+def test_what_cannot_be_compared_is_said_with_a_hint(change, words):
     mine = scored(0.9, 0.9)
     if "labels" in change:
         change["cases"] = {c: {"a": rows["a"], "c": rows["b"]} for c, rows in mine.cases.items()}

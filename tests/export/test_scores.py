@@ -11,8 +11,9 @@ import pytest
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.core.output_directory import content_hash
+from distilldsm.evaluation.metrics import METRICS, VOLUMES
 from distilldsm.evaluation.tables import summarise, write_csv
-from distilldsm.export.scores import METRICS, Scores, collect_scores, load_scores
+from distilldsm.export.scores import Scores, collect_scores, load_scores
 
 
 @pytest.fixture
@@ -26,8 +27,8 @@ def trained(tmp_path: Path) -> tuple[Path, Path, Path]:
     write_json(preprocessed / "splits.json", {"folds": []})
     write_json(preprocessed / "manifest.json", {"inputs": {"dataset": "data-hash"}, "files": {}})
     rows = [
-        {"case": case, "label": label, **dict.fromkeys(("dice", "nsd", "sensitivity", "specificity"), value)}
-        | {"hd95_mm": 10 * value, "precision": None, "volume_error_ml": 0.0}
+        {"case": case, "label": label, **dict.fromkeys((*METRICS, *VOLUMES), value)}
+        | {"hd95_mm": 10 * value, "precision": None}
         for case, value in (("one", 0.5), ("two", 1.0))
         for label in ("a", "b")
     ]
@@ -37,7 +38,7 @@ def trained(tmp_path: Path) -> tuple[Path, Path, Path]:
         evaluation / "manifest.json",
         {
             "fold": 1,
-            "config": {"checkpoint": "last", "nsd_tolerance_mm": 2.0},
+            "config": {"checkpoint": "last", "nsd_tolerance_mm": 2.0, "mirror": False},
             "inputs": {"dataset": "data-hash", "splits": "split-hash", "model": content_hash(model)},
         },
     )
@@ -69,10 +70,6 @@ def test_patients_are_told_where_the_evaluation_tells_them(trained, tmp_path):
     assert scores.patients == {"one": "p-one", "two": "p-two"}
     write_json(tmp_path / "scores.json", scores)
     assert load_scores(tmp_path / "scores.json") == scores
-    older = read_json(tmp_path / "scores.json")
-    del older["patients"]
-    write_json(tmp_path / "scores.json", older)
-    assert load_scores(tmp_path / "scores.json").cases == scores.cases
 
 
 def test_without_an_evaluation_there_is_what_training_saw(trained):
@@ -97,12 +94,18 @@ def test_an_evaluation_of_something_else_is_not_used(trained):
 def test_a_damaged_evaluation_stops(trained):
     evaluation = trained[2]
     text = (evaluation / "cases.csv").read_text()
-    for broken in (text.replace("0.5", "x", 1), text.replace("one,b", "one,c"), text.replace("0.5", "nan", 1)):
+    unreadable = r"evaluation: is no evaluation that can be read[\s\S]*evaluate the fold"
+    for broken, words in (
+        (text.replace("0.5", "x", 1), r"cases\.csv: a score is no number"),
+        (text.replace("one,b", "one,c"), unreadable),
+        (text.replace("0.5", "nan", 1), unreadable),
+        (text.replace("0.5", "", 1), unreadable),
+    ):
         (evaluation / "cases.csv").write_text(broken)
-        with pytest.raises(DataError, match=r"evaluation: is no evaluation that can be read[\s\S]*evaluate the fold"):
+        with pytest.raises(DataError, match=words):
             collected(trained)
     (evaluation / "cases.csv").unlink()
-    with pytest.raises(DataError, match="FileNotFoundError"):
+    with pytest.raises(DataError, match=r"cases\.csv: is missing"):
         collected(trained)
     shutil.copy(trained[0] / "model.json", evaluation / "manifest.json")
     with pytest.raises(DataError, match="KeyError"):
@@ -117,4 +120,4 @@ def test_a_file_of_another_version_is_none(trained, tmp_path):
         path.write_text(json.dumps(read_json(path) | change))
         assert load_scores(path) is None
         write_json(path, collected(trained))
-    assert load_scores(path).per_case(METRICS[0]) == {"one": 0.5, "two": 1.0}
+    assert load_scores(path).per_case("dice") == {"one": 0.5, "two": 1.0}
