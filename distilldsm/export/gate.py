@@ -14,7 +14,8 @@ import numpy as np
 
 from distilldsm.config import ExportConfig
 from distilldsm.core.errors import ConfigError
-from distilldsm.evaluation.metrics import METRICS
+from distilldsm.core.mapping import from_mapping, require
+from distilldsm.evaluation.metrics import METRICS, main_metrics
 from distilldsm.evaluation.statistics import by_patient, wilcoxon_p
 from distilldsm.export.scores import Scores
 
@@ -26,9 +27,14 @@ _DECIMALS = 9  # a difference that should equal the margin must not pass by a ro
 class Gate:
     """What a challenger must fulfil; see `ExportConfig.gate_metric`, `gate_margin` and `gate_p`."""
 
-    metric: Literal["dice", "nsd", "hd95_mm"] = "dice"
+    metric: str = "dice"
+    """One of the main metrics, see `distilldsm.evaluation.metrics`."""
     margin: float = 0.0
     p: float | None = None
+
+    def __post_init__(self) -> None:
+        names = [metric.name for metric in main_metrics()]
+        require(self.metric in names, "gate_metric", self.metric, f"one of {', '.join(names)}")
 
     @classmethod
     def of(cls, config: ExportConfig) -> Gate:
@@ -163,8 +169,6 @@ def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.
 
 def gate_from(values: Mapping[str, Any] | None) -> Gate:
     """The gate of a journal record; the default where it has none or one of another version."""
-    from distilldsm.core.mapping import from_mapping
-
     try:
         return from_mapping(Gate, values or {}, where="gate")
     except ConfigError:

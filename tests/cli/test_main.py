@@ -14,11 +14,14 @@ import pytest
 
 from distilldsm import __version__
 from distilldsm.cli.main import COMMANDS, STAGES, main
+from distilldsm.components import cross_validate
+from distilldsm.config import CrossValidationConfig
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import write_json
 from distilldsm.core.shell import run_shell
 from distilldsm.evaluation import tables
 from distilldsm.models.registry import MODELS
+from tests.evaluation.folds import write_folds
 from tests.export.fake import Exported, exported
 
 HEAVY = ("torch", "onnx", "mlflow", "pandas", "hydra", "great_expectations", "matplotlib", "dvc")
@@ -163,6 +166,16 @@ def test_summary_of_one_and_several_folds(tmp_path, monkeypatch, capsys):
     ]
     assert main(["summary", "evaluation/fold1", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"evaluation/fold1"}
+    write_folds(tmp_path, count=2)
+    inputs = {"evaluation": tmp_path / "evaluation", "models": tmp_path / "models"}
+    output = tmp_path / "cross_validation"
+    for folds in ((0, 1), (0,)):
+        cross_validate.run(CrossValidationConfig(folds=folds), inputs, {"cross_validation": output})
+        table = capsys.readouterr().out.split("\n", 1)[1]
+        assert main(["summary", "cross_validation"]) == 0
+        assert capsys.readouterr().out.split("\n", 1)[1] == table, "the table that the stage printed"
+        assert main(["summary"]) == 0
+        assert (table in capsys.readouterr().out) == (len(folds) > 1), "of one fold its own table is enough"
     write_json(tmp_path / "evaluation/fold0/summary.json", [1])
     assert main(["summary"]) == 1
 
