@@ -13,4 +13,4 @@ const parts = ["vega", "vega-lite", "vega-embed"].map((name) => {
 });
 // Within a page a script ends at the first "</script".
 const script = `${parts.join("\n")}\n`.replaceAll("</script", "<\\/script");
-writeFileSync(new URL("../distilldsm/cli/vega.js.gz", import.meta.url), gzipSync(script, { level: 9 }));
+writeFileSync(new URL("../distilldsm/report/vega.js.gz", import.meta.url), gzipSync(script, { level: 9 }));

@@ -6,24 +6,19 @@ DVC's own page loads Vega from another machine. It takes a template of the page,
 from __future__ import annotations
 
 import argparse
-import gzip
 import subprocess
 import sys
 import tempfile
-from importlib.resources import files
 from pathlib import Path
 
 COMMANDS = ("show", "diff")
-_STYLE = "body{font:15px system-ui,sans-serif;margin:1rem;display:flex;flex-wrap:wrap;gap:1.5rem}"
 
 
 def page_template() -> str:
     """DVC's page template with Vega in it; `{plot_divs}` is where DVC puts the plots."""
-    script = gzip.decompress(files("distilldsm.cli").joinpath("vega.js.gz").read_bytes()).decode("utf-8")
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Plots</title>{refresh_tag}\n'
-        f"<style>{_STYLE}</style>\n<script>{script}</script></head>\n<body>{{plot_divs}}</body></html>\n"
-    )
+    from distilldsm.report.page import render
+
+    return render("plots.html", title="Plots")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -64,8 +64,8 @@ def run(args: argparse.Namespace) -> None:
     scan = one.read(1)
     channel = scan.channels[0]
     truth = _mask(Path(args.truth), scan) if args.truth else None
-    masks = {str(path): _mask(Path(path), scan) for path in args.masks}
-    labels = _labels(args, [*masks.values(), *([] if truth is None else [truth])])
+    masks = [_mask(Path(path), scan) for path in args.masks]
+    labels = _labels(args, [*masks, *([] if truth is None else [truth])])
 
     def small(volume: npt.NDArray[np.generic], is_label: bool) -> bytes:
         return packed(volume, scan.affine, is_label=is_label, max_voxels=args.max_voxels)
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> None:
     packed_truth = None if truth is None else small(truth, True)
     cases = [
         ViewedCase(name=name, image=image, truth=packed_truth, prediction=small(mask, True))
-        for name, mask in zip(_names(args.masks), masks.values(), strict=False)
+        for name, mask in zip(_names(args.masks), masks, strict=True)
     ] or [ViewedCase(name=one.name, image=image, truth=packed_truth)]
     write_text(output, viewer_page(one.name, cases, labels))
     if scan.channels[0].raw.size > args.max_voxels:

@@ -13,7 +13,7 @@ from distilldsm.evaluation.fold_table import LARGEST, cost_lines, largest_lines,
 from distilldsm.evaluation.folds import Fold
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.report.figures import dice_panels, save_figure
-from distilldsm.report.page import HOW_TO_READ, cases_table, facts_table, figure, networks_named, page
+from distilldsm.report.old_page import HOW_TO_READ, cases_table, facts_table, figure, networks_named, page
 
 
 def draw(folds: Sequence[Fold], path: Path) -> None:

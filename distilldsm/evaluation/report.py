@@ -9,7 +9,7 @@ from typing import Any
 
 from distilldsm.evaluation import report_sections as parts
 from distilldsm.evaluation.postprocess import Postprocessing
-from distilldsm.report.page import HOW_TO_READ, cases_table, facts_table, figure, page, section
+from distilldsm.report.old_page import HOW_TO_READ, cases_table, facts_table, figure, page, section
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from distilldsm.evaluation.report_sections import mean_dice
 from distilldsm.evaluation.statistics import bland_altman
 from distilldsm.io.volume import read_image, read_label
 from distilldsm.report import figures
+from distilldsm.report.old_page import networks_named
 from distilldsm.report.overlays import overlay
-from distilldsm.report.page import networks_named
 
 VIEWER_BYTES = 8_000_000
 """Of the page, for the volumes of all its viewed cases, as base64: the whole page stays below 15 MB."""

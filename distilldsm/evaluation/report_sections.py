@@ -12,7 +12,7 @@ import numpy as np
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.statistics import METHOD, bland_altman
-from distilldsm.report.page import facts_table, number, table
+from distilldsm.report.old_page import facts_table, number, table
 
 LOW_DICE = 0.7
 """Below it a structure is counted as failed."""

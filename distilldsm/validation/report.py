@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from html import escape
 from typing import Any
 
 from distilldsm.core.mapping import to_mapping
 from distilldsm.data.dataset import DatasetIndex
+from distilldsm.report.page import render
 from distilldsm.validation.case_table import CaseTable, show
 from distilldsm.validation.expectations import Finding, Suite
 
@@ -24,17 +24,6 @@ _TABLE = (
     ("label_values", "labels"),
     ("foreground_fraction", "foreground"),
 )
-_STYLE = """
-:root { color-scheme: light dark; --line: #8884; --error: #c02626; --warning: #b36b00; --good: #1b7f3b; }
-body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; }
-h1 { font-size: 1.5rem; margin-bottom: .2rem; } h2 { font-size: 1.15rem; margin-top: 2rem; }
-table { border-collapse: collapse; width: 100%; font-size: .86rem; }
-th, td { text-align: left; padding: .25rem .6rem .25rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number { font-variant-numeric: tabular-nums; white-space: nowrap; }
-code { font-size: .95em; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } .note { opacity: .75; }
-.error { color: var(--error); } .warning { color: var(--warning); } .good { color: var(--good); }
-"""
 
 
 def make_report(index: DatasetIndex, table: CaseTable, suite: Suite, findings: Sequence[Finding]) -> dict[str, Any]:
@@ -79,110 +68,53 @@ def make_report(index: DatasetIndex, table: CaseTable, suite: Suite, findings: S
 
 
 def render_html(report: Mapping[str, Any], table: CaseTable) -> str:
-    """The report as one self-contained page: no script, no address, styles inline."""
-    dataset, counts = report["dataset"], report["counts"]
-    verdict = (
-        '<span class="good">every case can be used</span>'
-        if not counts["errors"]
-        else f'<span class="error">{counts["errors"]} errors, {counts["excluded"]} cases cannot be used</span>'
-    )
-    labels = ", ".join(f"{value} {name}" for name, value in dataset["labels"].items())
-    channels = ", ".join(f"{name} ({modality})" for name, modality in dataset["channels"].items())
-    facts = f"Channels: {channels}. Labels: {labels}. "
-    facts += f"Source: {dataset['source']}. Licence: {dataset['licence']}. {dataset['note']}"
-    title = f"Validation of {dataset['name']}"
-    parts = [
-        f"<h1>{escape(title)}</h1>",
-        f"<p>{counts['cases']} cases of {counts['patients']} patients: {verdict}; {counts['warnings']} warnings.</p>",
-        f"<p class=note>{escape(facts)}</p>",
-        '<p>The same rules in <a href="data_docs/index.html">Great Expectations Data Docs</a>.</p>',
-    ]
-    for severity, heading in (("error", "Errors"), ("warning", "Warnings")):
-        found = [f for f in report["findings"] if f["severity"] == severity]
-        parts.append(f"<h2 class={severity if found else 'good'}>{heading}: {len(found)}</h2>")
-        if found:
-            parts.append(_findings_table(found))
-    parts.append("<h2>Data set</h2>" + _summary_table(report["summary"]))
-    parts.append("<h2>Cases</h2>" + _case_table(report, table))
-    parts.append("<h2>Rules</h2>" + _rules_table(report))
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{escape(title)}</title>\n'
-        f'<meta name="viewport" content="width=device-width">\n<style>{_STYLE}</style>\n</head>\n<body>\n'
-        + "\n".join(parts)
-        + "\n</body>\n</html>\n"
+    """The report as one page that loads nothing."""
+    dataset = report["dataset"]
+    about = {
+        "channels": ", ".join(f"{name} ({modality})" for name, modality in dataset["channels"].items()),
+        "labels": ", ".join(f"{value} {name}" for name, value in dataset["labels"].items()),
+        **{key: dataset[key] for key in ("source", "licence", "note") if dataset[key]},
+    }
+    return render(
+        "validation.html",
+        title=f"Validation of {dataset['name']}",
+        report=report,
+        about=about,
+        columns=_column_lines(report["summary"]),
+        case_head=[heading for _, heading in _TABLE],
+        cases=_case_lines(report, table),
     )
 
 
-def _rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; the cells are HTML already."""
-    heads = "".join(f"<th>{escape(h)}</th>" for h in head)
-    body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="wide"><table>\n<tr>{heads}</tr>\n{body}\n</table></div>'
-
-
-def _findings_table(findings: Sequence[Mapping[str, Any]]) -> str:
-    return _rows(
-        ("case", "file", "what is wrong", "seen", "allowed", "hint"),
-        [
-            (
-                escape(f["case"] or "(data set)"),
-                f"<code>{escape(f['file'])}</code>",
-                f"{escape(f['message'])} <span class=note>({escape(f['rule'])})</span>",
-                escape(f["seen"]),
-                escape(f["allowed"]),
-                escape(f["hint"]),
-            )
-            for f in findings
-        ],
-    )
-
-
-def _summary_table(summary: Mapping[str, Mapping[str, Any]]) -> str:
-    rows = []
+def _column_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, str]]:
+    """Of the case table's columns, one each: name, meaning, cases in which it was measured, what was seen."""
+    lines = []
     for column, entry in summary.items():
         if "min" in entry:
-            what = " / ".join(f"{entry[key]:.6g}" for key in ("min", "median", "max"))
+            seen = " / ".join(f"{entry[key]:.6g}" for key in ("min", "median", "max"))
         elif "sha256" in column or not entry.get("distinct"):
             continue
         else:
-            what = ", ".join(f"{value} ({number})" for value, number in list(entry["common"].items())[:3])
+            seen = ", ".join(f"{value} ({number})" for value, number in list(entry["common"].items())[:3])
             if entry["distinct"] > 3:
-                what += f", ... {entry['distinct']} in all"
-        rows.append((f"<code>{escape(column)}</code>", escape(entry["meaning"]), str(entry["measured"]), escape(what)))
-    return _rows(("column", "meaning", "measured", "min / median / max, or commonest (cases)"), rows)
+                seen += f", ... {entry['distinct']} in all"
+        lines.append((column, entry["meaning"], entry["measured"], seen))
+    return lines
 
 
-def _case_table(report: Mapping[str, Any], table: CaseTable) -> str:
+def _case_lines(report: Mapping[str, Any], table: CaseTable) -> list[tuple[list[str], dict[str, str]]]:
+    """Of each case the cells below the headings of _TABLE, and the rules that it breaks with their severity."""
     broken: dict[str, dict[str, str]] = {}
     for finding in report["findings"]:
         if finding["case"] is not None:
             broken.setdefault(finding["case"], {}).setdefault(finding["rule"], finding["severity"])
-    rows = []
-    for row in table.rows:
-        cells = [
-            escape(" · ".join(_short(row.values.get(column)) for column in columns.split())) for columns, _ in _TABLE
-        ]
-        rules = broken.get(str(row.values["case"]), {})
-        cells.append(", ".join(f"<span class={severity}>{escape(rule)}</span>" for rule, severity in rules.items()))
-        rows.append(cells)
-    return _rows((*(heading for _, heading in _TABLE), "findings"), rows)
-
-
-def _rules_table(report: Mapping[str, Any]) -> str:
-    number = Counter(f["rule"] for f in report["findings"])
-    return _rows(
-        ("rule", "severity", "column", "allowed", "findings"),
-        [
-            (
-                escape(rule["rule"]),
-                f"<span class={rule['severity']}>{rule['severity']}</span>",
-                f"<code>{escape(rule['column'] or '')}</code>",
-                escape(rule["allowed"]),
-                str(number[rule["rule"]]),
-            )
-            for rule in report["suite"]
-        ],
-    )
+    return [
+        (
+            [" · ".join(_short(row.values.get(column)) for column in columns.split()) for columns, _ in _TABLE],
+            broken.get(str(row.values["case"]), {}),
+        )
+        for row in table.rows
+    ]
 
 
 def _short(value: str | int | float | None) -> str:

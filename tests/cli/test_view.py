@@ -90,11 +90,13 @@ def test_several_masks_are_a_choice_and_share_the_scan(files, tmp_path, capsys):
     other.parent.mkdir()
     save(other, volumes.truth())
     page = tmp_path / "page.html"
-    assert main(["view", files["image"], files["mask"], str(other), "-o", str(page), "--no-open"]) == 0
-    about, cases = content(page)
-    assert [case["name"] for case in about["cases"]] == [files["mask"], str(other)]
-    assert about["cases"][0]["image"] == about["cases"][1]["image"]
-    assert np.array_equal(cases[1]["prediction"], volumes.truth())
+    for masks in ([files["mask"], str(other)], [files["mask"], files["mask"], str(other)]):  # one of them twice, too
+        assert main(["view", files["image"], *masks, "-o", str(page), "--no-open"]) == 0
+        about, cases = content(page)
+        assert [case["name"] for case in about["cases"]] == masks
+        assert len({case["image"] for case in about["cases"]}) == 1
+        for name, case in zip(masks, cases, strict=True):
+            assert np.array_equal(case["prediction"], volumes.truth() if name == str(other) else volumes.prediction())
 
 
 def test_large_volumes_lose_voxels_and_it_says_so(files, tmp_path, capsys):

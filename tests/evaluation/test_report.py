@@ -16,7 +16,8 @@ from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_contents import VIEWER_BYTES, choose_cases, fitted
 from distilldsm.evaluation.report_sections import observations, scores, validation_section
 from distilldsm.evaluation.tables import intervals
-from distilldsm.report import figures, page
+from distilldsm.report import figures
+from distilldsm.report import old_page as page
 from distilldsm.report.overlays import overlay
 from tests.evaluation.test_tables import rows
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from distilldsm.report.page import cases_table, page, section
+from distilldsm.report.old_page import cases_table, page, section
 from tests.evaluation.test_tables import rows
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the optional group 'dev'")

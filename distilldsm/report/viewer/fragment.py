@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import base64
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from importlib import resources
 from typing import Any
 
-from distilldsm.report.figures import COLOURS
+from distilldsm.report.figures import label_colour
+from distilldsm.report.page import render
 
 SCRIPT = "niivue.js.gz"
 
@@ -45,21 +43,36 @@ def viewer_fragment(
     Raises:
         ValueError: no case, or too few colours.
     """
+    return render("viewer_fragment.html", viewer=viewer_contents(cases, labels, colours=colours))
+
+
+def viewer_page(title: str, cases: Sequence[ViewedCase], labels: Mapping[str, int]) -> str:
+    """A whole page that holds the viewer only; in the dark where the reader's system is.
+
+    Raises:
+        ValueError: see `viewer_fragment`.
+    """
+    return render("viewer.html", title=title, viewer=viewer_contents(cases, labels))
+
+
+def viewer_contents(
+    cases: Sequence[ViewedCase], labels: Mapping[str, int], *, colours: Sequence[str] | None = None
+) -> dict[str, Any]:
+    """What the template viewer_fragment.html needs, under the name `viewer`; arguments as for `viewer_fragment`."""
     if not cases:
         raise ValueError("there is no case to view")
-    named = [(name, value) for name, value in labels.items() if value]
-    # The same as in distilldsm.report.figures.label_colour.
-    chosen = [COLOURS[(k + 1) % len(COLOURS)] for k in range(len(named))] if colours is None else list(colours)
-    if len(chosen) < len(named):
-        raise ValueError(f"{len(named)} labels need as many colours, not {len(chosen)}")
-    volumes: dict[str, bytes] = {}
+    shown = {name: value for name, value in labels.items() if value}
+    chosen = [label_colour(k) for k in range(len(shown))] if colours is None else colours
+    if len(chosen) < len(shown):
+        raise ValueError(f"{len(shown)} labels need as many colours, not {len(chosen)}")
+    contents: dict[str, bytes] = {}
 
     def stored(content: bytes | None) -> str | None:
         # Several masks of one scan share its image.
         if content is None:
             return None
         key = hashlib.sha256(content).hexdigest()[:16]
-        volumes[key] = content
+        contents[key] = content
         return key
 
     description = {
@@ -75,50 +88,8 @@ def viewer_fragment(
         ],
         "labels": [
             {"name": name, "value": value, "colour": colour}
-            for (name, value), colour in zip(named, chosen, strict=False)
+            for (name, value), colour in zip(shown.items(), chosen, strict=False)
         ],
     }
-    data = "".join(_blob(key, content) for key, content in volumes.items())
-    return (
-        f"<style>{_text('viewer.css')}</style>{_text('viewer.html')}"
-        f'<script type="application/json" id="dsm-viewer-cases">{_json(description)}</script>'
-        f"{data}{_blob('script', _bytes(SCRIPT))}<script>{_text('viewer.js')}</script>"
-    )
-
-
-def viewer_page(title: str, cases: Sequence[ViewedCase], labels: Mapping[str, int]) -> str:
-    """A whole page that holds the viewer only; in the dark where the reader's system is.
-
-    Raises:
-        ValueError: see `viewer_fragment`.
-    """
-    style = (
-        ":root{color-scheme:light dark}"
-        "body{font:16px/1.5 system-ui,sans-serif;margin:0 auto;max-width:1400px;padding:1rem}"
-        "h1{font-size:1.4rem;margin:0 0 .6rem;overflow-wrap:anywhere}"
-    )
-    return (
-        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width,initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{style}</style></head><body><h1>{escape(title)}</h1>"
-        f"{viewer_fragment(cases, labels)}<p>Research software, not a medical device.</p></body></html>\n"
-    )
-
-
-def _blob(key: str, content: bytes) -> str:
-    return (
-        f'<script type="application/octet-stream" id="dsm-viewer-{key}">{base64.b64encode(content).decode()}</script>\n'
-    )
-
-
-def _json(value: Any) -> str:
-    """JSON that no name in it can end the script element of."""
-    return json.dumps(value).replace("<", "\\u003c")
-
-
-def _bytes(name: str) -> bytes:
-    return (resources.files(__package__) / name).read_bytes()
-
-
-def _text(name: str) -> str:
-    return _bytes(name).decode()
+    contents["script"] = (resources.files(__package__) / SCRIPT).read_bytes()
+    return {"description": description, "contents": contents}
