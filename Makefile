@@ -28,6 +28,7 @@ lint: install
 	ruff check .
 	ruff format --check .
 	mypy
+	lint-imports
 
 unit: install
 	OMP_NUM_THREADS=1 python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --max-worker-restart=0 --cov --cov-report=term:skip-covered --cov-report=json:build/coverage.json

@@ -19,12 +19,12 @@ import numpy.typing as npt
 from distilldsm.components import download, validate
 from distilldsm.config import DownloadConfig, PreprocessConfig, ValidateConfig
 from distilldsm.data.dataset import DatasetIndex
+from distilldsm.data.drift_measures import measures_of, values_of
 from distilldsm.data.fingerprint import fingerprint_case, load_case
 from distilldsm.data.plan import Plan, make_plan
 from distilldsm.data.splits import make_splits
+from distilldsm.data.training_distribution import make_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
-from distilldsm.drift.fingerprint import make_fingerprint
-from distilldsm.drift.measures import measures_of, values_of
 from distilldsm.drift.scans import measure_scan
 from distilldsm.io.scan import Channel, Scan
 
@@ -118,7 +118,7 @@ def main() -> None:
         plan = make_plan(index, list(cases.values()), PreprocessConfig())
         held_out = list(fold["held_out"])
         training = [one.scan for case, one in cases.items() if case not in held_out and one.scan is not None]
-        known = references(make_fingerprint(index.name, training, plan), measures_of(plan))
+        known = references(make_distribution(index.name, training, plan), measures_of(plan))
         print(f"{name}: {len(training)} training cases, {len(known)} measures")
         with_labels = [values_of(scan, plan) for c in held_out if (scan := cases[c].scan) is not None]
         print(json.dumps({"held out, with true masks": _rates(with_labels, known)}))

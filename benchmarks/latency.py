@@ -28,8 +28,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.pipeline import machine
+from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
-from distilldsm.models.registry import build_model
 
 CLASSES = 3
 PRECISIONS = ("f32", "auto", "int8")

@@ -72,9 +72,9 @@ def make_model(directory: Path, plan: Any, name: str = "distill_dsm", **options:
     from distilldsm.core.files import sha256_file, write_json
     from distilldsm.export.onnx_export import export_onnx
     from distilldsm.export.openvino_export import export_openvino
+    from distilldsm.models import build_model
     from distilldsm.models.checkpoint import save_tensors
     from distilldsm.models.package import METADATA, ChannelInfo, DataInfo, ModelMetadata, NetworkInfo, TensorInfo
-    from distilldsm.models.registry import build_model
 
     directory.mkdir(parents=True)
     torch.manual_seed(0)

@@ -1,3 +1,3 @@
 """Distill DSM: volumetric segmentation with 2-D networks whose slices exchange features."""
 
-__version__ = "0.1.0"
+from distilldsm.core.version import __version__ as __version__

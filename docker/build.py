@@ -15,10 +15,10 @@ ROLES = ("data", "train", "export", "mlflow")
 
 def version() -> str:
     """The package's version, read without importing it."""
-    text = (ROOT / "distilldsm/__init__.py").read_text(encoding="utf-8")
+    text = (ROOT / "distilldsm/core/version.py").read_text(encoding="utf-8")
     found = re.search(r'__version__ = "([^"]+)"', text)
     if found is None:
-        raise SystemExit("error: distilldsm/__init__.py names no version")
+        raise SystemExit("error: distilldsm/core/version.py names no version")
     return found[1]
 
 

@@ -28,8 +28,8 @@ def depth_shift_picture() -> None:
     import numpy as np
     import torch
 
+    from distilldsm.models import build_model
     from distilldsm.models.depth_shift import depth_shift
-    from distilldsm.models.registry import build_model
     from distilldsm.report.figures import COLOURS
 
     mpl.use("agg")

@@ -46,15 +46,15 @@ def run(args: argparse.Namespace) -> None:
     """
     output = _output(args.output)
     from distilldsm.data.plan import Plan
+    from distilldsm.data.training_distribution import DISTRIBUTION, load_distribution
     from distilldsm.drift import drift_of_files
-    from distilldsm.drift.fingerprint import FINGERPRINT, load_fingerprint
     from distilldsm.inference.memory import budget_bytes
     from distilldsm.models.package import load_metadata, verify
 
     model = Path(args.model_dir)
     metadata = load_metadata(model)
-    fingerprint = load_fingerprint(model)
-    verify(model, ["plan.json", FINGERPRINT])
+    distribution = load_distribution(model)
+    verify(model, ["plan.json", DISTRIBUTION])
     report = drift_of_files(
         model,
         [Path(p) for p in args.inputs],
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> None:
     if output is not None:
         from distilldsm.drift.report import render
 
-        output.write_text(render(report, fingerprint, Plan.load(model / "plan.json")), encoding="utf-8")
+        output.write_text(render(report, distribution, Plan.load(model / "plan.json")), encoding="utf-8")
     if args.json:
         print(json.dumps(report, indent=2))
     else:

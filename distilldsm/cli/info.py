@@ -17,8 +17,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Facts of a model directory, of the registry, or of the installation."""
+    from distilldsm.config.networks import MODELS
     from distilldsm.core.mapping import to_mapping
-    from distilldsm.models.registry import MODELS
 
     if args.model_dir is not None:
         from distilldsm.models.package import verify

@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 
-from distilldsm import __version__
 from distilldsm.cli.stages import STAGES, run_stage
+from distilldsm.core.version import __version__
 
 COMMANDS: Mapping[str, str] = {
     "cross-validate": "train and evaluate every fold, and put them into one table",

@@ -8,11 +8,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from distilldsm import __version__
 from distilldsm.config import load_params
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import sha256_file
 from distilldsm.core.mapping import to_mapping
+from distilldsm.core.version import __version__
 from distilldsm.pipeline import sweep, trainjob
 from distilldsm.pipeline.cluster import STEPS, Cluster, load_cluster
 from distilldsm.pipeline.definition import Images, arguments

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from distilldsm.config.networks import MODEL_NAMES, Options, check_options
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import require
-from distilldsm.models.registry import MODEL_NAMES, Options, check_options
 
 MirrorAxis = Literal["depth", "height", "width"]
 

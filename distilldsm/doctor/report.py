@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
-from distilldsm import __version__
+from distilldsm.core.version import __version__
 from distilldsm.doctor.checks import STATUSES, Finding, Status
 
 _COLOURS: Mapping[Status, int] = {"ok": 32, "warn": 33, "fail": 31, "skip": 90}

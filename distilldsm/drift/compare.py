@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from distilldsm.drift.fingerprint import TrainingFingerprint
-from distilldsm.drift.measures import Measure
+from distilldsm.data.drift_measures import Measure
+from distilldsm.data.training_distribution import TrainingDistribution
 from distilldsm.evaluation.statistics import holm
 
 MARGIN = 0.25
@@ -93,9 +93,9 @@ class SetFinding:
     meaning: str
 
 
-def references(fingerprint: TrainingFingerprint, measures: Sequence[Measure]) -> dict[str, Reference]:
+def references(distribution: TrainingDistribution, measures: Sequence[Measure]) -> dict[str, Reference]:
     """The training distributions of the measures that there are."""
-    return {m.name: Reference.of(m, fingerprint.measures[m.name]) for m in measures if m.name in fingerprint.measures}
+    return {m.name: Reference.of(m, distribution.measures[m.name]) for m in measures if m.name in distribution.measures}
 
 
 def check_scan(values: Mapping[str, float], known: Mapping[str, Reference]) -> tuple[Outside, ...]:

@@ -8,8 +8,8 @@ from typing import Any
 
 from distilldsm.data.plan import Plan
 from distilldsm.drift.compare import SET_SIZE, Reference, references
-from distilldsm.drift.fingerprint import TrainingFingerprint
-from distilldsm.drift.measures import measures_of
+from distilldsm.data.training_distribution import TrainingDistribution
+from distilldsm.data.drift_measures import measures_of
 from distilldsm.report import page
 
 WIDTH, MARGIN = 520, 8
@@ -61,7 +61,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     return "drift: " + "; ".join(parts) + ". Check masks of such scans by eye before you trust them"
 
 
-def render(report: Mapping[str, Any], fingerprint: TrainingFingerprint, plan: Plan) -> str:
+def render(report: Mapping[str, Any], distribution: TrainingDistribution, plan: Plan) -> str:
     """The page of a report of `drift_of_files`."""
     measures = report["measures"]
     scans = [
@@ -78,12 +78,12 @@ def render(report: Mapping[str, Any], fingerprint: TrainingFingerprint, plan: Pl
         title=f"Drift against {report['model']}",
         report=report,
         verdict=verdict(report),
-        trained_axes=", ".join(f"{n} {axes}" for axes, n in fingerprint.orientations.items()),
+        trained_axes=", ".join(f"{n} {axes}" for axes, n in distribution.orientations.items()),
         together=[{"text": set_sentence(one, measures), "undone": one["undone"]} for one in report["together"]],
         scans=sorted(scans, key=lambda scan: -scan["outside"]),
         strips=[
             _strip(reference, [(row["scan"], row["values"].get(name)) for row in report["scans"]])
-            for name, reference in references(fingerprint, measures_of(plan)).items()
+            for name, reference in references(distribution, measures_of(plan)).items()
         ],
         width=WIDTH,
         margin=MARGIN,

@@ -1,4 +1,4 @@
-"""All scans of a call against a model's fingerprint, one at a time; what cannot be read is told with the rest."""
+"""All scans of a call against a model's training cases, one at a time; what cannot be read is told with the rest."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from distilldsm.core.errors import UserError
 from distilldsm.core.mapping import to_mapping
 from distilldsm.core.progress import progress
+from distilldsm.data.drift_measures import measures_of, values_of
 from distilldsm.data.plan import Plan
+from distilldsm.data.training_distribution import load_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
-from distilldsm.drift.fingerprint import load_fingerprint
-from distilldsm.drift.measures import measures_of, values_of
 from distilldsm.drift.scans import check_masks, find_mask, measure_scan, read_mask
 from distilldsm.io.inputs import Input, find_inputs
 
@@ -23,7 +23,7 @@ def drift_of_files(
     """Compare scans with what an exported model was trained on.
 
     Args:
-        model: the model's directory; of it `plan.json` and `fingerprint.json` are read.
+        model: the model's directory; of it `plan.json` and `training_distribution.json` are read.
         inputs: files and folders, as `distilldsm predict` takes them.
         masks: a folder with a mask per scan, called as the scan.
         name: of the model, for the report.
@@ -35,11 +35,11 @@ def drift_of_files(
     Raises:
         UserError: the model, or an input path, cannot be used. Scans that cannot be read are in `failures`.
     """
-    fingerprint = load_fingerprint(model)
+    distribution = load_distribution(model)
     plan = Plan.load(model / "plan.json")
     if masks is not None:
         check_masks(masks)
-    known = references(fingerprint, measures_of(plan))
+    known = references(distribution, measures_of(plan))
     found, _ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
@@ -55,9 +55,9 @@ def drift_of_files(
         "schema_version": 1,
         "model": name,
         "trained_on": {
-            "data_set": fingerprint.name,
-            "cases": fingerprint.cases,
-            "orientations": dict(fingerprint.orientations),
+            "data_set": distribution.name,
+            "cases": distribution.cases,
+            "orientations": dict(distribution.orientations),
         },
         "drift": any(not o.undone for row in rows for o in row["outside"]) or any(not f.undone for f in together),
         "measures": {key: _describe(reference) for key, reference in known.items()},

@@ -15,7 +15,7 @@ from distilldsm.core.output_directory import package_versions
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.splits import check_held_out, load_fold
-from distilldsm.drift.fingerprint import FINGERPRINT, from_preprocessed
+from distilldsm.data.training_distribution import DISTRIBUTION, distribution_of_fold
 from distilldsm.export import parity
 from distilldsm.export.card import model_card
 from distilldsm.export.int8 import make_int8
@@ -93,7 +93,7 @@ def build_package(
     export_openvino(output / "model.onnx", output / "model.xml", fp16=True)
     shutil.copyfile(model_dir / f"{checkpoint}.safetensors", output / "model.safetensors")
     plan.save(output / "plan.json")
-    write_json(output / FINGERPRINT, from_preprocessed(preprocessed, training, plan))
+    write_json(output / DISTRIBUTION, distribution_of_fold(preprocessed, training, plan))
 
     torch_engine = TorchEngine(network)
     cases = parity.choose_cases(preprocessed, held_out, parity_cases)

@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, masked_depth_shift
-from distilldsm.models.unet import Block, ConvNormReLU
+from distilldsm.models.unet2d import Block, ConvNormReLU
 
 
 def deployed(network: SegmentationNetwork) -> SegmentationNetwork:

@@ -10,8 +10,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from distilldsm import __version__
 from distilldsm.core.files import write_json
+from distilldsm.core.version import __version__
 from distilldsm.data.plan import Plan
 from distilldsm.models.package import MONAI_BUNDLE, ModelMetadata
 
@@ -113,7 +113,7 @@ def _inference(model: ModelMetadata) -> dict[str, Any]:
         "plan": "$@bundle_root + '/configs/plan.json'",
         "datalist": f"$list_scans(@dataset_dir, {len(model.channels)})",
         "network_def": {
-            "_target_": "distilldsm.models.registry.build_model",
+            "_target_": "distilldsm.models.build_model",
             "name": network.name,
             "in_channels": len(model.channels),
             "out_channels": model.targets.channels,

@@ -80,7 +80,7 @@ class TorchEngine:
     def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
         """As `OpenVINOEngine.open_stream`; the networks of `UNet2D` can."""
         from distilldsm.inference.torch_stream import TorchStream
-        from distilldsm.models.unet import UNet2D
+        from distilldsm.models.unet2d import UNet2D
 
         if type(self.network) is not UNet2D or self.network.depth_halo != lag:
             return None

@@ -6,9 +6,9 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from distilldsm.config.networks import MODELS
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.inference.windows import STREAM_SLICES, UNBOUNDED_HALO
-from distilldsm.models.registry import MODELS
 
 DEFAULT_GB = 3.0
 BASE_BYTES = 400_000_000

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distilldsm.inference.depth_stream import Float32
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift
-from distilldsm.models.unet import Block, UNet2D
+from distilldsm.models.unet2d import Block, UNet2D
 
 
 class TorchStream:

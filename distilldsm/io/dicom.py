@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm import __version__
 from distilldsm.core.errors import DataError
+from distilldsm.core.version import __version__
 from distilldsm.io.nifti import check_size
 from distilldsm.io.scan import Channel, Scan, check_affine
 

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from distilldsm.config.networks import MODELS, Options
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, whole_file
 from distilldsm.core.mapping import from_mapping
+from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.inserted import require_trusted
-from distilldsm.models.registry import MODELS, Options, build_model
 
 MAX_SIZE = 4096
 """Channels, or a multiple of widths, beyond which a model's description is taken for damaged."""

@@ -74,7 +74,7 @@ def find_builder(name: str) -> Callable[..., Any]:
     return found
 
 
-def build_inserted(
+def build(
     in_channels: int,
     out_channels: int,
     *,

@@ -1,8 +1,8 @@
 """The exported model directory: its metadata, and the check that no file in it has changed. Imports no runtime.
 
 Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
-`fingerprint.json` (for `distilldsm drift`), `README.md` (model card), `parity.json`, `metrics.json`, `manifest.json`,
-the folders `int8` (what was decided, and where it is worth it another IR) and `monai_bundle`.
+`training_distribution.json` (for `distilldsm drift`), `README.md` (model card), `parity.json`, `metrics.json`,
+`manifest.json`, the folders `int8` (what was decided, and where it is worth it another IR) and `monai_bundle`.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from distilldsm.config import MirrorAxis, Modality
+from distilldsm.config.networks import Options
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, sha256_file
 from distilldsm.core.mapping import from_mapping
 from distilldsm.core.output_directory import MANIFEST
 from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
-from distilldsm.models.registry import Options
 
 METADATA = "metadata.json"
 INTENDED_USE = "research; not a medical device"
@@ -36,7 +36,6 @@ INT8_FILES = ("int8/model.bin", "int8/model.xml")
 SERVICE = "inference_service.yaml"
 HASHED_FILES = (
     "README.md",
-    "fingerprint.json",
     SERVICE,
     INT8_DECISION,
     "model.bin",
@@ -45,6 +44,7 @@ HASHED_FILES = (
     "model.xml",
     "parity.json",
     "plan.json",
+    "training_distribution.json",
 )
 """Files whose SHA-256 is in the metadata."""
 

@@ -105,3 +105,6 @@ class UNet3D(SegmentationNetwork):
             if features is not None:
                 features.append(x)
         return self.head(x)
+
+
+build = UNet3D

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from distilldsm import __version__
 from distilldsm.core.errors import UserError
+from distilldsm.core.version import __version__
 
 if TYPE_CHECKING:
     import docker

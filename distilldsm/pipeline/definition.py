@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List  # noqa: UP035
 
-from distilldsm import __version__
 from distilldsm.config import Params
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.files import sha256_json
+from distilldsm.core.version import __version__
 from distilldsm.pipeline.cluster import Cluster, apply
 from distilldsm.pipeline.stages import VERSION_VARIABLE, check_parameters, sections_of
 

@@ -16,7 +16,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from distilldsm import __version__
 from distilldsm.config import (
     CrossValidationConfig,
     DownloadConfig,
@@ -32,6 +31,7 @@ from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import read_json, sha256_json
 from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.core.output_directory import content_hash
+from distilldsm.core.version import __version__
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
 """Environment variable that names the version the pipeline was compiled with."""

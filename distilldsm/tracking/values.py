@@ -12,8 +12,8 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from distilldsm import __version__
 from distilldsm.core.provenance import provenance
+from distilldsm.core.version import __version__
 
 KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 250, 6000, 5000, 36
 

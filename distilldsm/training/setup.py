@@ -11,8 +11,8 @@ from torch import nn
 from distilldsm.config import TrainConfig
 from distilldsm.core.errors import ConfigError
 from distilldsm.data.plan import Plan
+from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
-from distilldsm.models.registry import build_model
 
 
 def hash_seed(*parts: int) -> int:

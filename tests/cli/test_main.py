@@ -12,15 +12,15 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from distilldsm import __version__
 from distilldsm.cli.main import COMMANDS, STAGES, main
 from distilldsm.components import cross_validate
 from distilldsm.config import CrossValidationConfig
+from distilldsm.config.networks import MODELS
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import write_json
 from distilldsm.core.shell import run_shell
+from distilldsm.core.version import __version__
 from distilldsm.evaluation import tables
-from distilldsm.models.registry import MODELS
 from tests.evaluation.folds import write_folds
 from tests.export.fake import Exported, exported
 

@@ -71,7 +71,7 @@ def perturb_head(model: onnx.ModelProto) -> None:
 def test_it_writes_a_whole_model_directory(made):
     assert sorted(p.name for p in made.export.iterdir()) == [
         "README.md",
-        "fingerprint.json",
+        "training_distribution.json",
         "inference_service.yaml",
         "int8",
         "manifest.json",

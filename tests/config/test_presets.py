@@ -12,9 +12,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from distilldsm.config import Params, load_params
+from distilldsm.config.networks import MODELS
 from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.data.plan import regions_of
-from distilldsm.models.registry import MODELS, build_model
+from distilldsm.models import build_model
 
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))

@@ -14,7 +14,7 @@ import certifi
 import pytest
 from filelock import FileLock
 
-from distilldsm import __version__
+from distilldsm.core.version import __version__
 from tests.containers import engine
 
 ROLES = ("data", "train", "export")

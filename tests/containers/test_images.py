@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import docker
 import pytest
 
-from distilldsm import __version__
+from distilldsm.core.version import __version__
 from distilldsm.pipeline.containers import connect
 from tests.containers.conftest import ROLES, BuiltImages
 from tests.containers.engine import ROOT

@@ -14,8 +14,8 @@ import kfp.local
 import pytest
 from kfp import dsl
 
-from distilldsm import __version__
 from distilldsm.core.errors import UserError
+from distilldsm.core.version import __version__
 from distilldsm.pipeline import containers
 from distilldsm.pipeline.containers import ContainerSettings, connect, container_runner, run_container
 from tests.containers.conftest import BuiltImages

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from distilldsm import __version__
 from distilldsm.cli import doctor
 from distilldsm.cli.main import main
+from distilldsm.core.version import __version__
 from distilldsm.doctor import report, settings
 from distilldsm.doctor.checks import Finding
 from tests.doctor.conftest import contents

@@ -19,8 +19,8 @@ from distilldsm.data.fingerprint import fingerprint_case
 from distilldsm.data.plan import Plan, make_plan
 from distilldsm.drift import drift_of_files
 from distilldsm.drift.compare import Reference, check_scan, check_set
-from distilldsm.drift.fingerprint import load_fingerprint, make_fingerprint
-from distilldsm.drift.measures import Measure, measures_of
+from distilldsm.data.training_distribution import load_distribution, make_distribution
+from distilldsm.data.drift_measures import Measure, measures_of
 from tests.data.volumes import affine, ellipsoid
 
 TRAINING, NEW = 24, 8
@@ -58,8 +58,8 @@ def made(tmp_path_factory) -> tuple[Path, Plan]:
     plan = make_plan(index, cases, PreprocessConfig())
     (root / "model").mkdir()
     plan.save(root / "model" / "plan.json")
-    fingerprint = make_fingerprint("Blobs", [c.scan for c in cases if c.scan is not None], plan)
-    write_json(root / "model" / "fingerprint.json", fingerprint)
+    fingerprint = make_distribution("Blobs", [c.scan for c in cases if c.scan is not None], plan)
+    write_json(root / "model" / "training_distribution.json", fingerprint)
     return root, plan
 
 
@@ -113,7 +113,7 @@ def test_what_is_changed_is_told(made, tmp_path, name):
 def test_a_scan_measures_as_its_training_case_did(made):
     root, plan = made
     index_row = report_of(made, root / "train" / "images", root / "train" / "labels")["scans"]
-    kept = load_fingerprint(root / "model").measures
+    kept = load_distribution(root / "model").measures
     for name in measures_of(plan):
         assert sorted(row["values"][name.name] for row in index_row) == pytest.approx(kept[name.name], rel=1e-4), name
 
@@ -143,7 +143,7 @@ def test_the_page_needs_no_network_and_escapes(made, tmp_path):
 
     report = report_of(made, changed(made, tmp_path, CHANGES["spacing"][0]))
     report["scans"][0]["scan"] = "<script>x</script>"
-    page = render(report, load_fingerprint(made[0] / "model"), made[1])
+    page = render(report, load_distribution(made[0] / "model"), made[1])
     assert page.count("<script") == 1, "the frame's own"
     assert "<script>x" not in page
     assert "http" not in page
@@ -153,7 +153,7 @@ def test_the_page_needs_no_network_and_escapes(made, tmp_path):
 
 def test_models_without_a_fingerprint_are_refused(tmp_path):
     with pytest.raises(DataError, match="does not tell what it was trained on"):
-        load_fingerprint(tmp_path)
+        load_distribution(tmp_path)
 
 
 MEASURE = Measure(

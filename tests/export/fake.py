@@ -13,9 +13,9 @@ from distilldsm.config import ExportConfig, Int8Config, PreprocessConfig
 from distilldsm.core.files import write_json
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
+from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.checkpoint import save_tensors
-from distilldsm.models.registry import build_model
 from tests.data.volumes import write_dataset
 
 FOLD = 1

@@ -10,10 +10,9 @@ import torch
 
 from distilldsm.components import evaluate
 from distilldsm.core.errors import DataError
-from distilldsm.models import inserted
+from distilldsm.models import build_model, inserted
 from distilldsm.models.checkpoint import load_network, save_tensors
 from distilldsm.models.inserted import TRUST_VARIABLE, trust_builder
-from distilldsm.models.registry import build_model
 from tests.models.small import OWN
 
 

@@ -26,7 +26,7 @@ from distilldsm.models import registry
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import masked_depth_shift
 from distilldsm.models.insert import insert_depth_shift
-from distilldsm.models.unet import UNet2D
+from distilldsm.models.unet2d import UNet2D
 from tests.data.volumes import affine
 from tests.export.fake import exported, random_network
 from tests.inference.test_streaming import in_pieces, stored

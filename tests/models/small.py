@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from distilldsm.models.unet import UNet2D
+from distilldsm.models.unet2d import UNet2D
 
 
 class Small(nn.Module):

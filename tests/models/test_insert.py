@@ -16,10 +16,10 @@ from torch import nn
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.export.onnx_export import export_onnx
+from distilldsm.models import build_model
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift, insert_depth_shift
-from distilldsm.models.registry import build_model
-from distilldsm.models.unet import UNet2D
+from distilldsm.models.unet2d import UNet2D
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from tests.models.foreign import CHANNELS, NAMES, network
 from tests.models.small import Checkpointed, Heads, Many, Slices, Small

@@ -13,7 +13,7 @@ from distilldsm.config import ModelConfig
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.inference.windows import predict_logits
-from distilldsm.models.registry import build_model
+from distilldsm.models import build_model
 from tests.models.foreign import _torchvision
 from tests.models.small import OWN, TwoLevels
 

@@ -7,9 +7,10 @@ import itertools
 import pytest
 import torch
 
+from distilldsm.config.networks import MODEL_NAMES
 from distilldsm.core.errors import ConfigError
+from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
-from distilldsm.models.registry import MODEL_NAMES, build_model
 from tests.models.small import NEEDED
 
 

@@ -13,11 +13,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from distilldsm import __version__
 from distilldsm.cli.main import main
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.mapping import set_values, to_mapping
+from distilldsm.core.version import __version__
 from distilldsm.pipeline.cluster import STEPS, load_cluster
 from distilldsm.pipeline.compilation import check_pipeline, compile_pipeline
 from distilldsm.pipeline.definition import SECTIONS, Images, arguments

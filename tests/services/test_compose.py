@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm import __version__
 from distilldsm.core.redaction import is_secret_name
+from distilldsm.core.version import __version__
 from tests.services.compose import FILE, ROOT, interpolated, services, variables
 
 SERVICES = services()

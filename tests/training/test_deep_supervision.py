@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from distilldsm.models.registry import build_model
+from distilldsm.models import build_model
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.losses import segmentation_loss
 

@@ -14,7 +14,7 @@ from distilldsm.config import ModelConfig, PreprocessConfig, TrainConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.output_directory import is_current
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.models.registry import build_model
+from distilldsm.models import build_model
 from distilldsm.training import loop
 from distilldsm.training.initial_weights import load_initial_weights
 from distilldsm.training.loop import Trainer

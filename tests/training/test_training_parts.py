@@ -17,8 +17,8 @@ from distilldsm.config import PreprocessConfig, TrainConfig
 from distilldsm.core.errors import DataError
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
+from distilldsm.models import build_model
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
-from distilldsm.models.registry import build_model
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
 from distilldsm.training.patches import PatchSampler, _cut, open_array

@@ -21,6 +21,9 @@ from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift
 
+PAPER_WIDTHS = (16, 32, 64, 128, 128)
+"""Channels of the levels, from full resolution down."""
+
 _MODULES: Mapping[tuple[str, str], Callable[..., DepthModule]] = {
     ("distill", "paper"): DistillDepthShift,
     ("distill", "identity"): AddedDistillDepthShift,
@@ -76,7 +79,7 @@ class UNet2D(SegmentationNetwork):
         in_channels: int,
         out_channels: int,
         *,
-        widths: Sequence[int] = (16, 32, 64, 128, 128),
+        widths: Sequence[int] = PAPER_WIDTHS,
         shift: str = "none",
         shift_at: str | Sequence[int] = "all",
         initialisation: str = "paper",
@@ -144,6 +147,12 @@ class UNet2D(SegmentationNetwork):
             if features is not None:
                 features.append(x)
         return self.head(x)
+
+
+def build(in_channels: int, out_channels: int, *, width: float, **arguments: Any) -> UNet2D:
+    """The network with `width` times the paper's widths, at least 4 channels a level."""
+    widths = tuple(max(4, round(channels * float(width))) for channels in PAPER_WIDTHS)
+    return UNet2D(in_channels, out_channels, widths=widths, **arguments)
 
 
 def _check_shift_at(value: object, levels: int) -> None:

@@ -1,4 +1,4 @@
-"""`fingerprint.json` of an exported model: the distribution of every measure over the training cases, without ids."""
+"""`training_distribution.json` of an exported model: every measure over the training cases, without their ids."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json
 from distilldsm.core.mapping import from_mapping
+from distilldsm.data.drift_measures import measures_of, values_of
 from distilldsm.data.fingerprint import CaseFingerprint
 from distilldsm.data.plan import Plan
 from distilldsm.data.scan_measures import ScanMeasures
-from distilldsm.drift.measures import measures_of, values_of
 
-FINGERPRINT = "fingerprint.json"
+DISTRIBUTION = "training_distribution.json"
 KEPT = 200
 """Values kept per measure: where there are more cases, that many evenly spaced quantiles."""
 MINIMUM_CASES = 3
@@ -25,8 +25,8 @@ MINIMUM_CASES = 3
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainingFingerprint:
-    """The contents of `fingerprint.json`."""
+class TrainingDistribution:
+    """The contents of `training_distribution.json`."""
 
     schema_version: int = 1
     name: str
@@ -40,14 +40,14 @@ class TrainingFingerprint:
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
-            raise ConfigError("unknown version of the fingerprint", seen=self.schema_version, rule="1")
+            raise ConfigError("unknown version of the distribution", seen=self.schema_version, rule="1")
         for name, values in self.measures.items():
             if not values or not np.isfinite(values).all() or list(values) != sorted(values):
                 raise ConfigError(f"the values of '{name}' are no distribution", rule="finite numbers, ascending")
 
 
-def make_fingerprint(name: str, scans: Sequence[ScanMeasures], plan: Plan) -> TrainingFingerprint:
-    """The fingerprint of training cases, at least one."""
+def make_distribution(name: str, scans: Sequence[ScanMeasures], plan: Plan) -> TrainingDistribution:
+    """The distribution over training cases, at least one."""
     rows = [values_of(scan, plan) for scan in scans]
     kept: dict[str, tuple[float, ...]] = {}
     for measure in measures_of(plan):
@@ -57,16 +57,16 @@ def make_fingerprint(name: str, scans: Sequence[ScanMeasures], plan: Plan) -> Tr
         if len(values):
             kept[measure.name] = tuple(float(f"{v:.6g}") for v in values)
     orientations = dict(sorted(Counter(scan.orientation for scan in scans).items()))
-    return TrainingFingerprint(name=name, cases=len(scans), orientations=orientations, measures=kept)
+    return TrainingDistribution(name=name, cases=len(scans), orientations=orientations, measures=kept)
 
 
-def from_preprocessed(preprocessed: Path, training: Collection[str], plan: Plan) -> TrainingFingerprint:
-    """The fingerprint of a fold's training cases.
+def distribution_of_fold(preprocessed: Path, training: Collection[str], plan: Plan) -> TrainingDistribution:
+    """The distribution over a fold's training cases.
 
     Raises:
-        UserError: `fingerprint.json` is missing, damaged, or of a version that did not measure whole scans.
+        UserError: `fingerprint.json` is missing or damaged.
     """
-    path, wanted = preprocessed / FINGERPRINT, set(training)
+    path, wanted = preprocessed / "fingerprint.json", set(training)
     found = read_json(path)
     cases = [from_mapping(CaseFingerprint, row, where=str(path)) for row in found["per_case"] if row["case"] in wanted]
     scans = [case.scan for case in cases if case.scan is not None]
@@ -78,16 +78,16 @@ def from_preprocessed(preprocessed: Path, training: Collection[str], plan: Plan)
             rule="one entry 'scan' a case",
             hint="preprocess again (dvc repro preprocess)",
         )
-    return make_fingerprint(found["name"], scans, plan)
+    return make_distribution(found["name"], scans, plan)
 
 
-def load_fingerprint(model_dir: Path) -> TrainingFingerprint:
-    """Read the fingerprint of an exported model.
+def load_distribution(model_dir: Path) -> TrainingDistribution:
+    """Read the distribution of an exported model.
 
     Raises:
         DataError: the model was exported without one, or it is damaged.
     """
-    path = model_dir / FINGERPRINT
+    path = model_dir / DISTRIBUTION
     if not path.is_file():
         raise DataError(
             "the model does not tell what it was trained on",
@@ -97,7 +97,7 @@ def load_fingerprint(model_dir: Path) -> TrainingFingerprint:
             hint="preprocess and export the model again (dvc repro)",
         )
     try:
-        found = from_mapping(TrainingFingerprint, read_json(path), where=str(path))
+        found = from_mapping(TrainingDistribution, read_json(path), where=str(path))
     except ConfigError as error:
         raise DataError(
             error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="export the model again"

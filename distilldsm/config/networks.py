@@ -1,16 +1,12 @@
-"""The networks by name. Importing this module loads no torch; building a network does."""
+"""The networks as data: names, options with their defaults, rules. `distilldsm.models` builds them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from distilldsm.core.errors import ConfigError
-
-if TYPE_CHECKING:
-    from distilldsm.models.base import SegmentationNetwork
-
 
 Scalar = bool | int | float | str
 Options = Mapping[str, Scalar | tuple[Scalar, ...] | Mapping[str, Scalar | tuple[Scalar, ...] | None]]
@@ -23,7 +19,8 @@ class ModelEntry:
 
     summary: str
     family: str
-    """`unet2d` (slices, with or without depth shift), `unet3d` or `inserted` (a 2-D network of the user's)."""
+    """The module of `distilldsm.models` that builds it: `unet2d` (slices, with or without depth shift), `unet3d` or
+    `inserted` (a 2-D network of the user's)."""
     fixed: Mapping[str, Any]
     """Arguments that make the variant what it is."""
     options: Mapping[str, Any]
@@ -31,7 +28,6 @@ class ModelEntry:
 
 
 _SHIFT = {"shift_at": "all", "initialisation": "paper"}
-_WIDTHS_2D = (16, 32, 64, 128, 128)
 
 MODELS: Mapping[str, ModelEntry] = {
     "unet2d": ModelEntry(
@@ -155,32 +151,3 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             raise ConfigError(
                 f"option '{key}' has an impossible value", where="train.model.options", seen=repr(value), rule=rule
             )
-
-
-def build_model(name: str, *, in_channels: int, out_channels: int, **options: Any) -> SegmentationNetwork:
-    """Build the network `name`; input and output are (B, C, D, H, W).
-
-    Raises:
-        ConfigError: unknown name or option, or an impossible value; what is wrong with a builder of the user's.
-    """
-    if name not in MODELS:
-        raise ConfigError("unknown model", seen=repr(name), rule="one of " + ", ".join(MODELS))
-    check_options(name, options)
-    entry = MODELS[name]
-    for key, value in (("in_channels", in_channels), ("out_channels", out_channels)):
-        if not isinstance(value, int) or value < 1:
-            raise ConfigError(f"'{key}' must be a whole number from 1", seen=repr(value))
-    arguments = {**entry.fixed, **entry.options, **options}
-    if entry.family == "unet3d":
-        from distilldsm.models.unet3d import UNet3D
-
-        return UNet3D(in_channels, out_channels, **arguments)
-    if entry.family == "inserted":
-        from distilldsm.models.inserted import build_inserted
-
-        return build_inserted(in_channels, out_channels, **arguments)
-    from distilldsm.models.unet import UNet2D
-
-    width = float(arguments.pop("width"))
-    widths = tuple(max(4, round(w * width)) for w in _WIDTHS_2D)
-    return UNet2D(in_channels, out_channels, widths=widths, **arguments)
