@@ -6,10 +6,10 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from distilldsm.data.plan import Plan
-from distilldsm.drift.compare import SET_SIZE, Reference, references
-from distilldsm.data.training_distribution import TrainingDistribution
 from distilldsm.data.drift_measures import measures_of
+from distilldsm.data.plan import Plan
+from distilldsm.data.training_distribution import TrainingDistribution
+from distilldsm.drift.compare import SET_SIZE, Reference, references
 from distilldsm.report import page
 
 WIDTH, MARGIN = 520, 8

@@ -11,10 +11,11 @@ import copy
 import fnmatch
 import threading
 from collections.abc import Callable, Iterable
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal, Self, TypeGuard
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.models.base import SegmentationNetwork
@@ -148,6 +149,14 @@ class VolumetricNetwork(SegmentationNetwork):
         # Each module looks one slice further; where some lie on parallel branches, this is more than is needed, and
         # where a convolution is used more than once in a pass, too little: see `measure_halo`.
         self.depth_halo = len(modules)
+        self._frozen = _frozen(network)
+
+    def train(self, mode: bool = True) -> Self:
+        """See `nn.Module.train`; what was frozen when the modules were put in stays in evaluation mode."""
+        super().train(mode)
+        for name in self._frozen:
+            self.network.get_submodule(name).training = False
+        return self
 
     def measure_halo(self, x: Tensor) -> Any:
         """`forward`, which also sets `depth_halo` to the number of shifts in the pass, counting every use of a module.
@@ -195,6 +204,17 @@ class VolumetricNetwork(SegmentationNetwork):
         finally:
             self._slices.end()
         return _as_volumes(outputs, batch, depth)
+
+
+def _frozen(network: nn.Module) -> tuple[str, ...]:
+    """Modules in evaluation mode within a network in training mode, and BatchNorm whose weights are not trained."""
+
+    def is_frozen(module: nn.Module) -> bool:
+        weights = list(module.parameters(recurse=False)) if isinstance(module, _BatchNorm) else []
+        fixed = bool(weights) and not any(weight.requires_grad for weight in weights)
+        return fixed or (network.training and not module.training)
+
+    return tuple(name for name, module in network.named_modules() if is_frozen(module))
 
 
 def _as_volumes(value: Any, batch: int, depth: int) -> Any:

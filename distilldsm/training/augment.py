@@ -14,8 +14,6 @@ from distilldsm.config import AugmentConfig
 ONE_HOT_LIMIT = 8
 """Up to so many classes, labels are warped as class maps (smooth borders); above, by nearest neighbour (memory)."""
 CONTROL_POINTS = 5
-COARSE_RATIO = 3.0
-"""As `plan.ANISOTROPY_THRESHOLD`."""
 _AXES = {"depth": 2, "height": 3, "width": 4}
 
 
@@ -61,6 +59,7 @@ def augment(
     *,
     classes: int,
     spacing_mm: Sequence[float],
+    coarse_slices: bool,
     generator: torch.Generator | Draws,
 ) -> tuple[Tensor, Tensor]:
     """Rotate, scale, bend, mirror and change the intensities of a batch.
@@ -69,13 +68,15 @@ def augment(
         images: (B, C, D', H', W') float; labels: (B, D', H', W') integer; larger than `size` by a margin.
         size: (D, H, W) of what is cut out of the middle.
         spacing_mm: (D, H, W) voxel size: rotations happen in mm, not in voxels.
+        coarse_slices: as the plan says: slices are not tilted unless the config sets `tilt_deg`, and not coarsened.
         generator: of the CPU; the same state gives the same result. `Draws` where the batch is a share of one.
 
     Returns:
         images (B, C, D, H, W) float32 and labels (B, D, H, W) int64.
     """
     draws = _draws(generator)
-    matrices = _draw_matrices(len(images), config, spacing_mm, draws).to(images.device)
+    tilt_deg = config.largest_tilt(coarse_slices=coarse_slices)
+    matrices = _draw_matrices(len(images), config, tilt_deg, spacing_mm, draws).to(images.device)
     grid = _sampling_grid(matrices, images.shape[2:], size)
     if config.elastic_probability:
         grid += _bend(len(images), config, spacing_mm, images.shape[2:], size, draws).to(grid.device)
@@ -93,10 +94,10 @@ def augment(
             images[k] = images[k].flip(_AXES[axis] - 1)
             labels[k] = labels[k].flip(_AXES[axis] - 2)
     # Before the white noise, for which a single process takes its numbers from the same stream.
-    coarse = draws.rand(*images.shape[:2], 2) if config.low_resolution_probability else None
+    drawn = draws.rand(*images.shape[:2], 2) if config.low_resolution_probability else None
     images = change_intensities(images, config.intensity_probability, draws)
-    if coarse is not None:
-        images = coarsen(images, config.low_resolution_probability, spacing_mm, coarse)
+    if drawn is not None:
+        images = coarsen(images, config.low_resolution_probability, drawn, coarse_slices=coarse_slices)
     return images, labels
 
 
@@ -129,15 +130,16 @@ def _offset(grown: int, size: int) -> int:
     return grown // 2 - size // 2
 
 
-def _draw_matrices(batch: int, config: AugmentConfig, spacing_mm: Sequence[float], draws: Draws) -> Tensor:
+def _draw_matrices(
+    batch: int, config: AugmentConfig, tilt_deg: float, spacing_mm: Sequence[float], draws: Draws
+) -> Tensor:
     """(B, 3, 3) matrices from output to input voxel offsets, in the order (D, H, W)."""
 
     def uniform(limit: float) -> Tensor:
         return (draws.rand(batch) * 2 - 1) * limit
 
     about_depth = uniform(math.radians(config.rotation_deg))
-    coarse = spacing_mm[0] / max(spacing_mm[1:]) >= COARSE_RATIO
-    tilt = math.radians(config.largest_tilt(coarse_slices=coarse))
+    tilt = math.radians(tilt_deg)
     about_height, about_width = uniform(tilt), uniform(tilt)
     scale = 1 + uniform(config.scale)
     keep = draws.rand(batch) >= config.spatial_probability
@@ -187,13 +189,12 @@ def _bend(
     return smooth.movedim(1, -1).flip(-1)
 
 
-def coarsen(images: Tensor, probability: float, spacing_mm: Sequence[float], drawn: Tensor) -> Tensor:
+def coarsen(images: Tensor, probability: float, drawn: Tensor, *, coarse_slices: bool) -> Tensor:
     """Images as a coarser scan would show them: sampled at 1/2 to 1 of the resolution, brought back linearly.
 
     images: (B, C, D, H, W); drawn: (B, C, 2), uniform in [0, 1): whether, and how much. Coarse slices (see the plan)
     stay: only the plane is coarsened.
     """
-    depth_too = spacing_mm[0] < COARSE_RATIO * max(spacing_mm[1:])
     out = images.clone()
     for b in range(images.shape[0]):
         for c in range(images.shape[1]):
@@ -203,7 +204,7 @@ def coarsen(images: Tensor, probability: float, spacing_mm: Sequence[float], dra
             factor = 0.5 + 0.5 * share
             sizes = images.shape[2:]
             small = [max(round(n * factor), 1) for n in sizes]
-            if not depth_too:
+            if coarse_slices:
                 small[0] = sizes[0]
             low = F.interpolate(images[b : b + 1, c : c + 1], size=small, mode="nearest-exact")
             out[b, c] = F.interpolate(low, size=sizes, mode="trilinear", align_corners=False)[0, 0]

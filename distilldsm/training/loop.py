@@ -306,6 +306,7 @@ class Trainer:
             settings,
             classes=len(self.plan.class_names),
             spacing_mm=self.plan.target_spacing_mm,
+            coarse_slices=self.plan.coarse_slices,
             generator=draws,
         )
 

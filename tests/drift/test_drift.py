@@ -15,12 +15,12 @@ from distilldsm.config import PreprocessConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import write_json
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
+from distilldsm.data.drift_measures import Measure, measures_of
 from distilldsm.data.fingerprint import fingerprint_case
 from distilldsm.data.plan import Plan, make_plan
+from distilldsm.data.training_distribution import load_distribution, make_distribution
 from distilldsm.drift import drift_of_files
 from distilldsm.drift.compare import Reference, check_scan, check_set
-from distilldsm.data.training_distribution import load_distribution, make_distribution
-from distilldsm.data.drift_measures import Measure, measures_of
 from tests.data.volumes import affine, ellipsoid
 
 TRAINING, NEW = 24, 8

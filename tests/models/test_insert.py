@@ -77,6 +77,18 @@ def test_what_is_frozen_stays_frozen(in_place):
         assert not volumetric.network[1].training
         torch.testing.assert_close(volumetric(x).transpose(1, 2).flatten(0, 1), expected)
         volumetric.cost()  # looks at it in evaluation mode, and leaves it as it was
+        volumetric.eval().train()  # as the training does in every epoch
+
+
+def test_batchnorm_whose_weights_are_not_trained_keeps_its_statistics():
+    """As in a pretrained network that comes in evaluation mode as a whole, as packages return it."""
+    flat = nn.Sequential(Small(), nn.BatchNorm2d(2), nn.BatchNorm2d(2)).eval()
+    flat[1].requires_grad_(False)
+    supervised = DeeplySupervised(insert_depth_shift(flat), levels=2).train()
+    supervised(torch.randn(1, 1, 3, 32, 32))
+    fixed, trained = supervised.network.network[1], supervised.network.network[2]
+    assert (fixed.running_mean == 0).all()
+    assert (trained.running_mean != 0).all()
 
 
 def test_it_trains_where_heads_below_are_wanted():

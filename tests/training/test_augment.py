@@ -21,9 +21,12 @@ def ball_batch(size=(12, 24, 24)) -> tuple[torch.Tensor, torch.Tensor]:
 def run_augment(config: AugmentConfig, size=(12, 24, 24), seed=0, spacing=(1.0, 1.0, 1.0), classes=2):
     images, labels = ball_batch()
     generator = torch.Generator().manual_seed(seed)
-    return augment(images, labels, size, config, classes=classes, spacing_mm=spacing, generator=generator)
+    return augment(
+        images, labels, size, config, classes=classes, spacing_mm=spacing, coarse_slices=False, generator=generator
+    )
 
 
+CUBES = {"classes": 2, "spacing_mm": (1, 1, 1), "coarse_slices": False}
 NOTHING = AugmentConfig(spatial_probability=0, intensity_probability=0)
 
 
@@ -74,6 +77,7 @@ def test_rotation_in_mm_keeps_the_volume_of_a_structure():
         AugmentConfig(spatial_probability=1, intensity_probability=0, rotation_deg=90, tilt_deg=90, scale=0),
         classes=2,
         spacing_mm=spacing,
+        coarse_slices=False,
         generator=torch.Generator().manual_seed(3),
     )
     assert float(y.sum()) == pytest.approx(float(label.sum()), rel=0.05)
@@ -83,8 +87,9 @@ def test_rotation_in_mm_keeps_the_volume_of_a_structure():
     assert y.dtype == torch.int64
 
 
-@pytest.mark.parametrize(("slices_mm", "mixed"), [(4.0, False), (1.0, True)])
-def test_coarse_slices_are_not_tilted_if_nothing_else_is_said(slices_mm, mixed):
+@pytest.mark.parametrize("slices_mm", [4.0, 1.0])
+@pytest.mark.parametrize("coarse", [True, False])
+def test_slices_that_the_plan_calls_coarse_are_not_tilted(slices_mm, coarse):
     """Every slice holds its own number: turned about the depth axis it still does, tilted it does not."""
     images = torch.arange(9.0)[None, None, :, None, None].expand(4, 1, 9, 32, 32).clone()
     config = AugmentConfig(spatial_probability=1, intensity_probability=0, scale=0)
@@ -95,10 +100,11 @@ def test_coarse_slices_are_not_tilted_if_nothing_else_is_said(slices_mm, mixed):
         config,
         classes=2,
         spacing_mm=(slices_mm, 1.0, 1.0),
+        coarse_slices=coarse,
         generator=torch.Generator().manual_seed(0),
     )
     spread = (middle[:, :, 4].amax() - middle[:, :, 4].amin()).item()
-    assert (spread > 0.1) == mixed
+    assert (spread > 0.1) == (not coarse)
 
 
 def test_scale_changes_size_as_told():
@@ -119,7 +125,7 @@ def test_bending_moves_image_and_label_together_by_so_many_mm():
     images[:, :, 8:16, 12:24, 12:24] = 1
     labels = images[:, 0].long()
     generator = torch.Generator().manual_seed(0)
-    x, y = augment(images, labels, (20, 30, 30), bent, classes=2, spacing_mm=(1, 1, 1), generator=generator)
+    x, y = augment(images, labels, (20, 30, 30), bent, **CUBES, generator=generator)
     assert ((x[:, 0] > 0.5) == (y == 1)).float().mean() > 0.995
     _, straight = centre_crop(images, labels, (20, 30, 30))
     assert not torch.equal(y, straight)
@@ -128,7 +134,9 @@ def test_bending_moves_image_and_label_together_by_so_many_mm():
     ramp = torch.arange(120.0).reshape(1, 1, 1, 1, 120).expand(60, 1, 40, 40, 120).clone()
     empty = torch.zeros(60, 40, 40, 120, dtype=torch.long)
     size = (20, 20, 60)
-    moved, _ = augment(ramp, empty, size, bent, classes=2, spacing_mm=(1, 1, 0.5), generator=generator)
+    moved, _ = augment(
+        ramp, empty, size, bent, classes=2, spacing_mm=(1, 1, 0.5), coarse_slices=False, generator=generator
+    )
     still, _ = centre_crop(ramp, empty, size)
     corner = (moved - still)[:, 0, 0, 0, 0] * 0.5  # a control point
     assert float(corner.std()) == pytest.approx(2.0, rel=0.25)
@@ -139,11 +147,11 @@ def test_coarsening_keeps_coarse_slices_and_the_mean():
     torch.manual_seed(0)
     images = torch.randn(3, 2, 6, 32, 32)
     drawn = torch.rand(3, 2, 2)
-    assert torch.equal(coarsen(images, 0.0, (1, 1, 1), drawn), images)
+    assert torch.equal(coarsen(images, 0.0, drawn, coarse_slices=False), images)
     constant_in_plane = torch.randn(1, 1, 6, 1, 1).expand(1, 1, 6, 32, 32)
-    kept = coarsen(constant_in_plane, 1.0, (5.0, 1.0, 1.0), drawn)
+    kept = coarsen(constant_in_plane, 1.0, drawn, coarse_slices=True)
     torch.testing.assert_close(kept, constant_in_plane.contiguous())
-    coarse = coarsen(images, 1.0, (1, 1, 1), drawn)
+    coarse = coarsen(images, 1.0, drawn, coarse_slices=False)
     assert float(coarse.std()) < 0.9 * float(images.std())
     assert not torch.equal(coarse[:, 0], images[:, 0])
 
@@ -165,7 +173,7 @@ def test_processes_draw_what_one_would():
         draw = draws.noise
         draws.noise = lambda shape: 0 * draw(shape)
         share = images[rank::world], labels[rank::world]
-        return augment(*share, (12, 24, 24), everything, classes=2, spacing_mm=(1, 1, 1), generator=draws)
+        return augment(*share, (12, 24, 24), everything, **CUBES, generator=draws)
 
     whole = run(0, 1)
     for rank in range(2):
