@@ -16,6 +16,7 @@ from typing import Any
 from distilldsm.core.assignments import read_assignment
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import load_yaml, mapping_at
+from distilldsm.core.shipped import shipped
 
 FREE_FORM = ("options", "modalities", "bounds", "sample", "regions", "pattern")
 """Mappings that a preset replaces as a whole: the options of one network mean nothing to another."""
@@ -52,7 +53,7 @@ def run(args: argparse.Namespace) -> None:
     from distilldsm.core.files import write_text
     from distilldsm.core.mapping import from_mapping
 
-    conf = Path(args.conf)
+    conf = shipped(args.conf)
     if not (conf / "config.yaml").is_file():
         raise ConfigError("holds no config.yaml", where=args.conf, hint="run this where conf/ is, or give --conf")
     presets, assignments = _parted(conf, args.overrides)

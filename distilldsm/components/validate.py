@@ -13,6 +13,7 @@ from distilldsm.config import ValidateConfig, load_params
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.output_directory import MANIFEST, output_directory
+from distilldsm.core.shipped import shipped
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.validation.case_table import CaseTable, build_case_table, table_columns
 from distilldsm.validation.expectations import Checked, load_suite, run_suite
@@ -24,7 +25,7 @@ SHOWN = 10
 
 def key(config: ValidateConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
     """What decides the output, for `output_directory` and `is_current`."""
-    hashed = {"dataset": inputs["dataset"], "suite": Path(config.suite)}
+    hashed = {"dataset": inputs["dataset"], "suite": shipped(config.suite)}
     return {"stage": "validate", "config": config, "inputs": hashed}
 
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from distilldsm.core.assignments import parse_yaml, read_assignment
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.shipped import shipped
 
 T = TypeVar("T")
 RULE = "rule"
@@ -22,7 +23,7 @@ RULE = "rule"
 
 
 def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing file") -> dict[str, Any]:
-    """Read a YAML file that holds one mapping.
+    """Read a YAML file that holds one mapping; one of `conf/` may be the package's own, see `shipped`.
 
     Args:
         hint: what to do where it cannot be read.
@@ -32,7 +33,7 @@ def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing fil
     """
     import yaml
 
-    path = Path(path)
+    path = shipped(path)
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
