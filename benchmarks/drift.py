@@ -26,7 +26,7 @@ from distilldsm.data.splits import make_splits
 from distilldsm.data.training_distribution import make_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
 from distilldsm.drift.scans import measure_scan
-from distilldsm.io.scan import Channel, Scan
+from distilldsm.io import Channel, Scan
 
 FloatArray = npt.NDArray[np.float32]
 Change = Callable[[FloatArray, npt.NDArray[np.float64]], tuple[FloatArray, npt.NDArray[np.float64]]]

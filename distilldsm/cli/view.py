@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from distilldsm.io.inputs import Input
-    from distilldsm.io.scan import Scan
 
 MAX_VOXELS = 16_000_000
 """Of a volume in the page; a larger one loses every other voxel along its finest axis, and so on."""
@@ -54,6 +53,7 @@ def run(args: argparse.Namespace) -> None:
             page cannot be written.
     """
     from distilldsm.core.files import write_text
+    from distilldsm.io import read_labels
     from distilldsm.report.viewer import ViewedCase, packed, viewer_page
 
     if args.max_voxels < 1:
@@ -63,8 +63,8 @@ def run(args: argparse.Namespace) -> None:
     output = _output(args.output, one.name, given)
     scan = one.read(1)
     channel = scan.channels[0]
-    truth = _mask(Path(args.truth), scan) if args.truth else None
-    masks = [_mask(Path(path), scan) for path in args.masks]
+    truth = read_labels(Path(args.truth), on=scan).values if args.truth else None
+    masks = [read_labels(Path(path), on=scan).values for path in args.masks]
     labels = _labels(args, [*masks, *([] if truth is None else [truth])])
 
     def small(volume: npt.NDArray[np.generic], is_label: bool) -> bytes:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> None:
         for name, mask in zip(_names(args.masks), masks, strict=True)
     ] or [ViewedCase(name=one.name, image=image, truth=packed_truth)]
     write_text(output, viewer_page(one.name, cases, labels))
-    if scan.channels[0].raw.size > args.max_voxels:
+    if channel.raw.size > args.max_voxels:
         sizes = " x ".join(str(n) for n in scan.shape)
         print(f"{sizes} voxels are more than --max-voxels {args.max_voxels}: some are left out", file=sys.stderr)
     print(output)
@@ -98,17 +98,6 @@ def _one_image(path: Path) -> Input:
             hint="give one of the files, or the folder of one series",
         )
     return found[0]
-
-
-def _mask(path: Path, scan: Scan) -> npt.NDArray[np.uint8]:
-    """A label map (X, Y, Z) on the scan's grid."""
-    from distilldsm.io.nifti import MEND_MASK, check_same_grid, open_nifti
-    from distilldsm.io.volume import read_label
-
-    file = open_nifti(path)
-    labels, _ = read_label(path)
-    check_same_grid(scan.path, scan.shape, scan.affine, path, labels.shape, file.affine, MEND_MASK)
-    return labels
 
 
 def _labels(args: argparse.Namespace, masks: Sequence[npt.NDArray[np.uint8]]) -> Mapping[str, int]:
@@ -139,7 +128,7 @@ def _parse(text: str) -> dict[str, int]:
 
 def _names(masks: Sequence[str]) -> list[str]:
     """What tells the masks apart: their names, with their folders where these are the same."""
-    from distilldsm.io.inputs import stem
+    from distilldsm.io.formats import stem
 
     names = [stem(Path(mask)) for mask in masks]
     return names if len(set(names)) == len(names) else list(masks)

@@ -30,8 +30,7 @@ from distilldsm.evaluation.metrics import confusion, score_case
 from distilldsm.evaluation.postprocess import POSTPROCESSING, write_postprocessing
 from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
 from distilldsm.inference.postprocess import keep_largest
-from distilldsm.io.orientation import spacing_of
-from distilldsm.io.volume import read_image, read_label, write_label
+from distilldsm.io import read_labels, read_scan, write_mask
 from distilldsm.models.inserted import trust_builder
 
 if TYPE_CHECKING:
@@ -214,10 +213,10 @@ def score_all(
             path = work / "predictions" / f"{case.id}.nii.gz"
             taken = work / "timing" / f"{case.id}.json"
             if not (path.exists() and taken.exists()):  # an interruption may have come between mask and scores
-                volume = read_image([dataset / p for p in case.images], len(index.channels))
+                scan = read_scan([dataset / p for p in case.images], len(index.channels)).load()
                 with cost.measured(taken):
-                    mask = predictor.predict(volume)
-                write_label(path, mask, volume.affine)
+                    mask = predictor.predict(scan.volume())
+                write_mask(path, mask, scan)
             task = (
                 dataset / case.label,
                 path,
@@ -236,9 +235,9 @@ def score_all(
 
 def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm: float, output: Path) -> None:
     """Score one predicted mask file, as it is and with only the largest components; written as JSON."""
-    truth, affine = read_label(truth_path)
-    mask, _ = read_label(mask_path)
-    score = partial(score_case, truth, spacing_mm=spacing_of(affine), tolerance_mm=tolerance_mm)
+    reference = read_labels(truth_path)
+    truth, mask = reference.values, read_labels(mask_path).values
+    score = partial(score_case, truth, spacing_mm=reference.spacing_mm, tolerance_mm=tolerance_mm)
     scores = score(mask, labels=targets.structures)
     table = confusion(truth, mask, targets.class_values)
     cut = [name for name, values in targets.largest.items() if keep_largest(mask, values)]

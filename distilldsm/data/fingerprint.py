@@ -13,8 +13,8 @@ import numpy.typing as npt
 from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
+from distilldsm.io import Volume, read_labels, read_scan
 from distilldsm.io.orientation import ras_orientation
-from distilldsm.io.volume import Volume, check_same_geometry, load_nifti, read_image, read_label
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 SAMPLES_PER_CASE = 20_000
@@ -55,11 +55,9 @@ def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Volume, npt.
     Raises:
         DataError: unreadable files, label off the image's grid, or values outside the declared labels.
     """
-    volume = read_image([root / p for p in case.images], len(index.channels))
-    label_path = root / case.label
-    check_same_geometry(load_nifti(volume.path), load_nifti(label_path), volume.path, label_path)
-    values, _ = read_label(label_path)
-    return volume, classes_from_values(values, index.class_values, label_path)
+    scan = read_scan([root / p for p in case.images], len(index.channels))
+    labels = read_labels(root / case.label, on=scan)
+    return scan.volume(), classes_from_values(labels.values, index.class_values, labels.path)
 
 
 def classes_from_values(

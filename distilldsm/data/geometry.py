@@ -19,10 +19,8 @@ from distilldsm.data.fingerprint import nonzero_box
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
 from distilldsm.data.resampling import CubicSlices
 from distilldsm.data.targets import Targets
-from distilldsm.io.nifti import read_scan
+from distilldsm.io import Scan, Volume, read_scan
 from distilldsm.io.orientation import ras_orientation, reorient, spacing_along
-from distilldsm.io.scan import Scan
-from distilldsm.io.volume import Volume
 
 Float32 = npt.NDArray[np.float32]
 CONSTANT = 1e-6

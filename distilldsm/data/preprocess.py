@@ -25,7 +25,7 @@ from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_
 from distilldsm.data.geometry import label_to_network_space, to_network_space
 from distilldsm.data.plan import Plan, make_plan, regions_of, resampled_shape
 from distilldsm.data.splits import make_splits, read_splits
-from distilldsm.io.volume import load_nifti
+from distilldsm.io.formats import read_file
 
 LOCATIONS_PER_CLASS = 2_000
 """Foreground voxels remembered per case and class, for oversampling."""
@@ -172,7 +172,7 @@ def _largest_scan(root: Path, index: DatasetIndex) -> int:
     largest = 0
     for case in index.cases[:: max(1, len(index.cases) // 50)]:
         with contextlib.suppress(DataError):  # a damaged case is reported with all others, later
-            largest = max(largest, int(np.prod(load_nifti(root / case.images[0]).shape[:3])))
+            largest = max(largest, math.prod(read_file(root / case.images[0]).shape))
     return largest
 
 

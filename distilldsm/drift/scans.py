@@ -13,11 +13,9 @@ from distilldsm.core.errors import DataError
 from distilldsm.data.fingerprint import classes_from_values
 from distilldsm.data.plan import Plan
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
+from distilldsm.io import Scan, read_labels
 from distilldsm.io.inputs import Input
-from distilldsm.io.nifti import MEND_MASK, check_same_grid
 from distilldsm.io.orientation import ras_orientation
-from distilldsm.io.scan import Scan
-from distilldsm.io.volume import read_label
 
 
 def measure_scan(scan: Scan, plan: Plan, classes: npt.NDArray[np.uint8] | None = None) -> ScanMeasures:
@@ -60,9 +58,7 @@ def read_mask(path: Path, scan: Scan, plan: Plan) -> npt.NDArray[np.uint8]:
     Raises:
         DataError: it is unreadable, lies on another grid, or holds labels that the model does not know.
     """
-    values, affine = read_label(path)
-    check_same_grid(scan.path, scan.shape, scan.affine, path, values.shape, affine, MEND_MASK)
-    return classes_from_values(values, plan.class_values, path)
+    return classes_from_values(read_labels(path, on=scan).values, plan.class_values, path)
 
 
 def find_mask(folder: Path, one: Input) -> Path | None:

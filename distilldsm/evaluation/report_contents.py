@@ -20,7 +20,7 @@ from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.evaluation.report import Picture, Report, render_report
 from distilldsm.evaluation.report_sections import mean_dice
 from distilldsm.evaluation.statistics import bland_altman
-from distilldsm.io.volume import read_image, read_label
+from distilldsm.io import read_labels, read_scan
 from distilldsm.report import figures
 from distilldsm.report.old_page import networks_named
 from distilldsm.report.overlays import overlay
@@ -129,9 +129,9 @@ def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], str]:
     for kind, id_ in chosen.items():
         case = cases[id_]
         dataset = given.inputs["dataset"]
-        volume = read_image([dataset / p for p in case.images], len(given.index.channels))
-        truth, _ = read_label(dataset / case.label)
-        mask, _ = read_label(work / "predictions" / f"{case.id}.nii.gz")
+        volume = read_scan([dataset / p for p in case.images], len(given.index.channels)).volume()
+        truth = read_labels(dataset / case.label).values
+        mask = read_labels(work / "predictions" / f"{case.id}.nii.gz").values
         caption = f"{kind} case: {_caption(id_, given)}"
         path = work / "figures" / f"{names.get(kind, kind)}.png"
         figure = overlay(volume.data[0], truth, mask, affine=volume.affine, labels=given.index.labels)

@@ -29,8 +29,10 @@ from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
 from distilldsm.inference.predict import Precision, Predictor, Runtime
 from distilldsm.inference.report import Stopwatch
 from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan, stream_chunks
-from distilldsm.io.inputs import Format, Input, stem
-from distilldsm.io.output import replacing, scratch_array, write_nifti
+from distilldsm.io.formats import Format, stem, write_mask
+from distilldsm.io.inputs import Input
+from distilldsm.io.nifti import write_nifti
+from distilldsm.io.output import scratch_array
 from distilldsm.io.scan import Scan
 
 
@@ -45,7 +47,7 @@ class Job:
     @property
     def probabilities(self) -> Path:
         """Where its class probabilities go."""
-        return self.output.with_name(f"{stem(self.output).removesuffix('.dcm')}_probabilities.nii.gz")
+        return self.output.with_name(f"{stem(self.output)}_probabilities.nii.gz")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,7 +138,9 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
             if maps is not None:
                 write_nifti(job.probabilities, maps, scan, slope=1 / 255)
             try:
-                _write_mask(job, mask, scan, predictor)
+                labels = dict(zip(plan.class_names, plan.class_values, strict=True))
+                model = "" if predictor.metadata is None else predictor.metadata.name
+                write_mask(job.output, mask, scan, labels=labels, model=model)
             except BaseException:
                 if maps is not None:
                     job.probabilities.unlink(missing_ok=True)
@@ -147,7 +151,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         "scan": job.input.name,
         "inputs": [str(path) for path in job.input.paths],
         "mask": str(job.output),
-        "format": job.format,
+        "format": job.format.mask_format,
         **({"probabilities": str(job.probabilities)} if settings.probabilities else {}),
         "shape": list(scan.shape),
         "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
@@ -184,7 +188,9 @@ def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor
     kind = "openvino-auto" if engine == "openvino" and settings.precision != "f32" else engine
     voxels = int(scan.channels[0].raw.size)
     plane = image.cropped[1] * image.cropped[2]
-    held = scan.nbytes + voxels * (5 if job.format == "seg" else 1) + plane * (160 * channels + 40 * classes)
+    held = (
+        scan.nbytes + voxels * (5 if job.format.mask_format == "seg" else 1) + plane * (160 * channels + 40 * classes)
+    )
     held += sum(MODEL_BYTES + 4 * network.parameters for network in networks[1:])
     padded = [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)]
 
@@ -230,18 +236,6 @@ def _announce(job: Job, pieces: Pieces, windows: int, settings: Settings) -> Non
                 "blended: labels may differ from those of whole slices; a larger --max-memory avoids that",
                 file=sys.stderr,
             )
-
-
-def _write_mask(job: Job, mask: Any, scan: Scan, predictor: Predictor) -> None:
-    if job.format == "nifti":
-        write_nifti(job.output, mask, scan)
-        return
-    from distilldsm.io.dicom import write_segmentation
-
-    assert predictor.metadata is not None
-    labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
-    with replacing(job.output) as temporary:
-        write_segmentation(temporary, mask, scan.source, labels, model=predictor.metadata.name)
 
 
 def _located(error: UserError, path: Path) -> UserError:

@@ -22,10 +22,8 @@ from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.data.geometry import GeometryRecord, read_scan_for, scores_to_scan, to_network_space
 from distilldsm.data.plan import Plan
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
+from distilldsm.io.formats import read_file, write_mask
 from distilldsm.io.inputs import find_inputs
-from distilldsm.io.nifti import open_nifti
-from distilldsm.io.output import write_nifti
-from distilldsm.io.scan import Channel, Scan
 
 Case = Mapping[Hashable, Any]
 
@@ -38,7 +36,7 @@ def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
     """
     found, _ = find_inputs([Path(folder)], channels)
     for scan in found:
-        if scan.kind != "nifti":
+        if scan.format.name != "nifti":
             raise DataError("is no NIfTI scan", where=scan.name, hint="distilldsm predict reads DICOM")
     return [{"image": [str(p) for p in scan.paths], "source": scan.name} for scan in found]
 
@@ -102,8 +100,5 @@ class SaveMaskd(Transform):
         classes = scores_to_scan(self.plan.targets.scores(logits), record, self.plan.targets)
         mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
         self.output.mkdir(parents=True, exist_ok=True)
-        # The record is in mm; the mask keeps the unit and the form codes of the file.
-        file = open_nifti(Path(data["scan"]))
-        scan = Scan((Channel(mask),), file.affine, file.path, file.header)
-        write_nifti(self.output / f"{data['source']}.nii.gz", mask, scan)
+        write_mask(self.output / f"{data['source']}.nii.gz", mask, read_file(Path(data["scan"])))
         return {**data, "pred": torch.from_numpy(mask)}

@@ -20,7 +20,7 @@ from distilldsm.inference.ensemble import check_same_task, common_postprocessing
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.inference.scores import AXES, Member, Mirror, Scorer, mirror_axes
 from distilldsm.inference.windows import MAX_VOXELS, STREAM_SLICES, predict_logits, predict_scores
-from distilldsm.io.volume import Volume
+from distilldsm.io import Volume
 from distilldsm.models.package import INT8_FILES, METADATA, RUNTIME_FILES, ModelMetadata, load_metadata, verify
 
 Runtime = Literal["openvino", "onnx", "torch"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from distilldsm.core.errors import UserError
 from distilldsm.data.geometry import read_scan_for
 from distilldsm.inference.predict import Predictor
-from distilldsm.io.output import write_nifti
+from distilldsm.io import write_mask
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"
 """Environment variable that names the folder a server may read scans from and write masks to."""
@@ -69,7 +69,7 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
     mask = predictor.predict(scan.volume())
     if target is None:
         return {"mask": mask}
-    write_nifti(target, mask, scan)
+    write_mask(target, mask, scan)
     return {"output": str(target)}
 
 

@@ -20,8 +20,8 @@ from distilldsm.data.resampling import CubicSlices, LinearSlices
 from distilldsm.inference.engines import Engine, open_stream
 from distilldsm.inference.scores import Scorer
 from distilldsm.inference.windows import UNBOUNDED_HALO, Window, stream_chunks
+from distilldsm.io import Scan
 from distilldsm.io.orientation import reorient
-from distilldsm.io.scan import Scan
 
 Float32 = npt.NDArray[np.float32]
 Clock = Callable[[str], AbstractContextManager[object]]

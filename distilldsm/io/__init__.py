@@ -1,0 +1,22 @@
+"""The only readers and writers of scans and labels.
+
+`read_scan`, `read_labels` and `write_mask` are the interface. formats.py lists the formats, header_rules.py says what a
+header may hold. Names are imported when they are first used, because nibabel takes a while.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from distilldsm.io.formats import Channel, Labels, Scan, Volume, read_labels, read_scan, write_mask
+
+__all__ = ["Channel", "Labels", "Scan", "Volume", "read_labels", "read_scan", "write_mask"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distilldsm.io import formats
+
+    return getattr(formats, name)

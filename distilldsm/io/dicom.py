@@ -1,4 +1,4 @@
-"""DICOM series to scans, and masks to DICOM segmentations.
+"""The format DICOM: series to scans, and masks to DICOM segmentations.
 
 pydicom and highdicom are the optional dependency group `dicom`; they are imported when a DICOM file is met.
 """
@@ -16,8 +16,10 @@ import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.version import __version__
-from distilldsm.io.nifti import check_size
-from distilldsm.io.scan import Channel, Scan, check_affine
+from distilldsm.io.errors import Refuse, first_line, raise_error
+from distilldsm.io.header_rules import AFFINE_RULES, broken, orthogonal
+from distilldsm.io.output import replacing
+from distilldsm.io.scan import Channel, Scan
 
 DIRECTION_TOLERANCE = 1e-4
 """Largest difference between the direction cosines of two slices of a series."""
@@ -46,7 +48,9 @@ class DicomSource:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file's content says that it is DICOM: `DICM` after the preamble."""
+    """Whether a path is a file whose content says that it is DICOM: `DICM` after the preamble."""
+    if not path.is_file():
+        return False
     try:
         with open(path, "rb") as stream:
             stream.seek(128)
@@ -55,32 +59,46 @@ def is_dicom(path: Path) -> bool:
         return False
 
 
-def series_files(folder: Path) -> list[Path]:
-    """The DICOM files directly in a folder, whatever they are called."""
-    return [path for path in sorted(folder.iterdir()) if path.is_file() and is_dicom(path)]
+class Dicom:
+    """A DICOM series in a folder of its own, masks as DICOM SEG; see `formats.Format`."""
 
+    name = "dicom"
+    endings: tuple[str, ...] = ()
+    mask_format = "seg"
+    mask_endings: tuple[str, ...] = (".dcm",)
+    mask_of_any_scan = False
 
-def read_series(folder: Path, *, limit_bytes: float = float("inf")) -> Scan:
-    """The one series in a folder as a scan of one channel, rescaled (slope, intercept), slices in order.
+    def can_read(self, path: Path) -> bool:
+        """Whether the path is a folder that holds DICOM files, whatever they are called."""
+        return path.is_dir() and any(map(is_dicom, path.iterdir()))
 
-    Array axes are (columns, rows, slices), as other readers of series have them.
+    def read(self, path: Path, *, refuse: Refuse = raise_error) -> Scan:
+        """The one series in a folder as a scan of one channel, rescaled (slope, intercept), slices in order.
 
-    Raises:
-        DataError: no, several or mixed series, missing or duplicate slices, tilted stacks, unreadable voxels, or more
-            than `limit_bytes` with the mask.
-    """
-    headers = [_header(path) for path in series_files(folder)]
-    headers = [h for h in headers if h.file_meta.MediaStorageSOPClassUID.keyword != "MediaStorageDirectoryStorage"]
-    if not headers:
-        raise DataError("holds no DICOM image", where=folder)
-    for header in headers:
-        _check_image(header)
-    _check_one_series(headers, folder)
-    ordered, affine = _arrange(headers, folder)
-    check_affine(affine, folder)
-    check_size(folder, 3 * int(ordered[0].Rows) * int(ordered[0].Columns) * len(ordered), limit_bytes)
-    channel = _voxels(ordered)
-    return Scan((channel,), affine, folder, DicomSource(tuple(ordered)))
+        Array axes are (columns, rows, slices), as other readers of series have them. Voxels are read later.
+
+        Raises:
+            DataError: no, several or mixed series, missing or duplicate slices, tilted stacks.
+        """
+        headers = [_header(file) for file in sorted(path.iterdir()) if is_dicom(file)]
+        headers = [h for h in headers if h.file_meta.MediaStorageSOPClassUID.keyword != "MediaStorageDirectoryStorage"]
+        if not headers:
+            raise DataError("holds no DICOM image", where=path)
+        for header in headers:
+            _check_image(header)
+        _check_one_series(headers, path)
+        ordered, affine = _arrange(headers, path)
+        for error in broken(AFFINE_RULES, affine, path):
+            refuse(error)
+        return Scan((_channel(ordered),), orthogonal(affine), path, DicomSource(tuple(ordered)))
+
+    def write(
+        self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
+    ) -> None:
+        """Write a mask as DICOM SEG that refers to the series; raises as `write_segmentation`, UserError if the disk is
+        full."""
+        with replacing(path) as temporary:
+            write_segmentation(temporary, mask, scan.source, labels, model=model)
 
 
 def _header(path: Path) -> Any:
@@ -91,7 +109,7 @@ def _header(path: Path) -> Any:
         _ = header.file_meta.TransferSyntaxUID, header.file_meta.MediaStorageSOPClassUID
         return header
     except Exception as error:  # pydicom raises many kinds for broken files
-        raise DataError("is no readable DICOM file", where=path, seen=_first_line(error)) from None
+        raise DataError("is no readable DICOM file", where=path, seen=first_line(error)) from None
 
 
 def _check_image(header: Any) -> None:
@@ -233,36 +251,46 @@ def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder:
         )
 
 
-def _voxels(ordered: Sequence[Any]) -> Channel:
-    """Voxels slice by slice: as stored where one rescaling holds for all, else as float32 intensities."""
-    import pydicom
+def _channel(ordered: Sequence[Any]) -> Channel:
+    """Voxels as stored where one rescaling holds for all slices, else float32 intensities."""
+    scalings = [_scaling(header) for header in ordered]
+    slope, intercept = scalings[0]
+    shape = (int(ordered[0].Columns), int(ordered[0].Rows), len(ordered))
+    size = 2 * int(np.prod(shape))
+    if len(set(scalings)) > 1:
+        return Channel(lambda: _voxels(ordered, scalings), shape=shape, nbytes=2 * size)
+    if (slope, intercept) == (1.0, 0.0):
+        return Channel(lambda: _voxels(ordered), shape=shape, nbytes=size)
+    return Channel(
+        lambda: _voxels(ordered),
+        lambda piece: piece * np.float64(slope) + np.float64(intercept),
+        shape=shape,
+        nbytes=size,
+    )
 
-    scalings = {(float(h.get("RescaleSlope", 1) or 1), float(h.get("RescaleIntercept", 0) or 0)) for h in ordered}
-    one = len(scalings) == 1
-    slope, intercept = next(iter(scalings))
+
+def _scaling(header: Any) -> tuple[float, float]:
+    """Slope and intercept of a slice; 1 and 0 where it has none."""
+    slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
+    if not (np.isfinite(slope) and np.isfinite(intercept)):
+        raise DataError(
+            "has an impossible scaling",
+            where=header.filename,
+            seen=f"RescaleSlope {slope:g}, RescaleIntercept {intercept:g}",
+            rule="finite numbers",
+        )
+    return slope, intercept
+
+
+def _voxels(ordered: Sequence[Any], scalings: Sequence[tuple[float, float]] | None = None) -> npt.NDArray:
+    """Voxels slice by slice: as stored, or with `scalings`, a slope and intercept for each slice, as float32."""
     array: npt.NDArray | None = None
     for k, header in enumerate(ordered):
-        try:
-            dataset = pydicom.dcmread(header.filename)
-            pixels = dataset.pixel_array
-        except Exception as error:  # missing decoders, truncated or corrupt data
-            raise DataError(
-                "holds no readable voxels",
-                where=header.filename,
-                seen=_first_line(error),
-                hint="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
-            ) from None
-        if pixels.shape != (int(header.Rows), int(header.Columns)):
-            raise DataError(
-                "holds another number of voxels than it says",
-                where=header.filename,
-                seen=pixels.shape,
-                rule=f"{header.Rows} rows, {header.Columns} columns",
-            )
-        if not one:
-            a, b = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
-            pixels = (pixels * a + b).astype(np.float32)
-        if not np.isfinite(pixels).all() or not np.isfinite((slope, intercept)).all():
+        pixels = _pixels(header)
+        if scalings is not None:
+            slope, intercept = scalings[k]
+            pixels = (pixels * slope + intercept).astype(np.float32)
+        if not np.isfinite(pixels).all():
             raise DataError("holds voxels that are not finite", where=header.filename)
         if array is None:
             # Signed and unsigned slices may be mixed in one series; only then does the type not hold them all.
@@ -271,9 +299,30 @@ def _voxels(ordered: Sequence[Any]) -> Channel:
             array = array.astype(np.promote_types(pixels.dtype, array.dtype), order="F")
         array[:, :, k] = pixels.T
     assert array is not None
-    if not one or (slope, intercept) == (1.0, 0.0):
-        return Channel(array)
-    return Channel(array, lambda piece: piece * np.float64(slope) + np.float64(intercept))
+    return array
+
+
+def _pixels(header: Any) -> npt.NDArray:
+    """Stored values (rows, columns) of a slice."""
+    import pydicom
+
+    try:
+        pixels: npt.NDArray = pydicom.dcmread(header.filename).pixel_array
+    except Exception as error:  # missing decoders, truncated or corrupt data
+        raise DataError(
+            "holds no readable voxels",
+            where=header.filename,
+            seen=first_line(error),
+            hint="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
+        ) from None
+    if pixels.shape != (int(header.Rows), int(header.Columns)):
+        raise DataError(
+            "holds another number of voxels than it says",
+            where=header.filename,
+            seen=pixels.shape,
+            rule=f"{header.Rows} rows, {header.Columns} columns",
+        )
+    return pixels
 
 
 def write_segmentation(
@@ -343,12 +392,8 @@ def write_segmentation(
         raise DataError(
             "cannot be written as DICOM SEG",
             where=os.fspath(path),
-            seen=_first_line(error),
+            seen=first_line(error),
             rule="headers as the standard demands them of an image",
             hint="write NIfTI instead: --format nifti",
         ) from None
     segmentation.save_as(path)
-
-
-def _first_line(error: BaseException) -> str:
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]

@@ -8,51 +8,48 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
-from distilldsm.io.nifti import is_nifti_name, open_nifti, read_scan, wanted_channels
+from distilldsm.io.dicom import is_dicom
+from distilldsm.io.formats import (
+    FORMATS,
+    Format,
+    format_of,
+    is_scan_file,
+    is_series,
+    read_file,
+    read_scan,
+    stem,
+    unknown_format,
+)
 from distilldsm.io.scan import Scan
 
-Format = Literal["nifti", "seg"]
-
 _MASK = re.compile(r"^(?P<case>.+)_(seg|segmentation|mask|labels?|gt)$", re.IGNORECASE)
-_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})\.nii(\.gz)?$")
+_CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
 @dataclass(frozen=True)
 class Input:
-    """One scan: what it is called, and its files (NIfTI) or its folder (DICOM)."""
+    """One scan: what it is called, and its files, or its series folders."""
 
     name: str
     paths: tuple[Path, ...]
-    kind: Literal["nifti", "dicom"]
+
+    @property
+    def format(self) -> Format:
+        """The format of its first file."""
+        found = format_of(self.paths[0])
+        if found is None:
+            raise unknown_format(self.paths[0])
+        return found
 
     def read(self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = ()) -> Scan:
         """Read it, if image and mask take no more than `limit_bytes`; `names` of the channels are for errors.
 
         Raises:
-            DataError: see `nifti.read_scan` and `dicom.read_series`.
+            DataError: see `read_scan` and `Scan.load`.
         """
-        if self.kind == "nifti":
-            return read_scan(self.paths, channels, limit_bytes=limit_bytes, names=names)
-        from distilldsm.io.dicom import read_series
-
-        if channels != len(self.paths):
-            raise DataError(
-                "a DICOM series is one channel",
-                where=self.paths[0],
-                seen=f"{len(self.paths)} series",
-                rule=wanted_channels(channels, names),
-                hint="give one series folder per channel, in the model's order",
-            )
-        from distilldsm.io.nifti import check_same_grid
-
-        scans = [read_series(path, limit_bytes=limit_bytes / channels) for path in self.paths]
-        first = scans[0]
-        for scan in scans[1:]:
-            check_same_grid(first.path, first.shape, first.affine, scan.path, scan.shape, scan.affine)
-        return Scan(tuple(scan.channels[0] for scan in scans), first.affine, first.path, first.source)
+        return read_scan(self.paths, channels, limit_bytes=limit_bytes, names=names).load()
 
 
 def tell_on_stderr(remark: str) -> None:
@@ -99,7 +96,7 @@ def find_inputs(
         elif folders == [path]:
             series.append(path)
         else:
-            found += [Input(_series_name(folder, path), (folder,), "dicom") for folder in folders]
+            found += [Input(_series_name(folder, path), (folder,)) for folder in folders]
             many = True
     found += _series(series, channels) + (_by_channel_name(files, names) or _files(files, channels))
     many = many or len(found) > 1
@@ -121,38 +118,30 @@ def find_inputs(
 
 def _series(folders: Sequence[Path], channels: int) -> list[Input]:
     if channels > 1 and len(folders) == channels:
-        return [Input(folders[0].resolve().name, tuple(folders), "dicom")]
-    return [Input(folder.resolve().name, (folder,), "dicom") for folder in folders]
+        return [Input(folders[0].resolve().name, tuple(folders))]
+    return [Input(folder.resolve().name, (folder,)) for folder in folders]
 
 
 def _files(files: Sequence[Path], channels: int) -> list[Input]:
     """Single files: one scan each; for several channels a set named as nnU-Net does, or one scan in the given order."""
     for path in files:
-        if not is_nifti_name(path):
-            from distilldsm.io.dicom import is_dicom
-
-            raise DataError(
-                "is a single DICOM file" if is_dicom(path) else "is not a NIfTI file",
-                where=path,
-                seen=path.name,
-                rule="a .nii or .nii.gz file, or the folder of a DICOM series",
-                hint="give the folder that holds the series" if is_dicom(path) else None,
-            )
+        if not is_scan_file(path):
+            raise unknown_format(path)
     if channels == 1:
-        return [Input(stem(path), (path,), "nifti") for path in files]
+        return [Input(stem(path), (path,)) for path in files]
     if not files:
         return []
-    if all(_CHANNEL.match(path.name) for path in files) and len({_key(path) for path in files}) > 1:
+    if all(_CHANNEL.match(stem(path)) for path in files) and len({_key(path) for path in files}) > 1:
         return _group(files, channels)
-    if len(files) > 1 and not all(_is_4d(path) for path in files):
+    if len(files) > 1 and not all(_has_channels(path) for path in files):
         _refuse_other_order(files)
-        return [Input(stem(files[0]), tuple(files), "nifti")]
-    return [Input(stem(path), (path,), "nifti") for path in files]
+        return [Input(stem(files[0]), tuple(files))]
+    return [Input(stem(path), (path,)) for path in files]
 
 
 def _refuse_other_order(files: Sequence[Path]) -> None:
     """Raise ConfigError where the names of one scan's files number its channels in another order."""
-    numbers = [match["channel"] for path in files if (match := _CHANNEL.match(path.name))]
+    numbers = [match["channel"] for path in files if (match := _CHANNEL.match(stem(path)))]
     if len(numbers) == len(files) and numbers != sorted(numbers):
         right = [path for _, path in sorted(zip(numbers, files, strict=True))]
         raise ConfigError(
@@ -164,15 +153,15 @@ def _refuse_other_order(files: Sequence[Path]) -> None:
         )
 
 
-def _is_4d(path: Path) -> bool:
+def _has_channels(path: Path) -> bool:
     try:
-        return len(open_nifti(path).shape) == 4
+        return len(read_file(path).channels) > 1
     except UserError:
         return False
 
 
 def _key(path: Path) -> tuple[Path, str]:
-    match = _CHANNEL.match(path.name)
+    match = _CHANNEL.match(stem(path))
     return path.parent, match["case"] if match else stem(path)
 
 
@@ -187,9 +176,9 @@ def _group(files: Sequence[Path], channels: int) -> list[Input]:
     out = []
     for (_, name), members in cases.items():
         if channels == 1 and len(members) > 1:
-            out += [Input(stem(path), (path,), "nifti") for path in members]
+            out += [Input(stem(path), (path,)) for path in members]
         else:
-            out.append(Input(name, tuple(members), "nifti"))
+            out.append(Input(name, tuple(members)))
     return out
 
 
@@ -199,7 +188,7 @@ def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], objec
 
     def is_mask(one: Input) -> bool:
         match = _MASK.match(one.name)
-        numbered = _CHANNEL.match(one.paths[0].name)  # as an image, whatever else its name says
+        numbered = _CHANNEL.match(stem(one.paths[0]))  # as an image, whatever else its name says
         return match is not None and match["case"] in cases and not numbered
 
     masks = [one.name for one in found if is_mask(one)]
@@ -212,7 +201,7 @@ def _remark_on_channels(found: Sequence[Input], tell: Callable[[str], object]) -
     """Say that `CASE_0001` beside `CASE_0000` is taken for a scan of its own."""
     cases: dict[tuple[Path, str], list[Path]] = {}
     for path in sorted(one.paths[0] for one in found):
-        if _CHANNEL.match(path.name):
+        if _CHANNEL.match(stem(path)):
             cases.setdefault(_key(path), []).append(path)
     further = [stem(path) for members in cases.values() for path in members[1:]]
     if further:
@@ -241,32 +230,27 @@ def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]
         return []
     if any(all(f.parent != folder or not f.name.startswith(f"{case}_") for folder, case in cases) for f in files):
         return []
-    return [
-        Input(case, tuple(found[name] for name in names if name in found), "nifti")
-        for (_, case), found in cases.items()
-    ]
+    return [Input(case, tuple(found[name] for name in names if name in found)) for (_, case), found in cases.items()]
 
 
 def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
-    """NIfTI files directly in a folder, or in its folders, else the folders at or below it that hold DICOM files."""
-    from distilldsm.io.dicom import is_dicom
-
+    """Scans in files directly in a folder, or in its folders, else the series folders at or below it."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    nifti = [path for path in files if is_nifti_name(path)]
-    if nifti and any(is_dicom(path) for path in files):
+    scans = [path for path in files if is_scan_file(path)]
+    if scans and any(is_dicom(path) for path in files):
         raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", hint="give the files one by one")
-    if nifti:
-        return nifti, []
+    if scans:
+        return scans, []
     folders = []
-    for directory, inner, names in os.walk(folder):
+    for directory, inner, _ in os.walk(folder):
         inner.sort()
-        if any(is_dicom(Path(directory, name)) for name in sorted(names) if not name.startswith(".")):
+        if is_series(Path(directory)):
             folders.append(Path(directory))
-    below = [p for p in sorted(folder.glob("*/*.nii*")) if is_nifti_name(p) and not p.name.startswith(".")]
+    below = [path for path in sorted(folder.glob("*/*")) if is_scan_file(path) and not path.name.startswith(".")]
     if below and not folders:
         return below, []
     if not folders:
-        raise DataError("holds no scan", where=folder, rule=".nii or .nii.gz files, or DICOM series")
+        raise unknown_format(folder)
     return [], folders
 
 
@@ -275,19 +259,18 @@ def _series_name(folder: Path, root: Path) -> str:
     return "_".join(parts) if parts else root.resolve().name
 
 
-def stem(path: Path) -> str:
-    """A file's name without .nii or .nii.gz."""
-    return path.name.removesuffix(".gz").removesuffix(".nii")
+def output_path(one: Input, output: Path, many: bool, chosen: str | None) -> tuple[Path, Format]:
+    """Where a scan's mask goes, and in which format: as asked for, else as the name says, else as the input is.
 
-
-def output_path(one: Input, output: Path, many: bool, chosen: Format | None) -> tuple[Path, Format]:
-    """Where a scan's mask goes, and in which format: as asked for, else as the name says, else as the input is."""
-    fallback: Format = "seg" if one.kind == "dicom" else "nifti"
+    Args:
+        chosen: the name of a mask format.
+    """
+    wanted = next((kind for kind in FORMATS if kind.mask_format == chosen), None)
     if many:
-        kind = chosen or fallback
-        return output / f"{one.name}{'.dcm' if kind == 'seg' else '.nii.gz'}", kind
-    named: Format | None = "nifti" if is_nifti_name(output) else "seg" if output.suffix == ".dcm" else None
-    return output, chosen or named or fallback
+        kind = wanted or one.format
+        return output / f"{one.name}{kind.mask_endings[0]}", kind
+    named = next((kind for kind in FORMATS if output.name.endswith(kind.mask_endings)), None)
+    return output, wanted or named or one.format
 
 
 def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -> None:
@@ -296,20 +279,20 @@ def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -
     Raises:
         ConfigError: names the path, the rule and the hint.
     """
-    if kind == "seg" and one.kind != "dicom":
+    if not (kind.mask_of_any_scan or kind is one.format):
         raise ConfigError(
             "DICOM SEG needs a DICOM series to refer to", where=one.paths[0], hint="write NIfTI: -o MASK.nii.gz"
         )
-    endings = (".dcm",) if kind == "seg" else (".nii", ".nii.gz")
-    if not path.name.endswith(endings) or path.name.startswith(endings):
+    endings = " or ".join(reversed(kind.mask_endings))
+    if not path.name.endswith(kind.mask_endings) or path.name.startswith(kind.mask_endings):
         raise ConfigError(
-            "is no NIfTI file name" if kind == "nifti" else "is no DICOM file name",
+            f"is no {'NIfTI' if kind.name == 'nifti' else 'DICOM'} file name",
             where=path,
-            rule=f"ends with {' or '.join(endings)}",
+            rule=f"ends with {endings}",
             hint="rename it",
         )
     if path.is_dir():
-        raise ConfigError("is a directory", where=path, rule=f"a file name ending with {' or '.join(endings)}")
+        raise ConfigError("is a directory", where=path, rule=f"a file name ending with {endings}")
     refuse_input(path, inputs, "is the scan itself")
 
 

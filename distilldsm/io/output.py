@@ -1,4 +1,4 @@
-"""Masks, probabilities and tables to disk: each file is whole or absent."""
+"""Files to disk, each whole or absent; errors that name the file."""
 
 from __future__ import annotations
 
@@ -7,30 +7,14 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import whole_file
-from distilldsm.io.scan import Scan
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_GEOMETRY = (
-    "qform_code",
-    "sform_code",
-    "quatern_b",
-    "quatern_c",
-    "quatern_d",
-    "qoffset_x",
-    "qoffset_y",
-    "qoffset_z",
-    "srow_x",
-    "srow_y",
-    "srow_z",
-)
 
 
 @contextmanager
@@ -53,59 +37,6 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
                 hint="free space or choose another place, then run the same command again",
             ) from None
         raise UserError("cannot be written", where=path, seen=error.strerror or str(error)) from None
-
-
-def mask_header(scan: Scan) -> Any:
-    """A header for arrays on the scan's grid: geometry, form codes and unit of its own header, nothing else of it.
-
-    A DICOM series gets its affine as qform and sform, both of code 1 (scanner).
-    """
-    source = scan.source
-    if not isinstance(source, nib.Nifti1Header):
-        header = nib.Nifti1Header()
-        header.set_data_shape(scan.shape)
-        header.set_qform(scan.affine, code=1)
-        header.set_sform(scan.affine, code=1)
-        header.set_xyzt_units("mm")
-        return header
-    header = nib.Nifti2Header() if isinstance(source, nib.Nifti2Header) else nib.Nifti1Header()
-    header.set_data_shape(scan.shape)
-    for key in _GEOMETRY:
-        header[key] = source[key]
-    header["pixdim"][:4] = source["pixdim"][:4]
-    header.set_xyzt_units(source.get_xyzt_units()[0])
-    return header
-
-
-def write_nifti(path: Path, array: npt.NDArray[np.uint8], scan: Scan, *, slope: float | None = None) -> None:
-    """Write a uint8 array (X, Y, Z) or (X, Y, Z, K) on the scan's grid; `slope` goes into the header.
-
-    Raises:
-        UserError: the disk is full, or the file cannot be written.
-    """
-    header = mask_header(scan)
-    header.set_data_dtype(np.uint8)
-    image_type = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
-    image = image_type(array, None, header)
-    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
-    with replacing(path, suffix) as temporary:
-        if slope is None:
-            nib.save(image, temporary)
-            return
-        _write_scaled(image, array, slope, temporary)
-
-
-def _write_scaled(image: Any, array: npt.NDArray[np.uint8], slope: float, path: Path) -> None:
-    # nibabel writes stored integers with a slope of one's own only this way; what it computes itself needs floats.
-    header = image.header.copy()
-    header.set_slope_inter(slope, 0)
-    header.set_data_offset(header.single_vox_offset)
-    with nib.openers.ImageOpener(path, "wb") as stream:
-        header.write_to(stream)
-        stream.write(b"\0" * (header.single_vox_offset - stream.tell()))
-        for volume in np.moveaxis(array, -1, 0):
-            for plane in np.moveaxis(volume, -1, 0):
-                stream.write(plane.tobytes(order="F"))
 
 
 @contextmanager

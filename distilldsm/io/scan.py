@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,50 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.io.orientation import reorient, spacing_of
-from distilldsm.io.volume import Volume
+from distilldsm.io.orientation import Affine, reorient, spacing_of
 
-MAX_SHEAR = 0.01
-"""Largest cosine between two axes that still counts as a right angle (0.6 degrees; rounding in headers)."""
-SPACING_MM = (0.005, 500.0)
+SAME_GRID_MM = 1e-2
+"""Two grids are the same if no corner of the volume moves further than this."""
 
 
-@dataclass(frozen=True)
 class Channel:
-    """One channel: raw (X, Y, Z) in the file's type; `scale` turns a piece of it into intensities."""
+    """One channel of a scan.
 
-    raw: npt.NDArray
-    scale: Callable[[npt.NDArray], npt.NDArray] | None = None
+    Args:
+        raw: voxels (X, Y, Z) in the file's type, or a function that reads them when they are first needed.
+        scale: turns a piece of `raw` into intensities; None where they are stored as they are.
+        shape: (X, Y, Z); needed only where `raw` is a function.
+        nbytes: memory that `raw` will take; needed only where it is a function.
+    """
+
+    def __init__(
+        self,
+        raw: npt.NDArray | Callable[[], npt.NDArray],
+        scale: Callable[[npt.NDArray], npt.NDArray] | None = None,
+        *,
+        shape: Sequence[int] = (),
+        nbytes: int = 0,
+    ) -> None:
+        self._stored = raw
+        self.scale = scale
+        x, y, z = raw.shape if isinstance(raw, np.ndarray) else shape
+        self.shape = (x, y, z)
+        self._nbytes = nbytes
+
+    @cached_property
+    def raw(self) -> npt.NDArray:
+        """The voxels (X, Y, Z) in the file's type. Read once, then kept.
+
+        Raises:
+            DataError: they cannot be read, or are not finite.
+        """
+        return self._stored if isinstance(self._stored, np.ndarray) else self._stored()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the stored voxels; an estimate for a DICOM series that was not read yet."""
+        known = self._stored if isinstance(self._stored, np.ndarray) else self.__dict__.get("raw")
+        return self._nbytes if known is None else int(known.nbytes)
 
     def values(self, piece: npt.NDArray) -> npt.NDArray[np.float32]:
         """Intensities of a piece of `raw`, float32."""
@@ -33,23 +65,66 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Scan:
-    """What prediction reads.
+class Volume:
+    """All intensities of a scan.
 
-    channels: in the model's order; affine: (4, 4), voxel to scanner mm (RAS+); source: what the writer needs to put a
-    mask into the scan's own geometry (a NIfTI header, DICOM headers).
+    data: (C, X, Y, Z) float32; affine: (4, 4), voxel to scanner mm (RAS+); path: where it was read from.
+    """
+
+    data: npt.NDArray[np.float32]
+    affine: Affine
+    path: Path
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along the three array axes, mm."""
+        return spacing_of(self.affine)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(X, Y, Z)."""
+        return self.data.shape[1:]  # type: ignore[return-value]
+
+
+@dataclass(frozen=True)
+class Labels:
+    """A label map.
+
+    values: (X, Y, Z) uint8; affine: (4, 4), voxel to scanner mm (RAS+); path: where it was read from.
+    """
+
+    values: npt.NDArray[np.uint8]
+    affine: Affine
+    path: Path
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(X, Y, Z)."""
+        return self.values.shape
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        """Voxel size along the three array axes, mm."""
+        return spacing_of(self.affine)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """One scan on one grid, its header read and checked; voxels are read when they are first needed.
+
+    channels: in the model's order; affine: (4, 4), voxel to scanner mm (RAS+), its axes at right angles; source: what
+    the writer needs to put a mask into the scan's own geometry (the NIfTI file, DICOM headers).
     """
 
     channels: tuple[Channel, ...]
-    affine: npt.NDArray[np.float64]
+    affine: Affine
     path: Path
     source: Any
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """(X, Y, Z)."""
-        x, y, z = self.channels[0].raw.shape
-        return x, y, z
+        return self.channels[0].shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:
@@ -59,10 +134,25 @@ class Scan:
     @property
     def nbytes(self) -> int:
         """Memory of the stored voxels."""
-        return sum(channel.raw.nbytes for channel in self.channels)
+        return sum(channel.nbytes for channel in self.channels)
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """(X, Y, Z), or (X, Y, Z, C) of several channels."""
+        return (*self.shape, len(self.channels)) if len(self.channels) > 1 else self.shape
+
+    def load(self) -> Scan:
+        """The scan itself, once all its voxels are in memory.
+
+        Raises:
+            DataError: they cannot be read, or are not finite.
+        """
+        for channel in self.channels:
+            _ = channel.raw
+        return self
 
     def volume(self) -> Volume:
-        """All intensities at once, float32."""
+        """All intensities at once, float32; raises as `load`."""
         data = np.empty((len(self.channels), *self.shape), dtype=np.float32)
         for k, channel in enumerate(self.channels):
             data[k] = channel.values(channel.raw)
@@ -78,30 +168,36 @@ class Scan:
         return views, read
 
 
-def check_affine(affine: npt.NDArray[np.float64], path: Path) -> None:
-    """Refuse geometries in which a mask would be garbage.
+def corner_distance_mm(a: Affine, b: Affine, shape: Sequence[int]) -> float:
+    """Largest distance, mm, between where two affines put the corners of a volume of this shape."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+    homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
+    with np.errstate(all="ignore"):  # a broken header may hold infinity; the distance then is no number
+        return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())
 
-    Raises:
-        DataError: not finite, an axis of no or absurd length, or axes that are not at right angles.
-    """
-    with np.errstate(over="ignore"):
-        lengths = np.sqrt((affine[:3, :3] ** 2).sum(axis=0)) if np.isfinite(affine).all() else np.zeros(3)
-    low, high = SPACING_MM
-    if not (np.isfinite(lengths).all() and lengths.min() >= low and lengths.max() <= high):
+
+def check_same_grid(base: Scan, other: Scan | Labels, hint: str = "resample all channels to one grid") -> None:
+    """Raise DataError, printing both geometries, unless two channels, or a scan and its mask, share a grid."""
+    same_shape = base.shape == other.shape
+    if same_shape and corner_distance_mm(base.affine, other.affine, base.shape) <= SAME_GRID_MM:
+        return
+    raise DataError(
+        f"does not lie on the grid of {base.path.name}",
+        where=other.path,
+        seen=f"shape {other.shape}, affine {np.round(other.affine, 4).tolist()}",
+        rule=f"shape {base.shape}, affine {np.round(base.affine, 4).tolist()}",
+        hint=hint,
+    )
+
+
+def check_size(scans: Sequence[Scan], limit_bytes: float) -> None:
+    """Raise DataError where voxels and mask alone take more than `limit_bytes`."""
+    held_bytes = sum(scan.nbytes for scan in scans) + math.prod(scans[0].shape)
+    if held_bytes > limit_bytes:
         raise DataError(
-            "has an impossible geometry",
-            where=path,
-            seen=f"affine {np.round(np.asarray(affine, dtype=float), 6).tolist()}",
-            rule=f"finite numbers, voxel sizes from {low:g} to {high:g} mm",
-            hint="set the file's sform or qform",
-        )
-    directions = affine[:3, :3] / lengths
-    cosines = np.abs(directions.T @ directions - np.eye(3))
-    if cosines.max() > MAX_SHEAR:
-        raise DataError(
-            "has sheared axes",
-            where=path,
-            seen=f"cosine {cosines.max():.3f} between two axes, affine {np.round(affine, 4).tolist()}",
-            rule=f"axes at right angles (cosine at most {MAX_SHEAR:g})",
-            hint="resample it to a rectangular grid (a tilted CT gantry needs that too)",
+            "needs more memory than allowed",
+            where=scans[0].path,
+            seen=f"image and mask take {held_bytes / 1e9:.2f} GB",
+            rule=f"{limit_bytes / 1e9:.2f} GB in all",
+            hint="raise --max-memory, or use a machine with more memory",
         )

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.io.volume import spacing_of
+from distilldsm.io.orientation import spacing_of
 from distilldsm.report.figures import label_colour, new_figure
 
 if TYPE_CHECKING:

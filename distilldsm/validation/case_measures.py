@@ -7,25 +7,28 @@ per file, with what was seen there.
 from __future__ import annotations
 
 import hashlib
-import logging
-from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
+from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, Channel
-from distilldsm.validation.case_row import CaseRow, first_line, listed
+from distilldsm.io import Scan
+from distilldsm.io.errors import first_line
+from distilldsm.io.formats import read_file
+from distilldsm.io.nifti import NiftiFile
+from distilldsm.validation.case_row import CaseRow, listed
 from distilldsm.validation.content_measures import measure_content
 from distilldsm.validation.header_measures import (
+    Grid,
     compare_grids,
     measure_geometry,
     measure_header,
     open_file,
-    why_unreadable,
 )
 
 Float32 = npt.NDArray[np.float32]
@@ -48,7 +51,7 @@ def measure_case(
     row = CaseRow()
     row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
-        with _quiet_nibabel():
+        with np.errstate(all="ignore"):  # a broken header may hold infinity
             image, blank = _measure_images(row, root, case.images, channels, labels)
             _measure_label(row, root, case.label, labels, image, blank, ignored)
     except Exception as error:  # whatever a damaged file provokes must not hide the findings of the other cases
@@ -59,139 +62,125 @@ def measure_case(
 
 
 def voxels_of_largest_file(root: Path, case: Case) -> int:
-    """Number of voxels in the largest of a case's files, told from the headers; 0 where none can be read."""
+    """Number of voxels in the largest of a case's files, by the headers; 0 where none can be read."""
     largest = 0
     for file in (*case.images, case.label):
-        try:
-            with _quiet_nibabel():
-                largest = max(largest, int(np.prod(nib.load(root / file).shape, dtype=np.int64)))
-        except Exception:  # noqa: S112 (the measurement itself reports it)
-            continue
+        with suppress(DataError):  # the measurement itself reports it
+            scan = read_file(root / file, refuse=lambda error: None)
+            largest = max(largest, math.prod(scan.stored_shape))
     return largest
-
-
-def _voxels(row: CaseRow, root: Path, image: nib.Nifti1Image, file: str) -> Float32 | None:
-    """The voxels, scaled, as float32; trailing axes of length 1 are dropped."""
-    try:
-        with np.errstate(all="ignore"):  # what float32 cannot hold becomes infinite, and is found as such
-            data = np.asarray(image.dataobj, dtype=np.float32)
-    except Exception as error:  # zlib, EOF, OS errors and value errors of a short file
-        row.note("read_error", file, why_unreadable(root / file, error))
-        return None
-    while data.ndim > 3 and data.shape[-1] == 1:
-        data = data[..., 0]
-    return data
 
 
 def _measure_images(
     row: CaseRow, root: Path, files: Sequence[str], channels: Sequence[Channel], labels: Mapping[str, int]
-) -> tuple[nib.Nifti1Image | None, Mask | None]:
-    """Measure header and voxels of all channels.
+) -> tuple[Grid | None, Mask | None]:
+    """Measure header and voxels of all channels, one file in memory at a time.
 
     Returns:
-        The first file, whose grid the others must share, and where every channel is 0.
+        The first file's grid, which the others must share, and where every channel is 0.
     """
-    opened = [(file, image) for file in files if (image := open_file(row, root, file)) is not None]
-    if not opened:
-        return None, None
-    first = opened[0][1]
-    row.values["dtype"] = ", ".join(sorted({str(image.get_data_dtype()) for _, image in opened}))
-    for file, image in opened:
-        measure_header(row, root, file, image)
-    measure_geometry(row, first)
-    _compare_channels(row, opened)
-    blank = _measure_intensities(row, root, opened, len(files), channels, labels)
-    return first if opened[0][0] == files[0] else None, blank
-
-
-def _compare_channels(row: CaseRow, opened: Sequence[tuple[str, nib.Nifti1Image]]) -> None:
-    base_file, base = opened[0]
-    row.values.update({"channel_shapes_agree": 1, "channel_offset_mm": 0.0})
-    for file, image in opened[1:]:
-        compare_grids(row, (base_file, base), (file, image), "channel_shapes_agree", "channel_offset_mm")
-
-
-def _channels(
-    row: CaseRow, root: Path, opened: Sequence[tuple[str, nib.Nifti1Image]], files: int
-) -> Iterator[tuple[str, Float32]]:
-    """One 3-D array a channel, one file in memory at a time; notes files that do not hold volumes."""
-    for file, image in opened:
-        data = _voxels(row, root, image, file)
-        if data is None:
+    grids: list[Grid] = []
+    dtypes: set[str] = set()
+    intensities = _Intensities(row, channels, labels)
+    for file in files:
+        scan = open_file(row, root, file)
+        if scan is None:
             continue
-        volumes = data.shape[3] if files == 1 and data.ndim == 4 else 1
-        dimensions = 3 if volumes > 1 else data.ndim
-        if dimensions != 3:
-            row.values["dimensions"] = dimensions
-            row.note("dimensions", file, f"shape {listed(data.shape)}")
-        row.values.setdefault("dimensions", 3)
-        for k in range(volumes):
-            yield file, data[..., k] if volumes > 1 else data
+        grid = Grid(file, scan.shape, scan.affine)
+        if not grids:
+            measure_geometry(row, scan)
+            row.values.update({"channel_shapes_agree": 1, "channel_offset_mm": 0.0})
+        else:
+            compare_grids(row, grids[0], grid, "channel_shapes_agree", "channel_offset_mm")
+        grids.append(grid)
+        dtypes.add(_dtype(scan))
+        measure_header(row, file, scan)
+        if len(files) > 1 and len(scan.channels) > 1:
+            row.note("read_error", file, f"has the wrong number of channels (shape {listed(scan.stored_shape)})")
+            continue
+        for channel in scan.channels:
+            intensities.add(file, channel.values(channel.raw))
+        del scan
+    if not grids:
+        return None, None
+    row.values["dtype"] = ", ".join(sorted(dtypes))
+    intensities.finish(grids[0].file, whole="read_error" not in row.details)
+    return grids[0] if grids[0].file == files[0] else None, intensities.blank
 
 
-def _measure_intensities(
-    row: CaseRow,
-    root: Path,
-    opened: Sequence[tuple[str, nib.Nifti1Image]],
-    files: int,
-    channels: Sequence[Channel],
-    labels: Mapping[str, int],
-) -> Mask | None:
-    """Measure the voxels of all channels; returns where every channel is 0."""
-    blank: Mask | None = None
-    digest = hashlib.sha256()
-    voxels = finite_voxels = constant = count = 0
-    bad: dict[str, int] = defaultdict(int)
-    for file, array in _channels(row, root, opened, files):
+def _dtype(scan: Scan) -> str:
+    """Number type in the file."""
+    return str(scan.source.dtype if isinstance(scan.source, NiftiFile) else scan.channels[0].raw.dtype)
+
+
+class _Intensities:
+    """Measures of the voxels of all channels of a case."""
+
+    def __init__(self, row: CaseRow, channels: Sequence[Channel], labels: Mapping[str, int]) -> None:
+        self.row, self.channels, self.labels = row, channels, labels
+        self.blank: Mask | None = None
+        """Where every channel is 0."""
+        self._digest = hashlib.sha256()
+        self._voxels = self._finite = self._constant = self._count = 0
+
+    def add(self, file: str, array: Float32) -> None:
+        """Measure the next channel, (X, Y, Z)."""
         ordered = np.sort(array, axis=None) + np.float32(0)  # -0 is 0
-        digest.update(str(sorted(array.shape)).encode())  # a scan that is stored in another orientation is no other
-        digest.update(ordered.data)
+        # A scan that is stored in another orientation is no other scan.
+        self._digest.update(str(sorted(array.shape)).encode())
+        self._digest.update(ordered.data)
         empty = array == 0
-        blank = empty if blank is None or blank.shape != empty.shape else blank & empty
+        self.blank = empty if self.blank is None or self.blank.shape != empty.shape else self.blank & empty
         finite = np.isfinite(array)
         good = int(finite.sum())
-        voxels, finite_voxels = voxels + array.size, finite_voxels + good
-        bad[file] += array.size - good
+        self._voxels, self._finite = self._voxels + array.size, self._finite + good
+        if good < array.size:
+            self.row.note("finite_fraction", file, f"{array.size - good} voxels are NaN or infinite")
         values = array if good == array.size else array[finite]
-        channel = channels[count] if count < len(channels) else None
+        channel = self.channels[self._count] if self._count < len(self.channels) else None
+        self._count += 1
         if values.size and values.min() == values.max():
-            constant += 1
-            row.note("constant_channels", file, f"every voxel is {float(values.flat[0]):g}")
+            self._constant += 1
+            self.row.note("constant_channels", file, f"every voxel is {float(values.flat[0]):g}")
         elif values.size:
-            measure_content(row, file, array, values, labels)
+            measure_content(self.row, file, array, values, self.labels)
             if channel is None or channel.modality != "CT":  # air in CT is not 0, and is known not to be
-                _measure_padding(row, file, array)
-        nonzero = values[values != 0]
-        if nonzero.size:
-            for key, value in zip(PERCENTILES, np.percentile(nonzero, list(PERCENTILES.values())), strict=True):
-                row.worst(f"intensity_{key}_min", float(value), largest=False)
-                row.worst(f"intensity_{key}_max", float(value))
-                if channel is not None:
-                    row.values[f"intensity_{key}[{channel.name}]"] = float(value)
-        count += 1
-    if not voxels:
-        return None
-    row.values.update({"finite_fraction": finite_voxels / voxels, "constant_channels": constant})
-    for file, number in bad.items():
-        if number:
-            row.note("finite_fraction", file, f"{number} voxels are NaN or infinite")
-    if len(opened) == files and "read_error" not in row.details:
+                _measure_padding(self.row, file, array)
+        _measure_percentiles(self.row, values[values != 0], channel)
+
+    def finish(self, file: str, *, whole: bool) -> None:
+        """Write what was measured over all channels; `whole`: all files could be read. `file` is the first one."""
+        row = self.row
+        if not self._voxels:
+            return
+        row.values.update({"finite_fraction": self._finite / self._voxels, "constant_channels": self._constant})
+        if not whole:
+            return
+        difference = self._count - len(self.channels)
         row.values.update(
             {
-                "channel_count": count,
-                "channel_difference": count - len(channels),
-                "image_sha256": digest.hexdigest(),
+                "channel_count": self._count,
+                "channel_difference": difference,
+                "image_sha256": self._digest.hexdigest(),
             }
         )
-        if count != len(channels):
-            names = ", ".join(c.name for c in channels)
-            shapes = ", ".join(listed(image.shape) for _, image in opened)
+        if difference:
+            names = ", ".join(c.name for c in self.channels)
             row.note(
                 "channel_difference",
-                opened[0][0],
-                f"{count} channels (shape {shapes}), but the data set declares {len(channels)}: {names}",
+                file,
+                f"{self._count} channels, but the data set declares {len(self.channels)}: {names}",
             )
-    return blank
+
+
+def _measure_percentiles(row: CaseRow, nonzero: Float32, channel: Channel | None) -> None:
+    if not nonzero.size:
+        return
+    for key, value in zip(PERCENTILES, np.percentile(nonzero, list(PERCENTILES.values())), strict=True):
+        row.worst(f"intensity_{key}_min", float(value), largest=False)
+        row.worst(f"intensity_{key}_max", float(value))
+        if channel is not None:
+            row.values[f"intensity_{key}[{channel.name}]"] = float(value)
 
 
 def _measure_padding(row: CaseRow, file: str, array: Float32) -> None:
@@ -208,25 +197,40 @@ def _measure_label(
     root: Path,
     file: str,
     labels: Mapping[str, int],
-    base: nib.Nifti1Image | None,
+    base: Grid | None,
     blank: Mask | None,
     ignored: int | None,
 ) -> None:
-    image = open_file(row, root, file)
-    if image is None:
+    scan = open_file(row, root, file)
+    if scan is None:
         return
-    row.values["label_dtype"] = str(image.get_data_dtype())
-    data = _voxels(row, root, image, file)
-    if data is None:
+    if len(scan.channels) > 1:
+        row.note("read_error", file, f"has the wrong number of channels (shape {listed(scan.stored_shape)})")
         return
-    row.values["label_dimensions"] = data.ndim
-    if data.ndim != 3:
-        row.note("label_dimensions", file, f"shape {listed(data.shape)}")
-    affine_finite = bool(np.isfinite(image.affine).all())
-    row.values["label_affine_finite"] = int(affine_finite)
+    row.values["label_dtype"] = _dtype(scan)
     if base is not None:
         row.values["label_shape_agrees"] = 1
-        compare_grids(row, (str(row.values["image"]), base), (file, image), "label_shape_agrees", "label_offset_mm")
+        label_grid = Grid(file, scan.shape, scan.affine)
+        compare_grids(row, base, label_grid, "label_shape_agrees", "label_offset_mm")
+    data = scan.channels[0].values(scan.channels[0].raw)
+    rounded = _measure_whole_numbers(row, file, data)
+    counts = _count(rounded)
+    _measure_values(row, file, counts, labels, ignored)
+    if np.isfinite(scan.affine).all():
+        voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+        row.values.update(
+            {f"volume_ml[{name}]": counts.get(value, 0) * voxel_ml for name, value in labels.items() if value != 0}
+        )
+    row.values["foreground_fraction"] = 1 - counts.get(0, 0) / max(1, rounded.size)
+    if rounded.size == data.size:
+        _measure_foreground(row, file, rounded.reshape(data.shape) != 0, blank)
+    digest = hashlib.sha256(str(data.shape).encode())
+    digest.update(np.asfortranarray(rounded).T.data)
+    row.values["label_sha256"] = digest.hexdigest()
+
+
+def _measure_whole_numbers(row: CaseRow, file: str, data: Float32) -> Float32:
+    """Measure how far a label is from whole numbers; returns its finite values, rounded."""
     finite = np.isfinite(data)
     if not finite.all():
         row.note("label_finite_fraction", file, f"{int((~finite).sum())} voxels are NaN or infinite")
@@ -234,11 +238,18 @@ def _measure_label(
     values = data if finite.all() else data[finite]
     rounded = np.rint(values)
     deviation = np.abs(values - rounded)
-    row.values["label_deviation"] = float(deviation.max(initial=0))
-    if deviation.max(initial=0) > 0:
-        odd = np.unique(values[deviation > 0.5 * deviation.max()])[:3]
+    largest = float(deviation.max(initial=0))
+    row.values["label_deviation"] = largest
+    if largest > 0:
+        odd = np.unique(values[deviation > 0.5 * largest])[:3]
         row.note("label_deviation", file, f"values such as {', '.join(f'{float(v):g}' for v in odd)}")
-    counts = _count(rounded)
+    return rounded
+
+
+def _measure_values(
+    row: CaseRow, file: str, counts: Mapping[int, int], labels: Mapping[str, int], ignored: int | None
+) -> None:
+    """Which values a label holds, which of them are not declared, and which declared ones it lacks."""
     row.values["label_values"] = " ".join(str(v) for v in list(counts)[:20]) + (" ..." if len(counts) > 20 else "")
     undeclared = sorted(set(counts) - set(labels.values()) - {ignored})
     row.values["undeclared_values"] = " ".join(str(v) for v in undeclared[:20]) or None
@@ -247,24 +258,19 @@ def _measure_label(
         row.note("ignored_voxels", file, f"{counts.get(ignored, 0)} voxels of the label 'ignore', {ignored}")
     absent = [name for name, value in labels.items() if value != 0 and not counts.get(value)]
     row.values["absent_labels"] = ", ".join(absent) or None
-    voxel_ml = abs(float(np.linalg.det(image.affine[:3, :3]))) / 1000 if affine_finite else float("nan")
-    for name, value in labels.items():
-        if value != 0 and affine_finite:
-            row.values[f"volume_ml[{name}]"] = counts.get(value, 0) * voxel_ml
-    row.values["foreground_fraction"] = 1 - counts.get(0, 0) / max(1, rounded.size)
-    if data.ndim == 3 and finite.all():
-        foreground = rounded != 0
-        inside = int(np.count_nonzero(foreground))
-        if inside and blank is not None and blank.shape == foreground.shape:
-            share = int(np.count_nonzero(foreground & blank)) / inside
-            row.values["blank_foreground_fraction"] = share
-            row.note("blank_foreground_fraction", file, f"the image is 0 in {share:.0%} of the labelled voxels")
-        if inside:
-            border = inside - int(np.count_nonzero(foreground[1:-1, 1:-1, 1:-1]))
-            row.values["border_fraction"] = border / inside
-    digest = hashlib.sha256(str(rounded.shape).encode())
-    digest.update(np.asfortranarray(rounded).T.data)
-    row.values["label_sha256"] = digest.hexdigest()
+
+
+def _measure_foreground(row: CaseRow, file: str, foreground: Mask, blank: Mask | None) -> None:
+    """How much of the foreground (X, Y, Z) lies where the image is 0, and on the volume's border."""
+    inside = int(np.count_nonzero(foreground))
+    if not inside:
+        return
+    if blank is not None and blank.shape == foreground.shape:
+        share = int(np.count_nonzero(foreground & blank)) / inside
+        row.values["blank_foreground_fraction"] = share
+        row.note("blank_foreground_fraction", file, f"the image is 0 in {share:.0%} of the labelled voxels")
+    border = inside - int(np.count_nonzero(foreground[1:-1, 1:-1, 1:-1]))
+    row.values["border_fraction"] = border / inside
 
 
 def _count(rounded: Float32) -> dict[int, int]:
@@ -274,16 +280,3 @@ def _count(rounded: Float32) -> dict[int, int]:
         return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}
     values, numbers = np.unique(rounded, return_counts=True)
     return {int(v): int(n) for v, n in zip(values, numbers, strict=True)}
-
-
-@contextmanager
-def _quiet_nibabel() -> Iterator[None]:
-    """Header flaws are findings here; nibabel's own log lines would only tear the progress line."""
-    logger = logging.getLogger("nibabel.global")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with np.errstate(all="ignore"):  # a broken header may hold infinity
-            yield
-    finally:
-        logger.setLevel(level)

@@ -41,8 +41,3 @@ class CaseRow:
 def listed(values: Sequence[float] | npt.NDArray[np.floating]) -> str:
     """Numbers as `a x b x c`."""
     return " x ".join(f"{float(v):g}" for v in values)
-
-
-def first_line(error: BaseException) -> str:
-    """An exception in at most 200 characters."""
-    return (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:200]

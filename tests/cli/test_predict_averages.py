@@ -16,7 +16,7 @@ from distilldsm.cli.main import main
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.inference.predict import Predictor
-from distilldsm.io.volume import read_image
+from distilldsm.io import read_scan
 from tests.cli.test_predict import write_scan
 from tests.export.fake import exported
 
@@ -94,7 +94,7 @@ def test_all_at_once_in_pieces_and_in_memory(folds, predicted, tmp_path, engine)
     np.testing.assert_array_equal(pieces, whole)
 
     predictor = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained", postprocess=True)
-    volume = read_image(scan, 2)
+    volume = read_scan(scan, 2).volume()
     np.testing.assert_array_equal(predictor.predict(volume), whole)
     assert len(np.unique(whole)) > 1
     voxel_ml = report["scans"][0]["volume_ml"]["core"] / (whole == 2).sum()
@@ -229,7 +229,7 @@ def test_of_nested_regions_the_outermost_keeps_its_largest_component(made, predi
         assert report["scans"][0]["volume_ml"][name] == pytest.approx(voxel_ml * (found == value).sum(), abs=1e-3)
     np.testing.assert_array_equal(maps, nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj.get_unscaled())
     predictor = Predictor.from_export(model, postprocess=True)
-    np.testing.assert_array_equal(predictor.predict(read_image(scan, 2)), found)
+    np.testing.assert_array_equal(predictor.predict(read_scan(scan, 2).volume()), found)
 
 
 def test_what_was_not_tried_is_told_so(made, predicted, tmp_path):

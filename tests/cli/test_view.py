@@ -111,12 +111,12 @@ def test_large_volumes_lose_voxels_and_it_says_so(files, tmp_path, capsys):
 
 def test_a_dicom_series_is_an_image_too(tmp_path):
     pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
-    from distilldsm.io.dicom import read_series
+    from distilldsm.io import read_scan
     from tests.io.test_dicom import write_series
 
     series = tmp_path / "series"
     write_series(series, np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(np.int16))
-    scan = read_series(series)
+    scan = read_scan([series], 1)
     mask = save(tmp_path / "mask.nii.gz", (scan.channels[0].raw > 100).astype(np.uint8), scan.affine)
     assert main(["view", str(series), mask, "-o", str(tmp_path / "page.html"), "--no-open"]) == 0
     _, (case,) = content(tmp_path / "page.html")

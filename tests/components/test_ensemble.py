@@ -24,7 +24,7 @@ from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.export.scores import collect_scores
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.windows import predict_scores
-from distilldsm.io.volume import read_image
+from distilldsm.io import read_scan
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def test_masks_are_those_of_the_mean_of_the_probabilities(place, inputs):
     together = Predictor.from_training(folders[0], ensemble=folders[1:])
     differ = 0
     for case in DatasetIndex.load(inputs["dataset"]).cases:
-        volume = read_image([inputs["dataset"] / path for path in case.images], 1)
+        volume = read_scan([inputs["dataset"] / path for path in case.images], 1).volume()
         image, record = to_network_space(volume, together.plan)
         scores = [
             predict_scores(one.scorer, image, stride=one.geometry.stride, depth_halo=one.geometry.depth_halo)

@@ -70,13 +70,13 @@ DAMAGES: dict[str, tuple[str, str, Callable[[Path, Path], None]]] = {
     "nan_label": ("label", "finite_label", lambda _, t: _edit(t, _set((3, 4, 5), np.nan))),
     "empty": ("label", "some_foreground", lambda _, t: _edit(t, np.zeros_like, dtype=np.uint8)),
     "constant": ("image", "something_to_see", lambda i, _: _edit(i, lambda d: np.full_like(d, 5))),
-    "zero_pixdim": ("image", "positive_voxel_size", lambda i, _: _poke(i, PIXDIM_Z, np.float32(0).tobytes())),
-    "negative_pixdim": ("image", "positive_voxel_size", lambda i, _: _poke(i, PIXDIM_Z, np.float32(-2).tobytes())),
-    "nan_affine": ("image", "finite_affine", lambda i, _: _poke(i, SROW_X, np.float32(np.nan).tobytes())),
-    "flat_affine": ("image", "axes_of_some_length", lambda i, _: _poke(i, SROW_X, np.zeros(12, "<f4").tobytes())),
+    "zero_pixdim": ("image", "usable_header", lambda i, _: _poke(i, PIXDIM_Z, np.float32(0).tobytes())),
+    "negative_pixdim": ("image", "usable_header", lambda i, _: _poke(i, PIXDIM_Z, np.float32(-2).tobytes())),
+    "nan_affine": ("image", "usable_header", lambda i, _: _poke(i, SROW_X, np.float32(np.nan).tobytes())),
+    "flat_affine": ("image", "usable_header", lambda i, _: _poke(i, SROW_X, np.zeros(12, "<f4").tobytes())),
     "channels": ("image", "declared_channels", lambda i, _: _edit(i, lambda d: np.stack([d, d + 1, d], -1))),
-    "flat": ("image", "three_dimensional_image", lambda i, _: _edit(i, lambda d: d[:, :, 4])),
-    "flat_label": ("label", "three_dimensional_label", lambda _, t: _edit(t, lambda d: d[:, :, 4], dtype=np.uint8)),
+    "flat": ("image", "readable", lambda i, _: _edit(i, lambda d: d[:, :, 4])),
+    "flat_label": ("label", "readable", lambda _, t: _edit(t, lambda d: d[:, :, 4], dtype=np.uint8)),
 }
 
 

@@ -23,8 +23,8 @@ from distilldsm.data.geometry import (
     undo_reorient,
 )
 from distilldsm.data.plan import Normalisation, Plan
+from distilldsm.io import Volume
 from distilldsm.io.orientation import reorient
-from distilldsm.io.volume import Volume
 from tests.data.volumes import affine, ellipsoid
 
 CODES = ["".join(c) for c in (("R", "A", "S"), ("L", "P", "S"), ("P", "I", "R"), ("S", "R", "A"), ("A", "L", "I"))]

@@ -57,8 +57,8 @@ simple("image_fill_value", "image", _change(_some(1e20), np.float32), severity="
 simple("image_padded", "image", _change(_padded, np.float32), severity="warning", background_is_zero="image")
 simple("image_mostly_blank", "image", _change(_nearly_blank), severity="warning", label_on_something="label")
 simple("image_4d", "image", _change(lambda a: np.stack([a, a], -1)), declared_channels="image")
-simple("image_slice_only", "image", _change(lambda a: a[:, :, a.shape[2] // 2]), three_dimensional_image="image")
-simple("image_5d", "image", _change(lambda a: np.stack([a, a], -1)[..., None, :]), three_dimensional_image="image")
+simple("image_slice_only", "image", _change(lambda a: a[:, :, a.shape[2] // 2]), readable="image")
+simple("image_5d", "image", _change(lambda a: np.stack([a, a], -1)[..., None, :]), readable="image")
 simple("image_cropped", "image", _change(lambda a: a[1:-1]), label_of_image_shape="label")
 
 
@@ -103,9 +103,9 @@ simple(
     "label_one_hot",
     "label",
     _change(lambda a: np.stack([a == k for k in range(3)], -1)),
-    three_dimensional_label="label",
+    readable="label",
 )
-simple("label_slice_only", "label", _change(lambda a: a[:, :, a.shape[2] // 2]), three_dimensional_label="label")
+simple("label_slice_only", "label", _change(lambda a: a[:, :, a.shape[2] // 2]), readable="label")
 simple("label_cropped", "label", _change(lambda a: a[:, :-1]), label_of_image_shape="label")
 simple("label_padded", "label", _change(lambda a: np.pad(a, ((0, 1), (0, 0), (0, 0)))), label_of_image_shape="label")
 simple("label_half_size", "label", _change(lambda a: a[::2, ::2, ::2]), label_of_image_shape="label")

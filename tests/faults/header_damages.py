@@ -45,7 +45,7 @@ def _sheared(matrix: np.ndarray) -> np.ndarray:
 
 # Voxel size
 for _name, _value in {"zero": 0.0, "negative": -1.0, "nan": np.nan, "infinite": np.inf}.items():
-    simple(f"pixdim_{_name}", "image", _set(pixdim_2=_value), positive_voxel_size="image")
+    simple(f"pixdim_{_name}", "image", _set(pixdim_2=_value), usable_header="image")
 simple(
     "pixdim_of_another_scan",
     "image",
@@ -60,18 +60,18 @@ simple(
     severity="warning",
     voxel_size_told_once="image",
 )
-simple("metres", "both", _matrix(_scaled(1e-3)), severity="warning", plausible_spacing_fine="image")
-simple("micrometres", "both", _matrix(_scaled(1e3)), severity="warning", plausible_spacing_coarse="image")
-simple("unit_metre", "image", _set(xyzt_units=1), millimetres="image")
-simple("unit_micron", "image", _set(xyzt_units=3), millimetres="image")
-simple("unit_unheard_of", "image", _set(xyzt_units=6), millimetres="image")
+simple("metres", "both", _matrix(_scaled(1e-3)), usable_header="image", plausible_spacing_fine="image")
+simple("micrometres", "both", _matrix(_scaled(1e3)), usable_header="image", plausible_spacing_coarse="image")
+simple("unit_metre", "image", _set(xyzt_units=1), usable_header="image", millimetres="image")
+simple("unit_micron", "image", _set(xyzt_units=3), usable_header="image", millimetres="image")
+simple("unit_unheard_of", "image", _set(xyzt_units=6), usable_header="image", millimetres="image")
 
 # Place and direction
-simple("sform_nan", "image", _set(srow_y_1=np.nan), finite_affine="image")
-simple("sform_infinite", "image", _set(srow_x_3=np.inf), finite_affine="image")
-simple("sform_zero", "image", _set(srow_x=0, srow_y=0, srow_z=0), axes_of_some_length="image")
-simple("sform_axis_lost", "image", _set(srow_z=(0, 0, 0, 5)), axes_of_some_length="image")
-simple("sform_axes_alike", "image", lambda p: header(p, srow_z=field(p, "srow_y")), axes_of_some_length="image")
+simple("sform_nan", "image", _set(srow_y_1=np.nan), usable_header="image")
+simple("sform_infinite", "image", _set(srow_x_3=np.inf), usable_header="image")
+simple("sform_zero", "image", _set(srow_x=0, srow_y=0, srow_z=0), usable_header="image")
+simple("sform_axis_lost", "image", _set(srow_z=(0, 0, 0, 5)), usable_header="image")
+simple("sform_axes_alike", "image", lambda p: header(p, srow_z=field(p, "srow_y")), usable_header="image")
 simple(
     "sform_moved_in_both",
     "both",
@@ -93,7 +93,7 @@ simple(
     geometry_is_told="image",
 )
 simple("geometry_lost_in_the_image", "image", _set(qform_code=0, sform_code=0), label_on_image_grid="label")
-simple("sheared", "both", _matrix(_sheared, "s"), severity="warning", perpendicular_axes="image")
+simple("sheared", "both", _matrix(_sheared, "s"), usable_header="image")
 simple("image_moved", "image", _matrix(_moved(0, 0, 3)), label_on_image_grid="label")
 simple("image_spacing_lost", "image", _matrix(_scaled(1.25)), label_on_image_grid="label")
 simple("label_moved", "label", _matrix(_moved(0.5)), label_on_image_grid="label")
@@ -101,7 +101,7 @@ simple("label_turned", "label", _matrix(_turned(90)), label_on_image_grid="label
 simple("label_left_is_right", "label", _matrix(lambda m: np.diag([-1, 1, 1, 1]) @ m), label_on_image_grid="label")
 simple("label_without_geometry", "label", _matrix(lambda m: np.diag([3.0, 3, 3, 1])), label_on_image_grid="label")
 simple("label_spacing_wrong", "label", _matrix(_scaled(2)), label_on_image_grid="label")
-simple("label_sform_nan", "label", _set(srow_x_0=np.nan), finite_label_affine="label")
+simple("label_sform_nan", "label", _set(srow_x_0=np.nan), usable_header="label")
 
 # Number type
 simple("datatype_unknown", "image", _set(datatype=77), readable="image")
@@ -147,20 +147,20 @@ simple("label_dim_too_large", "label", _dim(1, 1), readable="label")
 simple("dim_too_small", "image", _dim(2, -3), bytes_as_declared="image", label_of_image_shape="label")
 simple("label_dim_too_small", "label", _dim(3, -1), bytes_as_declared="label", label_of_image_shape="label")
 simple("dim_negative", "image", _set(dim_2=-5), readable="image")
-simple("dim_zero", "image", _set(dim_1=0), label_of_image_shape="label", bytes_as_declared="image")
-simple("dim_count_two", "image", _set(dim_0=2), three_dimensional_image="image", bytes_as_declared="image")
+simple("dim_zero", "image", _set(dim_1=0), readable="image")
+simple("dim_count_two", "image", _set(dim_0=2), readable="image")
 simple("dim_count_nine", "image", _set(dim_0=9), readable="image")
 simple("offset_too_late", "image", lambda p: header(p, vox_offset=field(p, "vox_offset") + 4000), readable="image")
 simple("offset_in_the_header", "image", _set(vox_offset=100), readable="image")
 simple("offset_nan", "image", _set(vox_offset=np.nan), readable="image")
 simple("magic_lost", "image", _set(magic=b"abc"), readable="image")
-simple("header_size_wrong", "image", _set(sizeof_hdr=340), severity="warning", sound_header="image")
+simple("header_size_wrong", "image", _set(sizeof_hdr=340), readable="image")
 simple("header_of_noughts", "image", lambda p: store(p, bytes(348) + bytes(raw(p)[348:])), readable="image")
 
 # Scaling
-simple("slope_nan", "image", _set(scl_slope=np.nan), finite_scaling="image")
-simple("slope_infinite", "image", _set(scl_slope=np.inf), finite_scaling="image")
-simple("intercept_nan", "image", _set(scl_slope=1, scl_inter=np.nan), readable="image")
-simple("label_slope_nan", "label", _set(scl_slope=np.nan), finite_scaling="label")
+simple("slope_nan", "image", _set(scl_slope=np.nan), usable_header="image")
+simple("slope_infinite", "image", _set(scl_slope=np.inf), usable_header="image")
+simple("intercept_nan", "image", _set(scl_slope=1, scl_inter=np.nan), usable_header="image")
+simple("label_slope_nan", "label", _set(scl_slope=np.nan), usable_header="label")
 simple("label_slope_a_half", "label", _set(scl_slope=0.5), whole_number_labels="label")
 simple("label_slope_ten", "label", _set(scl_slope=10), declared_labels="label")

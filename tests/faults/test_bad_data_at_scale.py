@@ -15,7 +15,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.data.archive import extract, find_root
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.layouts import index_dataset
-from distilldsm.io.volume import check_same_geometry, load_nifti, read_image, read_label
+from distilldsm.io import read_labels, read_scan
 from distilldsm.validation.case_table import build_case_table, table_columns
 from distilldsm.validation.expectations import Finding, check_table, load_suite
 from tests.data.volumes import write_dataset
@@ -128,10 +128,9 @@ def test_random_header_bytes_are_told_or_harmless(volumes, flips):
         assert {f.file for f in findings} <= {case.images[0], case.label}
         if not any(f.severity == "error" for f in findings):
             image, label = (volumes.root / file for file in (case.images[0], case.label))
-            read = read_image([image], 1)
-            assert np.isfinite(read.data).all()
-            check_same_geometry(load_nifti(image), load_nifti(label), image, label)
-            assert set(np.unique(read_label(label)[0])) <= set(volumes.labels.values())
+            scan = read_scan([image], 1)
+            assert np.isfinite(scan.volume().data).all()
+            assert set(np.unique(read_labels(label, on=scan).values)) <= set(volumes.labels.values())
 
 
 def test_what_the_next_stages_refuse_validation_has_told(everything):
@@ -139,8 +138,8 @@ def test_what_the_next_stages_refuse_validation_has_told(everything):
     for planted in everything.planted.values():
         for case in planted.cases:
             try:
-                read_image([everything.root / case.images[0]], 1)
-                read_label(everything.root / case.label)
+                scan = read_scan([everything.root / case.images[0]], 1).load()
+                read_labels(everything.root / case.label, on=scan)
             except DataError:
                 assert any(f.severity == "error" for f in everything.told[case.id]), planted.damage
 

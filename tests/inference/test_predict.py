@@ -15,7 +15,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Channel
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.inference.predict import NetworkGeometry, Predictor
-from distilldsm.io.volume import Volume
+from distilldsm.io import Volume
 from tests.data.volumes import affine, ellipsoid
 from tests.export.fake import exported
 

@@ -15,7 +15,7 @@ from distilldsm.data.targets import softmax
 from distilldsm.inference.predict import NetworkGeometry, Predictor
 from distilldsm.inference.scores import AXES, Member, Scorer, mirror_axes, parse_mirror, views
 from distilldsm.inference.windows import predict_scores
-from distilldsm.io.volume import Volume
+from distilldsm.io import Volume
 from tests.data.volumes import affine
 from tests.inference.test_predict import PLAN
 from tests.inference.test_streaming import HALO, in_pieces, neighbours, stored

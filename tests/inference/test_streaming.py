@@ -21,8 +21,7 @@ from distilldsm.inference.predict import Predictor
 from distilldsm.inference.scores import Member, Scorer
 from distilldsm.inference.streaming import NetworkImage, blend_tiles, depth_windows, predict_scan, tile_starts
 from distilldsm.inference.windows import predict_logits
-from distilldsm.io.scan import Channel, Scan
-from distilldsm.io.volume import Volume
+from distilldsm.io import Channel, Scan, Volume
 from tests.data.volumes import affine
 from tests.export.fake import exported
 from tests.inference.test_predict import PLAN

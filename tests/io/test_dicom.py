@@ -11,7 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distilldsm.core.errors import DataError
-from distilldsm.io.dicom import is_dicom, read_series, write_segmentation
+from distilldsm.io import Scan, read_scan
+from distilldsm.io.dicom import is_dicom, write_segmentation
 from tests.conftest import SHARED_DATA
 
 pydicom = pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
@@ -86,6 +87,10 @@ def oracle(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     matrix[:3, :3] = np.array(image.GetDirection()).reshape(3, 3) * np.array(image.GetSpacing())
     matrix[:3, 3] = image.GetOrigin()
     return sitk.GetArrayFromImage(image).T, np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix
+
+
+def read_series(folder: Path, **options) -> Scan:
+    return read_scan([folder], 1, **options).load()
 
 
 def values(scan) -> np.ndarray:
@@ -201,7 +206,7 @@ def test_missing_slices_and_strange_files(tmp_path):
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "notes.dcm").write_text("the name says DICOM, the content does not")
     assert not is_dicom(tmp_path / "none" / "notes.dcm")
-    with pytest.raises(DataError, match="holds no DICOM image"):
+    with pytest.raises(DataError, match="holds no scan"):
         read_series(tmp_path / "none")
     paths = write_series(tmp_path / "cut", voxels(3, 5, 7))
     paths[1].write_bytes(paths[1].read_bytes()[:200])

@@ -17,17 +17,25 @@ from hypothesis import strategies as st
 
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.data.geometry import check_scale
-from distilldsm.io import nifti
-from distilldsm.io.nifti import open_nifti, read_scan
-from distilldsm.io.output import write_nifti
-from distilldsm.io.volume import read_image
+from distilldsm.io import nifti, read_labels, read_scan, write_mask
+from distilldsm.io.formats import read_file
+from distilldsm.io.nifti import write_nifti
+from distilldsm.io.scan import Scan
 from tests.data.volumes import affine
 from tests.inference.test_predict import PLAN
 from tests.inference.test_streaming import in_pieces, neighbours
 
 
-def intensities(scan) -> np.ndarray:
+def intensities(scan: Scan) -> np.ndarray:
     return np.stack([channel.values(channel.raw) for channel in scan.channels])
+
+
+def assert_read_as_by_nibabel(scan: Scan, path: Path) -> None:
+    """Voxels (of a 3-D file) and geometry."""
+    image = nib.load(path)
+    (found,) = intensities(scan)
+    np.testing.assert_array_equal(found, np.asarray(image.dataobj).astype(np.float32))
+    np.testing.assert_array_equal(scan.affine, image.affine)
 
 
 def write(path: Path, data: np.ndarray, matrix: np.ndarray | None = None, *, kind=nib.Nifti1Image, scale=None) -> Path:
@@ -47,27 +55,34 @@ def test_voxels_and_geometry_are_nibabels(tmp_path, monkeypatch, dtype, scale, s
     data = rng.normal(50, 20, (7, 5, 9)).astype(dtype)
     for kind in (nib.Nifti1Image, nib.Nifti2Image):
         path = write(tmp_path / f"scan{suffix}", data, kind=kind, scale=scale)
-        scan, expected = read_scan([path], 1), read_image([path], 1)
-        np.testing.assert_array_equal(intensities(scan), expected.data)
-        np.testing.assert_array_equal(scan.affine, expected.affine)
+        scan = read_scan([path], 1)
+        promised = scan.nbytes
+        assert_read_as_by_nibabel(scan, path)
         assert scan.shape == (7, 5, 9)
+        assert scan.nbytes == promised == scan.channels[0].raw.nbytes
         if np.dtype(dtype).itemsize <= 2:
             assert scan.nbytes == data.nbytes, "kept as it is stored"
 
 
 def test_byte_order_channels_and_units(tmp_path):
-    data = np.random.default_rng(0).normal(size=(4, 5, 6, 2)).astype(">i2")
+    data = np.random.default_rng(0).normal(size=(4, 5, 6, 2), scale=100).astype(">i2")
     image = nib.Nifti1Image(data, affine(), nib.Nifti1Header(endianness=">"))
     nib.save(image, tmp_path / "four.nii")
-    np.testing.assert_array_equal(
-        intensities(read_scan([tmp_path / "four.nii"], 2)), read_image([tmp_path / "four.nii"], 2).data
-    )
+    expected = np.moveaxis(data, -1, 0).astype(np.float32)
+    np.testing.assert_array_equal(intensities(read_scan([tmp_path / "four.nii"], 2)), expected)
     paths = [write(tmp_path / f"c{k}.nii.gz", data[..., k].astype(np.float32), affine()) for k in range(2)]
-    np.testing.assert_array_equal(intensities(read_scan(paths, 2)), read_image(paths, 2).data)
-    image = nib.Nifti1Image(data[..., 0].astype(np.int16), affine("RAS", (0.001, 0.001, 0.002)))
-    image.header.set_xyzt_units("meter")
-    nib.save(image, tmp_path / "metres.nii")
-    assert read_scan([tmp_path / "metres.nii"], 1).spacing_mm == pytest.approx((1, 1, 2))
+    np.testing.assert_array_equal(intensities(read_scan(paths, 2)), expected)
+    np.testing.assert_array_equal(intensities(read_scan(paths[::-1], 2)), expected[::-1])
+    for unit, length in (("meter", 0.001), ("micron", 1000)):
+        image = nib.Nifti1Image(data[..., 0].astype(np.int16), affine("RAS", (length, length, 2 * length)))
+        image.header.set_xyzt_units(unit)
+        nib.save(image, tmp_path / "unit.nii")
+        scan = read_scan([tmp_path / "unit.nii"], 1)
+        assert scan.spacing_mm == pytest.approx((1, 1, 2))
+        np.testing.assert_allclose(scan.affine[:3, 3], image.affine[:3, 3] / length)
+        write_mask(tmp_path / "mask.nii", np.zeros(scan.shape, np.uint8), scan)
+        assert nib.load(tmp_path / "mask.nii").header.get_xyzt_units()[0] == unit
+        np.testing.assert_array_equal(read_labels(tmp_path / "mask.nii", on=scan).affine, scan.affine)
 
 
 def test_the_mask_keeps_the_sources_codes_units_and_form(tmp_path):
@@ -79,7 +94,7 @@ def test_the_mask_keeps_the_sources_codes_units_and_form(tmp_path):
         image.header["descrip"] = b"patient so-and-so"
         nib.save(image, tmp_path / "scan.nii")
         scan = read_scan([tmp_path / "scan.nii"], 1)
-        write_nifti(tmp_path / "mask.nii.gz", np.ones(scan.shape, np.uint8), scan)
+        write_mask(tmp_path / "mask.nii.gz", np.ones(scan.shape, np.uint8), scan)
         source, mask = nib.load(tmp_path / "scan.nii"), nib.load(tmp_path / "mask.nii.gz")
         assert type(mask) is type(source)
         np.testing.assert_array_equal(mask.affine, source.affine)
@@ -105,51 +120,16 @@ def header_bytes(path: Path, **values) -> None:
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize(
-    ("fields", "words"),
-    [
-        ({"pixdim": [1, 0, 1, 1, 0, 0, 0, 0]}, "impossible voxel size"),
-        ({"pixdim": [1, 1, -1, 1, 0, 0, 0, 0]}, "impossible voxel size"),
-        ({"pixdim": [1, 1, 1, np.nan, 0, 0, 0, 0]}, "impossible voxel size"),
-        ({"srow_x": [np.nan, 0, 0, 0]}, "impossible geometry"),
-        ({"srow_x": [0, 0, 0, 0], "srow_y": [0, 0, 0, 0]}, "impossible geometry"),
-        ({"srow_x": [1, 0.3, 0, 0]}, "sheared axes"),
-        ({"srow_x": [1e9, 0, 0, 0]}, "impossible geometry"),
-        ({"dim": [2, 4, 5, 6, 1, 1, 1, 1]}, "not a 3-D volume"),
-        ({"dim": [5, 4, 5, 2, 1, 3, 1, 1]}, "not a 3-D volume"),
-        ({"dim": [3, 4, 5, 0, 1, 1, 1, 1]}, "impossible shape"),
-        ({"dim": [3, 4, -5, 6, 1, 1, 1, 1]}, "impossible shape"),
-        ({"dim": [3, 32767, 32767, 32767, 1, 1, 1, 1]}, "truncated or damaged"),
-        ({"dim": [4, 4, 5, 3, 2, 1, 1, 1]}, "wrong number of channels"),
-        ({"scl_slope": np.inf}, "impossible scaling"),
-        ({"scl_slope": 1, "scl_inter": np.nan}, "impossible scaling"),
-        ({"vox_offset": 100}, "impossible start"),
-        ({"vox_offset": np.nan}, "impossible start"),
-        ({"vox_offset": 1e6}, "truncated or damaged"),
-        ({"datatype": 128, "bitpix": 24}, "no plain numbers"),
-        ({"datatype": 77}, "damaged NIfTI header"),
-        ({"magic": b"ni1"}, "not a readable NIfTI"),
-        ({"sizeof_hdr": 349}, "not a readable NIfTI"),
-    ],
-)
-def test_what_a_header_may_not_say(tmp_path, fields, words):
-    path = write(tmp_path / "scan.nii", np.zeros((4, 5, 6), np.int16), affine())
-    header_bytes(path, **fields)
-    with pytest.raises(DataError, match=words) as caught:
-        read_scan([path], 1)
-    assert caught.value.where == str(path)
-    assert caught.value.seen is not None
-    assert caught.value.rule or caught.value.hint or "damaged" in words
-
-
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 def test_voxels_must_be_finite(tmp_path, value):
     data = np.zeros((4, 5, 6), np.float32)
     data[3, 4, 5] = value
     with pytest.raises(DataError, match="not finite"):
-        read_scan([write(tmp_path / "scan.nii.gz", data)], 1)
+        read_scan([write(tmp_path / "scan.nii.gz", data)], 1).load()
     with pytest.raises(DataError, match="not finite"):
-        read_scan([write(tmp_path / "big.nii", np.full((2, 2, 2), 1e300))], 1)
+        read_scan([write(tmp_path / "big.nii", np.full((2, 2, 2), 1e300))], 1).load()
+    with pytest.raises(DataError, match="not finite"):  # only the scaled voxels are too large
+        read_scan([write(tmp_path / "scaled.nii", np.full((2, 2, 2), 255, np.uint8), scale=(3e36, 0))], 1).load()
 
 
 def test_truncated_and_corrupt_files(tmp_path):
@@ -171,13 +151,13 @@ def test_truncated_and_corrupt_files(tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(DataError, match=r"truncated or damaged|not a readable NIfTI"):
-            read_scan([path], 1)
+            read_scan([path], 1).load()
     # One flipped byte in the middle: voxels may still unpack, but the checksum knows.
     flipped = bytearray(packed)
     flipped[len(flipped) // 2] ^= 0x10
     (tmp_path / "flipped.nii.gz").write_bytes(bytes(flipped))
     with pytest.raises(DataError, match="truncated or damaged"):
-        read_scan([tmp_path / "flipped.nii.gz"], 1)
+        read_scan([tmp_path / "flipped.nii.gz"], 1).load()
 
 
 def deny(monkeypatch, denied: Path, error: type[OSError], number: int) -> None:
@@ -194,15 +174,19 @@ def deny(monkeypatch, denied: Path, error: type[OSError], number: int) -> None:
 
 
 @pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz"])
-@pytest.mark.parametrize("read", [read_scan, read_image])
-def test_a_file_that_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, name, read):
+def test_a_file_that_the_system_refuses_is_not_called_damaged(tmp_path, monkeypatch, name):
     path = write(tmp_path / name, np.zeros((4, 5, 6), np.int16))
     for error, number, hint in ((PermissionError, errno.EACCES, "chmod"), (OSError, errno.EIO, "disk")):
         with monkeypatch.context() as patched:
             deny(patched, path, error, number)
             with pytest.raises(DataError, match=f"cannot be read(.|\n)*{os.strerror(number)}(.|\n)*hint: .*{hint}"):
-                read([path], 1)
-    assert read([path], 1).shape == (4, 5, 6)
+                read_scan([path], 1)
+    scan = read_scan([path], 1)
+    with monkeypatch.context() as patched:  # taken away between header and voxels
+        deny(patched, path, PermissionError, errno.EACCES)
+        with pytest.raises(DataError, match="cannot be read"):
+            scan.load()
+    assert intensities(scan).shape == (1, 4, 5, 6)
 
 
 def test_channels_must_share_a_grid(tmp_path):
@@ -221,7 +205,8 @@ def test_channels_must_share_a_grid(tmp_path):
     with pytest.raises(DataError, match="file not found"):
         read_scan([tmp_path / "gone.nii"], 1)
     with pytest.raises(DataError, match="more memory than allowed"):
-        read_scan([first], 1, limit_bytes=100)
+        read_scan([first], 1, limit_bytes=3 * data.size - 1)
+    assert read_scan([first], 1, limit_bytes=3 * data.size).shape == data.shape
 
 
 SMALL = np.random.default_rng(0).integers(-100, 100, (4, 3, 5)).astype(np.int16)
@@ -246,7 +231,7 @@ def test_any_header_is_read_as_nibabel_reads_it_or_refused(tmp_path, changes, pa
     path.write_bytes(gzip.compress(bytes(content), 1) if packed else bytes(content))
     plan = replace(PLAN, class_names=("background", "a", "b"), class_values=(0, 7, 3), target_spacing_mm=(1.5, 1, 1))
     try:
-        scan = read_scan([path], 1)
+        scan = read_scan([path], 1).load()
         check_scale(scan, plan)
         labels, counts = in_pieces(neighbours, scan, plan, window=6)
     except UserError:  # which one for what: the test above
@@ -260,8 +245,8 @@ def test_any_header_is_read_as_nibabel_reads_it_or_refused(tmp_path, changes, pa
     mask = tmp_path / "mask.nii.gz"
     assert labels.shape == scan.shape
     assert counts.sum() == labels.size
-    write_nifti(mask, labels, scan)
+    write_mask(mask, labels, scan)
     np.testing.assert_array_equal(np.asarray(nib.load(mask).dataobj), labels)
     np.testing.assert_array_equal(nib.load(mask).affine, expected.affine)
     assert nib.load(mask).shape == expected.shape[:3]
-    assert open_nifti(mask).shape == scan.shape, "the mask itself can be read again"
+    np.testing.assert_array_equal(read_file(mask).affine, scan.affine)

@@ -18,7 +18,7 @@ from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE, answer
-from distilldsm.io.volume import read_image
+from distilldsm.io import read_scan
 from distilldsm.models.package import verify
 from distilldsm.tracking import flavor, replay_journals
 from tests.data.volumes import stretched
@@ -75,7 +75,7 @@ def test_arrays_paths_and_what_the_model_is(loaded, made, scan, place):
     with pytest.raises(Exception, match="dtype"):
         loaded.predict({"image": image.astype(np.float64)})
 
-    expected = Predictor.from_export(made.export).predict(read_image(scan, 2))
+    expected = Predictor.from_export(made.export).predict(read_scan(scan, 2).volume())
     assert expected.any()
     nothing = {"image": np.empty((1, 2, 0, 0, 0), np.float32)}
     mask = loaded.predict(nothing, params={"paths": scan})["mask"]

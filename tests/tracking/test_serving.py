@@ -21,7 +21,7 @@ from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE
-from distilldsm.io.volume import read_image, read_label
+from distilldsm.io import read_labels, read_scan
 from distilldsm.tracking import replay_journals
 from tests.export.fake import exported
 
@@ -102,6 +102,6 @@ def test_mlflow_serves_what_openvino_computes(place, client, run, tmp_path_facto
         server.wait(20)
     expected = OpenVINOEngine(package / "model.xml")(image)
     np.testing.assert_allclose(logits, expected, atol=1e-5)  # as JSON
-    label = Predictor.from_export(package).predict(read_image([scans / name for name in names], 2))
+    label = Predictor.from_export(package).predict(read_scan([scans / name for name in names], 2).volume())
     np.testing.assert_array_equal(mask, label)
-    np.testing.assert_array_equal(read_label(scans / "mask.nii.gz")[0], label)
+    np.testing.assert_array_equal(read_labels(scans / "mask.nii.gz").values, label)

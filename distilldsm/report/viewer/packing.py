@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.io.volume import spacing_of
+from distilldsm.io.orientation import spacing_of
 
 KEPT_PERCENTILES = (0.1, 99.9)
 """Of the intensities; what lies beyond is clipped."""

@@ -1,0 +1,218 @@
+"""The formats of scans, and the one way to read and write them.
+
+A new format is a class like `Nifti` in a file of its own, and an entry in FORMATS.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.core.errors import DataError
+from distilldsm.io.dicom import Dicom, is_dicom
+from distilldsm.io.errors import Refuse, raise_error
+from distilldsm.io.nifti import Nifti
+from distilldsm.io.scan import Channel, Labels, Scan, Volume, check_same_grid, check_size
+
+__all__ = ["FORMATS", "Channel", "Format", "Labels", "Scan", "Volume", "read_labels", "read_scan", "write_mask"]
+
+LABEL_TOLERANCE = 1e-3
+"""Labels stored as floats may differ by this much from a whole number (rounding of a scale factor)."""
+
+
+class Format(Protocol):
+    """A format of scans.
+
+    Attributes:
+        name: in reports.
+        endings: of file names, the longest first; empty where a scan is a folder.
+        mask_format: what `distilldsm predict --format` calls masks of this format.
+        mask_endings: of their file names; the first one is taken where the user names only a folder.
+        mask_of_any_scan: whether a mask can be written for scans of other formats too.
+    """
+
+    name: str
+    endings: tuple[str, ...]
+    mask_format: str
+    mask_endings: tuple[str, ...]
+    mask_of_any_scan: bool
+
+    def can_read(self, path: Path) -> bool:
+        """Whether a path is a scan of this format, by its name or its content."""
+
+    def read(self, path: Path, *, refuse: Refuse = raise_error) -> Scan:
+        """Read and check the header of a scan with all its channels. Voxels are read when they are first needed.
+
+        Args:
+            refuse: called with what spoils the scan though it can be read: a broken rule of the header, voxels that are
+                not finite.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
+    def write(
+        self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
+    ) -> None:
+        """Write label values (X, Y, Z) on the scan's grid.
+
+        Args:
+            labels: name to value, background (0) included.
+            model: name of the model.
+
+        Raises:
+            UserError: the disk is full, the file cannot be written, or the scan does not allow it.
+        """
+
+
+FORMATS: tuple[Format, ...] = (Nifti(), Dicom())
+
+
+def format_of(path: Path) -> Format | None:
+    """The format of a scan; None where it is in none of FORMATS."""
+    return next((one for one in FORMATS if one.can_read(path)), None)
+
+
+def is_scan_file(path: Path) -> bool:
+    """Whether a file's name is that of a scan in one file."""
+    return path.name.endswith(tuple(ending for one in FORMATS for ending in one.endings))
+
+
+def is_series(folder: Path) -> bool:
+    """Whether a folder is a scan."""
+    return any(one.can_read(folder) for one in FORMATS if not one.endings)
+
+
+def stem(path: Path) -> str:
+    """A file's name without the ending of a scan's or a mask's format."""
+    for one in FORMATS:
+        for ending in (*one.endings, *one.mask_endings):
+            if path.name.endswith(ending):
+                return path.name.removesuffix(ending)
+    return path.name
+
+
+def unknown_format(path: Path) -> DataError:
+    """The error to raise for a path that is in none of FORMATS."""
+    files = " or ".join(ending for one in FORMATS for ending in reversed(one.endings))
+    if path.is_dir():
+        return DataError("holds no scan", where=path, rule=f"{files} files, or DICOM series")
+    single = is_dicom(path)
+    return DataError(
+        "is a single DICOM file" if single else "is not a NIfTI file",
+        where=path,
+        seen=path.name,
+        rule=f"a {files} file, or the folder of a DICOM series",
+        hint="give the folder that holds the series" if single else None,
+    )
+
+
+def read_file(path: Path, *, refuse: Refuse = raise_error) -> Scan:
+    """The scan in one file or series folder, with all its channels; see `Format.read`.
+
+    Raises:
+        DataError: missing, in no known format, or unreadable.
+    """
+    one = format_of(path)
+    if one is None:
+        raise unknown_format(path) if path.exists() else DataError("file not found", where=path)
+    return one.read(path, refuse=refuse)
+
+
+def read_scan(
+    paths: Sequence[Path], channels: int, *, limit_bytes: float = float("inf"), names: Sequence[str] = ()
+) -> Scan:
+    """One scan: `channels` files or series of one channel on one grid, or one file with `channels` channels.
+
+    Headers are read and checked now, voxels when they are first needed (`Scan.load`).
+
+    Args:
+        limit_bytes: memory that voxels and mask may take.
+        names: of the channels, for errors.
+
+    Raises:
+        DataError: an unreadable file, the wrong number of channels, grids that differ, or voxels that need more than
+            `limit_bytes`.
+    """
+    scans = [read_file(path) for path in paths]
+    base = scans[0]
+    wanted = f"{channels} channels" + (f" ({', '.join(names)})" if names else "")
+    if len(scans) not in (1, channels):
+        raise DataError(
+            "wrong number of image files",
+            where=base.path,
+            seen=f"{len(scans)}: {', '.join(path.name for path in paths)}",
+            rule=wanted,
+            hint="give a file for each of them, in this order",
+        )
+    for scan in scans:
+        if len(scan.channels) != channels // len(scans):
+            raise DataError(
+                "has the wrong number of channels",
+                where=scan.path,
+                seen=f"{len(scan.channels)} (shape {scan.stored_shape})",
+                rule=f"{wanted}: one 3-D file or series each, or one 4-D file" if channels > 1 else "one volume",
+                hint="give a file for each of them, in this order" if channels > 1 else None,
+            )
+        check_same_grid(base, scan)
+    check_size(scans, limit_bytes)
+    return Scan(tuple(channel for scan in scans for channel in scan.channels), base.affine, base.path, base.source)
+
+
+MASK_HINT = "resample the mask to the scan's grid (nearest neighbour), or give the mask of this scan"
+
+
+def read_labels(path: Path, *, on: Scan | None = None) -> Labels:
+    """Read a label map.
+
+    Args:
+        on: the scan on whose grid it must lie.
+
+    Raises:
+        DataError: an unreadable file, values that are not whole numbers from 0 to 255, or another grid than the scan's.
+    """
+    scan = read_scan([path], 1)
+    if on is not None:
+        check_same_grid(on, scan, MASK_HINT)
+    values = scan.channels[0].values(scan.channels[0].raw)
+    whole = np.rint(values)
+    odd = np.abs(values - whole) > LABEL_TOLERANCE
+    if odd.any():
+        raise DataError(
+            "holds labels that are not whole numbers",
+            where=path,
+            seen="values such as " + ", ".join(f"{float(v):g}" for v in np.unique(values[odd])[:3]),
+            rule="whole numbers from 0 to 255",
+        )
+    if whole.min() < 0 or whole.max() > 255:
+        raise DataError(
+            "holds labels out of range",
+            where=path,
+            seen=f"{whole.min():g} to {whole.max():g}",
+            rule="whole numbers from 0 to 255",
+        )
+    return Labels(whole.astype(np.uint8), scan.affine, path)
+
+
+def write_mask(
+    path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int] | None = None, model: str = ""
+) -> None:
+    """Write label values (X, Y, Z) on the scan's grid, in the format that the file's name says.
+
+    Args:
+        labels: name to value, background (0) included; a format that names labels (DICOM SEG) needs them.
+        model: name of the model, for formats that hold it.
+
+    Raises:
+        DataError: no format has such names, or the scan's headers do not allow it.
+        UserError: the disk is full, or the file cannot be written.
+    """
+    one = next((one for one in FORMATS if path.name.endswith(one.mask_endings)), None)
+    if one is None:
+        endings = [ending for one in FORMATS for ending in one.mask_endings]
+        raise DataError("is no name of a mask", where=path, rule=f"ends with {' or '.join(endings)}")
+    one.write(path, mask, scan, labels=labels or {}, model=model)
