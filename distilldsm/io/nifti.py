@@ -220,7 +220,8 @@ def _first_bytes(path: Path) -> tuple[Any, bytes, int]:
 
 def _affine_mm(header: Any) -> Affine:
     try:
-        affine = np.array(header.get_best_affine(), dtype=np.float64)
+        with np.errstate(invalid="ignore"):
+            affine = np.array(header.get_best_affine(), dtype=np.float64)
     except Exception:  # a quaternion longer than 1, a voxel size below 0
         return np.full((4, 4), np.nan)
     affine[:3] *= MM_PER_UNIT[length_unit(header) or "unknown"]
