@@ -61,32 +61,26 @@ def _scores(by_fold: Mapping[int, Sequence[Row]], metrics: Iterable[str]) -> dic
 
     The labels' mean is in a fold the mean of its labels' means, in a case that of its labels.
     """
-    table = ScoreTable.of([row for rows in by_fold.values() for row in rows])
-    number_of = {row["case"]: number for number, rows in by_fold.items() for row in rows}
-    fold_of = np.array([number_of[case] for case in table.cases])
-    of_labels: dict[str, dict[str, Any]] = {label: {} for label in table.labels}
+    labels = list(dict.fromkeys(row["label"] for rows in by_fold.values() for row in rows))
+    tables = {str(number): ScoreTable.of(rows, labels) for number, rows in by_fold.items()}
+    of_labels: dict[str, dict[str, Any]] = {label: {} for label in labels}
     of_mean: dict[str, Any] = {}
     for name in metrics:
-        means = np.full((len(by_fold), len(table.labels)), np.nan)
-        for k, label in enumerate(table.labels):
-            values = table.scores[name][:, k]
-            for place, number in enumerate(by_fold):
-                mean = spread(values[fold_of == number])[0]
-                means[place, k] = np.nan if mean is None else mean
-            of_labels[label][name] = _entry(values, dict(zip(by_fold, means[:, k], strict=True)))
-        in_folds = {number: spread(of_fold)[0] for number, of_fold in zip(by_fold, means, strict=True)}
-        of_mean[name] = _entry(case_means(table, name), in_folds)
+        for k, label in enumerate(labels):
+            columns = {number: table.scores[name][:, k] for number, table in tables.items()}
+            means = {number: spread(column)[0] for number, column in columns.items()}
+            of_labels[label][name] = _entry(np.concatenate(list(columns.values())), means)
+        in_folds = {n: spread([of[name]["fold_means"][n] for of in of_labels.values()])[0] for n in tables}
+        of_mean[name] = _entry(np.concatenate([case_means(table, name) for table in tables.values()]), in_folds)
     return {"labels": of_labels, "mean": of_mean}
 
 
-def _entry(of_cases: Floats, of_folds: Mapping[int, float | None]) -> dict[str, Any]:
+def _entry(of_cases: Floats, fold_means: Mapping[str, float | None]) -> dict[str, Any]:
     """What is reported of one score: each case's value, and each fold's mean."""
-    means = {str(number): None if mean is None or np.isnan(mean) else float(mean) for number, mean in of_folds.items()}
-    over_folds = spread([mean for mean in means.values() if mean is not None])
     return {
-        **dict(zip(("mean_folds", "sd_folds", "folds"), over_folds, strict=True)),
+        **dict(zip(("mean_folds", "sd_folds", "folds"), spread(list(fold_means.values())), strict=True)),
         **dict(zip(("mean_cases", "sd_cases", "cases"), spread(of_cases), strict=True)),
-        "fold_means": means,
+        "fold_means": dict(fold_means),
     }
 
 

@@ -31,8 +31,12 @@ def mean_of(values: Floats, axis: int | None = None) -> Any:
         return np.nanmean(values, axis=axis) if np.size(values) else np.nan
 
 
-def spread(values: Floats | Sequence[float]) -> tuple[float | None, float | None, int]:
-    """Mean, sample standard deviation (n - 1, None for fewer than two) and number of the defined values."""
+def spread(values: Floats | Sequence[float | None]) -> tuple[float | None, float | None, int]:
+    """Mean, sample standard deviation (n - 1, None for fewer than two) and number of the defined values.
+
+    Args:
+        values: undefined ones are NaN or None.
+    """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
     if not known.size:

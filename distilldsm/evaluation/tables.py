@@ -98,12 +98,8 @@ def summarise(rows: Sequence[Row], labels: Iterable[str]) -> dict[str, Any]:
         label: {name: _statistics(metric, table.scores[name][:, k], table.cases) for name, metric in METRICS.items()}
         for k, label in enumerate(table.labels)
     }
-    means = {name: np.array([of[name]["mean"] for of in of_labels.values()], dtype=float) for name in METRICS}
-    return {
-        "cases": len(table.cases),
-        "labels": of_labels,
-        "mean": {name: spread(of_metric)[0] for name, of_metric in means.items()},
-    }
+    means = {name: spread([of[name]["mean"] for of in of_labels.values()])[0] for name in METRICS}
+    return {"cases": len(table.cases), "labels": of_labels, "mean": means}
 
 
 def _statistics(metric: Metric, values: Floats, cases: Sequence[str]) -> dict[str, Any]:

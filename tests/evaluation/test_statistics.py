@@ -100,7 +100,7 @@ def test_spread_is_that_of_numpy_without_what_is_undefined():
     values = [0.5, np.nan, 0.9, 0.1]
     mean, sd, count = spread(values)
     assert (mean, sd, count) == (pytest.approx(0.5), pytest.approx(np.std([0.5, 0.9, 0.1], ddof=1)), 3)
-    assert spread([0.25, np.nan]) == (0.25, None, 1)
+    assert spread([0.25, np.nan]) == spread([None, 0.25]) == (0.25, None, 1)
     assert spread([np.nan]) == spread([]) == (None, None, 0)
     table = np.array([[1.0, np.nan], [np.nan, np.nan], [2.0, 4.0]])
     np.testing.assert_array_equal(mean_of(table, axis=1), [1.0, np.nan, 3.0])
