@@ -56,17 +56,15 @@ def component_seconds(folder: Path, repeats: int) -> list[float]:
     import warnings
 
     import kfp.local
-    from kfp import dsl
 
     from distilldsm.config import load_params
-    from distilldsm.pipeline import steps
-    from distilldsm.pipeline.definition import SECTIONS, arguments
+    from distilldsm.pipeline.definition import CHECK, arguments, component
 
     warnings.simplefilter("ignore")
     kfp.local.init(kfp.local.SubprocessRunner(use_venv=False), pipeline_root=str(folder / "component"))
-    check = dsl.component(steps.check, base_image="python", install_kfp_package=False)
+    check = component("check", "Only loads the parameters", CHECK, "None", "python")
     inputs = arguments(load_params(ROOT / "params.yaml"))
-    chosen = {name: inputs[name] for name in ("folds", *SECTIONS)}
+    chosen = {name: inputs[name] for name in CHECK}
     with contextlib.redirect_stdout(io.StringIO()):
         return [seconds(lambda: check(**chosen)) for _ in range(repeats)]
 

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-from distilldsm.cli.main import COMMANDS, STAGES
+from distilldsm.cli.main import COMMANDS, stages
 from distilldsm.config.reference import as_markdown, matching
 
 
 def commands() -> str:
     """What `--help` says, of the whole and of every command."""
     lines = ["# Commands", ""]
-    for words in ([], *([name] for name in (*STAGES, *COMMANDS))):
+    for words in ([], *([name] for name in (*stages(), *COMMANDS))):
         shown = " ".join(["distilldsm", *words])
         text = subprocess.run(
             [sys.executable, "-m", "distilldsm", *words, "--help"],

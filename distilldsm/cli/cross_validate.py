@@ -31,6 +31,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Run the folds."""
-    from distilldsm.components import all_folds
+    from distilldsm.pipeline import all_folds
 
     all_folds.run(args.params, args.set, args.folds, args.jobs, args.output, args.ensemble)

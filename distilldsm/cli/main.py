@@ -11,9 +11,12 @@ import importlib
 import sys
 from collections.abc import Mapping, Sequence
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from distilldsm.cli.stages import STAGES, run_stage
 from distilldsm.core.version import __version__
+
+if TYPE_CHECKING:
+    from distilldsm.core.stage import Stage
 
 COMMANDS: Mapping[str, str] = {
     "cross-validate": "train and evaluate every fold, and put them into one table",
@@ -38,23 +41,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (data, environment) or 2 (usage, parameters)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = arguments[0] if arguments else ""
-    if name not in COMMANDS and name not in STAGES:
+    stage = None if name in COMMANDS else stages().get(name)
+    if name not in COMMANDS and stage is None:
         overview = _overview()
         overview.parse_args(arguments)  # ends with --help, --version and whatever is no command
         overview.error("the command comes first")
     from distilldsm.core.shell import run_shell
 
     def command() -> int | None:
-        if name in STAGES:
-            return run_stage(name, arguments[1:])
+        if stage is not None:
+            from distilldsm.components.command import main as run_stage
+
+            return run_stage(stage, arguments[1:])
         code: int | None = _module(name).run(parser(name).parse_args(arguments[1:]))
         return code
 
     return run_shell(command)
 
 
+def stages() -> Mapping[str, Stage]:
+    """The stages by name. Their records load nothing heavy, but no other command waits for them."""
+    from distilldsm.components.registry import STAGES
+
+    return {stage.name: stage for stage in STAGES}
+
+
 def parser(name: str) -> argparse.ArgumentParser:
-    """The parser of one command. It imports the command's module."""
+    """The parser of one command or stage. It imports the command's module."""
+    if name not in COMMANDS:
+        from distilldsm.components.command import parser as of_stage
+
+        return of_stage(stages()[name])
     module = _module(name)
     made = argparse.ArgumentParser(
         prog=f"distilldsm {name}",
@@ -77,8 +94,8 @@ def _overview() -> argparse.ArgumentParser:
     )
     made.add_argument("--version", action="version", version=f"distilldsm {__version__}")
     commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for name, text in STAGES.items():
-        commands.add_parser(name, help=f"stage: {text}", add_help=False)
+    for stage in stages().values():
+        commands.add_parser(stage.name, help=f"stage: {stage.help}", add_help=False)
     for name, text in COMMANDS.items():
         commands.add_parser(name, help=text, add_help=False)
     return made

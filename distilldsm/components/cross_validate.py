@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distilldsm.components._main import stage_main
-from distilldsm.config import CrossValidationConfig, TrackingConfig, load_params
 from distilldsm.core.files import sha256_json, write_json
 from distilldsm.core.output_directory import content_hash, output_directory
-from distilldsm.evaluation import fold_report as report
-from distilldsm.evaluation import fold_table as table
-from distilldsm.evaluation.folds import CASES_POSTPROCESSED, Fold, load_folds
-from distilldsm.evaluation.tables import write_csv
+from distilldsm.core.stage import Input, Output, Stage
+
+if TYPE_CHECKING:
+    from distilldsm.config import CrossValidationConfig, TrackingConfig
+    from distilldsm.evaluation.folds import Fold
 
 
 def run(
@@ -37,10 +35,13 @@ def run(
         UserError: a fold is missing.
         DataError: the folds do not belong together, see `load_folds`.
     """
+    from distilldsm.evaluation import fold_report as report
+    from distilldsm.evaluation import fold_table as table
+    from distilldsm.evaluation.folds import CASES_POSTPROCESSED, load_folds
+    from distilldsm.evaluation.tables import write_csv
+
     folds = load_folds(config.folds, inputs["evaluation"], inputs["models"], inputs.get("splits"))
-    hashed = {f"evaluation{fold.number}": fold.evaluation_directory for fold in folds}
-    hashed |= {f"model{fold.number}": fold.model_directory for fold in folds}
-    with output_directory(outputs["cross_validation"], stage="cross_validate", config=config, inputs=hashed) as work:
+    with output_directory(outputs["cross_validation"], **STAGE.key(config, inputs)) as work:
         summary = table.summarise(folds)
         write_json(work / "summary.json", summary)
         write_json(work / "metrics.json", table.metrics_for_dvc(summary))
@@ -67,6 +68,7 @@ def _rows(by_fold: Mapping[int, Sequence[Mapping]]) -> list[dict[str, Any]]:
 def _track(
     tracking: TrackingConfig, folds: Sequence[Fold], summary: Mapping[str, Any], work: Path, rows: Sequence[Mapping]
 ) -> None:
+    from distilldsm.evaluation import fold_table as table
     from distilldsm.tracking import run_key_of, start_run
 
     train, evaluate = folds[0].train["config"], folds[0].evaluate["config"]
@@ -96,27 +98,41 @@ def _track(
             parent.add_child(place, name=f"{network}-fold{fold.number}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="distilldsm cross_validate", description=__doc__)
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. cv.folds=[0,1,2]")
-    parser.add_argument("--evaluation", type=Path, default=Path("evaluation"))
-    parser.add_argument("--models", type=Path, default=Path("models"))
-    parser.add_argument("--splits", type=Path, default=Path("data/preprocessed/splits.json"))
-    parser.add_argument("--output", type=Path, default=Path("cross_validation"))
-    args = parser.parse_args(argv)
-
-    def stage() -> None:
-        params = load_params(args.params, args.set)
-        run(
-            params.cv,
-            {"evaluation": args.evaluation, "models": args.models, "splits": args.splits},
-            {"cross_validation": args.output},
-            tracking=params.tracking,
-        )
-
-    return stage_main(stage)
+STAGE = Stage(
+    name="cross_validate",
+    help="the evaluated folds in one table, and as children of one MLflow run",
+    section="cv",
+    inputs=(
+        Input(name="evaluation", path="evaluation", per_fold=True),
+        Input(name="models", path="models", per_fold=True),
+        Input(name="splits", path="data/preprocessed/splits.json", optional=True),
+    ),
+    outputs=(
+        Output(
+            name="cross_validation",
+            path="cross_validation",
+            kind="Dataset",
+            parts=(
+                "cases.csv",
+                "cases_postprocessed.csv",
+                "dice.png",
+                "manifest.json",
+                "report.html",
+                "summary.json",
+                "table.csv",
+            ),
+        ),
+        Output(name="report", path="cross_validation/report.html", kind="HTML"),
+        Output(name="metrics", path="cross_validation/metrics.json", kind="Metrics", metric=True),
+    ),
+    scope="folds",
+    image="train",
+    run=run,
+    code=("data", "evaluation", "report"),
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from distilldsm.components.command import main
+
+    raise SystemExit(main(STAGE))

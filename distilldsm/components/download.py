@@ -2,45 +2,26 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
+import os
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from distilldsm.components._main import stage_main
-from distilldsm.config import DownloadConfig, load_params
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import sha256_file, sha256_json
-from distilldsm.core.output_directory import MANIFEST, is_current, output_directory
+from distilldsm.core.output_directory import MANIFEST, output_directory
 from distilldsm.core.progress import progress
 from distilldsm.core.redaction import public_address
-from distilldsm.data.archive import extract
-from distilldsm.data.catalog import lookup
-from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
-from distilldsm.data.download import Credentials, fetch, is_url, local_path
-from distilldsm.data.layouts import index_dataset, needed_files
+from distilldsm.core.stage import WORK_VARIABLE, Output, Stage
 
-
-def key(config: DownloadConfig) -> dict[str, Any]:
-    """What decides the output, for `output_directory` and `is_current`."""
-    return {"stage": "download", "config": config, "inputs": {}}
-
-
-def is_up_to_date(config: DownloadConfig, output: Path) -> bool:
-    """Whether `output` was made with this config, and nothing of a source on this machine has changed since."""
-    if not is_current(output, **key(config)):
-        return False
-    path = None if config.source == "sample" or config.source.startswith("msd:") else local_path(config.source)
-    if path is None or not path.exists():
-        return True
-    made_ns = (output / MANIFEST).stat().st_mtime_ns
-    # The time of the last change of the entry itself: a copied file may bring an old time of modification with it.
-    return all(entry.stat().st_ctime_ns <= made_ns for entry in (path, *path.rglob("*")) if entry.exists())
+if TYPE_CHECKING:
+    from distilldsm.config import DownloadConfig
+    from distilldsm.data.dataset import DatasetIndex
 
 
 def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -52,8 +33,11 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     What the user gave is copied, never linked or changed.
     """
+    from distilldsm.data.archive import extract
+    from distilldsm.data.layouts import needed_files
+
     _keep_apart(config, outputs["dataset"])
-    with output_directory(outputs["dataset"], **key(config)) as work:
+    with output_directory(outputs["dataset"], **STAGE.key(config, inputs)) as work:
         source, name = _obtain(config)
         # Unpacked inside the output's work directory: moving the needed files costs nothing, and what a killed run
         # leaves is cleared by the next.
@@ -73,8 +57,38 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
         print(index.note)
 
 
+def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
+    """What the data set is."""
+    from distilldsm.data.dataset import DatasetIndex
+
+    index = DatasetIndex.load(output)
+    return {
+        "name": index.name,
+        "cases": len(index.cases),
+        "patients": len({case.patient for case in index.cases}),
+        "channels": [channel.name for channel in index.channels],
+        "labels": dict(index.labels),
+        "licence": index.licence,
+        "source": index.source,
+    }
+
+
+def outdated(config: DownloadConfig, output: Path) -> bool:
+    """Whether something of a source on this machine has changed since `output` was made."""
+    from distilldsm.data.download import local_path
+
+    path = None if config.source == "sample" or config.source.startswith("msd:") else local_path(config.source)
+    if path is None or not path.exists():
+        return False
+    made_ns = (output / MANIFEST).stat().st_mtime_ns
+    # The time of the last change of the entry itself: a copied file may bring an old time of modification with it.
+    return any(entry.stat().st_ctime_ns > made_ns for entry in (path, *path.rglob("*")) if entry.exists())
+
+
 def _keep_apart(config: DownloadConfig, output: Path) -> None:
     """The output is replaced as a whole: neither what the user gave nor the kept archives may lie in it."""
+    from distilldsm.data.download import local_path
+
     output = output.resolve()
     source = None if config.source.startswith("msd:") else local_path(config.source)
     for key, path in (("source", source), ("archive_dir", Path(config.archive_dir))):
@@ -89,6 +103,9 @@ def _keep_apart(config: DownloadConfig, output: Path) -> None:
 
 
 def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
+    from distilldsm.data.catalog import lookup
+    from distilldsm.data.layouts import index_dataset
+
     if config.source.startswith("msd:"):
         entry = lookup(config.source)
         config = replace(config, licence=config.licence or entry.licence, reference=config.reference or entry.reference)
@@ -97,7 +114,13 @@ def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
 
 def _obtain(config: DownloadConfig) -> tuple[Path, str]:
     """The archive or folder on this machine, and what to call its source."""
+    from distilldsm.data.catalog import lookup
+    from distilldsm.data.dataset import SAMPLE_SOURCE
+    from distilldsm.data.download import Credentials, fetch, is_url, local_path
+
     store = Path(config.archive_dir)
+    if not os.access(Path.cwd(), os.W_OK):  # a container whose file system is read-only
+        store = Path(os.environ.get(WORK_VARIABLE) or tempfile.gettempdir()) / store
     if config.source == "sample":
         from distilldsm.data.sample import VERSION, make_sample_archive
 
@@ -139,14 +162,21 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
     return fetch([config.source, *config.mirrors], target, sha256=config.sha256, credentials=credentials), public
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="distilldsm download", description=__doc__)
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. download.source=sample")
-    parser.add_argument("--output", type=Path, default=Path("data/raw"))
-    args = parser.parse_args(argv)
-    return stage_main(lambda: run(load_params(args.params, args.set).download, {}, {"dataset": args.output}))
+STAGE = Stage(
+    name="download",
+    help="fetch the labelled volumes (or make the embedded sample), extract and index them",
+    section="download",
+    outputs=(Output(name="dataset", path="data/raw", kind="Dataset"),),
+    scope="data",
+    image="data",
+    run=run,
+    code=("data",),
+    facts=facts,
+    outdated=outdated,
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from distilldsm.components.command import main
+
+    raise SystemExit(main(STAGE))

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from distilldsm.components._main import stage_main
-from distilldsm.config import ExportConfig, TrackingConfig, load_params
-from distilldsm.core.files import write_json
+from distilldsm.core.files import read_json, write_json
 from distilldsm.core.mapping import to_mapping
 from distilldsm.core.output_directory import output_directory
-from distilldsm.models.inserted import trust_builder
+from distilldsm.core.stage import Input, Output, Stage
+
+if TYPE_CHECKING:
+    from distilldsm.config import ExportConfig, TrackingConfig
 
 
 def run(
@@ -35,13 +36,7 @@ def run(
     from distilldsm.export.build import build_package
     from distilldsm.export.scores import SCORES, collect_scores
 
-    with output_directory(
-        outputs["export"],
-        stage="export",
-        config=config,
-        inputs=inputs,
-        extra={"fold": fold},
-    ) as work:
+    with output_directory(outputs["export"], **STAGE.key(config, inputs, fold)) as work:
         scores = collect_scores(
             inputs["model"], inputs["preprocessed"], inputs.get("evaluation"), fold=fold, checkpoint=config.checkpoint
         )
@@ -99,33 +94,79 @@ def run(
             print(mlflow_run.registration)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="distilldsm export", description=__doc__)
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument("--model", type=Path, default=None, help="default: models/fold<FOLD>")
-    parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
-    parser.add_argument("--evaluation", type=Path, default=None, help="default: evaluation/fold<FOLD>, where it is")
-    parser.add_argument("--output", type=Path, default=None, help="default: export/fold<FOLD>")
-    args = parser.parse_args(argv)
+def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
+    """Of the exported model."""
+    metadata, run_file = read_json(output / "metadata.json"), inputs["model"] / "mlflow_run.json"
+    return {
+        "framework": "openvino",
+        **{key: metadata[key] for key in ("name", "fold", "labels")},
+        "mlflow_run_id": str(read_json(run_file).get("run_id") or "") if run_file.is_file() else "",
+    }
 
-    def stage() -> None:
-        params = load_params(args.params)
-        inputs = {"model": args.model or Path(f"models/fold{args.fold}"), "preprocessed": args.preprocessed}
-        evaluation = args.evaluation or Path(f"evaluation/fold{args.fold}")
-        if args.evaluation or evaluation.is_dir():
-            inputs["evaluation"] = evaluation
-        trust_builder(params.train.model.options)
-        run(
-            params.export,
-            inputs,
-            {"export": args.output or Path(f"export/fold{args.fold}")},
-            fold=args.fold,
-            tracking=params.tracking,
-        )
 
-    return stage_main(stage)
+STAGE = Stage(
+    name="export",
+    help="one fold to ONNX and OpenVINO IR, compared with the network",
+    section="export",
+    inputs=(
+        Input(name="model", path="models/fold{fold}"),
+        Input(name="preprocessed", path="data/preprocessed"),
+        Input(
+            name="evaluation",
+            path="evaluation/fold{fold}",
+            files={
+                "cases": "cases.csv",
+                "evaluation": "manifest.json",
+                "postprocessing": "postprocessing.json",
+                "summary": "summary.json",
+            },
+            optional=True,
+        ),
+    ),
+    outputs=(
+        Output(
+            name="export",
+            path="export/fold{fold}",
+            kind="Model",
+            parts=(
+                "README.md",
+                "inference_service.yaml",
+                "int8",
+                "manifest.json",
+                "metadata.json",
+                "model.bin",
+                "model.onnx",
+                "model.safetensors",
+                "model.xml",
+                "monai_bundle",
+                "parity.json",
+                "plan.json",
+                "scores.json",
+                "training_distribution.json",
+            ),
+        ),
+        Output(name="card", path="export/fold{fold}/README.md", kind="Markdown"),
+        Output(name="metrics", path="export/fold{fold}/metrics.json", kind="Metrics", metric=True),
+    ),
+    scope="model",
+    image="export",
+    run=run,
+    code=(
+        "data",
+        "drift",
+        "evaluation",
+        "export",
+        "inference",
+        "io",
+        "models",
+        "training",
+        "validation",
+    ),
+    facts=facts,
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from distilldsm.components.command import main
+
+    raise SystemExit(main(STAGE))

@@ -2,37 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distilldsm.components._main import stage_main
-from distilldsm.config import TrackingConfig, TrainConfig, load_params
 from distilldsm.core.errors import ConfigError
-from distilldsm.core.files import sha256_file, write_json
+from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.core.output_directory import content_hash, output_directory
+from distilldsm.core.stage import Input, Output, Stage
 
-
-def key(config: TrainConfig, inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
-    """What decides the output, for `output_directory` and `is_current`.
-
-    Raises:
-        ConfigError: `train.initial_weights` names no file.
-    """
-    hashed = {"preprocessed": inputs["preprocessed"]}
-    if config.initial_weights is not None:
-        hashed["initial_weights"] = Path(config.initial_weights)
-        if not hashed["initial_weights"].is_file():
-            raise ConfigError(
-                "names no file",
-                where="train.initial_weights",
-                seen=config.initial_weights,
-                rule="a .safetensors",
-                hint="correct it, or set it to null",
-            )
-    return {"stage": "train", "config": config, "inputs": hashed, "extra": {"fold": fold}}
+if TYPE_CHECKING:
+    from distilldsm.config import TrackingConfig, TrainConfig
 
 
 def run(
@@ -54,6 +35,7 @@ def run(
 
     Under torchrun every process calls this; only the first one writes.
     """
+    from distilldsm.config import TrackingConfig
     from distilldsm.training.distributed import training_processes
     from distilldsm.training.loop import RESUME
     from distilldsm.training.setup import choose_device
@@ -63,9 +45,8 @@ def run(
             _train_as_peer(config, inputs, outputs, fold, processes)
             return
         _keep_apart(config, outputs["model"])
-        with output_directory(
-            outputs["model"], **key(config, inputs, fold), resumable=True, until_done=[RESUME]
-        ) as work:
+        key = STAGE.key(config, inputs, fold)
+        with output_directory(outputs["model"], **key, resumable=True, until_done=[RESUME]) as work:
             _train_as_main(config, inputs, work, fold, processes, tracking or TrackingConfig(enabled=False))
 
 
@@ -193,27 +174,43 @@ def _train_as_main(
         mlflow_run.log_artifact(work / "best.safetensors", "checkpoints")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="distilldsm train", description=__doc__)
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-    parser.add_argument("--fold", type=int, default=0)
-    parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
-    parser.add_argument("--output", type=Path, default=None, help="default: models/fold<FOLD>")
-    args = parser.parse_args(argv)
+def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
+    """Of the network and its training."""
+    described, run_file = read_json(output / "model.json"), output / "mlflow_run.json"
+    keys = ("name", "options", "parameters", "macs_per_voxel", "fold", "epochs")
+    return {
+        "framework": "pytorch",
+        "format": "safetensors",
+        **{key: described[key] for key in keys},
+        "mlflow_run_id": str(read_json(run_file).get("run_id") or "") if run_file.is_file() else "",
+    }
 
-    def stage() -> None:
-        params = load_params(args.params, args.set)
-        run(
-            params.train,
-            {"preprocessed": args.preprocessed},
-            {"model": args.output or Path(f"models/fold{args.fold}")},
-            fold=args.fold,
-            tracking=params.tracking,
-        )
 
-    return stage_main(stage)
+STAGE = Stage(
+    name="train",
+    help="train one fold",
+    section="train",
+    inputs=(Input(name="preprocessed", path="data/preprocessed"),),
+    outputs=(
+        Output(name="model", path="models/fold{fold}", kind="Model"),
+        Output(
+            name="metrics",
+            path="models/fold{fold}/model.json",
+            kind="Metrics",
+            keys=("parameters", "macs_per_voxel", "best_val_dice"),
+        ),
+    ),
+    scope="fold",
+    image="train",
+    run=run,
+    code=("data", "inference", "io", "models", "training"),
+    files=("initial_weights",),
+    facts=facts,
+    distributed=True,
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from distilldsm.components.command import main
+
+    raise SystemExit(main(STAGE))

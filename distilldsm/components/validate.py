@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from distilldsm.components._main import stage_main
-from distilldsm.config import ValidateConfig, load_params
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.output_directory import MANIFEST, output_directory
-from distilldsm.core.shipped import shipped
-from distilldsm.data.dataset import DatasetIndex
-from distilldsm.validation.case_table import CaseTable, build_case_table, table_columns
-from distilldsm.validation.expectations import Checked, load_suite, run_suite
-from distilldsm.validation.report import make_report, render_html
+from distilldsm.core.stage import Input, Output, Stage
+
+if TYPE_CHECKING:
+    from distilldsm.config import ValidateConfig
+    from distilldsm.data.dataset import DatasetIndex
+    from distilldsm.validation.case_table import CaseTable
+    from distilldsm.validation.expectations import Checked
 
 SHOWN = 10
 """Findings that the error message lists; the report has all."""
-
-
-def key(config: ValidateConfig, inputs: Mapping[str, Path]) -> dict[str, Any]:
-    """What decides the output, for `output_directory` and `is_current`."""
-    hashed = {"dataset": inputs["dataset"], "suite": shipped(config.suite)}
-    return {"stage": "validate", "config": config, "inputs": hashed}
 
 
 def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -41,6 +34,11 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
         ConfigError: the suite or the bounds are wrong.
         DataError: there are errors (`on_invalid: fail`), or fewer than two patients are left without them.
     """
+    from distilldsm.data.dataset import DatasetIndex
+    from distilldsm.validation.case_table import build_case_table, table_columns
+    from distilldsm.validation.expectations import load_suite, run_suite
+    from distilldsm.validation.report import make_report
+
     root, target = Path(inputs["dataset"]), Path(outputs["validation"])
     index = DatasetIndex.load(root)
     suite = load_suite(config.suite, table_columns(index), config.bounds)
@@ -49,7 +47,7 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     report = make_report(index, table, suite, checked.findings)
     failed = target.with_name(f"{target.name}-failed")
     problem = _problem(config, index, report)
-    with output_directory(failed if problem else target, **key(config, inputs)) as work:
+    with output_directory(failed if problem else target, **STAGE.key(config, inputs)) as work:
         _write(work, report, table, checked)
     if problem:
         raise _refusal(problem, report, root, failed)
@@ -98,6 +96,8 @@ def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) 
 
 
 def _write(work: Path, report: Mapping[str, Any], table: CaseTable, checked: Checked) -> None:
+    from distilldsm.validation.report import render_html
+
     write_json(work / "report.json", report)
     (work / "report.html").write_text(render_html(report, table), encoding="utf-8")
     checked.write_data_docs(work / "data_docs", name=report["dataset"]["name"])
@@ -106,19 +106,36 @@ def _write(work: Path, report: Mapping[str, Any], table: CaseTable, checked: Che
     write_json(work / "metrics.json", report["counts"])
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="distilldsm validate", description=__doc__)
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. validate.on_invalid=exclude"
-    )
-    parser.add_argument("--dataset", type=Path, default=Path("data/raw"))
-    parser.add_argument("--output", type=Path, default=Path("data/validation"))
-    args = parser.parse_args(argv)
-    return stage_main(
-        lambda: run(load_params(args.params, args.set).validate, {"dataset": args.dataset}, {"validation": args.output})
-    )
+def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
+    """How many cases, errors and warnings there are."""
+    return dict(read_json(output / "metrics.json"))
+
+
+STAGE = Stage(
+    name="validate",
+    help="check every case against the expectation suite",
+    section="validate",
+    inputs=(Input(name="dataset", path="data/raw"),),
+    outputs=(
+        Output(
+            name="validation",
+            path="data/validation",
+            kind="Dataset",
+            parts=("accepted.json", "cases.csv", "data_docs", "manifest.json", "report.html", "report.json"),
+        ),
+        Output(name="report", path="data/validation/report.html", kind="HTML"),
+        Output(name="metrics", path="data/validation/metrics.json", kind="Metrics", metric=True),
+    ),
+    scope="data",
+    image="data",
+    run=run,
+    code=("data", "io", "validation"),
+    files=("suite",),
+    facts=facts,
+)
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    from distilldsm.components.command import main
+
+    raise SystemExit(main(STAGE))

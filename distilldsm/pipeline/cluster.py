@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from distilldsm.components.registry import STAGES
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, load_yaml
 from distilldsm.core.redaction import is_secret_name, public_address, secret_in_address
 
-STEPS = ("check", "download", "validate", "preprocess", "train", "evaluate", "cross_validate", "export", "finish")
+STEPS = ("check", *(stage.name for stage in STAGES), "gate", "finish")
+"""The steps of the Kubeflow pipeline: the stages, and three of its own."""
 _QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(m|[KMGT]i?)?$")
 _FACTORS = {None: 1.0, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
     f"{unit}i": 1024.0**power for power, unit in enumerate("KMGT", start=1)

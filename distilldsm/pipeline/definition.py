@@ -1,20 +1,30 @@
-"""The Kubeflow pipeline: the stages of dvc.yaml as components, one training per fold, a gate before the export.
+"""The Kubeflow pipeline from the stages' records: one training per fold, a gate before what runs for every model."""
 
-kfp reads annotations as objects: no `from __future__ import annotations` here.
-"""
+from __future__ import annotations
 
+import inspect
+import linecache
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, List  # noqa: UP035
 
+from distilldsm.components.registry import STAGES
 from distilldsm.config import Params
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.files import sha256_json
+from distilldsm.core.stage import Stage
 from distilldsm.core.version import __version__
 from distilldsm.pipeline.cluster import Cluster, apply
-from distilldsm.pipeline.stages import VERSION_VARIABLE, check_parameters, sections_of
+from distilldsm.pipeline.step import (
+    VERSION_VARIABLE,
+    check_parameters,
+    outputs_for_models,
+    sections_of,
+    source_of,
+    through_gate,
+)
 
 if TYPE_CHECKING:
     from kfp.dsl.graph_component import GraphComponent
@@ -73,91 +83,161 @@ def _without_null(value: Any) -> Any:
     return [_without_null(inner) for inner in value] if isinstance(value, list) else value
 
 
-def build_pipeline(params: Params, cluster: Cluster, images: Images) -> "GraphComponent":
+def build_pipeline(
+    params: Params, cluster: Cluster, images: Images, stages: Sequence[Stage] = STAGES
+) -> GraphComponent:
     """The pipeline, with the defaults of `params`."""
     from kfp import dsl
 
-    from distilldsm.pipeline import steps
+    inputs: dict[str, tuple[Any, Any]] = {
+        name: ({"folds": List[int], "data_version": str}.get(name, dict), default)  # noqa: UP006
+        for name, default in arguments(params).items()
+    }
+    secrets = ("mlflow", "s3", "download")
+    inputs |= {"trainjob": (dict, {})} | {f"{name}_secret": (str, name) for name in secrets}
 
-    defaults = arguments(params)
-    of = _components(steps, images)
+    def distilldsm(*values: Any) -> None:
+        _Wiring(dict(zip(inputs, values, strict=True)), cluster, images, stages).build()
 
-    @dsl.pipeline(name=NAME, display_name="Distill DSM", description=DESCRIPTION)
-    def distilldsm(
-        folds: List[int] = defaults["folds"],  # noqa: UP006
-        download: dict = defaults["download"],
-        validate: dict = defaults["validate"],
-        preprocess: dict = defaults["preprocess"],
-        train: dict = defaults["train"],
-        evaluate: dict = defaults["evaluate"],
-        export: dict = defaults["export"],
-        tracking: dict = defaults["tracking"],
-        data_version: str = defaults["data_version"],
-        trainjob: dict = {},  # noqa: B006
-        mlflow_secret: str = "mlflow",  # noqa: S107
-        s3_secret: str = "s3",  # noqa: S107
-        download_secret: str = "download",  # noqa: S107
-    ) -> None:
-        def step(name: str, title: str, **inputs: Any) -> Any:
-            task = of[name](**inputs).set_display_name(title)
-            task.set_env_variable(VERSION_VARIABLE, __version__)
-            secrets = {"mlflow_secret": mlflow_secret, "s3_secret": s3_secret, "download_secret": download_secret}
-            return apply(task, name, cluster, **secrets)
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    distilldsm.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [inspect.Parameter(n, kind, annotation=a, default=d) for n, (a, d) in inputs.items()], return_annotation=None
+    )
+    pipeline: GraphComponent = dsl.pipeline(name=NAME, display_name="Distill DSM", description=DESCRIPTION)(distilldsm)
+    return pipeline
 
-        end = step("finish", "Say how it ended", tracking=tracking)
+
+class _Wiring:
+    """The tasks of one pipeline: what runs when, and whose outputs go where."""
+
+    def __init__(self, channels: Mapping[str, Any], cluster: Cluster, images: Images, stages: Sequence[Stage]) -> None:
+        self.channels, self.cluster, self.images, self.stages = channels, cluster, images, stages
+        self.outputs: dict[str, Any] = {}
+        """What earlier tasks have made, by the outputs' names."""
+
+    def build(self) -> None:
+        """Data, then every fold, then all folds together, then the gate and every model."""
+        from kfp import dsl
+
+        channels = self.channels
+        end = self.task("finish", "Say how it ended", FINISH, {"tracking": channels["tracking"]})
         end.set_caching_options(False)
         with dsl.ExitHandler(end, name="pipeline"):
-            checked = step(
-                "check", "Check the parameters", folds=folds, download=download, validate=validate,
-                preprocess=preprocess, train=train, evaluate=evaluate, export=export, tracking=tracking,
-            )  # fmt: skip
-            raw = step("download", "Download", config=download, data_version=data_version).after(checked)
-            valid = step("validate", "Validate", config=validate, dataset=raw.outputs["dataset"])
-            arrays = step(
-                "preprocess", "Preprocess", config=preprocess,
-                dataset=raw.outputs["dataset"], validation=valid.outputs["validation"],
-            )  # fmt: skip
-            with dsl.ParallelFor(folds, name="fold", parallelism=cluster.parallel_folds) as fold:
-                trained = step(
-                    "train", "Train", config=train, tracking=tracking, trainjob=trainjob, fold=fold,
-                    preprocessed=arrays.outputs["preprocessed"],
-                )  # fmt: skip
-                scored = step(
-                    "evaluate", "Evaluate", config=evaluate, tracking=tracking, fold=fold,
-                    dataset=raw.outputs["dataset"], validation=valid.outputs["validation"],
-                    preprocessed=arrays.outputs["preprocessed"], model=trained.outputs["model"],
-                )  # fmt: skip
-            verdict = step(
-                "cross_validate", "Sum up the folds", config=export, tracking=tracking,
-                evaluations=dsl.Collected(scored.outputs["evaluation"]), models=dsl.Collected(trained.outputs["model"]),
-            )  # fmt: skip
-            with dsl.If(verdict.outputs["Output"] == True, name="quality"):  # noqa: E712, SIM117
-                with dsl.ParallelFor(folds, name="export", parallelism=cluster.parallel_folds) as fold:
-                    step(
-                        "export", "Export and register", config=export, tracking=tracking, fold=fold,
-                        models=verdict.outputs["folds"], preprocessed=arrays.outputs["preprocessed"],
-                    )  # fmt: skip
+            checked = self.task("check", "Refuse wrong parameters before anything is computed", CHECK, channels)
+            for stage in self.of("data"):
+                task = self.stage(stage)
+                if not stage.inputs:
+                    task.after(checked)
+            with dsl.ParallelFor(channels["folds"], name="fold", parallelism=self.cluster.parallel_folds) as fold:
+                for stage in self.of("fold"):
+                    self.stage(stage, fold)
+            for stage in self.of("folds"):
+                self.stage(stage)
+            verdict = self.gate()
+            with dsl.If(verdict == True, name="quality"):  # noqa: E712, SIM117
+                with dsl.ParallelFor(channels["folds"], name="model", parallelism=self.cluster.parallel_folds) as fold:
+                    for stage in self.of("model"):
+                        self.stage(stage, fold)
 
-    return distilldsm
+    def of(self, scope: str) -> list[Stage]:
+        """The stages of a scope."""
+        return [stage for stage in self.stages if stage.scope == scope]
+
+    def stage(self, stage: Stage, fold: Any = None) -> Any:
+        """Add a stage's task."""
+        from kfp import dsl
+
+        given = {**self.channels, "config": self.channels.get(stage.section), "fold": fold}
+        for one in stage.inputs:
+            source = source_of(one, self.stages)
+            if not through_gate(stage, source):
+                made = self.outputs[source.stage.output.name]
+                given[one.name] = dsl.Collected(made) if source.collected else made
+        given["collected"] = self.outputs.get("collected")
+        task = self.task(stage.name, stage.help, step_parameters(stage, self.stages), given, stage.image)
+        self.outputs[stage.output.name] = task.outputs[stage.output.name]
+        return task
+
+    def gate(self) -> Any:
+        """Add the gate's task; returns its verdict."""
+        from kfp import dsl
+
+        read = {output.name: output for output, _ in outputs_for_models(self.stages)}
+        parameters = {
+            "config": "dict",
+            **{name: f"Input[List[{output.kind}]]" for name, output in read.items()},
+            "cross_validation": "Input[Dataset]",
+            "collected": "Output[Model]",
+            "summary": "Output[Markdown]",
+        }
+        given = {"config": self.channels["export"], "cross_validation": self.outputs["cross_validation"]}
+        given |= {name: dsl.Collected(self.outputs[name]) for name in read}
+        title = "Whether the models pass the quality threshold, and the models in one place"
+        task = self.task("gate", title, parameters, given, returns="bool")
+        self.outputs["collected"] = task.outputs["collected"]
+        return task.outputs["Output"]
+
+    def task(
+        self,
+        name: str,
+        title: str,
+        parameters: Mapping[str, str],
+        given: Mapping[str, Any],
+        image: str | None = None,
+        returns: str = "None",
+    ) -> Any:
+        """Add a task of the component that runs a step."""
+        role = image or {"check": "data"}.get(name, "train")
+        made = component(name, title, parameters, returns, getattr(self.images, role))
+        needed = {
+            key: given[key] for key, kind in parameters.items() if not kind.startswith(("Output", "PipelineTask"))
+        }
+        task = made(**needed).set_display_name(name.replace("_", " ").capitalize())
+        task.set_env_variable(VERSION_VARIABLE, __version__)
+        secrets = {key: value for key, value in self.channels.items() if key.endswith("_secret")}
+        return apply(task, name, self.cluster, **secrets)
 
 
-def _components(steps: Any, images: Images) -> Mapping[str, Callable[..., Any]]:
+CHECK = {"folds": "list", **dict.fromkeys(SECTIONS, "dict")}
+FINISH = {"tracking": "dict", "status": "PipelineTaskFinalStatus"}
+
+
+def step_parameters(stage: Stage, stages: Sequence[Stage] = STAGES) -> dict[str, str]:
+    """The parameters of a stage's component, with their annotations."""
+    found = {"folds": "list"} if stage.section == "cv" else {"config": "dict"}
+    found |= {} if stage.inputs else {"data_version": "str"}
+    found |= {"tracking": "dict"} if stage.scope != "data" else {}
+    found |= {"trainjob": "dict"} if stage.distributed else {}
+    found |= {"fold": "int"} if stage.per_fold else {}
+    for one in stage.inputs:
+        source = source_of(one, stages)
+        kind = source.stage.output.kind
+        if through_gate(stage, source):
+            found["collected"] = "Input[Model]"
+        else:
+            found[one.name] = f"Input[List[{kind}]]" if source.collected else f"Input[{kind}]"
+    return found | {out.name: f"Output[{out.kind}]" for out in stage.outputs if out.kind}
+
+
+def component(name: str, title: str, parameters: Mapping[str, str], returns: str, image: str) -> Callable[..., Any]:
+    """The component that runs a step in an image.
+
+    kfp puts the source of a function into the pipeline. It is written here from the step's parameters, and lies where
+    `inspect` finds it, as it does for the methods that `attrs` makes.
+    """
     from kfp import dsl
 
-    image_of = {
-        "check": images.data,
-        "download": images.data,
-        "validate": images.data,
-        "preprocess": images.data,
-        "train": images.train,
-        "evaluate": images.train,
-        "cross_validate": images.train,
-        "export": images.export,
-        "finish": images.train,
-    }
+    listed = "".join(f"    {key}: {annotation},\n" for key, annotation in parameters.items())
+    values = ", ".join(f"{key}={key}" for key in parameters)
+    source = (
+        f'def {name}(\n{listed}) -> {returns}:\n    """{title[0].upper()}{title[1:]}."""\n'
+        f"    from distilldsm.pipeline import step\n\n    return step.run({name!r}, {values})\n"
+    )
+    file = f"<step {name}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    names: dict[str, Any] = {**vars(dsl), "List": List}  # noqa: UP006
+    exec(compile(source, file, "exec", dont_inherit=True), names)  # noqa: S102 - made above from the records of this package
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of kfp: a package of the image is not to be installed again
-        return {
-            name: dsl.component(getattr(steps, name), base_image=image, install_kfp_package=False)
-            for name, image in image_of.items()
-        }
+        made: Callable[..., Any] = dsl.component(names[name], base_image=image, install_kfp_package=False)
+    return made

@@ -18,7 +18,7 @@ from distilldsm.core.machine import usable_cores
 from distilldsm.pipeline.cluster import Cluster
 from distilldsm.pipeline.compilation import compile_pipeline
 from distilldsm.pipeline.definition import SECTIONS, Images, arguments
-from distilldsm.pipeline.stages import check_parameters, whole_numbers
+from distilldsm.pipeline.step import check_parameters, whole_numbers
 
 _FOLDS_AT_ONCE = 2
 """kfp's local runner takes no more."""

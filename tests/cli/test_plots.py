@@ -12,8 +12,8 @@ import yaml
 
 from distilldsm.cli.main import main
 from distilldsm.cli.plots import page_template
-from distilldsm.components.evaluate import _write_plots
 from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.evaluation.scoring import write_plots
 
 LABELS = {"background": 0, "a": 1, "b": 2}
 ANCHORS = ("<DVC_METRIC_DATA>", "<DVC_METRIC_X>", "<DVC_METRIC_Y>", "<DVC_METRIC_TITLE>")
@@ -36,7 +36,7 @@ def written(tmp_path_factory) -> Path:
         {"epoch": 1, "train_loss": 1.0, "learning_rate": 0.1},
         {"epoch": 2, "train_loss": 0.9, "learning_rate": 0.1, "val_dice": {"a": 0.4, "b": 0.6}, "val_dice_mean": 0.5},
     ]
-    _write_plots(folder, rows, history, {"c": {"confusion": [[9, 1, 0], [0, 5, 5], [1, 0, 3]]}}, index)
+    write_plots(folder, rows, history, {"c": {"confusion": [[9, 1, 0], [0, 5, 5], [1, 0, 3]]}}, index)
     return folder
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,7 +16,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm.components.download import is_up_to_date, main, run
+from distilldsm.cli.main import main
+from distilldsm.components.command import perform
+from distilldsm.components.download import STAGE, run
 from distilldsm.config import DownloadConfig, Params, SampleConfig
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json, sha256_file
@@ -92,6 +96,12 @@ def test_archives_give_the_same_files_as_the_folder(tmp_path, kind):
 def test_a_second_run_replaces_the_first(tmp_path):
     assert len(get(tmp_path, source=str(write_msd(tmp_path / "three", 3))).cases) == 3
     assert len(get(tmp_path, source=str(write_msd(tmp_path / "two", 2))).cases) == 2
+
+
+def is_up_to_date(config: DownloadConfig, output: Path) -> bool:
+    with contextlib.redirect_stdout(io.StringIO()) as shown:
+        perform(STAGE, config, {}, output, run=lambda *_: None)
+    return shown.getvalue() == "download: up to date\n"
 
 
 def test_a_change_of_the_source_is_seen(tmp_path):
@@ -221,15 +231,15 @@ def test_a_local_archive_that_is_gone_comes_from_the_mirror(tmp_path, packed):
 def test_the_command_line(tmp_path, packed, capsys):
     params = tmp_path / "params.yaml"
     params.write_text(yaml.safe_dump({"download": {"source": str(packed), "archive_dir": str(tmp_path / "a")}}))
-    assert main(["--params", str(params), "--output", str(tmp_path / "raw")]) == 0
+    assert main(["download", "--params", str(params), "--output", str(tmp_path / "raw")]) == 0
     assert "Tiny: 3 cases of 3 patients, labels shell, core" in capsys.readouterr().out
     params.write_text("download: {source: nowhere.tar}")
-    assert main(["--params", str(params), "--output", str(tmp_path / "raw")]) == 1
+    assert main(["download", "--params", str(params), "--output", str(tmp_path / "raw")]) == 1
     error = capsys.readouterr().err
     assert error.startswith("error: download.source")
     assert "nowhere.tar" in error
     params.write_text("download: {sorce: x}")
-    assert main(["--params", str(params), "--output", str(tmp_path / "raw")]) == 2
+    assert main(["download", "--params", str(params), "--output", str(tmp_path / "raw")]) == 2
     assert "did you mean 'source'" in capsys.readouterr().err
 
 

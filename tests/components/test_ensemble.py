@@ -11,9 +11,8 @@ import pytest
 import yaml
 from mlflow import MlflowClient
 
-import distilldsm.components.evaluate as stage
 from distilldsm.cli.main import main
-from distilldsm.components.evaluate import run
+from distilldsm.components.evaluate import STAGE, run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.core.cost import ensemble_cost, training_cost
 from distilldsm.core.errors import DataError
@@ -132,7 +131,7 @@ def test_what_cannot_be_averaged_is_refused(place, inputs, tmp_path):
 @pytest.mark.slow
 def test_one_command_scores_all_folds_and_tracks_them(place, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    monkeypatch.setattr("distilldsm.components.all_folds.Folds.prepare", lambda self: None)
+    monkeypatch.setattr("distilldsm.pipeline.all_folds.Folds.prepare", lambda self: None)
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     (place / "params.yaml").write_text(yaml.safe_dump({"evaluate": {"workers": 1}}))
     command = ["cross-validate", "--ensemble", "runs/a", "runs/b", "--output"]
@@ -171,5 +170,5 @@ def test_one_command_scores_all_folds_and_tracks_them(place, tmp_path, monkeypat
 
 def test_the_key_names_every_model(place, inputs):
     """Else another second network would be taken for evaluated."""
-    keys = [stage.key(EvaluateConfig(), inputs, 0, [model(place, name)])["inputs"] for name in "bc"]
-    assert keys[0] != keys[1] != stage.key(EvaluateConfig(), inputs, 0)["inputs"]
+    keys = [STAGE.key(EvaluateConfig(), inputs, 0, ensemble=[model(place, name)])["inputs"] for name in "bc"]
+    assert keys[0] != keys[1] != STAGE.key(EvaluateConfig(), inputs, 0)["inputs"]

@@ -12,8 +12,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-import distilldsm.components.evaluate as stage
-from distilldsm.components.evaluate import main, run
+from distilldsm.cli.main import main
+from distilldsm.components.evaluate import STAGE, run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
@@ -21,6 +21,7 @@ from distilldsm.core.output_directory import file_hashes, is_current
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets, regions_from_labels
+from distilldsm.evaluation import scoring
 from distilldsm.evaluation.postprocess import load_postprocessing
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.predict import Predictor
@@ -65,7 +66,7 @@ def without(page: str, *sections: str) -> str:
 
 def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
     before = file_hashes(trained["dataset"])
-    monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
+    monkeypatch.setattr(scoring, "_predictor", lambda *_: Oracle(trained["dataset"]))
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
     held_out = read_json(trained["preprocessed"] / "splits.json")["folds"][0]["held_out"]
     with open(tmp_path / "e" / "cases.csv") as stream:
@@ -104,9 +105,9 @@ def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_p
             assert core.sum() > 8
             return mask
 
-    monkeypatch.setattr(stage, "_predictor", lambda *_: Specks(trained["dataset"]))
+    monkeypatch.setattr(scoring, "_predictor", lambda *_: Specks(trained["dataset"]))
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "specks"}, fold=0)
-    monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
+    monkeypatch.setattr(scoring, "_predictor", lambda *_: Oracle(trained["dataset"]))
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "clean"}, fold=0)
     decided = load_postprocessing(tmp_path / "specks" / "postprocessing.json")
     assert decided.kept == ("core",)
@@ -138,7 +139,7 @@ def scored(tmp_path, wanted: dict[str, list[str]]) -> tuple[dict, dict]:
     for name, array in (("truth", truth), ("mask", mask)):
         nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
     targets = Targets(tuple(LABELS), tuple(LABELS.values()), regions_from_labels(wanted, LABELS))
-    stage.score_file(tmp_path / "truth.nii.gz", tmp_path / "mask.nii.gz", targets, 1.0, tmp_path / "scores.json")
+    scoring.score_file(tmp_path / "truth.nii.gz", tmp_path / "mask.nii.gz", targets, 1.0, tmp_path / "scores.json")
     found = read_json(tmp_path / "scores.json")
     return tuple({row["label"]: row for row in found[key]} for key in ("rows", "largest"))
 
@@ -213,7 +214,7 @@ def test_interrupted_evaluation_goes_on(trained, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(volume)
 
-    monkeypatch.setattr(stage, "_predictor", lambda *_: oracle)
+    monkeypatch.setattr(scoring, "_predictor", lambda *_: oracle)
     oracle.predict = dies
     with pytest.raises(KeyboardInterrupt) as caught:
         run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
@@ -243,23 +244,23 @@ def test_network_and_best_checkpoint(trained, tmp_path, capsys):
 
 
 def test_what_validation_found_is_told_and_evaluates_anew(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(stage, "_predictor", lambda *_: Oracle(trained["dataset"]))
+    monkeypatch.setattr(scoring, "_predictor", lambda *_: Oracle(trained["dataset"]))
     config = EvaluateConfig(workers=1)
     inputs = {**trained, "validation": tmp_path / "validation"}
     assert "No validation report" in evaluated(config, inputs, tmp_path / "e"), "the report need not be there"
-    assert is_current(tmp_path / "e", **stage.key(config, trained, 0))
+    assert is_current(tmp_path / "e", **STAGE.key(config, trained, 0))
     counts = {"cases": 6, "patients": 6, "accepted": 6, "excluded": 0, "errors": 0, "warnings": 1}
     finding = {"severity": "warning", "rule": "sound_header", "case": "x7"}
     report = {"counts": counts, "suite": [], "findings": [finding], "excluded": {}}
     (tmp_path / "validation").mkdir()
     write_json(tmp_path / "validation" / "report.json", report)
-    assert not is_current(tmp_path / "e", **stage.key(config, inputs, 0))
+    assert not is_current(tmp_path / "e", **STAGE.key(config, inputs, 0))
     page = evaluated(config, inputs, tmp_path / "e")
     assert "6 accepted, 0 excluded, 0 errors, 1 warning." in page
     assert "sound_header" in page
-    assert is_current(tmp_path / "e", **stage.key(config, inputs, 0))
+    assert is_current(tmp_path / "e", **STAGE.key(config, inputs, 0))
     write_json(tmp_path / "validation" / "report.json", report)  # the same again
-    assert is_current(tmp_path / "e", **stage.key(config, inputs, 0))
+    assert is_current(tmp_path / "e", **STAGE.key(config, inputs, 0))
     # The figures, viewed cases and provenance are there, and the intervals are where a machine can read them.
     assert set(re.findall(r'<h2 id="(\w+)"', page)) == {
         *("overview", "scores", "pictures", "viewer", "cases", "volumes", "training", "data", "validation", "cost"),
@@ -282,7 +283,7 @@ def test_what_predictions_take_is_measured(trained, tmp_path, monkeypatch):
     original = oracle.predict
     slowness = iter([0.5, 0.0, 0.0])
     oracle.predict = lambda volume: time.sleep(next(slowness)) or original(volume)
-    monkeypatch.setattr(stage, "_predictor", lambda *_: oracle)
+    monkeypatch.setattr(scoring, "_predictor", lambda *_: oracle)
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "e"}, fold=0)
     timing = read_json(tmp_path / "e" / "timing.json")
     assert len(timing["cases"]) == 3
@@ -297,6 +298,6 @@ def test_missing_model_is_an_error(trained, tmp_path, capsys):
     (tmp_path / "params.yaml").write_text("{}")
     arguments = ["--params", str(tmp_path / "params.yaml"), "--dataset", str(trained["dataset"])]
     arguments += ["--preprocessed", str(trained["preprocessed"]), "--output", str(tmp_path / "e")]
-    assert main([*arguments, "--model", str(tmp_path / "none")]) == 1
+    assert main(["evaluate", *arguments, "--model", str(tmp_path / "none")]) == 1
     assert "none/model.json: is missing" in capsys.readouterr().err
     assert not (tmp_path / "e").exists()

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import distilldsm
-from distilldsm.components.export import main, run
+from distilldsm.cli.main import main
+from distilldsm.components.export import run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.files import read_json, write_json
@@ -273,10 +274,10 @@ def test_the_command_line(made, traced, tmp_path, capsys):
     (tmp_path / "params.yaml").write_text("export: {max_voxel_difference: 0.01}\ntracking: {enabled: false}\n")
     arguments = ["--params", str(tmp_path / "params.yaml"), "--preprocessed", str(made.preprocessed), "--fold", "1"]
     arguments += ["--output", str(tmp_path / "out")]
-    assert main([*arguments, "--model", str(made.model)]) == 0
+    assert main(["export", *arguments, "--model", str(made.model)]) == 0
     assert "openvino: " in capsys.readouterr().out
-    assert main([*arguments, "--model", str(tmp_path / "nowhere")]) == 1
+    assert main(["export", *arguments, "--model", str(tmp_path / "nowhere")]) == 1
     assert "nowhere" in capsys.readouterr().err
     verify(tmp_path / "out")
     (tmp_path / "params.yaml").write_text("export: {parity_cases: 0}\n")
-    assert main([*arguments, "--model", str(made.model)]) == 2
+    assert main(["export", *arguments, "--model", str(made.model)]) == 2

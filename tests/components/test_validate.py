@@ -13,7 +13,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from distilldsm.components.validate import main, run
+from distilldsm.cli.main import main
+from distilldsm.components.validate import run
 from distilldsm.config import ValidateConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json
@@ -241,7 +242,7 @@ def test_nothing_left_and_rules_for_the_whole_data_set(suite, tmp_path):
 def test_a_wrong_suite_stops_before_any_volume_is_read(suite, tmp_path, monkeypatch):
     write_dataset(tmp_path / "raw", 2)
     monkeypatch.setattr(
-        "distilldsm.components.validate.build_case_table", lambda *a, **k: pytest.fail("volumes were read")
+        "distilldsm.validation.case_table.build_case_table", lambda *a, **k: pytest.fail("volumes were read")
     )
     config = ValidateConfig(suite=suite, bounds={"spacing": (0.0, 1.0)})
     with pytest.raises(ConfigError, match="unknown column"):
@@ -254,15 +255,15 @@ def test_command_line(suite, tmp_path, capsys):
     params = tmp_path / "params.yaml"
     params.write_text(f"validate: {{suite: '{suite}', workers: 1}}\n")
     arguments = ["--params", str(params), "--dataset", str(root), "--output", str(tmp_path / "v")]
-    assert main(arguments) == 0
+    assert main(["validate", *arguments]) == 0
     assert "3 of 3 cases accepted, 0 errors, 0 warnings" in capsys.readouterr().out
     (root / index.cases[0].label).unlink()
-    assert main(arguments) == 1
+    assert main(["validate", *arguments]) == 1
     error = capsys.readouterr().err
     assert "file not found" in error
     assert index.cases[0].label in error
     params.write_text("validate: {suit: x}\n")
-    assert main(arguments) == 2
+    assert main(["validate", *arguments]) == 2
     assert "did you mean 'suite'" in capsys.readouterr().err
 
 

@@ -84,7 +84,6 @@ def test_every_model_has_a_preset_with_known_options():
 
 def test_dvc_yaml_names_existing_code():
     stages = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
-    assert tuple(stages) == STAGES
     for stage in stages.values():
         for dep in stage.get("do", stage)["deps"]:
             if dep.startswith(("distilldsm", "conf")):

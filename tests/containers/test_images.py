@@ -73,7 +73,7 @@ def test_what_the_stages_import_is_there(images: BuiltImages, client: docker.Doc
         images.tag(role),
         "python",
         "-c",
-        f"import distilldsm.pipeline.stages, {MODULES[role]}; print('imported')",
+        f"import distilldsm.pipeline.step, {MODULES[role]}; print('imported')",
     )
     assert output.splitlines()[-1] == "imported"
 

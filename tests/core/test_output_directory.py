@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import json
 import multiprocessing
+import os
 import shutil
+import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,7 +20,7 @@ from filelock import FileLock
 from distilldsm.config import EvaluateConfig
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, sha256_file, whole_file, write_json
-from distilldsm.core.output_directory import content_hash, is_current, output_directory
+from distilldsm.core.output_directory import code_hash, content_hash, is_current, output_directory
 from distilldsm.core.workers import worker_count
 
 
@@ -110,7 +115,7 @@ def test_resume_only_with_the_same_key(tmp_path: Path, capsys):
     assert interrupted({"a": 1, "workers": 2, "device": "cpu", "memory_gb": 9.0}) == ["done.txt"]  # how, not what
     assert capsys.readouterr().err == ""
     assert interrupted({"a": 2}) == []
-    assert "begun with other parameters or inputs, starts anew" in capsys.readouterr().err
+    assert "begun with other parameters, inputs or code, starts anew" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -186,19 +191,92 @@ def test_what_tells_nothing_is_believed_to_be_the_full_disk_where_it_is_full(tmp
             raise RuntimeError("basic_ios::clear: iostream error")
 
 
-def test_killed_before_the_last_step_nothing_is_begun_anew(tmp_path: Path, monkeypatch):
-    """Between the manifest and the output's appearance a resumable output keeps what says whose work it is."""
-    monkeypatch.setattr(
-        "distilldsm.core.output_directory.replace_directory", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
-    )
-    arguments = {"stage": "s", "config": {"a": 1}, "inputs": {}, "resumable": True}
-    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **arguments) as work:
+def killed_at(step: int, write: Callable[[], None], manifest: Path) -> bool:
+    """Run `write` in a process that is killed before it removes or renames a file the n-th time, once all is written.
+
+    Returns:
+        Whether it got that far.
+    """
+    pid = os.fork()
+    if pid:
+        return os.waitpid(pid, 0)[1] != 0
+    steps = 0
+
+    def kill(event: str, arguments: object) -> None:
+        nonlocal steps
+        if event in ("os.remove", "os.rename", "os.rmdir") and manifest.is_file():
+            steps += 1
+            if steps == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(kill)
+    try:
+        write()
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("old", [False, True], ids=["first", "again"])
+def test_killed_at_a_step_of_the_end_what_is_finished_is_not_made_again(tmp_path: Path, old):
+    key = {"stage": "s", "config": {"a": 1}, "inputs": {}, "extra": {"fold": 0}}
+
+    def write() -> None:
+        with output_directory(out, **key, resumable=True, until_done=["resume"]) as work:
+            (work / "weights").write_text("trained")
+            (work / "resume").write_text("state")
+
+    for step in itertools.count(1):
+        out = tmp_path / f"{step}" / "out"
+        if old:
+            make(out, "old")
+        was_killed = killed_at(step, write, out.with_name(".out.partial") / "manifest.json")
+        assert is_current(out, **key), step
+        assert sorted(p.name for p in out.iterdir()) == ["manifest.json", "weights"], "no checkpoint for resuming"
+        assert (out / "weights").read_text() == "trained"
+        assert not out.with_name(".out.partial").exists()
+        if not was_killed:
+            break
+    assert step > 3, "the checkpoint is removed, the work directory renamed, the stamp removed"
+
+
+def test_a_work_directory_that_is_not_complete_is_not_put_in_place(tmp_path: Path, monkeypatch):
+    key = {"stage": "s", "config": {"a": 1}, "inputs": {}}
+    with pytest.raises(KeyboardInterrupt), monkeypatch.context() as killed:
+        killed.setattr(
+            "distilldsm.core.output_directory.replace_directory", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt)
+        )
+        with output_directory(tmp_path / "out", **key, resumable=True) as work:
+            (work / "weights").write_text("trained")
+    partial = tmp_path / ".out.partial"
+    assert not is_current(tmp_path / "out", **{**key, "config": {"a": 2}}), "of other parameters"
+    assert not is_current(tmp_path / "out", **key, code=("core/stage.py",)), "of other code"
+    (partial / "weights").write_text("half")
+    assert not is_current(tmp_path / "out", **key), "a file that changed since"
+    assert not (tmp_path / "out").exists()
+    with output_directory(tmp_path / "out", **key, resumable=True) as work:
+        assert (work / "weights").read_text() == "half", "it is gone on with"
         (work / "weights").write_text("trained")
-    monkeypatch.undo()
-    with output_directory(tmp_path / "out", **arguments) as work:
-        assert (work / "weights").read_text() == "trained"
     assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["manifest.json", "weights"]
+
+
+def test_code_decides_too(tmp_path: Path, monkeypatch):
+    from distilldsm.core import output_directory as module
+
+    package = tmp_path / "package"
+    (package / "room" / "__pycache__").mkdir(parents=True)
+    (package / "core").mkdir()
+    (package / "room" / "a.py").write_text("1")
+    (package / "other.py").write_text("1")
+    monkeypatch.setattr(module, "__file__", str(package / "core" / "output_directory.py"))
+    key = {"stage": "s", "config": {}, "inputs": {}, "code": ("room", "component.py")}
+    code_hash.cache_clear()
+    with output_directory(tmp_path / "out", **key):
+        pass
+    for file, current in (("other.py", True), ("room/__pycache__/a.pyc", True), ("room/a.py", False)):
+        (package / file).write_text("2")
+        code_hash.cache_clear()
+        assert is_current(tmp_path / "out", **key) is current, file
+    code_hash.cache_clear()
 
 
 def _second(path: Path, queue) -> None:

@@ -9,7 +9,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from distilldsm.components.preprocess import main, run
+from distilldsm.cli.main import main
+from distilldsm.components.preprocess import run
 from distilldsm.config import PreprocessConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, write_json
@@ -265,7 +266,17 @@ def test_stage_uses_only_accepted_cases_and_leaves_the_input(tmp_path: Path):
 
 def test_command_line_reports_what_is_missing(tmp_path: Path, capsys):
     (tmp_path / "params.yaml").write_text("preprocess: {folds: 2}")
-    code = main(["--params", str(tmp_path / "params.yaml"), "--dataset", str(tmp_path), "--validation", str(tmp_path)])
+    code = main(
+        [
+            "preprocess",
+            "--params",
+            str(tmp_path / "params.yaml"),
+            "--dataset",
+            str(tmp_path),
+            "--validation",
+            str(tmp_path),
+        ]
+    )
     assert code == 1
     assert "accepted.json: is missing" in capsys.readouterr().err
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from distilldsm.components import evaluate
+from distilldsm.cli.main import main
 from distilldsm.core.errors import DataError
 from distilldsm.models import build_model, inserted
 from distilldsm.models.checkpoint import load_network, save_tensors
@@ -73,5 +73,5 @@ def test_the_stage_trusts_what_its_parameters_name(tmp_path, monkeypatch):
     """That it then finds no data is another matter."""
     (tmp_path / "params.yaml").write_text(json.dumps({"train": {"model": {"name": "inserted", "options": OWN}}}))
     monkeypatch.chdir(tmp_path)
-    assert evaluate.main([]) == 1
+    assert main(["evaluate"]) == 1
     inserted.require_trusted(OWN, "model.json")

@@ -36,8 +36,8 @@ def killed(self, images, labels, size, at, number):
     return step(self, images, labels, size, at, number)
 
 Trainer._step = killed
-from distilldsm.components.train import main
-raise SystemExit(main(sys.argv[1:]))
+from distilldsm.cli.main import main
+raise SystemExit(main(["train", *sys.argv[1:]]))
 """
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from distilldsm.cli.main import main
-from distilldsm.components import evaluate, export, train
 from distilldsm.config import ModelConfig, TrainConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
@@ -89,8 +88,8 @@ def test_stages_refuse_a_pickled_checkpoint(made, model, tmp_path, canary, capsy
     common = ["--fold", str(FOLD), "--model", str(model), "--preprocessed", str(made.preprocessed)]
     common += ["--output", str(tmp_path / "out")]
     codes = {
-        "evaluate": lambda: evaluate.main([*common, "--dataset", str(made.raw)]),
-        "export": lambda: export.main(common),
+        "evaluate": lambda: main(["evaluate", *common, "--dataset", str(made.raw)]),
+        "export": lambda: main(["export", *common]),
     }
     assert codes[stage]() == 1
     told(capsys.readouterr().err, "last.safetensors", "seen: ", "rule: ", "hint: ")
@@ -244,8 +243,18 @@ def test_arrays_of_objects_are_not_read(made, tmp_path, canary, capsys, folder):
         "train: {model: {options: {width: 0.25}}, epochs: 1, batch_size: 2, foreground_oversampling: 1.0}\n"
         "tracking: {enabled: false}\npreprocess: {folds: 2}\n"
     )
-    code = train.main(
-        ["--params", str(params), "--fold", "0", "--preprocessed", str(spoiled), "--output", str(tmp_path / "m")]
+    code = main(
+        [
+            "train",
+            "--params",
+            str(params),
+            "--fold",
+            "0",
+            "--preprocessed",
+            str(spoiled),
+            "--output",
+            str(tmp_path / "m"),
+        ]
     )
     assert code == 1
     told(capsys.readouterr().err, f"{folder}/case_0", "cannot be read", "nothing is unpickled", "hint: ")

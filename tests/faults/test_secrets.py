@@ -22,7 +22,7 @@ from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.redaction import is_secret_name, redact, secret_in_address
 from distilldsm.data.download import Credentials
 from distilldsm.pipeline.cluster import Profile, Storage
-from distilldsm.pipeline.stages import check
+from distilldsm.pipeline.step import run as run_step
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest
 from distilldsm.tracking import start_run
 from distilldsm.tracking.worker import _Redacted
@@ -239,7 +239,7 @@ def test_an_address_with_a_secret_is_refused_in_the_parameters(place, capsys, ke
         assert TELLTALE.decode() not in text.out + text.err
     assert not (place / "out.yaml").exists()
     with pytest.raises(SystemExit):
-        check([0], {"download": {"source": address}})
+        run_step("check", folds=[0], download={"source": address})
     assert TELLTALE.decode() not in capsys.readouterr().err
 
 

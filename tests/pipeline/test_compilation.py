@@ -21,7 +21,7 @@ from distilldsm.core.version import __version__
 from distilldsm.pipeline.cluster import STEPS, load_cluster
 from distilldsm.pipeline.compilation import check_pipeline, compile_pipeline
 from distilldsm.pipeline.definition import SECTIONS, Images, arguments
-from distilldsm.pipeline.stages import check_parameters, whole_numbers
+from distilldsm.pipeline.step import check_parameters, whole_numbers
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN = ROOT / "distilldsm" / "pipeline" / "distilldsm.yaml"
@@ -129,7 +129,7 @@ def test_images_retries_and_versions_are_in_the_pipeline(tmp_path):
     executors = spec["deploymentSpec"]["executors"]
     assert {label: e["container"]["image"][:1] for label, e in executors.items()} == {
         "exec-check": "r", "exec-download": "r", "exec-validate": "r", "exec-preprocess": "r", "exec-train": "t",
-        "exec-evaluate": "t", "exec-cross-validate": "t", "exec-export": "e", "exec-finish": "t",
+        "exec-evaluate": "t", "exec-cross-validate": "t", "exec-gate": "t", "exec-export": "e", "exec-finish": "t",
     }  # fmt: skip
     for executor in executors.values():
         assert {"name": "DISTILLDSM_PIPELINE_VERSION", "value": __version__} in executor["container"]["env"]
@@ -149,7 +149,7 @@ def test_component_bodies_only_call_the_stage():
     for executor in spec["deploymentSpec"]["executors"].values():
         source = executor["container"]["command"][-1]
         body = [line for line in source.splitlines() if line.startswith("    ") and "import" not in line]
-        assert sum("stages." in line for line in body) == 1
+        assert sum("step.run(" in line for line in body) == 1
         assert len(source) < 2500
         assert "pip install" not in " ".join(executor["container"]["command"])
 

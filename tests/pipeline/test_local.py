@@ -15,7 +15,7 @@ import yaml
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.models.package import MONAI_BUNDLE, verify
-from distilldsm.pipeline import stages
+from distilldsm.pipeline import step
 from distilldsm.pipeline.lineage import lineage
 from tests.evaluation import folds as folds_written
 
@@ -62,7 +62,7 @@ def test_two_folds_from_download_to_registered_models(finished, monkeypatch):
     [summary] = artifacts(cwd, "summary")
     assert "Folds 0, 1." in summary.read_text()
     reports = [path.read_text() for path in artifacts(cwd, "report")]
-    assert len(reports) == 3  # of the validation and of two evaluations
+    assert len(reports) == 4  # of the validation, of two evaluations, and over the folds
     assert all(text.lstrip().lower().startswith("<!doctype html") for text in reports)
     assert sum("Validation of the data" in text for text in reports) == 2, "the evaluations tell what validation found"
     assert not any("No validation report was given" in text for text in reports)
@@ -150,8 +150,8 @@ class FakeArtifact:
 
 
 def test_a_component_of_another_version_refuses_to_run(monkeypatch, capsys):
-    monkeypatch.setenv(stages.VERSION_VARIABLE, "0.0.1")
-    with pytest.raises(SystemExit) as ended, stages.component("train"):
+    monkeypatch.setenv(step.VERSION_VARIABLE, "0.0.1")
+    with pytest.raises(SystemExit) as ended, step.component("train"):
         raise AssertionError("must not get here")
     assert ended.value.code == 2
     assert "0.0.1" in capsys.readouterr().err
@@ -159,19 +159,19 @@ def test_a_component_of_another_version_refuses_to_run(monkeypatch, capsys):
 
 def test_the_component_check_names_the_wrong_parameter(capsys):
     with pytest.raises(SystemExit) as ended:
-        stages.check([0.0], {"train": {"epochs": 3.5}})
+        step.run("check", folds=[0.0], train={"epochs": 3.5})
     assert ended.value.code == 2
     assert "pipeline parameters.train.epochs" in capsys.readouterr().err
 
 
 def test_unfinished_work_is_kept_where_it_outlives_the_pod(tmp_path, monkeypatch):
-    monkeypatch.setenv(stages.WORK_VARIABLE, str(tmp_path / "work"))
+    monkeypatch.setenv(step.WORK_VARIABLE, str(tmp_path / "work"))
     artifact = FakeArtifact(tmp_path / "pod" / "model")
-    with pytest.raises(RuntimeError), stages.resumable_output(artifact, "k") as target:
+    with pytest.raises(RuntimeError), step.resumable_output(artifact, "k") as target:
         target.mkdir(parents=True)
         (target / "half").write_text("1")
         raise RuntimeError("the pod is taken away")
-    with stages.resumable_output(artifact, "k") as target:
+    with step.resumable_output(artifact, "k") as target:
         assert (target / "half").read_text() == "1"
     assert (tmp_path / "pod" / "model" / "half").read_text() == "1"
     assert not target.exists()
@@ -184,28 +184,37 @@ def test_the_gate_is_the_mean_over_labels_and_folds(tmp_path, threshold, passed)
         cases = "ab" if fold == 0 else "cd"
         rows = [{**row, "dice": dice[row["label"]]} for row in folds_written.random_rows(cases, fold, ("x", "y"))]
         folds_written.write_fold(tmp_path, fold, rows, splits=splits)
-    given = [[FakeArtifact(tmp_path / kind / f"fold{fold}") for fold in (1, 0)] for kind in ("evaluation", "models")]
-    folds, summary, metrics = (FakeArtifact(tmp_path / name) for name in ("folds", "summary", "metrics"))
-    config, tracking = {"min_dice": threshold}, {"enabled": False}
-    assert stages.cross_validate(config, tracking, *given, folds, summary, metrics) is passed
-    assert metrics.logged == pytest.approx({"dice_x": 0.85, "dice_y": 0.65, "dice": 0.75})
+    evaluation, models = (
+        [FakeArtifact(tmp_path / kind / f"fold{fold}") for fold in (1, 0)] for kind in ("evaluation", "models")
+    )
+    cross_validation, report, collected, summary, metrics = (
+        FakeArtifact(tmp_path / "pod" / name) for name in ("table", "report", "collected", "summary", "metrics")
+    )
+    (tmp_path / "pod").mkdir()
+    over_folds = {"evaluation": evaluation, "models": models, "splits": FakeArtifact(splits.parent)}
+    shown = {"cross_validation": cross_validation, "report": report, "metrics": metrics}
+    step.run("cross_validate", folds=[0.0, 1.0], tracking={"enabled": False}, **over_folds, **shown)
+    assert metrics.logged["dice_mean_mean"] == pytest.approx(0.75)
+    assert Path(report.path).read_text().lower().startswith("<!doctype html")
+    given = {"evaluation": evaluation, "model": models, "cross_validation": cross_validation}
+    config = {"min_dice": threshold}
+    assert step.run("gate", config=config, collected=collected, summary=summary, **given) is passed
     assert "| x | 0.8500 | 0.0707 | 0.0577 | 2 |" in Path(summary.path).read_text()
-    assert json.loads((tmp_path / "folds" / "fold1" / "model.json").read_text())["fold"] == 1
-    assert (tmp_path / "folds" / "evaluation" / "fold1" / "cases.csv").is_file()
-    assert (tmp_path / "folds" / "cross_validation" / "report.html").is_file()
+    assert json.loads((Path(collected.path) / "models/fold1/model.json").read_text())["fold"] == 1
+    assert (Path(collected.path) / "evaluation/fold1/cases.csv").is_file()
 
 
 def test_the_confusion_matrix_counts_pairs(tmp_path):
     (tmp_path / "c.csv").write_text("actual,predicted\nb,b\nbackground,b\nb,b\nbackground,background\n")
-    assert stages.confusion_matrix(tmp_path / "c.csv") == (["background", "b"], [[1, 1], [0, 2]])
+    assert step.confusion_matrix(tmp_path / "c.csv") == (["background", "b"], [[1, 1], [0, 2]])
 
 
 def test_sections_refuse_what_params_yaml_refuses():
     from distilldsm.config import TrainConfig
 
-    assert stages.section(TrainConfig, {"epochs": 4.0}, "train").epochs == 4
+    assert step.section(TrainConfig, {"epochs": 4.0}, "train").epochs == 4
     with pytest.raises(ConfigError, match="did you mean 'epochs'"):
-        stages.section(TrainConfig, {"epoch": 4.0}, "train")
+        step.section(TrainConfig, {"epoch": 4.0}, "train")
 
 
 def test_no_secret_reaches_the_yaml(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import random
@@ -14,7 +15,8 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distilldsm.components import train
+from distilldsm.cli.main import main
+from distilldsm.components import registry, train
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, load_yaml, set_values, to_mapping
@@ -61,10 +63,12 @@ def test_a_trials_command_line_is_one_that_the_train_stage_takes(monkeypatch):
     ]
     arguments[arguments.index("/work/params.yaml")] = str(ROOT / "params.yaml")
     seen = {}
-    monkeypatch.setattr(
-        train, "run", lambda config, inputs, outputs, **more: seen.update(config=config, outputs=outputs)
-    )
-    assert train.main(arguments) == 0
+
+    def run(config, inputs, outputs, **more):
+        seen.update(config=config, outputs=outputs)
+
+    monkeypatch.setattr(registry, "STAGES", (dataclasses.replace(train.STAGE, run=run),))
+    assert main(["train", *arguments]) == 0
     assert seen["config"].learning_rate == 0.005
     assert seen["config"].model.options["alpha"] == 0.25
     assert seen["config"].augment.rotation_deg == 12.5

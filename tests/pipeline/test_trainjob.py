@@ -363,9 +363,9 @@ def entry_point(arguments):
     """What the SDK copies into a file of its own and runs on every rank: the very command of a TrainJob's pods."""
     import sys
 
-    from distilldsm.components.train import main
+    from distilldsm.cli.main import main
 
-    sys.exit(main(arguments))
+    sys.exit(main(["train", *arguments]))
 
 
 @pytest.mark.slow

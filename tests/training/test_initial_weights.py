@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from distilldsm.components.train import key, run
+from distilldsm.components.train import STAGE, run
 from distilldsm.config import ModelConfig, PreprocessConfig, TrainConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.output_directory import is_current
@@ -130,9 +130,9 @@ def test_a_training_starts_from_an_earlier_one(preprocessed, tmp_path, monkeypat
 
     hashes = json.loads((tmp_path / "second" / "manifest.json").read_text())["inputs"]
     assert set(hashes) == {"preprocessed", "initial_weights"}
-    assert is_current(tmp_path / "second", **key(settings, inputs, 0))
+    assert is_current(tmp_path / "second", **STAGE.key(settings, inputs, 0))
     shutil.copyfile(tmp_path / "second" / "last.safetensors", given)
-    assert not is_current(tmp_path / "second", **key(settings, inputs, 0))
+    assert not is_current(tmp_path / "second", **STAGE.key(settings, inputs, 0))
 
 
 def test_no_such_file(preprocessed, tmp_path):

@@ -20,7 +20,8 @@ from safetensors.torch import load_file
 
 import distilldsm.training.loop as loop
 import distilldsm.training.schedule as schedule
-from distilldsm.components.train import main, run
+from distilldsm.cli.main import main
+from distilldsm.components.train import run
 from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.core import cost, progress
 from distilldsm.core.errors import ConfigError, UserError
@@ -288,8 +289,8 @@ def test_impossible_requests(preprocessed, tmp_path, capsys):
         choose_device("cuda", 0)
     (tmp_path / "params.yaml").write_text("tracking: {enabled: false}")
     arguments = ["--params", str(tmp_path / "params.yaml"), "--output", str(tmp_path / "m")]
-    assert main([*arguments, "--preprocessed", str(tmp_path / "none")]) == 1
-    assert main([*arguments, "--preprocessed", str(preprocessed), "--fold", "9"]) == 1
+    assert main(["train", *arguments, "--preprocessed", str(tmp_path / "none")]) == 1
+    assert main(["train", *arguments, "--preprocessed", str(preprocessed), "--fold", "9"]) == 1
     assert "no such fold" in capsys.readouterr().err
     assert not (tmp_path / "m").exists()
 
@@ -324,8 +325,8 @@ import sys
 for name in ("nibabel scipy mlflow openvino pandas matplotlib surface_distance requests great_expectations monai onnx "
              "hydra dvc psutil").split():
     sys.modules[name] = None
-from distilldsm.components.train import main
-raise SystemExit(main(sys.argv[1:]))
+from distilldsm.cli.main import main
+raise SystemExit(main(["train", *sys.argv[1:]]))
 """
     (tmp_path / "params.yaml").write_text("tracking: {enabled: false}\n")
     settings = ["train.epochs=1", "train.batch_size=2", "train.model.options.width=0.25"]

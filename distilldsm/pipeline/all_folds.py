@@ -16,16 +16,16 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-from distilldsm.components import download, evaluate, preprocess, train, validate
+from distilldsm.components.registry import STAGES
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json
 from distilldsm.core.interruption import RESUME_VARIABLE, command_again, explains_interrupt
 from distilldsm.core.machine import usable_cores
-from distilldsm.core.output_directory import is_current
 from distilldsm.core.progress import Meter, beside_the_bar, meter
+from distilldsm.core.stage import Stage
 
-PREPROCESSED, RAW, VALIDATION = Path("data/preprocessed"), Path("data/raw"), Path("data/validation")
+SPLITS = Path("data/preprocessed/splits.json")
 LOGS = Path("logs/cross_validation")
 STOP_S = 30.0
 
@@ -34,23 +34,23 @@ class Folds:
     """Runs the stages in subprocesses, of several folds at a time; one that fails stops the others.
 
     Args:
-        params: all parameters.
         arguments: `--params` and `--set`, for every stage.
         jobs: folds at a time, 1 or more; they share the cores.
         output: where `models/`, `evaluation/` and `logs/` go.
         ensemble: folders that hold `models/` each: nothing is trained, their networks are averaged fold by fold.
+        stages: all stages, in their order.
     """
 
     def __init__(
         self,
-        params: Params,
         arguments: Sequence[str],
         jobs: int,
         output: Path = Path(),
         ensemble: Sequence[Path] = (),
+        stages: Sequence[Stage] = STAGES,
     ) -> None:
-        self.params, self.arguments, self.jobs = params, list(arguments), jobs
-        self.output, self.ensemble = output, tuple(ensemble)
+        self.arguments, self.jobs = list(arguments), jobs
+        self.output, self.ensemble, self.stages = output, tuple(ensemble), tuple(stages)
         self._running: dict[int | None, subprocess.Popen[str]] = {}
         self._lock = threading.Lock()
         self._stopped = False
@@ -63,23 +63,22 @@ class Folds:
             UserError: a stage failed; names its log.
         """
         with ThreadPoolExecutor(1) as pool:
-            task = pool.submit(self._data)
+            task = pool.submit(self._run_stages, None)
             self._wait([task])
             task.result()
 
-    def _data(self) -> None:
-        params, data = self.params, {"dataset": RAW, "validation": VALIDATION}
-        for stage, is_done in (  # a key hashes what the stage before has made: each is asked for after that
-            ("download", lambda: download.is_up_to_date(params.download, RAW)),
-            ("validate", lambda: is_current(VALIDATION, **validate.key(params.validate, data))),
-            ("preprocess", lambda: is_current(PREPROCESSED, **preprocess.key(params.preprocess, data))),
-        ):
+    def of_scope(self, fold: int | None) -> list[Stage]:
+        """The stages of the data, or of a fold; an ensemble trains nothing."""
+        if fold is None:
+            return [stage for stage in self.stages if stage.scope == "data"]
+        stages = [stage for stage in self.stages if stage.scope == "fold"]
+        return [stage for stage in stages if not (self.ensemble and stage.output.kind == "Model")]
+
+    def _run_stages(self, fold: int | None) -> None:
+        for stage in self.of_scope(fold):
             if self._stopped:
                 return
-            if is_done():
-                say(None, f"{stage}: up to date")
-            else:
-                self._stage(None, stage)
+            self._stage(fold, stage)
 
     def run(self, folds: Sequence[int]) -> None:
         """Train and evaluate the folds.
@@ -107,20 +106,8 @@ class Folds:
             raise
 
     def _fold(self, fold: int, shown: Meter) -> None:
-        (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
-        inputs = {"preprocessed": PREPROCESSED, "dataset": RAW, "model": model, "validation": VALIDATION}
         try:
-            if not self.ensemble:
-                if is_current(model, **train.key(self.params.train, inputs, fold)):
-                    say(fold, "train: up to date")
-                else:
-                    self._stage(fold, "train")
-            if self._stopped:
-                return
-            if is_current(evaluation, **evaluate.key(self.params.evaluate, inputs, fold, others)):
-                say(fold, "evaluate: up to date")
-            else:
-                self._stage(fold, "evaluate")
+            self._run_stages(fold)
             if not self._stopped:
                 with _SAYING:
                     shown.advance()
@@ -130,8 +117,8 @@ class Folds:
                     self._error = error
             self._stop()
 
-    def _stage(self, fold: int | None, stage: str) -> None:
-        log = self.output / LOGS / (f"{stage}.log" if fold is None else f"fold{fold}-{stage}.log")
+    def _stage(self, fold: int | None, stage: Stage) -> None:
+        log = self.output / LOGS / (f"{stage.name}.log" if fold is None else f"fold{fold}-{stage.name}.log")
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as file:
             with self._lock:
@@ -157,23 +144,23 @@ class Folds:
             del self._running[fold]
             if code == 0 or self._stopped:
                 return
-        raise _failed(fold, stage, log, code)
+        raise _failed(fold, stage.name, log, code)
 
-    def models(self, fold: int) -> list[Path]:
-        """Of a fold: the one that is trained, or those that are averaged."""
-        return [folder / f"models/fold{fold}" for folder in self.ensemble or (self.output,)]
-
-    def command(self, stage: str, fold: int | None) -> list[str]:
-        shared = [sys.executable, "-m", f"distilldsm.components.{stage}", *self.arguments]
+    def command(self, stage: Stage, fold: int | None) -> list[str]:
+        """A stage's command line; what other stages of the fold have made lies below `output`."""
+        words = [sys.executable, "-m", stage.run.__module__, *self.arguments]
         if fold is None:
-            return shared
-        (model, *others), evaluation = self.models(fold), self.output / f"evaluation/fold{fold}"
-        averaged = [word for other in others for word in ("--ensemble", other)]
-        of_stage: dict[str, list[str | Path]] = {
-            "train": ["--output", model],
-            "evaluate": ["--model", model, *averaged, "--output", evaluation],
-        }
-        return [*shared, "--fold", str(fold), *map(str, of_stage[stage])]
+            return words
+        words += ["--fold", str(fold)]
+        made = {one.output.path: one.output for one in self.of_scope(fold)}
+        for one in stage.inputs:
+            place = one.path.format(fold=fold)
+            if self.ensemble and "{fold}" in one.path and one.path not in made:
+                first, *others = (str(folder / place) for folder in self.ensemble)
+                words += [f"--{one.name}", first, *(word for other in others for word in ("--ensemble", other))]
+            elif one.path in made:
+                words += [f"--{one.name}", str(self.output / place)]
+        return [*words, "--output", str(self.output / stage.output.path.format(fold=fold))]
 
     def _environment(self, alone: bool) -> dict[str, str]:
         inherited = {**os.environ, RESUME_VARIABLE: command_again()}
@@ -200,12 +187,12 @@ class Folds:
 
 def _failed(fold: int | None, stage: str, log: Path, code: int) -> UserError:
     said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    told = [line for line in said if line.startswith("error:")]
+    errors = [line for line in said if line.startswith("error:")]
     error = UserError(
         f"{stage if fold is None else f'fold {fold}: {stage}'} failed, exit code {code}",
         where=log,
-        seen=(told or said or ["nothing"])[-1],
-        hint="hint it and run the same command again: what is done stays, and a training goes on where it was",
+        seen=(errors or said or ["nothing"])[-1],
+        hint="correct it and run the same command again: what is done stays, and a training goes on where it was",
     )
     error.exit_code = code if code in (1, 2) else 1
     return error
@@ -244,29 +231,30 @@ def run(
     _check_ensemble(ensemble, output)
     if jobs < 1:
         raise ConfigError("is too small", where="--jobs", seen=jobs, rule="1 or more")
-    params = load_params(params_file, assignments)
+    load_params(params_file, assignments)  # what is wrong in them is said once, before anything starts
     arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
-    stages = Folds(params, arguments, jobs, output, ensemble)
+    stages = Folds(arguments, jobs, output, ensemble)
     stages.prepare()
-    count = len(read_json(PREPROCESSED / "splits.json")["folds"])
+    count = len(read_json(SPLITS)["folds"])
     numbers = list(range(count)) if folds is None else sorted(set(folds))
     beyond = [fold for fold in numbers if not 0 <= fold < count]
     if beyond:
         raise DataError("there is no such fold", where="--folds", seen=beyond[0], rule=f"0 to {count - 1}")
     stages.run(numbers)
-    from distilldsm.components import cross_validate
-
     params = load_params(params_file, [*assignments, f"cv.folds={json.dumps(numbers)}"])
-    cross_validate.run(
-        params.cv,
-        {
-            "evaluation": output / "evaluation",
-            "models": (*ensemble, output)[0] / "models",
-            "splits": PREPROCESSED / "splits.json",
-        },
-        {"cross_validation": output / "cross_validation"},
-        tracking=params.tracking,
-    )
+    _over_folds(params, output, ensemble)
+
+
+def _over_folds(params: Params, output: Path, ensemble: Sequence[Path]) -> None:
+    """The stages over all folds, in this process: they take seconds, and what they print is the answer."""
+    for stage in (one for one in STAGES if one.scope == "folds"):
+        inputs = {}
+        for one in stage.inputs:
+            trained = bool(ensemble) and one.path == "models"
+            root = ensemble[0] if trained else output if one.per_fold else Path()
+            inputs[one.name] = root / one.path
+        config = getattr(params, stage.section)
+        stage.run(config, inputs, {stage.output.name: output / stage.output.path}, tracking=params.tracking)
 
 
 def _check_ensemble(ensemble: Sequence[Path], output: Path) -> None:

@@ -14,9 +14,9 @@ import pytest
 import yaml
 
 from distilldsm.cli.main import main
-from distilldsm.components import all_folds
-from distilldsm.config import Params, load_params
+from distilldsm.components.registry import find
 from distilldsm.core.files import read_json, write_json
+from distilldsm.pipeline import all_folds
 from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -101,12 +101,12 @@ def test_all_folds_and_again_only_what_is_missing(place, capsys):
 
 
 def test_another_output_folder_reaches_the_stages():
-    command = all_folds.Folds(Params(), ["--params", "p.yaml"], jobs=1, output=Path("runs/b")).command
+    command = all_folds.Folds(["--params", "p.yaml"], jobs=1, output=Path("runs/b")).command
     for stage, options in (
         ("train", ["--output", "runs/b/models/fold3"]),
         ("evaluate", ["--model", "runs/b/models/fold3", "--output", "runs/b/evaluation/fold3"]),
     ):
-        assert command(stage, 3)[3:] == ["--params", "p.yaml", "--fold", "3", *options]
+        assert command(find(stage), 3)[3:] == ["--params", "p.yaml", "--fold", "3", *options]
 
 
 def test_what_cannot_be(place, capsys):
@@ -173,14 +173,15 @@ def stand_in(monkeypatch) -> list[str]:
     started: list[str] = []
 
     def command(self, stage, fold):
-        started.append(f"{stage} {fold}")
-        return [sys.executable, "-c", STAND_IN, stage, str(fold)]
+        started.append(f"{stage.name} {fold}")
+        return [sys.executable, "-c", STAND_IN, stage.name, str(fold)]
 
     monkeypatch.setattr(all_folds.Folds, "command", command)
     return started
 
 
-def test_a_failing_fold_stops_the_others_and_names_its_log(place, stand_in, capsys):
+def test_a_failing_fold_stops_the_others_and_names_its_log(place, stand_in, monkeypatch, capsys):
+    monkeypatch.setattr(all_folds.Folds, "prepare", lambda self: None)
     began = time.monotonic()
     assert main(["cross-validate", "--jobs", "2"]) == 2
     assert time.monotonic() - began < 40
@@ -194,7 +195,7 @@ def test_a_failing_fold_stops_the_others_and_names_its_log(place, stand_in, caps
 
 
 def test_after_a_failure_nothing_more_is_started(place, stand_in):
-    folds = all_folds.Folds(load_params("params.yaml"), [], jobs=1)
+    folds = all_folds.Folds([], jobs=1)
     with pytest.raises(all_folds.UserError, match="fold 1"):
         folds.run([1, 0])
     assert stand_in == ["train 1"]
@@ -209,7 +210,7 @@ def test_after_a_failure_nothing_more_is_started(place, stand_in):
     ids=["folds", "data"],
 )
 def test_an_interrupt_reaches_the_stages(place, stand_in, monkeypatch, begin, started, log):
-    folds = all_folds.Folds(Params(), [], jobs=1)
+    folds = all_folds.Folds([], jobs=1)
 
     def interrupted(tasks):
         while not folds._running:

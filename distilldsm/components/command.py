@@ -1,0 +1,99 @@
+"""The command line of every stage, made from its record."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from distilldsm.core.output_directory import is_current
+from distilldsm.core.shell import run_shell
+from distilldsm.core.stage import Input, Stage
+
+
+def parser(stage: Stage) -> argparse.ArgumentParser:
+    """Of `distilldsm STAGE` and `python -m distilldsm.components.STAGE`."""
+    made = argparse.ArgumentParser(prog=f"distilldsm {stage.name}", description=stage.help)
+    made.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
+    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    if stage.per_fold:
+        made.add_argument("--fold", type=int, default=0, help="default: %(default)s")
+    for one in stage.inputs:
+        where = ", where it is there" if one.optional else ""
+        made.add_argument(f"--{one.name}", type=Path, metavar="PATH", help=f"default: {_shown(one.path)}{where}")
+    for option in stage.options:
+        made.add_argument(
+            f"--{option.name}", type=Path, action="append", default=[], metavar=option.metavar, help=option.help
+        )
+    made.add_argument("--output", type=Path, metavar="DIR", help=f"default: {_shown(stage.output.path)}")
+    return made
+
+
+def _shown(path: str) -> str:
+    return path.replace("{fold}", "<FOLD>")
+
+
+def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
+    """Run a stage's command line; print what the user must fix to stderr and return the exit code (0 only for success).
+
+    An output that these parameters, inputs and code have made already is not made again.
+    """
+    args = parser(stage).parse_args(argv)
+
+    def command() -> None:
+        from distilldsm.config import load_params
+
+        params = load_params(args.params, args.set)
+        if stage.per_fold:
+            from distilldsm.models.inserted import trust_builder
+
+            trust_builder(params.train.model.options)
+        fold = args.fold if stage.per_fold else None
+        perform(
+            stage,
+            getattr(params, stage.section),
+            {one.name: path for one in stage.inputs if (path := _place(one, getattr(args, one.name), fold))},
+            args.output or Path(stage.output.path.format(fold=fold)),
+            fold=fold,
+            tracking=params.tracking,
+            **{option.name: getattr(args, option.name) for option in stage.options},
+        )
+
+    return run_shell(command)
+
+
+def _place(one: Input, named: Path | None, fold: int | None) -> Path | None:
+    """Where an input lies; None for an optional one that is not there."""
+    default = Path(one.path.format(fold=fold))
+    return named or (default if default.exists() or not one.optional else None)
+
+
+def perform(
+    stage: Stage,
+    config: Any,
+    inputs: Mapping[str, Path],
+    output: Path,
+    *,
+    fold: int | None = None,
+    tracking: Any = None,
+    run: Callable[..., None] | None = None,
+    **options: Sequence[Path],
+) -> None:
+    """Run a stage, unless its output is there already and nothing that decides it has changed.
+
+    Args:
+        config: the stage's section.
+        run: stands for the stage's own `run`, with the same arguments.
+
+    Raises:
+        UserError: what the stage raises.
+    """
+    made = is_current(output, **stage.key(config, inputs, fold, **options))
+    if made and not (stage.outdated and stage.outdated(config, output)):
+        print(f"{stage.name}: up to date")
+        return
+    keywords = {"fold": fold} if stage.per_fold else {}
+    if stage.scope != "data":
+        keywords["tracking"] = tracking
+    (run or stage.run)(config, inputs, {stage.output.name: output}, **keywords, **options)

@@ -1,0 +1,164 @@
+"""A stage of the pipeline as a record.
+
+From it come the stage's command line, its part of dvc.yaml, its Kubeflow step and its place in `cross-validate`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.shipped import shipped
+
+Scope = Literal["data", "fold", "folds", "model"]
+"""How often a stage runs: once for the data, once a fold, once over all folds, or once for each model that passed the
+gate."""
+Kind = Literal["Dataset", "Model", "HTML", "Markdown", "Metrics", "ClassificationMetrics"]
+"""Type of an artifact in Kubeflow Pipelines."""
+
+WORK_VARIABLE = "DISTILLDSM_WORK_DIR"
+"""Environment variable that names a folder which outlives a pod: there an interrupted training goes on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plot:
+    """A table of numbers that DVC draws. Other fields than these are not used by us."""
+
+    template: str
+    """A template of DVC, or one of ours in `.dvc/plots`."""
+    x: str
+    y: str
+    title: str
+    """`{fold}` stands for the fold's number."""
+    x_label: str | None = None
+    y_label: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Input:
+    """A directory or file that a stage reads."""
+
+    name: str
+    """Key in `inputs`, and the option of the command line."""
+    path: str
+    """Where it lies by default; `{fold}` stands for the fold's number."""
+    files: Mapping[str, str] = field(default_factory=dict)
+    """Name in the manifest to the file of it that is read; empty: all of the directory is."""
+    optional: bool = False
+    """The stage does without it where it is missing."""
+    per_fold: bool = False
+    """The directory holds `fold0`, `fold1` ..., of which the configured folds are read."""
+
+    def hashed(self, place: Path, folds: Iterable[int]) -> dict[str, Path]:
+        """Name in the manifest to what is hashed there."""
+        if self.per_fold:
+            return {f"{self.name}{fold}": place / f"fold{fold}" for fold in folds}
+        found = {name: place / file for name, file in self.files.items()} or {self.name: place}
+        return {name: path for name, path in found.items() if path.exists() or not self.optional}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What a stage writes: the first output is its directory, the others are files in it that are shown."""
+
+    name: str
+    path: str
+    """Where it lies by default; `{fold}` stands for the fold's number."""
+    kind: Kind | None
+    """None: Kubeflow does not show it by itself."""
+    parts: tuple[str, ...] = ()
+    """Of a directory: its files and folders that neither are metrics nor plots, for DVC must see those apart."""
+    metric: bool = False
+    """DVC shows it as metrics."""
+    plot: Plot | None = None
+    """DVC draws it so."""
+    keys: tuple[str, ...] = ()
+    """Of metrics: those that Kubeflow shows; empty: all numbers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """A path that may be given several times, beside the inputs."""
+
+    name: str
+    """Keyword of `run`, and the option of the command line."""
+    metavar: str
+    help: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """All that is known of a stage before it runs."""
+
+    name: str
+    help: str
+    """One line, for `--help`, dvc.yaml and Kubeflow."""
+    section: str
+    """Section of params.yaml that is its config."""
+    inputs: tuple[Input, ...] = ()
+    outputs: tuple[Output, ...]
+    options: tuple[Option, ...] = ()
+    scope: Scope
+    image: Literal["data", "train", "export"]
+    """Role of the container image that runs it."""
+    run: Callable[..., None]
+    """`run(config, inputs, outputs)`; `fold=` too for the scopes fold and model, `tracking=` too for all but data, and
+    the options by name."""
+    code: tuple[str, ...]
+    """Rooms of the package that shape the output; a change there runs the stage again."""
+    files: tuple[str, ...] = ()
+    """Parameters of the config that name a file, or null."""
+    facts: Callable[[Mapping[str, Path], Path], Mapping[str, Any]] | None = None
+    """`facts(inputs, output)`: what Kubeflow's page of the output says of it."""
+    outdated: Callable[[Any, Path], bool] | None = None
+    """`outdated(config, output)`: whether something outside the pipeline changed since the output was made."""
+    distributed: bool = False
+    """It may run on several processes and machines, and goes on where it was interrupted."""
+
+    @property
+    def output(self) -> Output:
+        """The directory it writes."""
+        return self.outputs[0]
+
+    @property
+    def per_fold(self) -> bool:
+        """Whether it runs for one fold at a time."""
+        return self.scope in ("fold", "model")
+
+    @property
+    def code_paths(self) -> tuple[str, ...]:
+        """Its file and `code`, relative to the package."""
+        return (f"components/{self.name}.py", *self.code)
+
+    def shown(self) -> dict[str, Output]:
+        """File in the output's directory to what it is shown as."""
+        return {one.path.removeprefix(f"{self.output.path}/"): one for one in self.outputs[1:]}
+
+    def key(
+        self, config: Any, inputs: Mapping[str, Path], fold: int | None = None, **options: Iterable[Path]
+    ) -> dict[str, Any]:
+        """What decides the output, for `output_directory` and `is_current`.
+
+        Raises:
+            ConfigError: a parameter of `files` names no file.
+        """
+        folds = getattr(config, "folds", ()) if self.scope == "folds" else ()
+        hashed: dict[str, Path] = {}
+        for one in self.inputs:
+            if one.name in inputs:
+                hashed |= one.hashed(inputs[one.name], folds)
+        for name, paths in options.items():
+            hashed |= {f"{name}{number}": path for number, path in enumerate(paths, start=1)}
+        for name in self.files:
+            hashed |= self._file(name, getattr(config, name))
+        extra = {"fold": fold} if self.per_fold else {}
+        return {"stage": self.name, "config": config, "inputs": hashed, "extra": extra, "code": self.code_paths}
+
+    def _file(self, name: str, path: str | None) -> dict[str, Path]:
+        if path and not shipped(path).is_file():
+            where = f"{self.section}.{name}"
+            raise ConfigError("names no file", where=where, seen=path, hint="correct it, or leave it out")
+        return {name: shipped(path)} if path else {}

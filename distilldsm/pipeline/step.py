@@ -1,0 +1,333 @@
+"""What runs inside a Kubeflow step: a stage between the step's parameters and its artifacts, from the stage's record.
+
+Beside the stages there are three steps of the pipeline itself: `check`, `gate` and `finish`. Nothing here imports kfp:
+artifacts are objects with `path` and `metadata`, so the same code runs in a subprocess, in a container, on a cluster
+and in a test.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from distilldsm.components.command import perform
+from distilldsm.components.registry import STAGES, find
+from distilldsm.config import ExportConfig, Params, TrackingConfig
+from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.files import read_json, sha256_json
+from distilldsm.core.mapping import from_mapping, to_mapping
+from distilldsm.core.output_directory import MANIFEST, content_hash
+from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
+from distilldsm.core.version import __version__
+
+VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
+"""Environment variable that names the version the pipeline was compiled with."""
+
+T = TypeVar("T")
+
+
+class Artifact(Protocol):
+    """What is used of a KFP artifact."""
+
+    path: str
+    metadata: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where a step's input comes from."""
+
+    stage: Stage
+    """The stage that writes it."""
+    below: str
+    """The part of that stage's output that is read; empty: all of it."""
+    collected: bool
+    """It is the outputs of all folds together."""
+
+
+def source_of(one: Input, stages: Sequence[Stage] = STAGES) -> Source:
+    """The stage whose output lies where the input is read, by the default paths of both."""
+    for stage in stages:
+        made = stage.output.path
+        if one.per_fold and made == f"{one.path}/fold{{fold}}":
+            return Source(stage=stage, below="", collected=True)
+        if f"{one.path}/".startswith(f"{made}/"):
+            return Source(stage=stage, below=one.path[len(made) + 1 :], collected=False)
+    raise ValueError(f"no stage writes {one.path}")
+
+
+def through_gate(stage: Stage, source: Source) -> bool:
+    """Whether an input reaches a stage in the gate's one artifact, and not from the step that wrote it."""
+    return stage.scope == "model" and source.stage.scope == "fold"
+
+
+def run(name: str, **values: Any) -> bool | None:
+    """Run a step with the parameters and artifacts of its component; `gate` returns whether the models may leave."""
+    if name == "finish":  # it says how the run ended, whatever the version
+        finish(**values)
+        return None
+    with component(name):
+        if name == "check":
+            check(**values)
+        elif name == "gate":
+            return gate(**values)
+        else:
+            run_stage(find(name), values)
+    return None
+
+
+@contextmanager
+def component(name: str) -> Iterator[None]:
+    """Run a component's body: the image must fit the pipeline, and the user's errors are shown without a traceback."""
+    try:
+        compiled = os.environ.get(VERSION_VARIABLE)
+        if compiled and compiled != __version__:
+            raise ConfigError(
+                "the image holds another version than the pipeline was compiled with",
+                where=name,
+                seen=f"distilldsm {__version__} in the image, {compiled} in the pipeline",
+                rule="the same version",
+                hint="build the images of this version, or compile the pipeline again",
+            )
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        raise SystemExit(error.exit_code) from None
+
+
+def whole_numbers(value: Any) -> Any:
+    """Whole numbers as int again: KFP passes every number inside a mapping or list as a float."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, Mapping):
+        return {key: whole_numbers(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [whole_numbers(inner) for inner in value]
+    return value
+
+
+def section(cls: type[T], values: Mapping[str, Any], name: str) -> T:
+    """A section of `params.yaml` as a component received it.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type or an impossible value.
+    """
+    return from_mapping(cls, whole_numbers(values), where=name)
+
+
+def sections_of(params: Params) -> dict[str, Any]:
+    """The pipeline's arguments for the given parameters: `folds`, then one mapping a section."""
+    values = to_mapping(params)
+    return {"folds": values.pop("cv")["folds"], **values}
+
+
+def check_parameters(folds: Sequence[float], sections: Mapping[str, Mapping[str, Any]]) -> Params:
+    """All parameters together, before anything is computed.
+
+    Raises:
+        ConfigError: as for `params.yaml`; checks across sections too.
+    """
+    return section(Params, {"cv": {"folds": list(folds)}, **sections}, "pipeline parameters")
+
+
+def check(folds: Sequence[float], **sections: Mapping[str, Any]) -> None:
+    """Step `check`: refuse wrong parameters in seconds rather than after hours."""
+    params = check_parameters(folds, sections)
+    print(f"distilldsm {__version__}: {params.train.model.name} on {params.download.source}, folds {params.cv.folds}")
+
+
+def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
+    """Run a stage and fill its artifacts: the output, its facts, its pages and numbers.
+
+    A page is shown whether or not the stage could use its input: where `<output>-failed` was written, it is that one's.
+    """
+    given = {"folds": values["folds"]} if stage.section == "cv" else values["config"]
+    config: Any = section(type(getattr(Params(), stage.section)), given, stage.section)
+    fold = int(values["fold"]) if stage.per_fold else None
+    artifact = values[stage.output.name]
+    tracking = section(TrackingConfig, values["tracking"], "tracking") if "tracking" in values else None
+    with tempfile.TemporaryDirectory() as folder:
+        inputs = {one.name: _place(stage, one, values, fold, Path(folder)) for one in stage.inputs}
+        # Other data or parameters are another work: several may share the volume.
+        work = sha256_json([{name: content_hash(path) for name, path in inputs.items()}, given])[:12]
+        kept = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
+        try:
+            with resumable_output(artifact, kept) as target:
+                perform(stage, config, inputs, target, fold=fold, tracking=tracking, run=_runner(stage, values))
+        except UserError:
+            failed = Path(artifact.path).with_name(f"{Path(artifact.path).name}-failed")
+            _show(stage, failed, values, pages_only=True)
+            raise
+        output = Path(artifact.path)
+        facts = stage.facts(inputs, output) if stage.facts else {}
+    versions = {"data_version": values["data_version"]} if "data_version" in values else {}
+    artifact.metadata.update(facts, content_hash=content_hash(output), **versions)
+    _show(stage, output, values)
+
+
+def _place(stage: Stage, one: Input, values: Mapping[str, Any], fold: int | None, folder: Path) -> Path:
+    """Where an input lies in this pod; what all folds made is put side by side as links in `folder`."""
+    source = source_of(one)
+    if through_gate(stage, source):
+        return Path(values["collected"].path) / one.path.format(fold=fold)
+    if not source.collected:
+        return Path(values[one.name].path) / source.below
+    together = folder / one.name
+    together.mkdir()
+    for artifact in values[one.name]:
+        (together / f"fold{fold_of(artifact)}").symlink_to(Path(artifact.path).absolute())
+    return together
+
+
+def fold_of(artifact: Artifact) -> int:
+    """The fold that made an artifact, from its manifest."""
+    return int(read_json(Path(artifact.path) / MANIFEST)["fold"])
+
+
+def _runner(stage: Stage, values: Mapping[str, Any]) -> Any:
+    """What runs the stage: for a distributed one as many processes as there are GPUs, or a TrainJob of the cluster."""
+    if not stage.distributed:
+        return None
+    from distilldsm.pipeline.trainjob import run_train
+    from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
+
+    job = section(TrainJobConfig, values["trainjob"], "trainjob") if values["trainjob"] else None
+    return partial(run_train, job=job)
+
+
+@contextmanager
+def resumable_output(artifact: Artifact, key: str | None) -> Iterator[Path]:
+    """Where a stage writes: the artifact itself, or below WORK_VARIABLE, from where it is copied when it is whole."""
+    root = os.environ.get(WORK_VARIABLE)
+    if not (root and key):
+        yield Path(artifact.path)
+        return
+    target = Path(root) / key
+    yield target
+    shutil.copytree(target, artifact.path, dirs_exist_ok=True)
+    shutil.rmtree(target)
+
+
+def _show(stage: Stage, output: Path, values: Mapping[str, Any], *, pages_only: bool = False) -> None:
+    """Fill the artifacts that Kubeflow shows from the files of the output."""
+    for file, shown in stage.shown().items():
+        path = output / file
+        if shown.kind in ("HTML", "Markdown"):
+            if path.is_file():
+                shutil.copyfile(path, values[shown.name].path)
+        elif shown.kind == "Metrics" and not pages_only:
+            _log_metrics(values[shown.name], path, shown)
+        elif shown.kind == "ClassificationMetrics" and not pages_only:
+            values[shown.name].log_confusion_matrix(*confusion_matrix(path))
+
+
+def _log_metrics(metrics: Any, path: Path, shown: Output) -> None:
+    """Numbers of a JSON file to a KFP Metrics artifact; what is no number is left out."""
+    for key, value in flat(read_json(path)).items():
+        if isinstance(value, int | float) and not isinstance(value, bool) and (not shown.keys or key in shown.keys):
+            metrics.log_metric(key, float(value))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping with joined keys: `{"a": {"b": 1}}` becomes `{"a_b": 1}`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}_") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:
+    """Counts by true (rows) and predicted label of the file that the evaluation draws from: a line per voxel share."""
+    with path.open(newline="", encoding="utf-8") as stream:
+        counts = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
+    names = sorted({name for pair in counts for name in pair}, key=lambda name: (name != "background", name))
+    return names, [[counts[actual, predicted] for predicted in names] for actual in names]
+
+
+def gate(
+    config: Mapping[str, Any],
+    cross_validation: Artifact,
+    collected: Artifact,
+    summary: Artifact,
+    **folds: Sequence[Artifact],
+) -> bool:
+    """Step `gate`: whether the models may leave, by the mean Dice over labels and folds and `export.min_dice`.
+
+    What their exports read of the folds goes to one artifact, with the paths of dvc.yaml below it: kfp cannot pass
+    collected artifacts on into the loop that exports them.
+
+    Args:
+        config: the section `export`.
+        folds: name of a fold's output to those of all folds.
+
+    Returns:
+        Whether the models may leave. (One output only: kfp's local runner cannot tell several apart in a condition.)
+    """
+    from distilldsm.evaluation.metrics import METRICS
+
+    threshold = section(ExportConfig, config, "export").min_dice
+    for output, files in outputs_for_models():
+        for artifact in folds[output.name]:
+            _copy(Path(artifact.path), Path(collected.path) / output.path.format(fold=fold_of(artifact)), files)
+    table = read_json(Path(cross_validation.path) / "summary.json")
+    dice = table["mean"]["dice"]["mean_folds"] or 0.0
+    passed: bool = dice >= threshold
+    verdict = "passed" if passed else "not passed: nothing is exported or registered"
+    lines = ["| label | Dice | sd over folds | sd over cases | folds |", "|---|---|---|---|---|"]
+    for label, of_label in table["labels"].items():
+        score = of_label["dice"]
+        cells = (METRICS["dice"].text(score[key]) for key in ("mean_folds", "sd_folds", "sd_cases"))
+        lines.append(f"| {label} | {' | '.join(cells)} | {score['folds']} |")
+    listed = ", ".join(str(fold) for fold in table["folds"])
+    lines += ["", f"Folds {listed}. Mean Dice {dice:.4f}, threshold {threshold:g}: **{verdict}**."]
+    Path(summary.path).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    collected.metadata.update(dice=dice, folds=table["folds"])
+    print("\n".join(lines))
+    return passed
+
+
+def outputs_for_models(stages: Sequence[Stage] = STAGES) -> list[tuple[Output, tuple[str, ...]]]:
+    """The outputs of folds that stages behind the gate read, with the files that are read; none: all."""
+    found: dict[str, tuple[Output, list[tuple[str, ...]]]] = {}
+    for stage in (one for one in stages if one.scope == "model"):
+        for one in stage.inputs:
+            source = source_of(one, stages)
+            if through_gate(stage, source):
+                output = source.stage.output
+                found.setdefault(output.name, (output, []))[1].append(tuple(one.files.values()))
+    return [(output, () if () in read else tuple(sorted(set().union(*read)))) for output, read in found.values()]
+
+
+def _copy(source: Path, target: Path, files: Sequence[str]) -> None:
+    if not files:
+        shutil.copytree(source, target)
+        return
+    target.mkdir(parents=True)
+    for file in files:
+        if (source / file).is_file():  # the stage that reads it says what is missing
+            shutil.copyfile(source / file, target / file)
+
+
+def finish(tracking: Mapping[str, Any], status: Any) -> None:
+    """Step `finish`, run however the pipeline ended: says how, here and on its MLflow runs."""
+    from distilldsm.pipeline.lineage import mark_runs
+
+    run_id, state, error = os.environ.get("KFP_RUN_ID", ""), status.state, status.error_message or ""
+    print(f"pipeline run {run_id or '(no id)'}: {state}" + (f"\n{error}" if error else ""), flush=True)
+    if not (run_id and tracking.get("enabled", True)):
+        return
+    try:
+        marked = mark_runs(run_id, {"kfp_state": state, **({"kfp_error": error[:500]} if error else {})})
+        print(f"MLflow runs of this pipeline run: {', '.join(marked) or 'none'}")
+    except Exception as failure:  # the pipeline's end must not depend on another service
+        print(f"MLflow does not know how it ended: {type(failure).__name__}: {failure}")
