@@ -10,10 +10,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from distilldsm.core.errors import UserError
-from distilldsm.core.mapping import to_mapping
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.mapping import from_mapping, to_mapping
+
+T = TypeVar("T")
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
@@ -82,6 +84,21 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
         OSError, UserError: as `writes`.
     """
     write_text(Path(path), json.dumps(to_mapping(value), indent=2, allow_nan=False) + "\n")
+
+
+def read_record(cls: type[T], path: str | os.PathLike[str], *, hint: str) -> T:
+    """Read a JSON file that holds the dataclass `cls`.
+
+    Args:
+        hint: what to do where it is damaged.
+
+    Raises:
+        UserError: the file is missing, is no JSON or holds something else.
+    """
+    try:
+        return from_mapping(cls, read_json(path), where=os.fspath(path))
+    except ConfigError as error:  # what a stage wrote is no parameter of the user's
+        raise DataError(error.problem, where=error.where, seen=error.seen, rule=error.rule, hint=hint) from None
 
 
 def read_json(path: str | os.PathLike[str]) -> Any:

@@ -35,10 +35,10 @@ class CaseFingerprint:
     foreground_percentiles: tuple[tuple[float, ...], ...]
     """Per channel, at PERCENTILES."""
     label_volumes_ml: Mapping[str, float]
-    nonzero_shape: tuple[int, int, int] | None = None
-    """Extent of the box around the voxels that are not zero in every channel; None in older fingerprints."""
-    scan: ScanMeasures | None = None
-    """What a new scan can be compared with (docs/drift.md); None in older fingerprints."""
+    nonzero_shape: tuple[int, int, int]
+    """Extent of the box around the voxels that are not zero in every channel."""
+    scan: ScanMeasures
+    """What a new scan can be compared with (docs/drift.md)."""
 
     @property
     def has_foreground(self) -> bool:

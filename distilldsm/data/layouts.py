@@ -203,15 +203,19 @@ def _msd(root: Path) -> Found:
         image, label = (_inside(entry[k], path) for k in ("image", "label"))
         cases.append(Files(_stem(image), (image,), label))
     labels = descriptions.need(description, "labels", dict, path)
+    return _described(description, path, channels=channels, labels=labels, cases=cases)
+
+
+def _described(description: Mapping[str, Any], path: Path, *, labels: Mapping[str, Any], **found: Any) -> Found:
+    """What a `dataset.json` says of the data set; `found`: the channels, cases and regions."""
     return Found(
         name=descriptions.text(description, "name"),
-        channels=channels,
         labels=descriptions.labels_of(labels, path),
         ignored_value=descriptions.ignored_of(labels, path),
-        cases=cases,
         licence=descriptions.text(description, "licence", "license"),
         reference=descriptions.text(description, "reference"),
         note=descriptions.text(description, "note"),
+        **found,
     )
 
 
@@ -219,9 +223,7 @@ def _nnunet(root: Path) -> Found:
     path = root / "dataset.json"
     description = descriptions.read(path)
     _refuse_other_format(root, description, "nnunet")
-    channels = descriptions.channels_of(
-        descriptions.need(description, "channel_names", dict, path), path, "channel_names"
-    )
+    channels = _numbered(description, "channel_names", path)
     ending = str(description.get("file_ending", ".nii.gz"))
     if ending not in _SUFFIXES:
         raise DataError(
@@ -246,17 +248,7 @@ def _nnunet(root: Path) -> Found:
     labels, regions = descriptions.split_regions(
         descriptions.need(description, "labels", dict, path), description, path
     )
-    return Found(
-        name=descriptions.text(description, "name"),
-        channels=channels,
-        labels=descriptions.labels_of(labels, path),
-        ignored_value=descriptions.ignored_of(labels, path),
-        cases=cases,
-        licence=descriptions.text(description, "licence", "license"),
-        reference=descriptions.text(description, "reference"),
-        note=descriptions.text(description, "note"),
-        regions=regions,
-    )
+    return _described(description, path, channels=channels, labels=labels, cases=cases, regions=regions)
 
 
 def _stems(folder: Path, ending: str) -> list[str]:

@@ -119,7 +119,7 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
         reasons["target_spacing_mm"] = "median of the data set"
 
     target = (spacing[0], spacing[1], spacing[2])
-    kept = [c.nonzero_shape if config.crop_to_nonzero and c.nonzero_shape else c.shape for c in cases]
+    kept = [c.nonzero_shape if config.crop_to_nonzero else c.shape for c in cases]
     resampled = np.array([resampled_shape(n, c.spacing_mm, target) for n, c in zip(kept, cases, strict=True)])
     median = np.median(resampled, axis=0)
     if config.depth_axis != "auto":

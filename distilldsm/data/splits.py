@@ -124,7 +124,7 @@ def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
     """A model is scored on what it has not seen: the fold of the split that was held out of its training.
 
     Raises:
-        DataError: `model.json` names another fold or split; of an earlier version it names no split, which passes.
+        DataError: `model.json` names another fold or split.
     """
     path = model_dir / "model.json"
     model = read_json(path)
@@ -136,7 +136,7 @@ def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
             rule=f"fold {fold}: a model is scored on the cases that it has not seen",
             hint=f"give the model of fold {fold}, or train it",
         )
-    if model.get("splits") not in (None, sha256_file(splits)):
+    if model.get("splits") != sha256_file(splits):
         raise DataError(
             "was trained on another split",
             where=path,

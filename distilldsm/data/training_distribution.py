@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from distilldsm.core.errors import ConfigError, DataError
-from distilldsm.core.files import read_json
+from distilldsm.core.files import read_json, read_record
 from distilldsm.core.mapping import from_mapping
 from distilldsm.data.drift_measures import measures_of, values_of
 from distilldsm.data.fingerprint import CaseFingerprint
@@ -69,16 +69,7 @@ def distribution_of_fold(preprocessed: Path, training: Collection[str], plan: Pl
     path, wanted = preprocessed / "fingerprint.json", set(training)
     found = read_json(path)
     cases = [from_mapping(CaseFingerprint, row, where=str(path)) for row in found["per_case"] if row["case"] in wanted]
-    scans = [case.scan for case in cases if case.scan is not None]
-    if len(scans) < len(wanted):
-        raise DataError(
-            "does not tell what the training scans look like",
-            where=path,
-            seen=f"{len(scans)} of {len(wanted)} training cases",
-            rule="one entry 'scan' a case",
-            hint="preprocess again (dvc repro preprocess)",
-        )
-    return make_distribution(found["name"], scans, plan)
+    return make_distribution(found["name"], [case.scan for case in cases], plan)
 
 
 def load_distribution(model_dir: Path) -> TrainingDistribution:
@@ -90,18 +81,9 @@ def load_distribution(model_dir: Path) -> TrainingDistribution:
     path = model_dir / DISTRIBUTION
     if not path.is_file():
         raise DataError(
-            "the model does not tell what it was trained on",
-            where=path,
-            seen="no such file",
-            rule="models that this version or a later one exported have it",
-            hint="preprocess and export the model again (dvc repro)",
+            "the model does not tell what it was trained on", where=path, seen="no such file", hint="export it again"
         )
-    try:
-        found = from_mapping(TrainingDistribution, read_json(path), where=str(path))
-    except ConfigError as error:
-        raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="export the model again"
-        ) from None
+    found = read_record(TrainingDistribution, path, hint="export the model again")
     if found.cases < MINIMUM_CASES:
         raise DataError(
             "too few training cases to compare with", where=path, seen=found.cases, rule=f"at least {MINIMUM_CASES}"

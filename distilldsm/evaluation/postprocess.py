@@ -13,9 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from distilldsm.core.errors import ConfigError, DataError
-from distilldsm.core.files import read_json, write_json
-from distilldsm.core.mapping import from_mapping
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.files import read_record, write_json
 from distilldsm.data.targets import LARGEST_NOT_TRIED
 from distilldsm.evaluation.tables import Row, ScoreTable, write_csv
 
@@ -179,9 +178,4 @@ def load_postprocessing(path: Path) -> Postprocessing:
     Raises:
         DataError: it is missing, damaged or of an unknown version.
     """
-    try:
-        return from_mapping(Postprocessing, read_json(path), where=str(path))
-    except ConfigError as error:
-        raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="evaluate the fold again"
-        ) from None
+    return read_record(Postprocessing, path, hint="evaluate the fold again")

@@ -87,7 +87,6 @@ def build_package(
     index = DatasetIndex.load(preprocessed)
     training, held_out = load_fold(preprocessed / "splits.json", fold)
     network = load_network(model_dir, checkpoint)
-    spec = {**spec, "depth_halo": network.depth_halo}  # earlier files did not count reused blocks
 
     export_onnx(network, output / "model.onnx")
     export_openvino(output / "model.onnx", output / "model.xml", fp16=True)

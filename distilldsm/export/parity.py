@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
@@ -215,22 +215,7 @@ def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str, int8
         "held_to_it": list(EXACT),
         "int8": to_mapping(int8),
         "summary": summary(rows),
-        "cases": [
-            {
-                "case": row.case,
-                "runtime": row.runtime,
-                "shape": row.shape,
-                "max_logit_difference": row.max_logit_difference,
-                "differing_voxels": row.differing_voxels,
-                "voxel_difference": row.voxel_difference,
-                "dice_network": row.dice_network,
-                "dice_runtime": row.dice_runtime,
-                "dice_difference": row.dice_difference,
-                "seconds": row.seconds,
-                "seconds_network": row.seconds_network,
-            }
-            for row in rows
-        ],
+        "cases": [{**asdict(row), "dice_difference": row.dice_difference} for row in rows],
     }
 
 

@@ -17,8 +17,7 @@ from typing import Literal
 from distilldsm.config import MirrorAxis, Modality
 from distilldsm.config.networks import Options
 from distilldsm.core.errors import ConfigError, DataError
-from distilldsm.core.files import read_json, sha256_file
-from distilldsm.core.mapping import from_mapping
+from distilldsm.core.files import read_json, read_record, sha256_file
 from distilldsm.core.output_directory import MANIFEST
 from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
 
@@ -183,12 +182,7 @@ def load_metadata(model_dir: str | os.PathLike[str]) -> ModelMetadata:
             seen=f"no {METADATA}" if Path(model_dir).is_dir() else "no such directory",
             hint="give the directory that the export stage wrote, e.g. export/fold0",
         )
-    try:
-        return from_mapping(ModelMetadata, read_json(path), where=str(path))
-    except ConfigError as error:
-        raise DataError(
-            error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="export the model again"
-        ) from None
+    return read_record(ModelMetadata, path, hint="export the model again")
 
 
 def verify(model_dir: str | os.PathLike[str], names: Iterable[str] | None = None) -> ModelMetadata:

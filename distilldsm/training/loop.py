@@ -61,7 +61,7 @@ class TrainingState:
     best_dice: float = -1.0
     validations_without_gain: int = 0
     batch_size: int = 0
-    """Patches a step, over all processes; 0 in checkpoints of versions that did not keep it."""
+    """Patches a step, over all processes; 0: no step was made yet."""
     history: list[dict[str, Any]] = field(default_factory=list)
     plateau: dict[str, float] = field(default_factory=dict)
 

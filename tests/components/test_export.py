@@ -72,7 +72,6 @@ def perturb_head(model: onnx.ModelProto) -> None:
 def test_it_writes_a_whole_model_directory(made):
     assert sorted(p.name for p in made.export.iterdir()) == [
         "README.md",
-        "training_distribution.json",
         "inference_service.yaml",
         "int8",
         "manifest.json",
@@ -86,6 +85,7 @@ def test_it_writes_a_whole_model_directory(made):
         "parity.json",
         "plan.json",
         "scores.json",
+        "training_distribution.json",
     ]
     assert sorted(p.name for p in (made.export / "int8").iterdir()) == ["decision.json", "model.bin", "model.xml"]
     verify(made.export)

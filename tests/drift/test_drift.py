@@ -58,7 +58,7 @@ def made(tmp_path_factory) -> tuple[Path, Plan]:
     plan = make_plan(index, cases, PreprocessConfig())
     (root / "model").mkdir()
     plan.save(root / "model" / "plan.json")
-    fingerprint = make_distribution("Blobs", [c.scan for c in cases if c.scan is not None], plan)
+    fingerprint = make_distribution("Blobs", [c.scan for c in cases], plan)
     write_json(root / "model" / "training_distribution.json", fingerprint)
     return root, plan
 

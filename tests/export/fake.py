@@ -10,7 +10,7 @@ import torch
 from filelock import FileLock
 
 from distilldsm.config import ExportConfig, Int8Config, PreprocessConfig
-from distilldsm.core.files import write_json
+from distilldsm.core.files import sha256_file, write_json
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import Targets
 from distilldsm.models import build_model
@@ -70,6 +70,7 @@ def write_model(directory: Path, preprocessed: Path, *, name: str = "distill_dsm
             "parameters": cost.parameters,
             "macs_per_voxel": cost.macs_per_voxel,
             "fold": fold,
+            "splits": sha256_file(preprocessed / "splits.json"),
             "epochs": 2,
             "best_val_dice": 0.5,
             "labels": {"background": 0, "shell": 1, "core": 2},

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 
-from distilldsm.config.networks import MODEL_NAMES
+from distilldsm.cli.main import main
+from distilldsm.config.networks import MODEL_NAMES, MODELS, ModelEntry
 from distilldsm.core.errors import ConfigError
 from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
@@ -244,3 +248,33 @@ def test_macs_are_those_of_a_slow_count(layer, shape):
 def test_width_scales_the_network():
     small = build_model("distill_dsm", in_channels=1, out_channels=2, width=0.5).cost()
     assert small.parameters < 1_216_266 / 3
+
+
+def test_a_new_network_is_an_entry_and_a_module(monkeypatch, capsys):
+    class Mean(SegmentationNetwork):
+        """Every class is the image's mean."""
+
+        def __init__(self, in_channels: int, out_channels: int, *, scale: float) -> None:
+            super().__init__(in_channels, out_channels)
+            self.stride, self.scale = (1, 1, 1), scale
+
+        def forward(self, x, features=None):
+            return self.scale * x.mean(dim=1, keepdim=True).expand(-1, self.out_channels, -1, -1, -1)
+
+    entry = ModelEntry(summary="the mean of all channels", family="mean", fixed={}, options={"width": 2.0})
+    monkeypatch.setitem(MODELS, "mean", entry)
+    module = ModuleType("distilldsm.models.mean")
+    module.build = lambda inputs, outputs, width: Mean(inputs, outputs, scale=width)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    network = build_model("mean", in_channels=2, out_channels=3, width=0.5)
+    assert torch.equal(network(torch.ones(1, 2, 4, 5, 6)), torch.full((1, 3, 4, 5, 6), 0.5))
+    with pytest.raises(ConfigError, match="'width' has an impossible value"):
+        build_model("mean", in_channels=2, out_channels=3, width=0)
+    assert main(["info", "--models"]) == 0
+    assert "the mean of all channels" in capsys.readouterr().out
+
+
+def test_importing_the_models_loads_no_torch():
+    code = "import sys, distilldsm.models; from distilldsm.models import build_model; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "False\n"
