@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.io import formats
 from distilldsm.io.dicom import is_dicom
 from distilldsm.io.formats import (
-    FORMATS,
     Format,
     format_of,
     is_scan_file,
@@ -265,11 +265,11 @@ def output_path(one: Input, output: Path, many: bool, chosen: str | None) -> tup
     Args:
         chosen: the name of a mask format.
     """
-    wanted = next((kind for kind in FORMATS if kind.mask_format == chosen), None)
+    wanted = next((kind for kind in formats.FORMATS if kind.mask_format == chosen), None)
     if many:
         kind = wanted or one.format
         return output / f"{one.name}{kind.mask_endings[0]}", kind
-    named = next((kind for kind in FORMATS if output.name.endswith(kind.mask_endings)), None)
+    named = next((kind for kind in formats.FORMATS if output.name.endswith(kind.mask_endings)), None)
     return output, wanted or named or one.format
 
 

@@ -40,17 +40,8 @@ BLOCK_BYTES = 16_000_000
 MAX_COMPRESSION = 1_100
 """gzip shrinks by no more than 1032; a header that claims more voxels than that is wrong."""
 _GEOMETRY = (
-    "qform_code",
-    "sform_code",
-    "quatern_b",
-    "quatern_c",
-    "quatern_d",
-    "qoffset_x",
-    "qoffset_y",
-    "qoffset_z",
-    "srow_x",
-    "srow_y",
-    "srow_z",
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
 _SILENT = logging.Logger("distilldsm.nifti", logging.CRITICAL + 1)
 """nibabel reports here what it repairs in a header. The rules judge the header as it was."""
@@ -148,7 +139,7 @@ class NiftiFile:
     def _volumes(self) -> list[npt.NDArray]:
         try:
             with _open(self.path) as stream:
-                _skip(stream, self._offset)
+                stream.seek(self._offset)
                 volumes = [self._read_volume(stream) for _ in range(self.volumes)]
                 # To the end, as gzip's checksum stands there.
                 self.surplus_bytes = 0
@@ -161,8 +152,11 @@ class NiftiFile:
     def _read_volume(self, stream: BinaryIO) -> npt.NDArray:
         array = np.empty(self.shape, dtype=self.kept_type, order="F")
         for start, stop in self._slabs():
-            block = np.empty((*self.shape[:2], stop - start), dtype=self.dtype, order="F")
-            _fill(stream, block)
+            shape = (*self.shape[:2], stop - start)
+            content = stream.read(math.prod(shape) * self.dtype.itemsize)
+            if len(content) < math.prod(shape) * self.dtype.itemsize:
+                raise EOFError("the file ends before its last voxel")
+            block = np.frombuffer(content, self.dtype).reshape(shape, order="F")
             with np.errstate(over="ignore", invalid="ignore"):
                 intensities = block if self._scale is None else self._scale(block)
                 array[..., start:stop] = block if self.kept_scale else intensities
@@ -228,24 +222,6 @@ def _affine_mm(header: Any) -> Affine:
     return affine
 
 
-def _fill(stream: BinaryIO, block: npt.NDArray) -> None:
-    view = memoryview(cast(Any, block.reshape(-1, order="F").view(np.uint8)))
-    done = 0
-    while done < len(view):
-        count = stream.readinto(view[done:])  # type: ignore[attr-defined]
-        if not count:
-            raise EOFError(f"{len(view) - done} bytes of voxels are missing")
-        done += count
-
-
-def _skip(stream: BinaryIO, count: int) -> None:
-    while count > 0:
-        got = len(stream.read(min(count, BLOCK_BYTES)))
-        if not got:
-            raise EOFError("the file ends before its voxels")
-        count -= got
-
-
 def _zipped(path: Path) -> bool:
     return path.name.endswith(".gz")
 
@@ -290,12 +266,12 @@ def write_nifti(path: Path, array: npt.NDArray[np.uint8], scan: Scan, *, slope: 
     with replacing(path, suffix) as temporary:
         if slope is None:
             nib.save(image, temporary)
-            return
-        _write_scaled(image, array, slope, temporary)
+        else:
+            _write_scaled(image, array, slope, temporary)
 
 
 def _write_scaled(image: Any, array: npt.NDArray[np.uint8], slope: float, path: Path) -> None:
-    # nibabel writes stored integers with a slope of one's own only this way; what it computes itself needs floats.
+    # Plane by plane: nibabel would copy a whole volume of the array, which may be larger than the memory.
     header = image.header.copy()
     header.set_slope_inter(slope, 0)
     header.set_data_offset(header.single_vox_offset)
