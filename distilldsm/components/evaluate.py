@@ -105,13 +105,9 @@ def _track_ensemble(tracking: TrackingConfig, found: Evaluation, work: Path) -> 
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """The mean Dice, and the run of the model."""
-    summary, run_file = read_json(output / "summary.json"), inputs["model"] / "mlflow_run.json"
-    return {
-        "fold": summary["fold"],
-        "dice": summary["mean"]["dice"],
-        "mlflow_run_id": str(read_json(run_file).get("run_id") or "") if run_file.is_file() else "",
-    }
+    """The mean Dice."""
+    summary = read_json(output / "summary.json")
+    return {"fold": summary["fold"], "dice": summary["mean"]["dice"]}
 
 
 PLACE = "evaluation/fold{fold}"

@@ -96,12 +96,8 @@ def run(
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
     """Of the exported model."""
-    metadata, run_file = read_json(output / "metadata.json"), inputs["model"] / "mlflow_run.json"
-    return {
-        "framework": "openvino",
-        **{key: metadata[key] for key in ("name", "fold", "labels")},
-        "mlflow_run_id": str(read_json(run_file).get("run_id") or "") if run_file.is_file() else "",
-    }
+    metadata = read_json(output / "metadata.json")
+    return {"framework": "openvino", **{key: metadata[key] for key in ("name", "fold", "labels")}}
 
 
 STAGE = Stage(

@@ -176,14 +176,9 @@ def _train_as_main(
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
     """Of the network and its training."""
-    described, run_file = read_json(output / "model.json"), output / "mlflow_run.json"
+    described = read_json(output / "model.json")
     keys = ("name", "options", "parameters", "macs_per_voxel", "fold", "epochs")
-    return {
-        "framework": "pytorch",
-        "format": "safetensors",
-        **{key: described[key] for key in keys},
-        "mlflow_run_id": str(read_json(run_file).get("run_id") or "") if run_file.is_file() else "",
-    }
+    return {"framework": "pytorch", "format": "safetensors", **{key: described[key] for key in keys}}
 
 
 STAGE = Stage(

@@ -143,6 +143,17 @@ def test_images_retries_and_versions_are_in_the_pipeline(tmp_path):
     assert work["DISTILLDSM_WORK_DIR"] == "/work/work"
 
 
+def test_export_runs_only_where_the_gate_says_so():
+    spec = next(yaml.safe_load_all(GOLDEN.read_text()))
+    graphs = {name: one["dag"]["tasks"] for name, one in spec["components"].items() if "dag" in one}
+    [loop] = [name for name, tasks in graphs.items() if "export" in tasks]
+    [branch] = [
+        name for name, tasks in graphs.items() if any(t["componentRef"]["name"] == loop for t in tasks.values())
+    ]
+    [task] = [t for tasks in graphs.values() for t in tasks.values() if t["componentRef"]["name"] == branch]
+    assert task["triggerPolicy"]["condition"] == "inputs.parameter_values['pipelinechannel--gate-Output'] == true"
+
+
 def test_component_bodies_only_call_the_stage():
     """No logic lives in the YAML: the source that a pod executes is one import and one call."""
     spec = next(yaml.safe_load_all(GOLDEN.read_text()))

@@ -114,15 +114,6 @@ def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monke
 
 
 @pytest.mark.slow
-def test_below_the_threshold_nothing_is_exported(tmp_path):
-    done = run_pipeline(tmp_path, "export.min_dice=1.0", "tracking.enabled=false")
-    assert done.returncode == 0, done.stdout[-3000:]
-    assert "not passed: nothing is exported" in done.stdout
-    assert len(artifacts(tmp_path, "model.json")) == 2  # the fold's own, and among the folds
-    assert not artifacts(tmp_path, "model.onnx")
-
-
-@pytest.mark.slow
 def test_a_failing_step_is_shown_and_the_exit_handler_runs(tmp_path):
     done = run_pipeline(tmp_path, "download.source=nowhere.tar")
     assert done.returncode == 1
