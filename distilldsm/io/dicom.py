@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.core.version import __version__
 from distilldsm.io.errors import Refuse, first_line, raise_error
 from distilldsm.io.header_rules import AFFINE_RULES, broken, orthogonal
+from distilldsm.io.orientation import Affine
 from distilldsm.io.output import replacing
 from distilldsm.io.scan import Channel, Scan
 
@@ -51,12 +53,10 @@ def is_dicom(path: Path) -> bool:
     """Whether a path is a file whose content says that it is DICOM: `DICM` after the preamble."""
     if not path.is_file():
         return False
-    try:
-        with open(path, "rb") as stream:
-            stream.seek(128)
-            return stream.read(4) == b"DICM"
-    except OSError:
-        return False
+    with suppress(OSError), open(path, "rb") as stream:
+        stream.seek(128)
+        return stream.read(4) == b"DICM"
+    return False
 
 
 class Dicom:
@@ -134,63 +134,63 @@ def _check_image(header: Any) -> None:
             )
     if int(header.get("SamplesPerPixel", 1)) != 1:
         raise DataError("is a colour image", where=path, seen=f"{header.SamplesPerPixel} samples", rule="one sample")
-    numbers = [*header.ImagePositionPatient, *header.ImageOrientationPatient, *header.PixelSpacing]
-    spacing = [float(v) for v in header.PixelSpacing]
-    if not np.isfinite([float(v) for v in numbers]).all() or min(spacing) <= 0:
+    numbers = _numbers(header, "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
+    if not np.isfinite(numbers).all() or min(header.PixelSpacing) <= 0:
         raise DataError(
             "has an impossible geometry",
             where=path,
-            seen=f"position {list(header.ImagePositionPatient)}, spacing {spacing}",
+            seen=f"position {list(header.ImagePositionPatient)}, spacing {list(header.PixelSpacing)}",
             rule="finite numbers, spacing above 0",
         )
 
 
+def _numbers(header: Any, *names: str) -> npt.NDArray[np.float64]:
+    """The numbers in some attributes of a slice, one after the other."""
+    return np.hstack([np.array(header.get(name), dtype=np.float64) for name in names])
+
+
 def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
-    series: dict[str, list[Any]] = {}
+    series: dict[str, list[str]] = {}
     for header in headers:
-        series.setdefault(str(header.SeriesInstanceUID), []).append(header)
+        series.setdefault(str(header.SeriesInstanceUID), []).append(Path(header.filename).name)
     if len(series) > 1:
-        listed = "; ".join(
-            f"{uid}: {len(files)} files, e.g. {Path(files[0].filename).name}" for uid, files in series.items()
-        )
+        listed = "; ".join(f"{uid}: {len(names)} files, e.g. {names[0]}" for uid, names in series.items())
         raise DataError(
             f"holds {len(series)} series", where=folder, seen=listed, rule="one series", hint="a folder for each series"
         )
-    first = headers[0]
+    compared = (
+        ("size", ("Rows", "Columns"), 0.0),
+        ("spacing", ("PixelSpacing",), 1e-3),
+        ("orientation", ("ImageOrientationPatient",), DIRECTION_TOLERANCE),
+    )
     for header in headers[1:]:
-        pairs = (
-            ("size", (int(first.Rows), int(first.Columns)), (int(header.Rows), int(header.Columns)), 0.0),
-            ("spacing", first.PixelSpacing, header.PixelSpacing, 1e-3),
-            ("orientation", first.ImageOrientationPatient, header.ImageOrientationPatient, DIRECTION_TOLERANCE),
-        )
-        for what, one, other, tolerance in pairs:
-            a, b = np.array([float(v) for v in one]), np.array([float(v) for v in other])
-            if np.abs(a - b).max() > tolerance:
+        for what, attributes, tolerance in compared:
+            expected, found = _numbers(headers[0], *attributes), _numbers(header, *attributes)
+            if np.abs(found - expected).max() > tolerance:
                 raise DataError(
                     f"has another {what} than the other slices",
                     where=header.filename,
-                    seen=b.tolist(),
-                    rule=f"{a.tolist()}, as {Path(first.filename).name}",
+                    seen=found.tolist(),
+                    rule=f"{expected.tolist()}, as {Path(headers[0].filename).name}",
                     hint="take slices of other kinds (localisers) out of the folder",
                 )
 
 
-def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], npt.NDArray[np.float64]]:
+def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], Affine]:
     """Slices in order along their normal, and the affine (RAS, mm) of an array (columns, rows, slices)."""
-    orientation = np.array([float(v) for v in headers[0].ImageOrientationPatient])
-    along_row, along_column = orientation[:3], orientation[3:]
-    if abs(np.linalg.norm(along_row) - 1) > 1e-3 or abs(np.linalg.norm(along_column) - 1) > 1e-3:
+    orientation = _numbers(headers[0], "ImageOrientationPatient")
+    directions = orientation.reshape(2, 3)
+    if np.abs(np.linalg.norm(directions, axis=1) - 1).max() > 1e-3:
         raise DataError(
             "has an impossible orientation",
             where=headers[0].filename,
             seen=orientation.tolist(),
             rule="two directions of length 1",
         )
-    normal = np.cross(along_row, along_column)
-    positions = np.array([[float(v) for v in h.ImagePositionPatient] for h in headers])
+    normal = np.cross(*directions)
+    positions = np.array([_numbers(header, "ImagePositionPatient") for header in headers])
     order = np.argsort(positions @ normal, kind="stable")
     ordered, positions = [headers[int(k)] for k in order], positions[order]
-    row_mm, column_mm = (float(v) for v in headers[0].PixelSpacing)
     if len(ordered) == 1:
         step = normal * _thickness(ordered[0])
     else:
@@ -205,11 +205,9 @@ def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], npt.NDArr
                 seen=f"position {positions[worst].tolist()}, {away[worst]:.3g} mm away",
                 rule="slices of one regular stack",
             )
-    affine = np.eye(4)
-    affine[:3, 0] = along_row * column_mm
-    affine[:3, 1] = along_column * row_mm
-    affine[:3, 2] = step
-    affine[:3, 3] = positions[0]
+    row_mm, column_mm = _numbers(headers[0], "PixelSpacing")
+    columns = (directions[0] * column_mm, directions[1] * row_mm, step, positions[0])
+    affine = np.vstack([np.column_stack(columns), (0, 0, 0, 1)])
     return ordered, _LPS_TO_RAS @ affine
 
 

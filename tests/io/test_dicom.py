@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distilldsm.core.errors import DataError
-from distilldsm.io import Scan, read_scan
-from distilldsm.io.dicom import is_dicom, write_segmentation
+from distilldsm.io import Scan, read_scan, write_mask
+from distilldsm.io.dicom import is_dicom
 from tests.conftest import SHARED_DATA
 
 pydicom = pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
@@ -154,11 +154,38 @@ def test_each_slice_may_have_its_own_rescaling(tmp_path):
     np.testing.assert_array_equal(values(read_series(tmp_path)), expected.astype(np.float32))
 
 
-def test_one_slice_takes_its_thickness(tmp_path):
-    write_series(tmp_path, voxels(1, 5, 7), step=3.0)
+def test_signed_and_unsigned_slices_of_one_series_keep_their_values(tmp_path):
+    data = voxels(3, 5, 7)
+    data[0] = -400
+    paths = write_series(tmp_path, data)
+    high = np.full((5, 7), 60_000, np.uint16)
+    change(paths[2], PixelRepresentation=0, PixelData=high.tobytes())
+    found = values(read_series(tmp_path))
+    np.testing.assert_array_equal(found[..., :2], data[:2].transpose(2, 1, 0))
+    assert (found[..., 2] == 60_000).all()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "expected"),
+    [
+        ({"SliceThickness": 3.0}, 3.0),
+        ({"SliceThickness": 3.0, "SpacingBetweenSlices": 4.0}, 4.0),
+        ({"SliceThickness": 3.0, "SpacingBetweenSlices": 0.0}, 3.0),
+        ({"SliceThickness": 3.0, "SpacingBetweenSlices": float("inf")}, 3.0),
+        ({"SliceThickness": None}, None),
+        ({"SliceThickness": -1.0}, None),
+    ],
+)
+def test_one_slice_takes_its_distance_or_thickness(tmp_path, attributes, expected):
+    (path,) = write_series(tmp_path, voxels(1, 5, 7))
+    change(path, **attributes)
+    if expected is None:
+        with pytest.raises(DataError, match="a single slice without a thickness"):
+            read_series(tmp_path)
+        return
     scan = read_series(tmp_path)
     assert scan.shape == (7, 5, 1)
-    assert scan.spacing_mm == pytest.approx((0.7, 0.9, 3.0))
+    assert scan.spacing_mm == pytest.approx((0.7, 0.9, expected))
 
 
 def change(path: Path, **attributes) -> None:
@@ -171,21 +198,34 @@ def change(path: Path, **attributes) -> None:
     dataset.save_as(path)
 
 
+NAN = float("nan")
+
+
 @pytest.mark.parametrize(
     ("attributes", "words"),
     [
         ({"SeriesInstanceUID": "1.2.3"}, "holds 2 series"),
-        ({"PixelSpacing": [1.0, 1.0]}, "another spacing"),
+        ({"PixelSpacing": [0.902, 0.7]}, "another spacing"),
         ({"ImageOrientationPatient": [0, 1, 0, 0, 0, 1]}, "another orientation"),
+        ({"ImageOrientationPatient": [1, 0, 0, 0, 1, 2e-4]}, "another orientation"),
         ({"Rows": 4, "Columns": 5, "PixelData": b"\0" * 40}, "another size"),
         ({"ImagePositionPatient": None}, "has no ImagePositionPatient"),
+        ({"SeriesInstanceUID": None}, "has no SeriesInstanceUID"),
         ({"PixelSpacing": [0.0, 1.0]}, "impossible geometry"),
+        ({"PixelSpacing": [1.0, -1.0]}, "impossible geometry"),
+        ({"ImagePositionPatient": [-20.0, NAN, 9.0]}, "impossible geometry"),
         ({"SamplesPerPixel": 3}, "colour image"),
         ({"NumberOfFrames": 2}, "several frames"),
         ({"ImagePositionPatient": [-20.0, 31.0, 4.0]}, "two slices at one position"),
-        ({"ImagePositionPatient": [-19.0, 31.0, 9.0]}, "beside the line"),
-        ({"ImagePositionPatient": [-20.0, 31.0, 9.7]}, "uneven distances"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 6.52]}, "two slices at one position"),
+        ({"ImagePositionPatient": [-19.94, 31.0, 9.0]}, "beside the line"),
+        ({"ImagePositionPatient": [-20.0, 31.06, 9.0]}, "beside the line"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 9.06]}, "uneven distances"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 8.94]}, "uneven distances"),
         ({"PixelData": b"\0" * 20}, "no readable voxels"),
+        ({"RescaleSlope": NAN, "RescaleIntercept": 0.0}, "impossible scaling"),
+        ({"RescaleSlope": 1.0, "RescaleIntercept": NAN}, "impossible scaling"),
+        ({"RescaleSlope": float("inf")}, "impossible scaling"),
     ],
 )
 def test_mixed_and_broken_series_are_refused(tmp_path, attributes, words):
@@ -197,12 +237,50 @@ def test_mixed_and_broken_series_are_refused(tmp_path, attributes, words):
     assert caught.value.seen is not None
 
 
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        {"PixelSpacing": [0.9009, 0.7]},
+        {"ImageOrientationPatient": [1, 0, 0, 0, 1, 9e-5]},
+        {"ImagePositionPatient": [-19.96, 31.0, 9.0]},
+        {"ImagePositionPatient": [-20.0, 31.0, 9.04]},
+        {"NumberOfFrames": 1},
+        {"SamplesPerPixel": None},
+        {"RescaleSlope": 1.0, "RescaleIntercept": 0.0},
+    ],
+)
+def test_small_differences_between_slices_are_accepted(tmp_path, attributes):
+    data = voxels(5, 5, 7)
+    change(write_series(tmp_path, data)[2], **attributes)
+    scan = read_scan([tmp_path], 1)
+    assert scan.spacing_mm == pytest.approx((0.7, 0.9, 2.5), abs=1e-3)
+    if "SamplesPerPixel" not in attributes:  # which pydicom needs to decode
+        np.testing.assert_array_equal(values(scan), data.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize("fault", ["slope", "intercept"])
+def test_a_scaling_that_is_not_finite_in_all_slices_is_refused(tmp_path, fault):
+    """One scaling for all slices is applied late, to voxels that are finite themselves."""
+    slopes, intercept = ((NAN,), 1.0) if fault == "slope" else ((2.0,), float("-inf"))
+    write_series(tmp_path, voxels(3, 5, 7), slopes=slopes, intercept=intercept)
+    with pytest.raises(DataError, match="impossible scaling"):
+        read_scan([tmp_path], 1)
+
+
+def test_directions_must_have_length_1(tmp_path):
+    write_series(tmp_path / "long", voxels(3, 5, 7), orientation=(1, 0, 0, 0, 1.002, 0))
+    with pytest.raises(DataError, match="impossible orientation"):
+        read_series(tmp_path / "long")
+    write_series(tmp_path / "rounded", voxels(3, 5, 7), orientation=(0.9995, 0, 0, 0, 1, 0))
+    assert read_series(tmp_path / "rounded").spacing_mm == pytest.approx((0.7, 0.9, 2.5), rel=1e-3)
+
+
 def test_missing_slices_and_strange_files(tmp_path):
-    paths = write_series(tmp_path / "gap", voxels(6, 5, 7))
-    paths[3].unlink()
-    with pytest.raises(DataError, match="gap between slices") as caught:
-        read_series(tmp_path / "gap")
-    assert "1 missing" in str(caught.value)
+    paths = write_series(tmp_path / "gap", voxels(8, 5, 7))
+    for missing in (1, 2):
+        paths[2 + missing].unlink()
+        with pytest.raises(DataError, match=f"gap between slices(.|\\n)*: {missing} missing"):
+            read_series(tmp_path / "gap")
     (tmp_path / "none").mkdir()
     (tmp_path / "none" / "notes.dcm").write_text("the name says DICOM, the content does not")
     assert not is_dicom(tmp_path / "none" / "notes.dcm")
@@ -214,7 +292,14 @@ def test_missing_slices_and_strange_files(tmp_path):
         read_series(tmp_path / "cut")
     with pytest.raises(DataError, match="more memory than allowed"):
         write_series(tmp_path / "large", voxels(3, 5, 7))
-        read_series(tmp_path / "large", limit_bytes=100)
+        read_series(tmp_path / "large", limit_bytes=3 * 3 * 5 * 7 - 1)
+    assert read_series(tmp_path / "large", limit_bytes=3 * 3 * 5 * 7).nbytes == 2 * 3 * 5 * 7
+    # The index of a medium is no slice, and is left out.
+    shutil.copy(next((tmp_path / "large").iterdir()), tmp_path / "large" / "DICOMDIR")
+    index = pydicom.dcmread(tmp_path / "large" / "DICOMDIR")
+    index.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+    index.save_as(tmp_path / "large" / "DICOMDIR")
+    assert read_series(tmp_path / "large").shape == (7, 5, 3)
 
 
 def test_a_tilted_stack_is_refused(tmp_path):
@@ -228,15 +313,18 @@ def test_a_tilted_stack_is_refused(tmp_path):
 def test_a_segmentation_lies_on_its_series(tmp_path, empty):
     turned = rotation((0.3, -0.2, 0.4))
     write_series(tmp_path / "series", voxels(6, 5, 7), orientation=(*turned[:, 0], *turned[:, 1]))
+    for path in (tmp_path / "series").iterdir() if empty else ():
+        change(path, PatientName=None)  # as anonymised series lack it
     scan = read_series(tmp_path / "series")
     mask = np.zeros(scan.shape, dtype=np.uint8)
     if not empty:
         mask[1:4, 2:5, 1:3] = 1
         mask[4:, :2, 2:5] = 5
     labels = {"background": 0, "anterior": 1, "posterior": 5}
-    write_segmentation(tmp_path / "mask.dcm", mask, scan.source, labels, model="a model")
+    write_mask(tmp_path / "mask.dcm", mask, scan, labels=labels, model="a model")
     segmentation = hd.seg.segread(tmp_path / "mask.dcm")
     assert [s.SegmentLabel for s in segmentation.SegmentSequence] == ["anterior", "posterior"]
+    assert segmentation.SegmentSequence[0].SegmentationAlgorithmIdentificationSequence[0].AlgorithmName == "a model"
     assert segmentation.PatientID == "0"
     first = pydicom.dcmread(next((tmp_path / "series").iterdir()))
     assert segmentation.StudyInstanceUID == first.StudyInstanceUID
