@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from distilldsm.config.networks import MODEL_NAMES, Options, check_options
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, did_you_mean
 from distilldsm.core.mapping import require
 
 MirrorAxis = Literal["depth", "height", "width"]
@@ -22,15 +22,12 @@ class ModelConfig:
     """Options of that network, e.g. `alpha: 0.5`; of `inserted`, the code that makes it: docs/any-2d-network.md."""
 
     def __post_init__(self) -> None:
-        import difflib
-
         if self.name not in MODEL_NAMES:
-            close = difflib.get_close_matches(self.name, MODEL_NAMES, n=1)
             raise ConfigError(
                 "'name' is no known model",
                 seen=repr(self.name),
                 rule="one of " + ", ".join(MODEL_NAMES),
-                hint=f"did you mean '{close[0]}'?" if close else None,
+                hint=did_you_mean(self.name, MODEL_NAMES),
             )
         check_options(self.name, self.options)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 
 from distilldsm.core.redaction import redact
 
@@ -38,6 +39,15 @@ class UserError(Exception):
         if hint:
             parts.append(f"  hint: {hint}")
         super().__init__(redact("\n".join(parts)))
+
+
+def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """A hint at the known name that comes closest, in any case; None where none is as close as `cutoff`, 0 to 1."""
+    import difflib
+
+    by_lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=cutoff)
+    return f"did you mean '{by_lower[close[0]]}'?" if close else None
 
 
 class ConfigError(UserError):

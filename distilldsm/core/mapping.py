@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import difflib
 import math
 import os
 import types
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distilldsm.core.assignments import parse_yaml, read_assignment
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, did_you_mean
 from distilldsm.core.shipped import shipped
 
 T = TypeVar("T")
@@ -69,12 +68,11 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            close = difflib.get_close_matches(str(key), fields, n=1)
             raise ConfigError(
                 f"unknown parameter '{key}'",
                 where=where,
                 rule="allowed: " + ", ".join(fields),
-                hint=f"did you mean '{close[0]}'?" if close else "remove it or correct its name",
+                hint=did_you_mean(str(key), fields) or "remove it or correct its name",
             )
     built = {key: _convert_field(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
     missing = [
@@ -175,13 +173,12 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         return _convert_union(args, value, where)
     if origin is typing.Literal:
         if value not in args or isinstance(value, bool) != any(isinstance(a, bool) for a in args):
-            close = difflib.get_close_matches(str(value), [str(a) for a in args], n=1)
             raise ConfigError(
                 "is not an allowed value",
                 where=where,
                 seen=_show(value),
                 rule="one of " + ", ".join(str(a) for a in args),
-                hint=f"did you mean '{close[0]}'?" if close else None,
+                hint=did_you_mean(str(value), map(str, args)),
             )
         return value
     if origin is tuple:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from distilldsm.config import Modality
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, did_you_mean
 
 _HOSTS = (
     "https://msd-for-monai.s3-us-west-2.amazonaws.com",
@@ -75,12 +74,10 @@ def lookup(source: str) -> CatalogEntry:
     """
     if source in CATALOG:
         return CATALOG[source]
-    by_lower = {name.lower(): name for name in CATALOG}
-    close = difflib.get_close_matches(source.lower(), by_lower, n=1, cutoff=0.3)
     raise ConfigError(
         "no such data set",
         where="download.source",
         seen=repr(source),
         rule="one of " + ", ".join(CATALOG),
-        hint=f"did you mean '{by_lower[close[0]]}'?" if close else None,
+        hint=did_you_mean(source, CATALOG, cutoff=0.3),
     )

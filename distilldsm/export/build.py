@@ -87,6 +87,7 @@ def build_package(
     index = DatasetIndex.load(preprocessed)
     training, held_out = load_fold(preprocessed / "splits.json", fold)
     network = load_network(model_dir, checkpoint)
+    spec = {**spec, "depth_halo": network.depth_halo}  # what is built counts, whatever the file says
 
     export_onnx(network, output / "model.onnx")
     export_openvino(output / "model.onnx", output / "model.xml", fp16=True)

@@ -51,6 +51,17 @@ def _draws(generator: torch.Generator | Draws) -> Draws:
     return generator if isinstance(generator, Draws) else Draws(generator)
 
 
+def changes_nothing(config: AugmentConfig) -> bool:
+    """Whether `augment` would only cut out the middle."""
+    shares = (
+        config.spatial_probability,
+        config.elastic_probability,
+        config.intensity_probability,
+        config.low_resolution_probability,
+    )
+    return not any(shares) and not config.mirror_axes
+
+
 def augment(
     images: Tensor,
     labels: Tensor,

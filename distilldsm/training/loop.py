@@ -24,7 +24,7 @@ from distilldsm.core.progress import Meter, duration, memory_text, meter
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
-from distilldsm.training.augment import Draws, augment, centre_crop
+from distilldsm.training.augment import Draws, augment, centre_crop, changes_nothing
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
@@ -291,13 +291,7 @@ class Trainer:
         x = torch.from_numpy(images).to(self.device, torch.float32, non_blocking=True)
         y = torch.from_numpy(labels).to(self.device, non_blocking=True)
         settings = self.config.augment
-        shares = (
-            settings.spatial_probability,
-            settings.elastic_probability,
-            settings.intensity_probability,
-            settings.low_resolution_probability,
-        )
-        if not any(shares) and not settings.mirror_axes:
+        if changes_nothing(settings):
             return centre_crop(x, y, size)
         return augment(
             x,

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, did_you_mean
 from distilldsm.core.mapping import from_mapping, load_yaml
 from distilldsm.data.dataset import INDEX
 from distilldsm.validation.case_table import CaseTable, Column, show
@@ -171,15 +171,12 @@ def _bounds_rule(column: str, low: float | None, high: float | None, kinds: Mapp
 
 
 def _unknown_column(column: str, kinds: Mapping[str, str], where: str) -> ConfigError:
-    import difflib
-
-    close = difflib.get_close_matches(column, kinds, n=1)
     return ConfigError(
         "unknown column of the case table",
         where=where,
         seen=column,
         rule="one of " + ", ".join(kinds),
-        hint=f"did you mean '{close[0]}'?" if close else None,
+        hint=did_you_mean(column, kinds),
     )
 
 
@@ -233,7 +230,7 @@ def _expectations(suite: Suite) -> list[Any]:
                 ) from None
             column = {} if rule.column is None else {"column": rule.column}
             try:
-                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Mend: {rule.hint}"
+                notes = f"{rule.rule} ({rule.severity}): {rule.message}. Hint: {rule.hint}"
                 built.append(kind(**column, **rule.kwargs, meta={"rule": rule.rule}, notes=notes))
             except (ValueError, TypeError) as error:  # pydantic's ValidationError is a ValueError
                 raise ConfigError(
@@ -246,15 +243,12 @@ def _expectations(suite: Suite) -> list[Any]:
 
 
 def _unknown_expectation(name: str, known: Sequence[str], where: str) -> ConfigError:
-    import difflib
-
-    close = difflib.get_close_matches(name, known, n=1)
     return ConfigError(
         "unknown expectation",
         where=where,
         seen=name,
         rule="a core expectation of Great Expectations 1.x, e.g. " + BETWEEN,
-        hint=f"did you mean '{close[0]}'?" if close else None,
+        hint=did_you_mean(name, known),
     )
 
 

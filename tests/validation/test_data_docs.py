@@ -99,7 +99,7 @@ def test_the_pages_load_and_run_nothing_and_their_links_lead_somewhere(checked, 
     words = " ".join(results.split())
     assert "2 unexpected values found" in words
     assert "spacing_max_mm" in words
-    assert "Mend: scan again" in suite
+    assert "Hint: scan again" in suite
     assert HOSTILE in results  # as text
 
 
