@@ -21,7 +21,7 @@ from distilldsm.core.files import write_json
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import METRICS
-from distilldsm.evaluation.report_contents import Evaluation, write_report
+from distilldsm.evaluation.report import Evaluation, write_report
 
 LABELS = ("inner", "outer")
 SHAPES = ((64, 64, 64), (256, 256, 128))

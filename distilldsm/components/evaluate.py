@@ -13,7 +13,7 @@ from distilldsm.core.stage import Input, Option, Output, Plot, Stage
 
 if TYPE_CHECKING:
     from distilldsm.config import EvaluateConfig, TrackingConfig
-    from distilldsm.evaluation.report_contents import Evaluation
+    from distilldsm.evaluation.report import Evaluation
     from distilldsm.tracking import Run
 
 

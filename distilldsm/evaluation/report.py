@@ -1,104 +1,315 @@
-"""One self-contained HTML page of an evaluation: nothing is loaded, its script sorts a table and shows volumes."""
+"""The page of an evaluation: figures, cases worth a look, their volumes, facts on data and model in one file."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distilldsm.evaluation import report_sections as parts
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.config import EvaluateConfig
+from distilldsm.core.files import read_json
+from distilldsm.core.mapping import flatten
+from distilldsm.core.output_directory import MANIFEST, content_hash, package_versions
+from distilldsm.core.provenance import provenance
+from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.evaluation import report_sections as sections
+from distilldsm.evaluation.metrics import VOLUMES, main_metrics
 from distilldsm.evaluation.postprocess import Postprocessing
-from distilldsm.report.old_page import HOW_TO_READ, cases_table, facts_table, figure, page, section
+from distilldsm.io import read_labels, read_scan
+from distilldsm.report import figures
+from distilldsm.report.overlays import overlay
+from distilldsm.report.page import Picture, render
+
+VIEWER_BYTES = 8_000_000
+"""Of the page, for the volumes of all its viewed cases, as base64: the whole page stays below 15 MB."""
+VIEWED = ("worst", "second worst", "median", "best")
+_START_VOXELS = 2_000_000
+_FEWEST_VOXELS = 1000
+
+Rows = Sequence[Mapping[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure of the page."""
+class Evaluation:
+    """What the page is about; the stage's own names."""
 
-    path: Path
-    caption: str
-    alt: str = ""
-    """What it shows, for those who do not see it; default: the caption."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Report:
-    """What the page is made of."""
-
-    title: str
-    notes: Sequence[str] = ()
-    """What a reader must know before believing the numbers."""
-    rows: Sequence[Mapping[str, Any]]
-    """One per case and label."""
+    config: EvaluateConfig
+    inputs: Mapping[str, Path]
+    ensemble: Sequence[Path] = ()
+    """Further models, whose scores are averaged with those of `inputs["model"]`."""
+    index: DatasetIndex
+    cases: Sequence[Case]
+    fold: int
+    labels: Sequence[str]
+    """Of the scores: labels, or regions."""
+    rows: Rows
     summary: Mapping[str, Any]
-    """Of `tables.summarise`."""
     intervals: Mapping[str, Any]
-    """Of `tables.intervals`."""
     postprocessing: Postprocessing | None = None
-    """What keeping only the largest component would give; None where it was not scored."""
-    distributions: Sequence[Picture] = ()
-    volumes: Sequence[Picture] = ()
-    training: Sequence[Picture] = ()
-    overlays: Sequence[Picture] = ()
-    viewer: str = ""
-    """HTML of `distilldsm.viewer`."""
-    fingerprint: Mapping[str, Any] | None = None
-    plan: Mapping[str, Any]
-    validation: Mapping[str, Any] | None = None
-    """Of the validate stage's report.json."""
-    model: Mapping[str, Any]
-    """Of model.json."""
+    prediction_cost: Mapping[str, Any]
     training_cost: Mapping[str, Any]
-    prediction_cost: Mapping[str, Any] | None = None
-    facts: Mapping[str, Any] = field(default_factory=dict)
-    """Provenance, key to value."""
-    params: Mapping[str, Any] = field(default_factory=dict)
-    """Parameters, dotted key to value."""
 
 
-def render_report(report: Report) -> str:
-    """The page."""
-    labels = list(report.summary["labels"])
-    sections = (
-        ("overview", "Overview", "Overview", parts.overview(report.rows, report.summary, report.intervals)),
-        ("scores", "Scores", "Scores", _scores(report)),
-        ("pictures", "Pictures", "Worst, median and best cases", _overlays(report.overlays)),
-        ("viewer", "Viewer", "Look at the volumes", report.viewer),
-        ("cases", "Cases", "Cases, worst first", cases_table(report.rows)),
-        ("volumes", "Volumes", "Volumes", _grid(report.volumes) + parts.agreement(report.rows, labels)),
-        ("training", "Training", "Training", _grid(report.training)),
-        ("data", "Data", "Data", parts.fingerprint_section(report.fingerprint, report.plan)),
-        ("validation", "Validation", "Validation of the data", parts.validation_section(report.validation)),
-        ("cost", "Cost", "Cost", parts.cost_section(report.model, report.prediction_cost, report.training_cost)),
-        ("provenance", "Provenance", "Provenance", facts_table(report.facts) + _params(report.params)),
-    )
-    contents = {key: short for key, short, _, content in sections if content} | {"reading": "How to read"}
-    body = "".join(section(key, heading, content) for key, _, heading, content in sections)
-    return page(report.title, report.notes, body + HOW_TO_READ, contents=contents)
+def optional_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """What the page shows where it is there, and does without where not: the validation report, the fingerprint."""
+    found = {"fingerprint": inputs["preprocessed"] / "fingerprint.json"}
+    if "validation" in inputs:
+        found["validation"] = inputs["validation"] / "report.json"
+    return {name: path for name, path in found.items() if path.is_file()}
 
 
-def _scores(report: Report) -> str:
-    table = parts.scores(report.summary, report.intervals)
-    return table + parts.largest_component(report.postprocessing) + _grid(report.distributions)
+def write_report(work: Path, given: Evaluation) -> None:
+    """Write `report.html` and `figures/`; `work` holds the predicted masks."""
+    (work / "report.html").write_text(render("evaluation.html", **page_contents(work, given)), encoding="utf-8")
 
 
-def _grid(pictures: Sequence[Picture]) -> str:
-    shown = "".join(figure(one.caption, one.path, alt=one.alt) for one in pictures)
-    return f"<div class='figures'>{shown}</div>" if shown else ""
+def page_contents(work: Path, given: Evaluation) -> dict[str, Any]:
+    """What the template evaluation.html needs; writes the figures."""
+    model = read_json(given.inputs["model"] / "model.json")
+    if given.ensemble:
+        model |= {key: given.training_cost[key] for key in ("parameters", "macs_per_voxel")}
+    optional = {name: read_json(path) for name, path in optional_inputs(given.inputs).items()}
+    overlays, viewer = _look_at_cases(work, given)
+    facts = _facts(given, model)
+    return {
+        "title": f"{given.index.name}, {facts['network']}, fold {given.fold}",
+        "notes": _notes(given),
+        "overview": sections.overview(given.rows, given.summary, given.intervals),
+        "scores": sections.score_lines(given.summary, given.intervals),
+        "largest": sections.largest_component(given.postprocessing),
+        "figures": _plots(work / "figures", given),
+        "overlays": overlays,
+        "viewer": viewer,
+        "cases": sections.case_lines(given.rows),
+        "agreement": sections.agreement_lines(given.rows, given.labels),
+        "data": sections.data_lines(optional.get("fingerprint")),
+        "plan": sections.plan_facts(read_json(given.inputs["model"] / "plan.json")),
+        "validation": sections.validation_lines(optional.get("validation")),
+        "model": model,
+        "cost": sections.cost_lines(given.prediction_cost, given.training_cost),
+        "provenance": facts,
+        "params": _params(given),
+    }
 
 
-def _overlays(pictures: Sequence[Picture]) -> str:
-    if not pictures:
-        return ""
-    shown = "".join(figure(one.caption, one.path, alt=one.alt, kind="overlay") for one in pictures)
-    return (
-        f"{shown}<p class='small'>Slices through the point around which most voxels are wrong (dotted lines), "
-        "cropped to the structures. Full line: truth; dashed: prediction; yellow: they differ. Letters: left, right, "
-        "anterior, posterior, superior, inferior of the patient, whose left is on the left; x, y, z in the scan's "
-        "coordinates (RAS+).</p>"
-    )
+def _notes(given: Evaluation) -> list[str]:
+    notes = [given.index.note]
+    if given.config.checkpoint == "best":
+        notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
+    if given.config.mirror:
+        notes.append("The scores are of predictions averaged over mirrored views.")
+    if given.ensemble:
+        count = 1 + len(given.ensemble)
+        notes.append(f"The scores are of {count} networks, averaged; plan, curves and parameters are the first one's.")
+    return notes
 
 
-def _params(params: Mapping[str, Any]) -> str:
-    return f"<details><summary>Parameters</summary>{facts_table(params)}</details>" if params else ""
+def choose_cases(rows: Rows) -> dict[str, str]:
+    """Kind (worst, second worst, third worst, median, best) to case, by mean Dice; each case once."""
+    ranked = list(sections.mean_dice(rows))
+    wanted = {"worst": 0, "best": -1, "median": len(ranked) // 2, "second worst": 1, "third worst": 2}
+    chosen: dict[str, str] = {}
+    for kind, place in wanted.items():
+        if place < len(ranked) and ranked[place] not in chosen.values():
+            chosen[kind] = ranked[place]
+    order = ("worst", "second worst", "third worst", "median", "best")
+    return {kind: chosen[kind] for kind in order if kind in chosen}
+
+
+def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], dict[str, Any]]:
+    """Overlays of the chosen cases, and the viewer's contents with some of them."""
+    from distilldsm.report.viewer import ViewedCase, viewer_contents
+
+    names = {"second worst": "worst2", "third worst": "worst3"}
+    cases = {case.id: case for case in given.cases}
+    chosen = choose_cases(given.rows)
+    in_viewer = [kind for kind in VIEWED if kind in chosen]
+    pictures, viewed = [], []
+    for kind, id_ in chosen.items():
+        case, dataset = cases[id_], given.inputs["dataset"]
+        volume = read_scan([dataset / p for p in case.images], len(given.index.channels)).volume()
+        truth = read_labels(dataset / case.label).values
+        mask = read_labels(work / "predictions" / f"{case.id}.nii.gz").values
+        caption = f"{kind} case: {_caption(id_, given)}"
+        path = work / "figures" / f"{names.get(kind, kind)}.png"
+        figure = overlay(volume.data[0], truth, mask, affine=volume.affine, labels=given.index.labels)
+        figures.save_figure(figure, path)
+        alt = f"Three planes of {id_} with the outlines of truth and prediction. {caption}"
+        pictures.append(Picture(path=path, caption=caption[0].upper() + caption[1:], alt=alt))
+        if kind in in_viewer:
+            small = fitted(volume.data[0], truth, mask, volume.affine, VIEWER_BYTES // len(in_viewer))
+            parts = dict(zip(("image", "truth", "prediction"), small, strict=True))
+            viewed.append(ViewedCase(name=f"{kind}: {id_}", caption=caption, **parts))
+    return pictures, viewer_contents(viewed, given.index.labels)
+
+
+def fitted(
+    image: npt.NDArray[np.floating],
+    truth: npt.NDArray[np.integer],
+    prediction: npt.NDArray[np.integer],
+    affine: npt.NDArray[np.floating],
+    max_bytes: int,
+) -> tuple[bytes, bytes, bytes]:
+    """The three volumes (X, Y, Z) for the viewer, thinned out until their base64 takes at most `max_bytes`."""
+    from distilldsm.report.viewer import packed
+
+    voxels = min(_START_VOXELS, image.size)
+    while True:
+        made = (
+            packed(image, affine, is_label=False, max_voxels=voxels),
+            packed(truth, affine, is_label=True, max_voxels=voxels),
+            packed(prediction, affine, is_label=True, max_voxels=voxels),
+        )
+        size = sum(len(one) for one in made) * 4 / 3
+        if size <= max_bytes or voxels <= _FEWEST_VOXELS:
+            return made
+        voxels = max(_FEWEST_VOXELS, int(0.9 * voxels * max_bytes / size))
+
+
+def _caption(case: str, given: Evaluation) -> str:
+    rows = [row for row in given.rows if row["case"] == case]
+    mean = np.mean([row["dice"] for row in rows])
+    text = f"{case}, mean Dice {mean:.3f}"
+    shown = sorted(rows, key=lambda row: row["dice"])[:6]
+    if len(rows) > 1:
+        names = [f"{row['label']} {row['dice']:.3f}" for row in shown]
+        text += f" ({', '.join([*names, '...'] if len(rows) > len(shown) else names)})"
+    return f"{text}, largest HD95 {max(row['hd95_mm'] for row in rows):.1f} mm"
+
+
+def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
+    """All figures but the overlays, by the part of the page."""
+    history = read_json(given.inputs["model"] / "history.json")
+    return {
+        "distributions": _distributions(folder, given),
+        "volumes": _volume_plots(folder, given.rows, given.labels),
+        "training": _training_plots(folder, history),
+    }
+
+
+def _saved(folder: Path, name: str, figure: Any, caption: str, alt: str = "") -> Picture:
+    path = folder / f"{name}.png"
+    figures.save_figure(figure, path)
+    return Picture(path=path, caption=caption, alt=alt)
+
+
+def _distributions(folder: Path, given: Evaluation) -> list[Picture]:
+    """Of each main metric the scores of all cases."""
+    tolerance = f"{given.config.nsd_tolerance_mm:g} mm"
+    captions = {
+        "dice": f"Dice of {given.summary['cases']} cases. Box: quartiles and median; a point is a case.",
+        "hd95_mm": "HD95: 95th percentile of the distance between the surfaces, lower is better.",
+        "nsd": f"NSD: share of the surfaces within {tolerance} of each other.",
+    }
+    pictures = []
+    for metric in main_metrics():
+        values = {
+            label: [r[metric.name] for r in given.rows if r["label"] == label and r[metric.name] is not None]
+            for label in given.labels
+        }
+        scores = given.summary["labels"].items()
+        means = "; ".join(f"{label} {metric.text(of[metric.name]['mean'])}" for label, of in scores)
+        unit = tolerance if metric.name == "nsd" else metric.unit
+        title = f"{metric.title} ({unit})" if unit else metric.title
+        name = metric.name.removesuffix("_mm")
+        caption = captions.get(metric.name, metric.heading)
+        alt = f"Box plot of {metric.heading} per label. Means: {means}."
+        pictures.append(_saved(folder, name, figures.score_boxes(values, title), caption, alt))
+    return pictures
+
+
+def _volume_plots(folder: Path, rows: Rows, labels: Sequence[str]) -> list[Picture]:
+    """Predicted against true volumes, and Dice against the true ones, ml."""
+    truth, predicted = ({label: [r[name] for r in rows if r["label"] == label] for label in labels} for name in VOLUMES)
+    dice = {label: [row["dice"] for row in rows if row["label"] == label] for label in labels}
+    pairs = {label: list(zip(truth[label], predicted[label], strict=True)) for label in labels}
+    differences = {label: [((t + p) / 2, p - t) for t, p in of] for label, of in pairs.items()}
+    limits = {label: (one.low, one.bias, one.high) for label, one in sections.volume_agreement(rows, labels).items()}
+    by_size = {label: list(zip(truth[label], dice[label], strict=True)) for label in labels}
+    mean_title = "mean of true and predicted volume (ml)"
+    return [
+        _saved(
+            folder,
+            "volume_differences",
+            figures.scatter(differences, mean_title, "predicted minus true (ml)", limits=limits),
+            "Bland-Altman plot: bias and 95 % limits of agreement; the numbers stand below.",
+            "Scatter plot of predicted minus true volume against their mean, ml.",
+        ),
+        _saved(
+            folder,
+            "volumes",
+            figures.scatter(pairs, "true volume (ml)", "predicted volume (ml)", diagonal=True),
+            "Predicted against true volume; on the grey line they are equal.",
+            "Scatter plot of predicted against true volume, ml.",
+        ),
+        _saved(
+            folder,
+            "dice_by_volume",
+            figures.scatter(by_size, "true volume (ml)", "Dice"),
+            "Dice against the size of the structure: small ones score lower for the same error at the surface.",
+            "Scatter plot of Dice against true volume, ml.",
+        ),
+    ]
+
+
+def _training_plots(folder: Path, history: Rows) -> list[Picture]:
+    """What was recorded in each epoch of the training."""
+    loss = [(entry["epoch"], entry["train_loss"]) for entry in history]
+    rate = [(entry["epoch"], entry["learning_rate"]) for entry in history if entry.get("learning_rate") is not None]
+    dice: dict[str, list[tuple[float, float]]] = {}
+    for entry in history:
+        for label, value in entry.get("val_dice", {}).items():
+            dice.setdefault(label, []).append((entry["epoch"], np.nan if value is None else value))
+    dice_caption = "Dice of held-out volumes while training, in the network's space: for watching, not reported."
+    return [
+        _saved(
+            folder,
+            "training_loss",
+            figures.over_epochs({"": loss}, "training loss"),
+            "Loss of training, mean of each epoch.",
+        ),
+        _saved(folder, "training_dice", figures.over_epochs(dice, "Dice of held-out volumes"), dice_caption),
+        _saved(
+            folder,
+            "learning_rate",
+            figures.over_epochs({"": rate}, "learning rate", from_zero=True),
+            "Learning rate.",
+        ),
+    ]
+
+
+def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
+    index, inputs = given.index, given.inputs
+    source = provenance()
+    commit = source.get("git_commit", "not known")
+    recorded = inputs["model"] / "mlflow_run.json"
+    run = read_json(recorded).get("run_id") if recorded.is_file() else None
+    return {
+        "network": sections.networks_named([model, *(read_json(folder / "model.json") for folder in given.ensemble)]),
+        "epochs": model["epochs"],
+        "checkpoint": given.config.checkpoint,
+        "fold": given.fold,
+        "NSD tolerance": f"{given.config.nsd_tolerance_mm:g} mm",
+        "data set": index.name,
+        "source": index.source,
+        "licence of the data": index.licence,
+        "reference": index.reference,
+        "data hash": content_hash(inputs["dataset"])[:16],
+        "model hash": ", ".join(content_hash(folder)[:16] for folder in (inputs["model"], *given.ensemble)),
+        "git commit": commit + (", changed since" if source.get("git_dirty") == "true" else ""),
+        "MLflow run": run or "none",
+        **({"Kubeflow run": source["kfp_run_id"]} if "kfp_run_id" in source else {}),
+        "versions": ", ".join(f"{k} {v}" for k, v in package_versions().items()),
+    }
+
+
+def _params(given: Evaluation) -> dict[str, Any]:
+    """Of the training, as its manifest tells them, and of the evaluation."""
+    manifest = given.inputs["model"] / MANIFEST
+    train = read_json(manifest).get("config", {}) if manifest.is_file() else {}
+    flat = flatten({"train": train, "evaluate": asdict(given.config)})
+    return {key: "-" if value is None else value for key, value in flat.items()}

@@ -25,7 +25,7 @@ from distilldsm.data.targets import Targets
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import confusion, score_case
 from distilldsm.evaluation.postprocess import write_postprocessing
-from distilldsm.evaluation.report_contents import Evaluation, write_report
+from distilldsm.evaluation.report import Evaluation, write_report
 from distilldsm.inference.postprocess import keep_largest
 from distilldsm.io import read_labels, read_scan, write_mask
 

@@ -1,8 +1,11 @@
-"""Figures of an evaluation. Colours are told apart by colour-blind readers (Okabe and Ito), axes carry units."""
+"""Figures of evaluations: they draw the numbers that they are given.
+
+Colours are told apart by colour-blind readers (Okabe and Ito), axes carry units.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +18,11 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F
 LINES_FOR = 4
 """So many labels get lines of their own in the Bland-Altman plot; more would hide the points."""
 LEGEND_FOR = 12
+MARKED = 10
+"""A line of fewer points shows them as well: one epoch makes no line."""
 
-Rows = Sequence[Mapping[str, Any]]
+Points = Sequence[tuple[float, float]]
+"""x and y."""
 
 
 def label_colour(k: int) -> str:
@@ -40,17 +46,18 @@ def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.4
     return figure, figure.subplots(rows, columns, squeeze=False)
 
 
-def score_boxes(rows: Rows, labels: Sequence[str], metric: str, title: str) -> Figure:
-    """Box plot of a score, a line per label, with every case as a point."""
-    figure, axes = new_figure(size=(5.4, 1.5 + 0.55 * max(len(labels), 2)))
+def score_boxes(values: Mapping[str, Sequence[float]], title: str) -> Figure:
+    """Box plot of a score, a line per label, with every case as a point: {label: values}."""
+    figure, axes = new_figure(size=(5.4, 1.5 + 0.55 * max(len(values), 2)))
     axis = axes[0, 0]
-    values = [_column(rows, label, metric) for label in labels]
-    axis.boxplot(values, orientation="horizontal", showfliers=False, widths=0.55, medianprops={"color": "black"})
+    axis.boxplot(
+        list(values.values()), orientation="horizontal", showfliers=False, widths=0.55, medianprops={"color": "black"}
+    )
     rng = np.random.default_rng(0)
-    for k, points in enumerate(values):
+    for k, points in enumerate(values.values()):
         jitter = rng.uniform(-0.16, 0.16, len(points))
         axis.scatter(points, k + 1 + jitter, s=16, alpha=0.65, color=label_colour(k), linewidths=0, zorder=3)
-    axis.set_yticks(range(1, len(labels) + 1), [_plain(label) for label in labels])
+    axis.set_yticks(range(1, len(values) + 1), [_plain(label) for label in values])
     axis.invert_yaxis()
     axis.set_xlabel(title)
     axis.grid(axis="x", alpha=0.3)
@@ -73,129 +80,81 @@ def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
     return figure
 
 
-def training_loss(history: Rows) -> Figure:
-    """Training loss over epochs; on a logarithmic scale where it allows one."""
-    figure, axis = _over_epochs("training loss")
-    losses = [h["train_loss"] for h in history]
-    axis.plot([h["epoch"] for h in history], losses, color=COLOURS[0], **_marks(history))
-    if losses and min(losses) > 0 and max(losses) > 5 * min(losses):
-        _plain_log(axis, "y")
-    return figure
+def over_epochs(curves: Mapping[str, Points], title: str, *, from_zero: bool = False) -> Figure:
+    """A line per label, or a single one of the name "": {label: [(epoch, value)]}.
 
-
-def learning_rate(history: Rows) -> Figure:
-    """Learning rate over epochs."""
-    figure, axis = _over_epochs("learning rate")
-    known = [h for h in history if h.get("learning_rate") is not None]
-    axis.plot([h["epoch"] for h in known], [h["learning_rate"] for h in known], color=COLOURS[0], **_marks(known))
-    axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
-    axis.set_ylim(bottom=0)
-    return figure
-
-
-def training_dice(history: Rows) -> Figure:
-    """Dice of the held-out volumes over epochs, where it was measured."""
-    figure, axis = _over_epochs("Dice of held-out volumes")
-    scored = [h for h in history if "val_dice" in h]
-    epochs = [h["epoch"] for h in scored]
-    for k, label in enumerate(scored[-1]["val_dice"] if scored else ()):
-        scores = [h["val_dice"].get(label) for h in scored]
-        axis.plot(epochs, scores, marker="o", markersize=4, color=label_colour(k), label=_plain(label))
-    _legend(axis)
-    return figure
-
-
-def volume_agreement(rows: Rows, labels: Sequence[str]) -> Figure:
-    """Predicted against true volume of every case and label, ml."""
-    figure, axes = new_figure()
-    axis = axes[0, 0]
-    _scatter(axis, rows, labels, lambda row: (row["volume_truth_ml"], row["volume_predicted_ml"]))
-    volumes = [row[key] for row in rows for key in ("volume_truth_ml", "volume_predicted_ml")]
-    low, high = min(volumes, default=0.0), max(volumes, default=1.0)
-    if low > 0 and high > 20 * low:
-        _plain_log(axis, "x")
-        _plain_log(axis, "y")
-    axis.plot([low, high], [low, high], color="grey", linewidth=1, zorder=0)
-    axis.set_xlabel("true volume (ml)")
-    axis.set_ylabel("predicted volume (ml)")
-    _legend(axis)
-    return figure
-
-
-def volume_differences(rows: Rows, labels: Sequence[str], limits: Mapping[str, tuple[float, float, float]]) -> Figure:
-    """Bland-Altman plot: predicted minus true volume against their mean, ml, with bias and limits of agreement.
-
-    Args:
-        limits: label to lower limit, bias and upper limit, ml; labels that are missing get no lines.
+    The values' axis is logarithmic where they are positive and differ more than fivefold, unless it starts at zero.
     """
-    figure, axes = new_figure()
-    axis = axes[0, 0]
-
-    def point(row: Mapping[str, Any]) -> tuple[float, float]:
-        truth, predicted = row["volume_truth_ml"], row["volume_predicted_ml"]
-        return (truth + predicted) / 2, predicted - truth
-
-    _scatter(axis, rows, labels, point)
-    axis.axhline(0, color="grey", linewidth=1, zorder=0)
-    for k, label in enumerate(labels if len(labels) <= LINES_FOR else ()):
-        if label not in limits:
-            continue
-        low, bias, high = limits[label]
-        axis.axhline(bias, color=label_colour(k), linewidth=1.4)
-        for limit in (low, high):
-            axis.axhline(limit, color=label_colour(k), linewidth=1.1, linestyle="dashed")
-    means = [point(row)[0] for row in rows]
-    if means and min(means) > 0 and max(means) > 20 * min(means):
-        _plain_log(axis, "x")
-    axis.set_xlabel("mean of true and predicted volume (ml)")
-    axis.set_ylabel("predicted minus true (ml)")
-    _legend(axis)
-    return figure
-
-
-def dice_by_volume(rows: Rows, labels: Sequence[str]) -> Figure:
-    """Dice against the true volume of the structure, ml."""
-    figure, axes = new_figure()
-    axis = axes[0, 0]
-    _scatter(axis, rows, labels, lambda row: (row["volume_truth_ml"], row["dice"]))
-    volumes = [row["volume_truth_ml"] for row in rows]
-    if volumes and min(volumes) > 0 and max(volumes) > 20 * min(volumes):
-        _plain_log(axis, "x")
-    axis.set_xlabel("true volume (ml)")
-    axis.set_ylabel("Dice")
-    _legend(axis)
-    return figure
-
-
-def _column(rows: Rows, label: str, metric: str) -> list[float]:
-    return [row[metric] for row in rows if row["label"] == label and row[metric] is not None]
-
-
-def _scatter(
-    axis: Any, rows: Rows, labels: Sequence[str], point: Callable[[Mapping[str, Any]], tuple[float, float]]
-) -> None:
-    for k, label in enumerate(labels):
-        points = [point(row) for row in rows if row["label"] == label]
-        x, y = zip(*points, strict=True) if points else ((), ())
-        axis.scatter(x, y, s=18, alpha=0.7, color=label_colour(k), label=_plain(label), linewidths=0, zorder=3)
-    axis.grid(alpha=0.3)
-
-
-def _over_epochs(quantity: str) -> tuple[Figure, Any]:
     from matplotlib.ticker import MaxNLocator
 
+    figure, axis = _axis("epoch", title)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for k, (label, points) in enumerate(curves.items()):
+        colour = label_colour(k) if label else COLOURS[0]
+        marks = {"marker": "o", "markersize": 4} if len(points) < MARKED else {}
+        axis.plot(*_split(points), color=colour, label=_plain(label), **marks)
+    if from_zero:
+        axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
+        axis.set_ylim(bottom=0)
+    elif _is_wide((y for points in curves.values() for _, y in points), 5):
+        _plain_log(axis, "y")
+    _legend(axis)
+    return figure
+
+
+def scatter(
+    points: Mapping[str, Points],
+    x_title: str,
+    y_title: str,
+    *,
+    diagonal: bool = False,
+    limits: Mapping[str, tuple[float, float, float]] | None = None,
+) -> Figure:
+    """Points of each label: {label: [(x, y)]}. Where x differs more than twentyfold its axis is logarithmic.
+
+    Args:
+        diagonal: x and y are the same quantity: both axes have one scale, and a grey line shows where they are equal.
+        limits: y is a difference: a grey line at 0, and of each label lower limit, mean and upper limit.
+    """
+    figure, axis = _axis(x_title, y_title)
+    for k, (label, of_label) in enumerate(points.items()):
+        x, y = _split(of_label)
+        axis.scatter(x, y, s=18, alpha=0.7, color=label_colour(k), label=_plain(label), linewidths=0, zorder=3)
+    values = [value for of_label in points.values() for point in of_label for value in point[: 1 + diagonal]]
+    if _is_wide(values, 20):
+        _plain_log(axis, "x")
+        if diagonal:
+            _plain_log(axis, "y")
+    if diagonal and values:
+        ends = [min(values), max(values)]
+        axis.plot(ends, ends, color="grey", linewidth=1, zorder=0)
+    if limits is not None:
+        axis.axhline(0, color="grey", linewidth=1, zorder=0)
+        for k, label in enumerate(points if len(points) <= LINES_FOR else ()):
+            for place, limit in enumerate(limits.get(label, ())):
+                style = {"linewidth": 1.4} if place == 1 else {"linewidth": 1.1, "linestyle": "dashed"}
+                axis.axhline(limit, color=label_colour(k), **style)
+    _legend(axis)
+    return figure
+
+
+def _axis(x_title: str, y_title: str) -> tuple[Figure, Any]:
     figure, axes = new_figure()
     axis = axes[0, 0]
-    axis.set_xlabel("epoch")
-    axis.set_ylabel(quantity)
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.set_xlabel(x_title)
+    axis.set_ylabel(y_title)
     axis.grid(alpha=0.3)
     return figure, axis
 
 
-def _marks(points: Rows) -> dict[str, Any]:
-    """Points as well as lines where there are few: one epoch makes no line."""
-    return {"marker": "o", "markersize": 4} if len(points) < 10 else {}
+def _split(points: Points) -> tuple[list[float], list[float]]:
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def _is_wide(values: Iterable[float], ratio: float) -> bool:
+    """Whether a logarithmic axis shows the values better: all are positive, and the largest is so many times larger."""
+    known = list(values)
+    return bool(known) and min(known) > 0 and max(known) > ratio * min(known)
 
 
 def _plain_log(axis: Any, which: str) -> None:

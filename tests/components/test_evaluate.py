@@ -116,7 +116,7 @@ def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_p
     assert (core.cases_changed, decided.labels["shell"].cases_changed) == (3, 0)
     assert "core, largest component only: mean Dice +" in capsys.readouterr().out
     page = (tmp_path / "specks" / "report.html").read_text()
-    assert re.search(r"Largest component only</h3>.*core</td><td[^>]*>yes</td><td[^>]*>mean Dice \+", page)
+    assert re.search(r"Largest component only</h3>.*core</td><td[^>]*>yes</td><td[^>]*>mean Dice \+", page, re.DOTALL)
     table = {name: (tmp_path / name).read_text() for name in ("specks/cases.csv", "specks/postprocessed.csv")}
     assert table["specks/cases.csv"] != table["specks/postprocessed.csv"]
     assert table["specks/postprocessed.csv"] == (tmp_path / "clean" / "cases.csv").read_text()

@@ -6,20 +6,22 @@ import gzip
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 
-from distilldsm.evaluation import tables
-from distilldsm.evaluation.report import Picture, Report, render_report
-from distilldsm.evaluation.report_contents import VIEWER_BYTES, choose_cases, fitted
-from distilldsm.evaluation.report_sections import observations, scores, validation_section
-from distilldsm.evaluation.tables import intervals
+from distilldsm.config import EvaluateConfig
+from distilldsm.evaluation import report, tables
+from distilldsm.evaluation import report_sections as sections
+from distilldsm.evaluation.metrics import METRICS
+from distilldsm.evaluation.postprocess import LabelDecision, Postprocessing
+from distilldsm.evaluation.report import VIEWER_BYTES, choose_cases, fitted
+from distilldsm.evaluation.report_sections import observations
 from distilldsm.report import figures
-from distilldsm.report import old_page as page
-from distilldsm.report.overlays import overlay
-from tests.evaluation.test_tables import rows
+from distilldsm.report.page import Picture, render
+from tests.evaluation.test_tables import rows, two_labels
 
 EVIL = "<script>alert(1)</script>&\"'"
 VOID = {"meta", "img", "br", "input"}
@@ -52,19 +54,35 @@ VALIDATION = {
 }
 
 
-def report(**changes) -> Report:
-    given = {
+def page(given: list[dict], **changes) -> str:
+    """The page of these scores; `changes` are further inputs of its sections, or contents of the page."""
+    labels = list(dict.fromkeys(row["label"] for row in given))
+    summary, intervals = tables.summarise(given, labels), tables.intervals(given, labels)
+    contents = {
         "title": "A & B",
         "notes": ["one template", ""],
-        "rows": rows(),
-        "summary": tables.summarise(rows(), ["one"]),
-        "intervals": intervals(rows(), ["one"]),
-        "plan": PLAN,
+        "overview": sections.overview(given, summary, intervals),
+        "scores": sections.score_lines(summary, intervals),
+        "largest": None,
+        "figures": {"distributions": [], "volumes": [], "training": []},
+        "overlays": [],
+        "viewer": None,
+        "cases": sections.case_lines(given),
+        "agreement": sections.agreement_lines(given, labels),
+        "data": None,
+        "plan": sections.plan_facts(PLAN),
+        "validation": None,
         "model": MODEL,
-        "training_cost": COST,
-        "prediction_cost": {"seconds_per_volume": 0.138, "cases": {"a": 1, "b": 2}},
+        "cost": sections.cost_lines({"seconds_per_volume": 0.138, "cases": {"a": 1, "b": 2}}, COST),
+        "provenance": {},
+        "params": {},
     }
-    return Report(**given | changes)
+    return render("evaluation.html", **contents | changes)
+
+
+def words(text: str) -> str:
+    """With single spaces: how a template breaks its lines does not matter."""
+    return " ".join(text.split())
 
 
 class Tags(HTMLParser):
@@ -92,25 +110,30 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_whole_and_escaped(tmp_path: Path):
-    figures.save_figure(figures.score_boxes(rows(), ["one"], "dice", "Dice"), tmp_path / "x.png")
+    figures.save_figure(figures.score_boxes({"one": [0.5, 0.7]}, "Dice"), tmp_path / "x.png")
     evil = [row | {"label": EVIL, "case": f"{row['case']}{EVIL}"} for row in rows()]
-    picture = Picture(path=tmp_path / "x.png", caption=EVIL, alt=EVIL)
-    text = render_report(
-        report(
-            title=EVIL,
-            notes=[EVIL],
-            rows=evil,
-            summary=tables.summarise(evil, [EVIL]),
-            intervals=intervals(evil, [EVIL]),
-            distributions=[picture],
-            volumes=[picture],
-            training=[picture],
-            overlays=[picture],
-            fingerprint=FINGERPRINT,
-            validation=VALIDATION,
-            facts={EVIL: EVIL},
-            params={EVIL: EVIL},
-        )
+    pictures = [Picture(path=tmp_path / "x.png", caption=EVIL, alt=EVIL)]
+    decision = LabelDecision(
+        keep_largest=True,
+        scores_of=(EVIL,),
+        dice_raw=0.5,
+        dice_kept=0.6,
+        hd95_raw=2,
+        hd95_kept=1,
+        cases_changed=1,
+        reason=EVIL,
+    )
+    text = page(
+        evil,
+        title=EVIL,
+        notes=[EVIL],
+        figures={"distributions": pictures, "volumes": pictures, "training": pictures},
+        overlays=pictures,
+        largest=sections.largest_component(Postprocessing(cases=3, labels={EVIL: decision})),
+        data=sections.data_lines(FINGERPRINT),
+        validation=sections.validation_lines(VALIDATION),
+        provenance={EVIL: EVIL},
+        params={EVIL: EVIL},
     )
     tags = Tags(text)
     assert tags.scripts == 1
@@ -125,32 +148,53 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path):
 
 
 def test_numbers_order_and_notes():
-    text = render_report(report())
+    text = page(rows())
     Tags(text)
     assert "A &amp; B" in text
     assert text.count('class="note"') == 1
     assert text.index("<td>b</td>") < text.index("<td>&lt;c&gt;</td>") < text.index("<td>a</td>")
     assert "not a medical device" in text
-    assert "On 3 held-out cases, mean Dice is <b>0.700</b>" in text
-    assert "The worst case is <b>b</b> (Dice 0.500). In 1 of 3 cases a structure is below Dice 0.7." in text
-    low, high = intervals(rows(), ["one"])["labels"]["one"]["dice"]
+    low, high = tables.intervals(rows(), ["one"])["labels"]["one"]["dice"]
+    assert f"On 3 held-out cases, mean Dice is <b>0.700</b> (95 % interval {low:.3f} to {high:.3f})." in words(text)
+    assert "The worst case is <b>b</b> (Dice 0.500). In 1 of 3 cases a structure is below Dice 0.7." in words(text)
     assert f"<td>0.7000<i>{low:.3f} to {high:.3f}</i></td>" in text
     assert "bootstrap over patients" in text
-    assert "1,234,567 parameters" in text
+    assert "1,234,567 parameters, 42,384 multiply-accumulate operations" in text
     assert "No validation report" in text
     # What is not there has no heading either.
     assert "Look at the volumes" not in text
     assert 'href="#training"' not in text
-    assert text.count("aria-sort='ascending'") == 1
+    assert text.count('aria-sort="ascending"') == 1
 
 
-def test_the_table_of_scores_names_the_worst_case():
-    html = scores(tables.summarise(rows(), ["one"]), intervals(rows()[:1], ["one"]))
-    Tags(html)
-    assert "<td>0.5000<i>b</i></td>" in html
-    assert " to " not in html.split("</tbody>")[0], "one case has no interval"
-    single = scores(tables.summarise(rows()[:1], ["one"]), intervals(rows()[:1], ["one"]))
-    assert "<td>-</td><td>0.9000</td>" in single, "nor a standard deviation"
+def test_the_best_and_the_weakest_label_are_named():
+    text = words(page(two_labels()))
+    assert "mean Dice is <b>0.525</b>" in text
+    assert "it is highest for one (0.700) and lowest for <b>two</b> (0.350). The worst case is <b>b</b>" in text
+    cards = re.findall(r"<span>(.*?)</span><b>(.*?)</b><span>(.*?)</span>", text)
+    assert [card[:2] for card in cards] == [
+        ("mean Dice", "0.525"),
+        ("mean HD95", "3.00 mm"),
+        ("mean NSD", "0.500"),
+        ("lowest label: two", "0.350"),
+        ("cases below Dice 0.7", "3 of 3"),
+    ]
+    assert cards[4][2] == "b, &lt;c&gt;, a", "the lowest first"
+
+
+def test_the_table_of_scores_names_the_worst_case_and_holds_every_metric():
+    lines = sections.score_lines(tables.summarise(rows(), ["one"]), tables.intervals(rows()[:1], ["one"]))
+    (line,) = lines["rows"]
+    cells = dict(zip(lines["head"], line, strict=True))
+    assert lines["head"][1:-4] == [metric.heading for metric in METRICS.values()]
+    assert cells["Dice"] == ("0.7000", ""), "one case has no interval"
+    assert cells["HD95 mm"] == ("3.00", "")
+    assert (cells["sd of Dice"], cells["median"], cells["worst"], cells["cases"]) == (
+        "0.200", "0.7000", ("0.5000", "b"), 3,
+    )  # fmt: skip
+    assert len(lines["mean"]) == len(lines["head"])
+    single = sections.score_lines(tables.summarise(rows()[:1], ["one"]), tables.intervals(rows()[:1], ["one"]))
+    assert single["rows"][0][-4] == "-", "nor a standard deviation"
 
 
 def test_what_stands_out():
@@ -181,18 +225,31 @@ def test_a_label_that_is_nowhere_is_named():
 
 
 def test_validation_is_counted_by_rule():
-    html = validation_section(VALIDATION)
-    Tags(html)
-    assert "9 cases of 8 patients checked against 2 rules: 7 accepted, 2 excluded, 2 errors, 3 warnings." in html
-    cells = [re.findall(r"<td[^>]*>(.*?)</td>", line) for line in re.findall(r"<tr>(.*?)</tr>", html)[1:3]]
-    assert cells[0][:3] == ["readable", "error", "2"]
-    assert cells[0][4] == "e0, e1"
-    assert cells[1][:3] == ["spacing", "warning", "3"]
+    lines = sections.validation_lines(VALIDATION)
+    text = "9 cases of 8 patients checked against 2 rules: 7 accepted, 2 excluded, 2 errors, 3 warnings."
+    assert lines["text"] == text
+    assert text in page(rows(), validation=lines)
+    readable, spacing = lines["rows"]
+    assert readable == ("readable", "error", 2, "broken", "e0, e1")
+    assert spacing[:3] == ("spacing", "warning", 3)
+    assert lines["excluded"] == {"e0": "readable", "e1": "readable"}
+
+
+def test_data_and_cost_are_those_measured():
+    data = sections.data_lines(FINGERPRINT)
+    times = sections.TIMES
+    assert data["spread"][0] == ("shape, voxels", *(times.join([value] * 3) for value in ("10", "20", "30")))
+    assert data["spread"][2][1] == "50.0%"
+    assert data["intensity"] == [(EVIL, "12,346", "3.25", "1", "2")]
+    cost = {title: cells for title, *cells in sections.cost_lines({"seconds": 4.0, "peak_memory_gb": 2.0}, COST)}
+    assert cost["seconds"] == ["2,912", "4.0"]
+    assert cost["peak memory"] == ["1.14 GB", "2.00 GB"]
+    assert cost["peak GPU memory"] == ["-", "-"]
 
 
 def test_only_the_worst_rows_are_shown_of_very_many(monkeypatch):
-    monkeypatch.setattr(page, "ROWS_SHOWN", 2)
-    html = page.cases_table(rows())
+    monkeypatch.setattr(sections, "ROWS_SHOWN", 2)
+    html = page(rows())
     assert "The worst 2 of 3 rows" in html
     assert "<td>b</td>" in html
     assert "<td>a</td>" not in html
@@ -226,28 +283,37 @@ def test_large_volumes_fit_into_the_page():
     assert VIEWER_BYTES < 10_000_000, "what remains of 15 MB is for figures, tables and the viewer itself"
 
 
-def test_figures_repeat_byte_for_byte_and_take_any_name(tmp_path: Path):
+def test_each_figure_shows_its_numbers(tmp_path: Path, monkeypatch):
+    drawn: list[tuple] = []
+    for name in ("score_boxes", "scatter", "over_epochs"):
+        monkeypatch.setattr(figures, name, lambda *given, name=name, **options: drawn.append((name, given, options)))
+    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
+    given = rows()
+    given[1] |= {"nsd": None, "volume_predicted_ml": 1.0}
+    evaluation = SimpleNamespace(
+        rows=given, labels=["one"], config=EvaluateConfig(), summary=tables.summarise(given, ["one"])
+    )
+    pictures = report._distributions(tmp_path, evaluation)
+    assert [p.path.name for p in pictures] == ["dice.png", "hd95.png", "nsd.png"]
+    assert [d[1][0]["one"] for d in drawn] == [[0.9, 0.5, 0.7], pytest.approx([1.0, 5.0, 3.0]), [0.5, 0.5]]
+    assert [d[1][1] for d in drawn] == ["Dice", "HD95 (mm)", "NSD (1 mm)"]
+    drawn.clear()
+    report._volume_plots(tmp_path, given, ["one"])
+    differences, agreement, dice = drawn
+    assert differences[1][0] == {"one": [(2.25, 0.5), (1.5, -1.0), (2.25, 0.5)]}
+    bias, sd = 0.0, np.std([0.5, -1, 0.5], ddof=1)
+    assert differences[2]["limits"]["one"] == pytest.approx((bias - 1.96 * sd, bias, bias + 1.96 * sd))
+    assert agreement[1][0] == {"one": [(2.0, 2.5), (2.0, 1.0), (2.0, 2.5)]}
+    assert agreement[2] == {"diagonal": True}
+    assert dice[1][0] == {"one": [(2.0, 0.9), (2.0, 0.5), (2.0, 0.7)]}
+    drawn.clear()
     history = [
         {"epoch": 1, "train_loss": 1.0, "learning_rate": 0.1},
-        {"epoch": 2, "train_loss": 0.1, "learning_rate": 0.2, "val_dice": {"one": 0.4}},
+        {"epoch": 2, "train_loss": 0.1, "learning_rate": None, "val_dice": {"one": 0.4, "two": None}},
     ]
-    image = np.random.default_rng(0).normal(size=(8, 9, 10))
-    truth = np.zeros((8, 9, 10), dtype=np.uint8)
-    truth[2:5, 3:6, 4:8] = 1
-    labels = {"background": 0, "$\\frac$ _one": 1}
-    wide = [*rows(), rows()[0] | {"volume_truth_ml": 2000.0}, rows()[0] | {"label": "_two", "volume_truth_ml": 0.0}]
-    for k in range(2):
-        for name, figure in {
-            "box": figures.score_boxes(wide, ["one", "_two", "none of it"], "dice", "Dice"),
-            "loss": figures.training_loss(history),
-            "rate": figures.learning_rate(history),
-            "no_validation": figures.training_dice(history[:1]),
-            "dice": figures.training_dice(history),
-            "volumes": figures.volume_agreement(wide, ["one", "_two", "none of it"]),
-            "differences": figures.volume_differences(wide, ["one", "_two"], {"one": (-1.0, 0.5, 2.0)}),
-            "by_volume": figures.dice_by_volume(wide, ["one"]),
-            "overlay": overlay(image, truth, truth * 0, affine=np.diag([1.0, 2.0, 3.0, 1.0]), labels=labels),
-        }.items():
-            figures.save_figure(figure, tmp_path / f"{name}{k}.png")
-    for path in tmp_path.glob("*0.png"):
-        assert path.read_bytes() == path.with_name(path.name.replace("0.png", "1.png")).read_bytes()
+    report._training_plots(tmp_path, history)
+    loss, held_out, rate = (given[0] for _, given, _ in drawn)
+    assert loss == {"": [(1, 1.0), (2, 0.1)]}
+    assert rate == {"": [(1, 0.1)]}
+    assert held_out["one"] == [(2, 0.4)]
+    assert np.isnan(held_out["two"][0][1])

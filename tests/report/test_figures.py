@@ -1,154 +1,114 @@
-"""Figures: what is drawn is what went in."""
+"""Figures: what is drawn is what was given, whatever the labels are called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from matplotlib.figure import Figure
 
 from distilldsm.report import figures
-from distilldsm.report.figures import label_colour
+from distilldsm.report.overlays import overlay
+
+ODD = "$\\frac$ _one"
 
 
-def row(case: str, label: str, truth: float, predicted: float, dice: float | None = 0.5) -> dict:
-    return {"case": case, "label": label, "volume_truth_ml": truth, "volume_predicted_ml": predicted, "dice": dice}
+def points(artist) -> list[list[float]]:
+    return np.asarray(artist.get_offsets()).tolist()
 
 
-ROWS = [row("a", "one", 2.0, 3.0, 0.9), row("b", "one", 4.0, 4.0, 0.5), row("a", "$two", 1.0, 0.5, 0.25)]
-LABELS = ["one", "$two", "absent"]
-HISTORY = [
-    {"epoch": 1, "train_loss": 1.0, "learning_rate": 0.1},
-    {"epoch": 2, "train_loss": 0.5, "learning_rate": 0.2, "val_dice": {"one": 0.4, "two": 0.1}},
-    {"epoch": 3, "train_loss": 0.15, "val_dice": {"one": 0.6, "two": 0.2}},
-]
+def colours(artists) -> list[str]:
+    from matplotlib.colors import to_hex
+
+    return [to_hex(artist.get_facecolor()[0] if hasattr(artist, "get_offsets") else artist.get_color()).upper()
+            for artist in artists]  # fmt: skip
 
 
-def points(figure: Figure) -> list[np.ndarray]:
-    """Of each scatter of the first axis its points (points, 2)."""
-    return [np.asarray(one.get_offsets()) for one in figure.axes[0].collections]
-
-
-def lines(figure: Figure) -> list[list[list[float]]]:
-    return [[list(one.get_xdata()), list(one.get_ydata())] for one in figure.axes[0].lines]
-
-
-def test_boxes_hold_every_case_and_their_quartiles():
-    figure = figures.score_boxes(
-        [*ROWS, row("c", "one", 1, 1, None), row("d", "one", 1, 1, 0.6)], LABELS, "dice", "Dice"
-    )
-    (axis,) = figure.axes
-    one, two, absent = points(figure)
-    assert (one[:, 0].tolist(), two[:, 0].tolist(), absent.size) == ([0.9, 0.5, 0.6], [0.25], 0)
-    assert (abs(one[:, 1] - 1) <= 0.16).all(), "beside the box of their label"
-    assert (abs(two[:, 1] - 2) <= 0.16).all()
-    assert len(set(one[:, 1])) == 3
-    assert [text.get_text() for text in axis.get_yticklabels()] == ["one", r"\$two", "absent"]
+def test_boxes_show_quartiles_and_every_case():
+    values = {"one": [0.1, 0.2, 0.4, 0.9], "_two": [0.5, 0.6], ODD: []}
+    (axis,) = figures.score_boxes(values, "Dice").axes
     assert axis.get_xlabel() == "Dice"
-    assert axis.yaxis_inverted()
-    medians = [one.get_xdata()[0] for one in axis.lines if abs(np.ptp(one.get_ydata()) - 0.55) < 1e-9]
-    assert 0.6 in medians
-    assert 0.25 in medians
-    assert [tuple(one.get_facecolor()[0][:3]) for one in axis.collections[:2]] == [
-        pytest.approx(rgb(label_colour(k))) for k in range(2)
-    ]
+    assert [text.get_text().strip() for text in axis.get_yticklabels()] == ["one", "_two", ODD.replace("$", r"\$")]
+    assert axis.yaxis_inverted(), "the first label is on top"
+    for k, (given, shown) in enumerate(zip(values.values(), axis.collections, strict=True)):
+        assert [x for x, _ in points(shown)] == given
+        assert all(abs(y - (k + 1)) <= 0.16 for _, y in points(shown))
+    assert colours(axis.collections[:2]) == list(figures.COLOURS[1:3])
+    box, median = axis.lines[0], axis.lines[5]
+    assert (min(box.get_xdata()), max(box.get_xdata())) == pytest.approx(tuple(np.percentile(values["one"], [25, 75])))
+    assert median.get_xdata()[0] == pytest.approx(np.median(values["one"]))
 
 
-def rgb(colour: str) -> tuple[float, ...]:
-    return tuple(int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5))
-
-
-def test_panels_have_a_box_for_each_training():
-    figure = figures.dice_panels({"one": {"_a": [0.5, 0.7], "b": [0.9]}, "two": {"_a": [0.1], "b": [0.2]}})
-    assert [axis.get_title() for axis in figure.axes] == ["one", "two"]
-    for axis, values in zip(figure.axes, ([[0.5, 0.7], [0.9]], [[0.1], [0.2]]), strict=True):
-        drawn = [np.asarray(one.get_offsets()) for one in axis.collections]
-        assert [one[:, 1].tolist() for one in drawn] == values
-        assert all((abs(one[:, 0] - k) <= 0.14).all() for k, one in enumerate(drawn, start=1))
-        assert [text.get_text() for text in axis.get_xticklabels()] == [" _a", "b"]
+def test_panels_have_a_box_per_training():
+    given = {"A": {"first": [0.1, 0.3], "second": [0.5, 0.9]}, "B": {"first": [0.2], "second": [0.4]}}
+    axes = figures.dice_panels(given).axes
+    assert [axis.get_title() for axis in axes] == ["A", "B"]
+    for axis, trainings in zip(axes, given.values(), strict=True):
         assert axis.get_ylabel() == "Dice"
+        assert [text.get_text() for text in axis.get_xticklabels()] == list(trainings)
+        assert [[y for _, y in points(shown)] for shown in axis.collections] == list(trainings.values())
 
 
 def test_curves_over_epochs():
-    loss, rate, dice = figures.training_loss(HISTORY), figures.learning_rate(HISTORY), figures.training_dice(HISTORY)
-    assert lines(loss) == [[[1, 2, 3], [1.0, 0.5, 0.15]]]
-    assert loss.axes[0].get_yscale() == "log", "it fell to less than a fifth"
-    assert figures.training_loss(HISTORY[:2]).axes[0].get_yscale() == "linear"
-    negative = [one | {"train_loss": one["train_loss"] - 1} for one in HISTORY]
-    assert figures.training_loss(negative).axes[0].get_yscale() == "linear"
-    assert lines(rate) == [[[1, 2], [0.1, 0.2]]]
-    assert rate.axes[0].get_ylim()[0] == 0
-    assert lines(dice) == [[[2, 3], [0.4, 0.6]], [[2, 3], [0.1, 0.2]]]
-    assert [one.get_color() for one in dice.axes[0].lines] == [label_colour(0), label_colour(1)]
-    assert [text.get_text() for text in dice.axes[0].get_legend().get_texts()] == ["one", "two"]
-    assert figures.training_dice(HISTORY[:1]).axes[0].get_legend() is None
-    assert [figure.axes[0].get_ylabel() for figure in (loss, rate, dice)] == [
-        "training loss",
-        "learning rate",
-        "Dice of held-out volumes",
-    ]
-    assert {figure.axes[0].get_xlabel() for figure in (loss, rate, dice)} == {"epoch"}
-    many = [{"epoch": k, "train_loss": 1.0} for k in range(10)]
-    assert [figures.training_loss(many[:n]).axes[0].lines[0].get_marker() for n in (9, 10)] == ["o", "None"]
+    (axis,) = figures.over_epochs({"": [(1, 1.0), (2, 0.1)]}, "training loss").axes
+    (line,) = axis.lines
+    assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == ([1, 2], [1.0, 0.1])
+    assert (axis.get_xlabel(), axis.get_ylabel(), axis.get_yscale()) == ("epoch", "training loss", "log")
+    assert line.get_marker() == "o", "few points are shown as such"
+    assert axis.get_legend() is None
+    many = {"a": [(k, 0.5) for k in range(10)], ODD: [(k, 0.6) for k in range(10)]}
+    (axis,) = figures.over_epochs(many, "Dice").axes
+    assert axis.get_yscale() == "linear"
+    assert colours(axis.lines) == list(figures.COLOURS[1:3])
+    assert {line.get_marker() for line in axis.lines} == {"None"}
+    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["a", ODD.replace("$", r"\$")]
+    (axis,) = figures.over_epochs({"": [(1, 1e-3), (2, 1e-5)]}, "learning rate", from_zero=True).axes
+    assert (axis.get_yscale(), axis.get_ylim()[0]) == ("linear", 0)
+    assert not figures.over_epochs({}, "Dice").axes[0].lines
+    negative = figures.over_epochs({"": [(1, 1.0), (2, -0.1)]}, "training loss")
+    assert negative.axes[0].get_yscale() == "linear"
 
 
-def differences(rows: list[dict], labels: list[str]) -> Figure:
-    return figures.volume_differences(rows, labels, {})
+def test_points_of_labels_and_the_line_of_equality():
+    given = {"one": [(1.0, 2.0), (3.0, 2.5)], "two": [(30.0, 0.5)], "none": []}
+    (axis,) = figures.scatter(given, "true", "predicted", diagonal=True).axes
+    assert [points(shown) for shown in axis.collections] == [[list(point) for point in of] for of in given.values()]
+    assert colours(axis.collections[:2]) == list(figures.COLOURS[1:3])
+    (line,) = axis.lines
+    assert (list(line.get_xdata()), list(line.get_ydata())) == ([0.5, 30.0], [0.5, 30.0])
+    assert (axis.get_xscale(), axis.get_yscale()) == ("log", "log")
+    (axis,) = figures.scatter({"one": [(1.0, -50.0), (19.0, 50.0)]}, "mean", "difference").axes
+    assert (axis.get_xscale(), axis.get_yscale(), len(axis.lines)) == ("linear", "linear", 0)
+    (axis,) = figures.scatter({"one": [(0.0, 1.0), (90.0, 1.0)]}, "volume", "Dice").axes
+    assert axis.get_xscale() == "linear", "zero has no logarithm"
+    many = figures.scatter({f"l{k}": [(1.0, 1.0)] for k in range(14)}, "x", "y").axes[0]
+    assert len(many.get_legend().get_texts()) == figures.LEGEND_FOR
 
 
-@pytest.mark.parametrize(
-    ("draw", "expected", "axes"),
-    [
-        (figures.volume_agreement, [[2, 3], [4, 4], [1, 0.5]], ("true volume (ml)", "predicted volume (ml)")),
-        (
-            differences,
-            [[2.5, 1], [4, 0], [0.75, -0.5]],
-            ("mean of true and predicted volume (ml)", "predicted minus true (ml)"),
-        ),
-        (figures.dice_by_volume, [[2, 0.9], [4, 0.5], [1, 0.25]], ("true volume (ml)", "Dice")),
-    ],
-)
-def test_scatters_of_volumes(draw: Callable[..., Figure], expected, axes):
-    figure = draw(ROWS, LABELS)
-    (axis,) = figure.axes
-    one, two, absent = points(figure)
-    assert (one.tolist(), two.tolist(), absent.size) == (expected[:2], expected[2:], 0)
-    assert (axis.get_xlabel(), axis.get_ylabel()) == axes
-    assert [text.get_text() for text in axis.get_legend().get_texts()] == ["one", r"\$two", "absent"]
-    assert axis.get_xscale() == "linear", "4 ml are less than 20 times .5 ml"
-    assert draw([*ROWS, row("c", "one", 100.0, 100.0)], LABELS).axes[0].get_xscale() == "log"
-    assert (
-        draw([*ROWS, row("c", "one", 100.0, 100.0), row("d", "one", 0.0, 0.0)], LABELS).axes[0].get_xscale() == "linear"
-    )
-    assert draw([], ["one"]).axes
-    many = [f"l{k}" for k in range(14)]
-    assert len(draw(ROWS, many).axes[0].get_legend().get_texts()) == 12
+def test_limits_of_agreement_are_lines_in_the_colour_of_their_label():
+    given = {"one": [(1.0, 0.5)], "two": [(2.0, -0.5)], "alone": [(1.0, 0.0)]}
+    limits = {"one": (-1.0, 0.25, 1.5), "two": (-2.0, -0.5, 1.0)}
+    (axis,) = figures.scatter(given, "mean", "difference", limits=limits).axes
+    zero, *lines = axis.lines
+    assert zero.get_ydata()[0] == 0
+    assert [line.get_ydata()[0] for line in lines] == [-1.0, 0.25, 1.5, -2.0, -0.5, 1.0]
+    assert [line.get_linestyle() for line in lines] == ["--", "-", "--"] * 2
+    assert colours(lines) == [figures.COLOURS[1]] * 3 + [figures.COLOURS[2]] * 3
+    many = {str(k): [(1.0, 0.0)] for k in range(figures.LINES_FOR + 1)}
+    crowded = figures.scatter(many, "mean", "difference", limits=dict.fromkeys(many, (-1.0, 0.0, 1.0)))
+    assert len(crowded.axes[0].lines) == 1, "only the line at 0"
 
 
-def test_volumes_agree_on_the_diagonal():
-    figure = figures.volume_agreement(ROWS, LABELS)
-    assert lines(figure) == [[[0.5, 4.0], [0.5, 4.0]]]
-    wide = figures.volume_agreement([*ROWS, row("c", "one", 100.0, 100.0)], LABELS)
-    assert (wide.axes[0].get_xscale(), wide.axes[0].get_yscale()) == ("log", "log")
-
-
-def test_limits_of_agreement_are_lines_where_there_are_few_labels():
-    limits = {"one": (-1.0, 0.5, 2.0), "$two": (-3.0, -2.0, -1.0)}
-    drawn = figures.volume_differences(ROWS, LABELS, limits).axes[0].lines
-    assert [(one.get_ydata()[0], one.get_linestyle()) for one in drawn] == [
-        (0, "-"),
-        (0.5, "-"),
-        (-1.0, "--"),
-        (2.0, "--"),
-        (-2.0, "-"),
-        (-3.0, "--"),
-        (-1.0, "--"),
-    ]
-    assert [one.get_color() for one in drawn[1:]] == [label_colour(0)] * 3 + [label_colour(1)] * 3
-    four, five = (figures.volume_differences(ROWS, ["one", *"abcd"[:n]], limits).axes[0].lines for n in (3, 4))
-    assert (len(four), len(five)) == (4, 1)
-
-
-def test_colours_begin_after_that_of_the_background_and_repeat():
-    assert [label_colour(0), label_colour(5), label_colour(6)] == [figures.COLOURS[k] for k in (1, 6, 0)]
+def test_the_same_figure_gives_the_same_bytes(tmp_path: Path):
+    image = np.random.default_rng(0).normal(size=(8, 9, 10))
+    truth = np.zeros((8, 9, 10), dtype=np.uint8)
+    truth[2:5, 3:6, 4:8] = 1
+    labels = {"background": 0, ODD: 1}
+    for k in range(2):
+        for name, figure in {
+            "box": figures.score_boxes({ODD: [0.1, 0.5]}, "Dice"),
+            "overlay": overlay(image, truth, truth * 0, affine=np.diag([1.0, 2.0, 3.0, 1.0]), labels=labels),
+        }.items():
+            figures.save_figure(figure, tmp_path / f"{name}{k}.png")
+    for name in ("box", "overlay"):
+        assert (tmp_path / f"{name}0.png").read_bytes() == (tmp_path / f"{name}1.png").read_bytes()

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from distilldsm.report.old_page import cases_table, page, section
+from tests.evaluation.test_report import page
 from tests.evaluation.test_tables import rows
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the optional group 'dev'")
@@ -23,18 +23,17 @@ def test_the_table_is_sorted_and_filtered():
         errors: list[str] = []
         tab.on("pageerror", lambda error: errors.append(str(error)))
         tab.set_content("<iframe sandbox='allow-scripts' style='width:100%;height:600px'></iframe>")
-        html = page("Title", [], section("cases", "Cases", cases_table(made)), contents={"cases": "Cases"})
-        tab.eval_on_selector("iframe", "(frame, html) => { frame.srcdoc = html; }", html)
+        tab.eval_on_selector("iframe", "(frame, html) => { frame.srcdoc = html; }", page(made))
         frame = tab.frame_locator("iframe")
 
         def cases() -> list[str]:
-            return frame.locator("tbody tr:visible td:first-child").all_text_contents()
+            return frame.locator(".sortable tbody tr:visible td:first-child").all_text_contents()
 
         def head(name: str) -> sync_api.Locator:
-            return frame.locator("th", has_text=name)
+            return frame.locator(".sortable th", has_text=name)
 
         frame.locator("output").wait_for()
-        frame.locator("nav a").click()
+        frame.locator("nav a", has_text="Cases").click()
         assert cases() == ["b", "b", "<c>", "<c>", "a", "a"]
         head("HD95").locator("button").click()
         assert cases() == ["a", "a", "<c>", "<c>", "b", "b"], "by number, not by text"

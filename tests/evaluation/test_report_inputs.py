@@ -18,7 +18,7 @@ from distilldsm.core.output_directory import content_hash
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import score_case
-from distilldsm.evaluation.report_contents import Evaluation, optional_inputs, write_report
+from distilldsm.evaluation.report import Evaluation, optional_inputs, write_report
 from distilldsm.report import figures
 
 LABELS = {"background": 0, "outer": 1, "inner": 2}
@@ -173,7 +173,7 @@ def test_limits_are_those_of_bland_and_altman(work, evaluation, drawn):
     write_report(work, replace(evaluation, rows=rows))
     heights = [one.get_ydata()[0] for one in drawn["volume_differences"].axes[0].lines]
     spread = 1.96 * (8 / 3) ** 0.5
-    assert heights == pytest.approx([0] + [1, 1 - spread, 1 + spread] * 2)
+    assert heights == pytest.approx([0] + [1 - spread, 1, 1 + spread] * 2)
 
 
 def test_what_may_be_missing(evaluation, tmp_path):
