@@ -42,7 +42,7 @@ def check_dvc(limit_s: float) -> list[Finding]:
     if not Path(".dvc").is_dir():
         hint = "clone the repository, or dvc init"
         return [Finding(name=name, status="fail", seen="there is a dvc.yaml, but no .dvc", hint=hint)]
-    return found + in_child("dvc remote", "distilldsm.pipeline.dvc_probe:check", limit_s)
+    return found + in_child("dvc remote", "distilldsm.doctor.dvc_probe:check", limit_s)
 
 
 def check_kubeflow(limit_s: float) -> list[Finding]:

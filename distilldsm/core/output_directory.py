@@ -313,3 +313,4 @@ def _prepare(work: Path, key: str, resumable: bool) -> None:
             shutil.rmtree(work)
     write_json(stamp, {"key": key})
     work.mkdir(exist_ok=True)
+    (work / MANIFEST).unlink(missing_ok=True)  # of an end that was not whole

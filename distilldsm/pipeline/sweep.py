@@ -18,7 +18,7 @@ from typing import Any, Literal
 from distilldsm.config import Params, load_params
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.mapping import from_mapping, load_yaml, set_values, to_mapping
-from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, manifest, unknown_field
+from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, check_against, manifest
 
 FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}
 """Labels that JobSet and Kubernetes give to the pod of rank 0, whose log holds the metrics."""
@@ -165,22 +165,10 @@ def experiment(sweep: SweepConfig, job: TrainJobConfig, *, name: str, preprocess
             },
         },
     }
-    _check(built)
-    return built
-
-
-def _check(built: Mapping[str, Any]) -> None:
     from kubeflow_katib_api import models
-    from pydantic import ValidationError
 
-    try:
-        known = models.V1beta1Experiment.from_dict(json.loads(json.dumps(built)))
-    except ValidationError as error:
-        raise ConfigError("is no Katib Experiment", seen=" ".join(str(error).split())[:400]) from None
-    assert known is not None
-    lost = unknown_field(built, json.loads(known.to_json()))
-    if lost:
-        raise ConfigError("is no Katib Experiment: a field that its API does not know", seen=lost)
+    check_against(models.V1beta1Experiment, built, "Katib Experiment")
+    return built
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -171,22 +171,32 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
 
 
 def check_manifest(built: Mapping[str, Any]) -> None:
-    """Check a TrainJob against the API's models, unknown fields included (the models silently drop those).
+    """Check a TrainJob against the API's models.
 
     Raises:
         ConfigError: a wrong type, a missing or an unknown field.
     """
     from kubeflow_trainer_api import models
+
+    check_against(models.TrainerV1alpha1TrainJob, built, "TrainJob")
+
+
+def check_against(model: Any, built: Mapping[str, Any], kind: str) -> None:
+    """Check a manifest against a model of its API, unknown fields included (the models silently drop those).
+
+    Raises:
+        ConfigError: a wrong type, a missing or an unknown field.
+    """
     from pydantic import ValidationError
 
+    plain = json.loads(json.dumps(built))
     try:
-        known = models.TrainerV1alpha1TrainJob.from_dict(json.loads(json.dumps(built)))
+        known = model.from_dict(plain)
     except ValidationError as error:
-        raise ConfigError("is no TrainJob", seen=" ".join(str(error).split())[:400]) from None
-    assert known is not None
-    lost = unknown_field(json.loads(json.dumps(built)), json.loads(known.to_json()), "")
+        raise ConfigError(f"is no {kind}", seen=" ".join(str(error).split())[:400]) from None
+    lost = unknown_field(plain, json.loads(known.to_json()))
     if lost:
-        raise ConfigError("is no TrainJob: a field that its API does not know", seen=lost)
+        raise ConfigError(f"is no {kind}: a field that its API does not know", seen=lost)
 
 
 def unknown_field(given: Any, kept: Any, where: str = "") -> str | None:

@@ -191,7 +191,7 @@ def remote(url: object) -> str:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
-    from distilldsm.pipeline import dvc_probe
+    from distilldsm.doctor import dvc_probe
 
     store = tmp_path / "shared/store"
     repository(place, remote(f"{scheme}{store}"))
@@ -211,7 +211,7 @@ def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
 def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
     from dvc.fs import LocalFileSystem
 
-    from distilldsm.pipeline import dvc_probe
+    from distilldsm.doctor import dvc_probe
 
     (tmp_path / "file").write_text("no folder")
     repository(place, remote(tmp_path / "file/store"))
@@ -236,7 +236,7 @@ def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
 
 
 def test_a_dvc_repository_without_a_remote(place):
-    from distilldsm.pipeline import dvc_probe
+    from distilldsm.doctor import dvc_probe
 
     repository(place, "")
     assert dvc_probe.check(1)[0].status == "skip"
