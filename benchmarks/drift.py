@@ -81,7 +81,8 @@ def _prepare(name: str, source: str, work: Path) -> tuple[Path, DatasetIndex]:
 def measured(root: Path, index: DatasetIndex, case_id: str, plan: Plan, change: Change) -> dict[str, float]:
     """The measures of one case after a change, without its label."""
     case = next(c for c in index.cases if c.id == case_id)
-    volume, _ = load_case(root, case, index)
+    scan, _ = load_case(root, case, index)
+    volume = scan.volume()
     changed = [change(data, volume.affine) for data in volume.data]
     scan = Scan(tuple(Channel(data) for data, _ in changed), changed[0][1], volume.path, None)
     return values_of(measure_scan(scan, plan), plan)

@@ -17,7 +17,8 @@ from distilldsm.core.progress import beside_the_bar, progress
 
 if TYPE_CHECKING:
     from distilldsm.inference.job import Job
-    from distilldsm.inference.predict import Predictor, Runtime
+    from distilldsm.inference.loading import Runtime
+    from distilldsm.inference.predict import Predictor
 
 ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 """Engine to the package it needs, in the order of preference."""
@@ -99,9 +100,9 @@ def run(args: argparse.Namespace) -> None:
     from distilldsm.inference.job import Settings, run_job
     from distilldsm.inference.memory import budget_bytes
     from distilldsm.inference.predict import Predictor
-    from distilldsm.inference.scores import parse_mirror
+    from distilldsm.inference.probabilities import parse_mirror
 
-    budget = budget_bytes(args.max_memory)
+    memory = None if args.max_memory is None else budget_bytes(args.max_memory)
     engine: Runtime = args.engine or _installed_engine()
     predictor = Predictor.from_export(
         Path(args.model_dir),
@@ -118,10 +119,8 @@ def run(args: argparse.Namespace) -> None:
     if made:
         Path(args.output).mkdir()
     settings = Settings(
-        engine=engine,
         precision=args.precision,
-        budget=budget,
-        default_budget=args.max_memory is None,
+        memory=memory,
         probabilities=args.probabilities,
         alone=not many,
     )
@@ -153,7 +152,7 @@ def run(args: argparse.Namespace) -> None:
             "model": str(args.model_dir),
             "ensemble": args.ensemble,
             "engine": engine,
-            "mirror": [list(member.mirror_axes) for member in predictor.scorer.members],
+            "mirror": [list(member.mirror_axes) for member in predictor.network.members],
             "labels": labels,
             **({"regions": regions} if regions else {}),
             "keep_largest": list(predictor.keep_largest),
@@ -176,7 +175,7 @@ def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
     from distilldsm.data.targets import LARGEST_NOT_TRIED
 
     for folder, metadata, member in zip(
-        (args.model_dir, *args.ensemble), predictor.models, predictor.scorer.members, strict=True
+        (args.model_dir, *args.ensemble), predictor.models, predictor.network.members, strict=True
     ):
         unseen = [axis for axis in member.mirror_axes if axis not in metadata.network.mirror_axes]
         if unseen:

@@ -12,8 +12,9 @@ import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
+from distilldsm.data.geometry import nonzero_box
 from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
-from distilldsm.io import Volume, read_labels, read_scan
+from distilldsm.io import Scan, Volume, read_labels, read_scan
 from distilldsm.io.orientation import ras_orientation
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
@@ -46,18 +47,18 @@ class CaseFingerprint:
         return any(self.label_volumes_ml.values())
 
 
-def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Volume, npt.NDArray[np.uint8]]:
+def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Scan, npt.NDArray[np.uint8]]:
     """Read image and label of one case, the label as class indices.
 
     Returns:
-        The volume (C, X, Y, Z) and classes (X, Y, Z) in its grid.
+        The scan, its voxels in memory, and classes (X, Y, Z) in its grid.
 
     Raises:
         DataError: unreadable files, label off the image's grid, or values outside the declared labels.
     """
     scan = read_scan([root / p for p in case.images], len(index.channels))
     labels = read_labels(root / case.label, on=scan)
-    return scan.volume(), classes_from_values(labels.values, index.class_values, labels.path)
+    return scan.load(), classes_from_values(labels.values, index.class_values, labels.path)
 
 
 def classes_from_values(
@@ -83,24 +84,13 @@ def classes_from_values(
     return classes
 
 
-def nonzero_box(array: npt.NDArray) -> tuple[tuple[int, int, int], tuple[int, int, int]]:
-    """Bounding box (start, stop) of the voxels that are not zero in every channel; all of it if there are none."""
-    nonzero = (array != 0).any(axis=0)
-    start, stop = [], []
-    for axis in range(3):
-        others = tuple(k for k in range(3) if k != axis)
-        hit = np.flatnonzero(nonzero.any(axis=others))
-        start.append(int(hit[0]) if hit.size else 0)
-        stop.append(int(hit[-1]) + 1 if hit.size else nonzero.shape[axis])
-    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
-
-
 def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerprint:
     """Measure one case; raises DataError as `load_case` does."""
-    volume, classes = load_case(root, case, index)
+    scan, classes = load_case(root, case, index)
+    volume = scan.volume()
     order = np.argsort(ras_orientation(volume.affine)[:, 0])
     nonzero = (volume.data != 0).any(axis=0)
-    start, stop = nonzero_box(nonzero[None])
+    start, stop = nonzero_box(nonzero, nonzero.shape)
     mask = classes > 0
     if not mask.any():
         mask = nonzero

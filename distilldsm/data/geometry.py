@@ -1,28 +1,27 @@
 """From a scan's grid to the network's and back: orientation, crop, resampling, each recorded and undone exactly.
 
-Network space is (C, D, H, W): the axes are RAS directions ordered (depth, height, width), at the plan's spacing.
+Network space is (C, D, H, W): the axes are RAS directions ordered (depth, height, width), at the plan's spacing. Both
+ways go slice by slice, so that memory does not grow with the depth: there is no other way for whole volumes.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.data.fingerprint import nonzero_box
 from distilldsm.data.plan import Normalisation, Plan, resampled_shape
-from distilldsm.data.resampling import CubicSlices
-from distilldsm.data.targets import Targets
-from distilldsm.io import Scan, Volume, read_scan
-from distilldsm.io.orientation import ras_orientation, reorient, spacing_along
+from distilldsm.data.resampling import ResampledSlices
+from distilldsm.io import Scan
+from distilldsm.io.orientation import reorient, spacing_along
 
 Float32 = npt.NDArray[np.float32]
+Uint8 = npt.NDArray[np.uint8]
+Size = tuple[int, int, int]
 CONSTANT = 1e-6
 """Voxels whose sd is this share of their mean differ by float32's rounding only."""
 MAX_SCALE = 20.0
@@ -47,23 +46,200 @@ class GeometryRecord:
     """(D, H, W) after resampling: the network array's shape."""
     coarse_slices: bool
 
-
-def undo_reorient(array: npt.NDArray, affine: npt.NDArray[np.float64], axis_order: Sequence[int]) -> npt.NDArray:
-    """The exact inverse of `reorient`."""
-    ras = array.transpose(0, *(int(k) + 1 for k in np.argsort(axis_order)))
-    to_ras = ras_orientation(affine)
-    back = nib.orientations.ornt_transform(np.array([[0, 1], [1, 1], [2, 1]]), to_ras)
-    return np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(ras, 0, -1), back), -1, 0)
+    @property
+    def cropped(self) -> Size:
+        """(D, H, W) of the box that is kept."""
+        d, h, w = (b - a for a, b in zip(self.crop_start, self.crop_stop, strict=True))
+        return d, h, w
 
 
-def normalise(image: Float32, normalisation: Sequence[Normalisation]) -> Float32:
-    """Normalise each channel of (C, D, H, W) as the plan says; returns a new float32 array."""
-    out = np.empty_like(image, dtype=np.float32)
-    for k, rule in enumerate(normalisation):
-        apply = Normaliser(rule, image[k])
-        for index, plane in enumerate(image[k]):
-            out[k, index] = apply(plane)
-    return out
+class NetworkImage:
+    """A scan in network space, (C, D, H, W), slice by slice.
+
+    Raises (when made):
+        DataError: an axis without a direction.
+    """
+
+    def __init__(self, scan: Scan, plan: Plan) -> None:
+        views, read = scan.planes(plan.axis_order)
+        channels, shape = range(len(views)), views[0].shape
+        start, stop = (0, 0, 0), shape
+        if plan.crop_to_nonzero:
+            nonzero = (np.any([read(c, k) != 0 for c in channels], axis=0) for k in range(shape[0]))
+            start, stop = nonzero_box(nonzero, shape)
+        self.record: GeometryRecord = make_record(scan.affine, scan.shape, start, stop, plan)
+        self.channels = len(views)
+        rows, columns = slice(start[1], stop[1]), slice(start[2], stop[2])
+
+        class Planes:
+            """The cropped slices of one channel; iterated twice for its mean and sd."""
+
+            def __init__(self, channel: int) -> None:
+                self.channel = channel
+
+            def __iter__(self) -> Iterator[npt.NDArray]:
+                return (read(self.channel, k)[rows, columns] for k in range(start[0], stop[0]))
+
+        rules = [Normaliser(rule, Planes(c)) for c, rule in enumerate(plan.normalisation)]
+
+        def normalised(k: int) -> Float32:
+            return np.stack([rule(read(c, start[0] + k)[rows, columns]) for c, rule in enumerate(rules)])
+
+        self._slices = ResampledSlices(
+            normalised, self.record.cropped, self.record.resampled, order=3, coarse_slices=plan.coarse_slices
+        )
+        self._kept: dict[int, Float32] = {}
+
+    @property
+    def shape(self) -> Size:
+        """(D, H, W)."""
+        return self.record.resampled
+
+    def slices(self, low: int, high: int) -> Iterator[Float32]:
+        """Slices [low, high), (C, H, W) each; asked for with ascending `low`, each is computed once."""
+        for k in [k for k in self._kept if k < low]:
+            del self._kept[k]
+        for k in range(low, high):
+            if k not in self._kept:
+                self._kept[k] = self._slices(k)
+            yield self._kept[k]
+
+
+def to_network_space(scan: Scan, plan: Plan) -> tuple[Float32, GeometryRecord]:
+    """Reorient, crop, normalise and resample a scan.
+
+    Returns:
+        The network's input (C, D, H, W) float32, not padded, and the record that undoes it.
+    """
+    image = NetworkImage(scan, plan)
+    array = np.empty((image.channels, *image.shape), dtype=np.float32)
+    for k in range(image.shape[0]):
+        array[:, k] = next(image.slices(k, k + 1))
+    return array, image.record
+
+
+class ScanMask:
+    """The way back: class probabilities, slice after slice, become labels on the scan's own grid.
+
+    Probabilities are resampled linearly, then the plan's targets decide; what was cropped away is background.
+
+    Args:
+        probabilities: (X, Y, Z, K) zeros, filled too where given: uint8 with round(255 p), or float32.
+
+    Attributes:
+        mask: (X, Y, Z) label values.
+        counts: voxels of each class.
+    """
+
+    def __init__(self, record: GeometryRecord, plan: Plan, probabilities: npt.NDArray | None = None) -> None:
+        self.record, self.targets = record, plan.targets
+        affine = np.array(record.affine)
+        self.mask = np.zeros(record.shape, dtype=np.uint8, order="F")
+        self._out = reorient(self.mask[None], affine, record.axis_order)[0]
+        self._values = np.array(plan.class_values, dtype=np.uint8)
+        self.counts = np.zeros(len(self._values), dtype=np.int64)
+        self.counts[0] = self.mask.size - math.prod(record.cropped)
+        self._maps = None
+        if probabilities is not None:
+            self._whole = 255 if probabilities.dtype == np.uint8 else 1
+            if not plan.regions:
+                probabilities[..., 0] = self._whole  # what is cropped away is background
+            self._maps = reorient(np.moveaxis(probabilities, -1, 0), affine, record.axis_order)
+        self._kept: dict[int, Float32] = {}
+        self._restored = ResampledSlices(
+            self._kept.__getitem__, record.resampled, record.cropped, order=1, coarse_slices=record.coarse_slices
+        )
+        self._done = 0
+
+    def add(self, first: int, planes: list[Float32]) -> None:
+        """Probabilities (K, H, W) of the slices from `first` on, in ascending order; the list is emptied."""
+        stop, depth = first + len(planes), self.record.cropped[0]
+        self._kept.update(enumerate(planes, start=first))
+        planes.clear()
+        (d0, h0, w0), (_, h1, w1) = self.record.crop_start, self.record.crop_stop
+        while self._done < depth and self._restored.needed(self._done).stop <= stop:
+            plane, k = self._restored(self._done), d0 + self._done
+            classes = self.targets.classes(plane)
+            self.counts += np.bincount(classes.ravel(), minlength=len(self.counts))
+            self._out[k, h0:h1, w0:w1] = self._values[classes]
+            if self._maps is not None:
+                self._maps[:, k, h0:h1, w0:w1] = np.rint(plane * 255) if self._whole == 255 else plane
+            self._done += 1
+            needed = self._restored.needed(self._done).start if self._done < depth else stop
+            for old in [k for k in self._kept if k < needed]:
+                del self._kept[old]
+
+
+def mask_of(probabilities: Float32, record: GeometryRecord, plan: Plan) -> Uint8:
+    """Probabilities (K, D, H, W) of a whole volume to label values (X, Y, Z), as `ScanMask`."""
+    if probabilities.shape[1:] != record.resampled:
+        raise ValueError(f"probabilities {probabilities.shape[1:]} do not fit the record {record.resampled}")
+    restored = ScanMask(record, plan)
+    restored.add(0, list(np.moveaxis(probabilities, 1, 0)))
+    return restored.mask
+
+
+def make_record(
+    affine: npt.NDArray[np.float64], shape: Size, start: Sequence[int], stop: Sequence[int], plan: Plan
+) -> GeometryRecord:
+    """What bringing a scan into network space means: its geometry, the box that is kept, the new size."""
+    cropped = [int(b) - int(a) for a, b in zip(start, stop, strict=True)]
+    return GeometryRecord(
+        affine=tuple(tuple(float(v) for v in row) for row in affine),
+        shape=shape,
+        axis_order=plan.axis_order,
+        crop_start=(int(start[0]), int(start[1]), int(start[2])),
+        crop_stop=(int(stop[0]), int(stop[1]), int(stop[2])),
+        resampled=resampled_shape(cropped, spacing_along(affine, plan.axis_order), plan.target_spacing_mm),
+        coarse_slices=plan.coarse_slices,
+    )
+
+
+def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: int) -> Uint8:
+    """Classes (X, Y, Z) in the scan's grid to (D, H, W) in the network's.
+
+    Each class is resampled linearly as a map of its own and the largest wins: no label value is made up between two
+    others, and boundaries stay smooth. Of equal ones the smaller class wins.
+    """
+    box = tuple(slice(a, b) for a, b in zip(record.crop_start, record.crop_stop, strict=True))
+    array = reorient(classes[None], np.array(record.affine), record.axis_order)[0][box]
+    if array.shape == record.resampled:
+        return np.ascontiguousarray(array)
+    label = np.zeros(record.resampled, dtype=np.uint8)
+    best = np.full(record.resampled, -1, dtype=np.float32)
+    for k in range(class_count):  # one map at a time: a data set may have a hundred classes
+        of_class = (array == k)[None].astype(np.float32)
+        slices = ResampledSlices(
+            lambda n, of_class=of_class: of_class[:, n],  # type: ignore[misc]
+            record.cropped,
+            record.resampled,
+            order=1,
+            coarse_slices=record.coarse_slices,
+        )
+        for n in range(record.resampled[0]):
+            plane = slices(n)[0]
+            label[n][plane > best[n]] = k
+            np.maximum(best[n], plane, out=best[n])
+    return label
+
+
+def nonzero_box(planes: Iterable[npt.NDArray[np.bool_]], shape: Sequence[int]) -> tuple[Size, Size]:
+    """Bounding box (start, stop) of the true voxels of a volume; all of it if there are none.
+
+    Args:
+        planes: along the first axis of a volume of this shape.
+    """
+    hits = [np.zeros(n, dtype=bool) for n in shape]
+    for k, plane in enumerate(planes):
+        hits[0][k] = plane.any()
+        hits[1] |= plane.any(axis=1)
+        hits[2] |= plane.any(axis=0)
+    start, stop = [], []
+    for hit, size in zip(hits, shape, strict=True):
+        found = np.flatnonzero(hit)
+        start.append(int(found[0]) if found.size else 0)
+        stop.append(int(found[-1]) + 1 if found.size else size)
+    return (start[0], start[1], start[2]), (stop[0], stop[1], stop[2])
 
 
 class Normaliser:
@@ -115,118 +291,6 @@ def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
     return mean, sd if sd > CONSTANT * abs(mean) else abs(mean)
 
 
-def resample(array: Float32, shape: Sequence[int], *, order: int, coarse_slices: bool) -> Float32:
-    """Resample (C, D, H, W) to `shape`, the field of view kept (voxel edges aligned).
-
-    Args:
-        array: (C, D, H, W).
-        shape: new (D, H, W).
-        order: spline order (1 linear, 3 cubic).
-        coarse_slices: along the depth linear at most, as splines overshoot between distant slices.
-    """
-    if order == 3:
-        slices = CubicSlices(lambda k: array[:, k], array.shape[1:], tuple(shape), coarse_slices=coarse_slices)
-        return np.ascontiguousarray(np.stack([slices(k) for k in range(shape[0])], axis=1))
-    from scipy import ndimage
-
-    out = array
-    steps = (((1, 2), order), ((0,), min(order, 1))) if coarse_slices else (((0, 1, 2), order),)
-    for axes, degree in steps:
-        target = list(out.shape[1:])
-        for axis in axes:
-            target[axis] = int(shape[axis])
-        if tuple(target) == out.shape[1:]:
-            continue
-        factors = [new / old for new, old in zip(target, out.shape[1:], strict=True)]
-        out = np.stack(
-            [
-                ndimage.zoom(channel, factors, order=degree, mode="nearest", grid_mode=True, output=np.float32)
-                for channel in out
-            ]
-        )
-    return np.ascontiguousarray(out, dtype=np.float32)
-
-
-def to_network_space(volume: Volume, plan: Plan) -> tuple[Float32, GeometryRecord]:
-    """Reorient, crop, normalise and resample a scan.
-
-    Returns:
-        The network's input (C, D, H, W) float32, not padded, and the record that undoes it.
-    """
-    array = reorient(volume.data, volume.affine, plan.axis_order)
-    start, stop = nonzero_box(array) if plan.crop_to_nonzero else ((0, 0, 0), array.shape[1:])
-    record = make_record(volume.affine, volume.shape, start, stop, plan)
-    array = array[:, start[0] : stop[0], start[1] : stop[1], start[2] : stop[2]]
-    array = normalise(array, plan.normalisation)
-    return resample(array, record.resampled, order=3, coarse_slices=plan.coarse_slices), record
-
-
-def make_record(
-    affine: npt.NDArray[np.float64],
-    shape: tuple[int, int, int],
-    start: Sequence[int],
-    stop: Sequence[int],
-    plan: Plan,
-) -> GeometryRecord:
-    """What bringing a scan into network space means: its geometry, the box that is kept, the new size."""
-    cropped = [int(b) - int(a) for a, b in zip(start, stop, strict=True)]
-    return GeometryRecord(
-        affine=tuple(tuple(float(v) for v in row) for row in affine),
-        shape=shape,
-        axis_order=plan.axis_order,
-        crop_start=(int(start[0]), int(start[1]), int(start[2])),
-        crop_stop=(int(stop[0]), int(stop[1]), int(stop[2])),
-        resampled=resampled_shape(cropped, spacing_along(affine, plan.axis_order), plan.target_spacing_mm),
-        coarse_slices=plan.coarse_slices,
-    )
-
-
-def label_to_network_space(
-    classes: npt.NDArray[np.uint8], record: GeometryRecord, class_count: int
-) -> npt.NDArray[np.uint8]:
-    """Classes (X, Y, Z) in the scan's grid to (D, H, W) in the network's.
-
-    Each class is resampled linearly as a map of its own and the largest wins: no label value is made up between two
-    others, and boundaries stay smooth.
-    """
-    array = reorient(classes[None], np.array(record.affine), record.axis_order)
-    (d0, h0, w0), (d1, h1, w1) = record.crop_start, record.crop_stop
-    array = array[:, d0:d1, h0:h1, w0:w1]
-    if array.shape[1:] == record.resampled:
-        return np.ascontiguousarray(array[0])
-    label = np.zeros(record.resampled, dtype=np.uint8)
-    best = np.full(record.resampled, -1, dtype=np.float32)
-    for k in range(class_count):  # one map at a time: a data set may have a hundred classes
-        of_class = (array == k).astype(np.float32)
-        of_class = resample(of_class, record.resampled, order=1, coarse_slices=record.coarse_slices)[0]
-        label[of_class > best] = k
-        np.maximum(best, of_class, out=best)
-    return label
-
-
-def scores_to_scan(scores: Float32, record: GeometryRecord, targets: Targets) -> npt.NDArray[np.uint8]:
-    """Scores (K, D, H, W) in network space to classes (X, Y, Z) in the scan's grid.
-
-    Scores are resampled linearly, then `targets` decides; what was cropped away is background.
-    """
-    cropped = tuple(b - a for a, b in zip(record.crop_start, record.crop_stop, strict=True))
-    if scores.shape[1:] != record.resampled:
-        raise ValueError(f"scores {scores.shape[1:]} do not fit the record {record.resampled}")
-    classes = np.zeros((1, *_reoriented_shape(record)), dtype=np.uint8)
-    (d0, h0, w0), (d1, h1, w1) = record.crop_start, record.crop_stop
-    restored = resample(scores, cropped, order=1, coarse_slices=record.coarse_slices)
-    classes[0, d0:d1, h0:h1, w0:w1] = targets.classes(restored)
-    return np.ascontiguousarray(undo_reorient(classes, np.array(record.affine), record.axis_order)[0])
-
-
-def _reoriented_shape(record: GeometryRecord) -> tuple[int, ...]:
-    orientation = ras_orientation(np.array(record.affine))
-    ras = [0, 0, 0]
-    for axis, (target, _) in enumerate(orientation):
-        ras[int(target)] = record.shape[axis]
-    return tuple(ras[k] for k in record.axis_order)
-
-
 def check_scale(scan: Scan, plan: Plan) -> None:
     """Refuse a scan whose spacing has nothing to do with what the model was trained on.
 
@@ -244,14 +308,3 @@ def check_scale(scan: Scan, plan: Plan) -> None:
                 "or coarser",
                 hint="check the voxel size and the unit in the header",
             )
-
-
-def read_scan_for(plan: Plan, paths: Sequence[Path]) -> Scan:
-    """One scan of the plan's channels, as `distilldsm predict` takes it.
-
-    Raises:
-        DataError: see `read_scan` and `check_scale`.
-    """
-    scan = read_scan(paths, len(plan.channels), names=[channel.name for channel in plan.channels])
-    check_scale(scan, plan)
-    return scan

@@ -132,8 +132,8 @@ def _fingerprint(root: Path, case: Case, index: DatasetIndex, output: Path) -> N
 
 
 def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output: Path) -> None:
-    volume, classes = load_case(root, case, index)
-    image, record = to_network_space(volume, plan)
+    scan, classes = load_case(root, case, index)
+    image, record = to_network_space(scan, plan)
     label = label_to_network_space(classes, record, len(plan.class_names))
     largest = max(float(image.max(initial=0)), -float(image.min(initial=0)))
     if not largest <= LARGEST_STORED:

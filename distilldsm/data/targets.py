@@ -1,8 +1,8 @@
 """What a network's output channels stand for: classes that exclude each other, or regions that overlap.
 
-Classes: softmax, the largest score wins. Regions (BraTS: whole tumour, tumour core, enhancing tumour): one sigmoid
-each; a region holds every voxel above one half, and a mask is written region by region, later ones over earlier ones.
-Needs numpy only: prediction uses it.
+Classes: softmax, the most probable one wins. Regions (BraTS: whole tumour, tumour core, enhancing tumour): one
+sigmoid each; a region holds every voxel above one half, and a mask is written region by region, later ones over
+earlier ones. Needs numpy only: prediction uses it.
 """
 
 from __future__ import annotations
@@ -117,17 +117,17 @@ class Targets:
         """(structures, classes): which class belongs to which structure."""
         return np.array([[value in values for value in self.class_values] for values in self.structures.values()])
 
-    def scores(self, logits: Float32) -> Float32:
+    def probabilities(self, logits: Float32) -> Float32:
         """Probabilities (channels, ...) of logits (channels, ...): softmax over the classes, or a sigmoid a region."""
         return sigmoid(logits) if self.regions else softmax(logits)
 
-    def classes(self, scores: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
+    def classes(self, probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
         """Classes (...) of probabilities (channels, ...)."""
         if not self.regions:
-            return scores.argmax(axis=0).astype(np.uint8)
-        found = np.zeros(scores.shape[1:], dtype=np.uint8)
-        for region, score in zip(self.regions, scores, strict=True):
-            found[score > 0.5] = self.class_values.index(region.written_as)
+            return probabilities.argmax(axis=0).astype(np.uint8)
+        found = np.zeros(probabilities.shape[1:], dtype=np.uint8)
+        for region, probability in zip(self.regions, probabilities, strict=True):
+            found[probability > 0.5] = self.class_values.index(region.written_as)
         return found
 
     def classes_of_logits(self, logits: Float32) -> npt.NDArray[np.uint8]:

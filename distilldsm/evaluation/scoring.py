@@ -173,7 +173,7 @@ def score_all(
             if not (path.exists() and taken.exists()):  # an interruption may have come between mask and scores
                 scan = read_scan([dataset / p for p in case.images], len(index.channels)).load()
                 with cost.measured(taken):
-                    mask = predictor.predict(scan.volume())
+                    mask = predictor.predict(scan).mask
                 write_mask(path, mask, scan)
             task = (
                 dataset / case.label,

@@ -106,20 +106,20 @@ def build_package(
             runtimes,
             preprocessed,
             cases,
-            stride=network.stride,
-            depth_halo=network.depth_halo,
             targets=plan.targets,
             sizes=PARITY_SIZES,
             remembered=remembered,
         )
 
     ir = output / "model.xml"
-    rows = compare({"onnx": OnnxEngine(output / "model.onnx"), "openvino": OpenVINOEngine(ir, precision="f32")})
+    rows = compare(
+        {"onnx": OnnxEngine(output / "model.onnx", network), "openvino": OpenVINOEngine(ir, network, precision="f32")}
+    )
     weights: Literal["FP16", "FP32"] = "FP16"
     if any(row.runtime == "openvino" for row in parity.beyond_limit(rows, max_voxel_difference)):
         export_openvino(output / "model.onnx", output / "model.xml", fp16=False)
         weights = "FP32"
-        again = compare({"openvino": OpenVINOEngine(ir, precision="f32")})
+        again = compare({"openvino": OpenVINOEngine(ir, network, precision="f32")})
         rows = [row for row in rows if row.runtime != "openvino"] + again
     parity.require_parity(rows, max_voxel_difference)
 
@@ -131,15 +131,14 @@ def build_package(
         config=int8 or Int8Config(enabled=False),
         training_cases=training,
         held_out=held_out,
-        stride=network.stride,
-        depth_halo=network.depth_halo,
+        network=network,
         targets=plan.targets,
     )
     write_json(output / INT8_DECISION, quantised)
     # Faster, and not the same: what they differ by is reported, Dice decides.
-    faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, precision="auto")}
+    faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, network, precision="auto")}
     if quantised.shipped:
-        faster["openvino-int8"] = OpenVINOEngine(output / "int8" / "model.xml", precision="auto")
+        faster["openvino-int8"] = OpenVINOEngine(output / "int8" / "model.xml", network, precision="auto")
     rows += compare(faster)
 
     summary = parity.summary(rows)

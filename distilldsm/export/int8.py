@@ -22,7 +22,7 @@ from distilldsm.config import Int8Config
 from distilldsm.core.progress import meter, progress
 from distilldsm.data.targets import Targets
 from distilldsm.export.parity import choose_cases
-from distilldsm.inference.engines import Engine, OpenVINOEngine, openvino_core
+from distilldsm.inference.engines import Engine, NetworkFacts, OpenVINOEngine, openvino_core
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 from distilldsm.models.package import Int8Report
 from distilldsm.training.patches import open_array
@@ -44,8 +44,7 @@ def make_int8(
     config: Int8Config,
     training_cases: Sequence[str],
     held_out: Sequence[str],
-    stride: Sequence[int],
-    depth_halo: int | None,
+    network: NetworkFacts,
     targets: Targets,
 ) -> Int8Report:
     """Quantise an IR; `target` (.xml, .bin beside it) stays only where the report says `shipped`.
@@ -53,6 +52,7 @@ def make_int8(
     Args:
         source: the IR to quantise, and to compare with.
         preprocessed: holds `images/<case>.npy` (C, D, H, W) and `labels/<case>.npy` (D, H, W).
+        network: what it is, see there.
         targets: what the logits stand for.
     """
     if not config.enabled:
@@ -60,7 +60,7 @@ def make_int8(
     if not training_cases or not held_out:
         return Int8Report(shipped=False, reason="needs training and held-out cases")
     chosen = choose_cases(preprocessed, training_cases, config.calibration_cases)
-    windows = [_window(preprocessed, case, stride) for case in chosen]
+    windows = [_window(preprocessed, case, network.stride) for case in chosen]
     try:
         quantised = _quantise(source, windows, config.max_dice_loss, targets)
     except ImportError:
@@ -71,13 +71,11 @@ def make_int8(
     import openvino
 
     openvino.save_model(quantised, os.fspath(target), compress_to_fp16=False)
-    exact = OpenVINOEngine(source, precision="f32")
+    exact = OpenVINOEngine(source, network, precision="f32")
     scored = scored_cases(preprocessed, held_out)
-    loss = _dice_loss(
-        exact, OpenVINOEngine(target, precision="auto"), preprocessed, scored, stride, depth_halo, targets
-    )
+    loss = _dice_loss(exact, OpenVINOEngine(target, network, precision="auto"), preprocessed, scored, targets)
     largest = choose_cases(preprocessed, held_out, len(held_out))[-1]
-    seconds = _seconds(source, target, _window(preprocessed, largest, stride, MAX_VOXELS)[0])
+    seconds = _seconds(source, target, network, _window(preprocessed, largest, network.stride, MAX_VOXELS)[0])
     speedup, speedup_f32 = seconds["auto"] / seconds["int8"], seconds["f32"] / seconds["int8"]
     words = (
         f"{speedup:.2f} times as fast as the IR at OpenVINO's own precision ({speedup_f32:.2f} times as fast as in "
@@ -175,8 +173,6 @@ def _dice_loss(
     int8: Engine,
     preprocessed: Path,
     cases: Sequence[str],
-    stride: Sequence[int],
-    depth_halo: int | None,
     targets: Targets,
 ) -> float:
     from distilldsm.training.validation import structure_dice
@@ -187,19 +183,19 @@ def _dice_loss(
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
 
         def dice(engine: Engine, image: Float32 = image, truth: npt.NDArray[Any] = truth) -> float:
-            logits = predict_logits(engine, image, stride=stride, depth_halo=depth_halo)
+            logits = predict_logits(engine, image)
             return float(np.mean(structure_dice(targets.classes_of_logits(logits), truth, targets)))
 
         losses.append(dice(exact) - dice(int8))
     return float(np.mean(losses))
 
 
-def _seconds(source: Path, target: Path, image: Float32) -> Mapping[str, float]:
+def _seconds(source: Path, target: Path, network: NetworkFacts, image: Float32) -> Mapping[str, float]:
     """Medians of interleaved runs, as prediction runs them: compiled for the size of the image."""
     engines: dict[str, Callable[[Float32], Float32]] = {
-        "f32": OpenVINOEngine(source, precision="f32", fixed_size=True),
-        "auto": OpenVINOEngine(source, precision="auto", fixed_size=True),
-        "int8": OpenVINOEngine(target, precision="auto", fixed_size=True),
+        "f32": OpenVINOEngine(source, network, precision="f32", fixed_size=True),
+        "auto": OpenVINOEngine(source, network, precision="auto", fixed_size=True),
+        "int8": OpenVINOEngine(target, network, precision="auto", fixed_size=True),
     }
     found: dict[str, list[float]] = {name: [] for name in engines}
     for engine in engines.values():

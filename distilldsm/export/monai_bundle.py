@@ -129,11 +129,7 @@ def _inference(model: ModelMetadata) -> dict[str, Any]:
             "shuffle": False,
             "num_workers": 0,
         },
-        "inferer": {
-            "_target_": "distilldsm.inference.monai.VolumeInferer",
-            "stride": list(network.stride),
-            "depth_halo": network.depth_halo,
-        },
+        "inferer": {"_target_": "distilldsm.inference.monai.VolumeInferer"},
         "postprocessing": {
             "_target_": "distilldsm.inference.monai.SaveMaskd",
             "plan": "@plan",

@@ -17,7 +17,8 @@ from distilldsm.core.mapping import to_mapping
 from distilldsm.core.progress import progress
 from distilldsm.data.targets import Targets
 from distilldsm.inference.engines import Engine
-from distilldsm.inference.windows import Box, Float32, predict_logits
+from distilldsm.inference.probabilities import WHOLE, Box
+from distilldsm.inference.windows import Float32, predict_logits
 from distilldsm.models.package import Int8Report
 from distilldsm.training.patches import open_array
 
@@ -87,7 +88,7 @@ def compared_part(labels: npt.NDArray[np.integer], max_voxels: int = MAX_VOXELS)
     Whole slices if 16 of them are no more than `max_voxels`; otherwise those are cut in plane, too.
     """
     if labels.size <= max_voxels:
-        return (slice(None), slice(None), slice(None))
+        return WHOLE
     area = max(max_voxels // min(labels.shape[0], 16), 1)
     height, width = labels.shape[1:]
     if height * width > area:
@@ -109,8 +110,6 @@ def compare(
     preprocessed: Path,
     case_ids: Sequence[str],
     *,
-    stride: Sequence[int],
-    depth_halo: int | None,
     targets: Targets,
     sizes: int = 1,
     remembered: Remembered | None = None,
@@ -145,7 +144,7 @@ def compare(
 
         def run(name: str, engine: Engine, case: str = case, image: np.ndarray = image) -> tuple[np.ndarray, float]:
             start = time.perf_counter()
-            logits = predict_logits(engine, image, stride=stride, depth_halo=depth_halo)
+            logits = predict_logits(engine, image)
             seconds = time.perf_counter() - start
             if not np.isfinite(logits).all():
                 raise UserError(

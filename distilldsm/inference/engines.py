@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import threading
+from abc import ABC, abstractmethod
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -13,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.inference.depth_stream import DepthStream, NotStreamableError, Shape, stream_graph
+from distilldsm.inference.depth_stream import DepthStream, NotStreamableError, Shape, StreamGraph, stream_graph
 
 if TYPE_CHECKING:
     from distilldsm.models.base import SegmentationNetwork
 
 Float32 = npt.NDArray[np.float32]
+Precision = Literal["f32", "auto"]
 
 
 @cache
@@ -37,17 +39,16 @@ def openvino_core() -> Any:
 FIXED_FROM_VOXELS = 500_000
 
 
-class Engine(Protocol):
-    """What a runtime offers: logits for one volume whose sizes suit the network's stride."""
+class NetworkFacts(Protocol):
+    """What prediction must know of a network besides its weights: a network, its description or an engine says it."""
 
-    def __call__(self, image: Float32) -> Float32: ...
+    @property
+    def stride(self) -> tuple[int, int, int]:
+        """What D, H and W must be multiples of."""
 
-
-def release(engine: Engine) -> None:
-    """Have an engine give back the memory it runs in, where it holds any; its next call takes it again."""
-    give_back = getattr(engine, "release", None)
-    if give_back is not None:
-        give_back()
+    @property
+    def depth_halo(self) -> int | None:
+        """How many slices beyond a slice its logits depend on; None: the whole depth."""
 
 
 class Stream(Protocol):
@@ -56,16 +57,39 @@ class Stream(Protocol):
     def __call__(self, chunk: Float32, first: int, depth: int) -> Float32: ...
 
 
-def open_stream(engine: Engine, shape: Shape, *, lag: int) -> Stream | None:
-    """A stream of chunks of `shape` through the engine's network, logits `lag` slices late; None if there is none."""
-    opening = getattr(engine, "open_stream", None)
-    return None if opening is None else opening(shape, lag=lag)
+class Engine(ABC):
+    """What every runtime offers, and what it knows of its network."""
+
+    kind = "openvino"
+    """Which figures of memory.py hold for it."""
+
+    def __init__(self, network: NetworkFacts) -> None:
+        self.stride = network.stride
+        self.depth_halo = network.depth_halo
+
+    @abstractmethod
+    def __call__(self, image: Float32) -> Float32:
+        """Logits for one volume whose sizes suit the network's stride."""
+
+    def release(self) -> None:  # noqa: B027 - most engines hold nothing
+        """Give back the memory it runs in, where it holds any; the next call takes it again."""
+
+    def open_stream(self, shape: Shape) -> Stream | None:
+        """A stream for one volume in chunks of `shape`, logits `depth_halo` slices late; None: there is none."""
+        return None
+
+    def stream_bytes(self, shape: Shape) -> int | None:
+        """Features that such a stream keeps from chunk to chunk, in float32; None: there is none."""
+        return None
 
 
-class TorchEngine:
+class TorchEngine(Engine):
     """Runs the network itself, on the CPU or a GPU."""
 
+    kind = "torch"
+
     def __init__(self, network: SegmentationNetwork, *, device: str = "cpu", bf16: bool = False) -> None:
+        super().__init__(network)
         self.network = network.to(device).eval()
         self.device = device
         self.bf16 = bf16
@@ -73,24 +97,38 @@ class TorchEngine:
     def __call__(self, image: Float32) -> Float32:
         import torch
 
-        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+        with torch.inference_mode(), torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
             logits = self.network(torch.from_numpy(np.ascontiguousarray(image)).to(self.device))
             return logits.float().cpu().numpy()
 
-    def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
-        """As `OpenVINOEngine.open_stream`; the networks of `UNet2D` can."""
+    def open_stream(self, shape: Shape) -> Stream | None:
+        """The networks of `UNet2D` with depth shifts can."""
         from distilldsm.inference.torch_stream import TorchStream
         from distilldsm.models.unet2d import UNet2D
 
-        if type(self.network) is not UNet2D or self.network.depth_halo != lag:
+        if type(self.network) is not UNet2D or not self.depth_halo:
             return None
         return TorchStream(self.network, device=self.device, bf16=self.bf16)
 
+    def stream_bytes(self, shape: Shape) -> int | None:
+        """Counted on the smallest slice that the stride allows: what is kept grows with the area."""
+        from distilldsm.inference.torch_stream import TorchStream
 
-class OnnxEngine:
+        height, width = self.stride[1:]
+        stream = self.open_stream(shape)
+        if not isinstance(stream, TorchStream):
+            return None
+        stream(np.zeros((1, shape[1], 1, height, width), dtype=np.float32), 0, 1)
+        return 4 * stream.kept_values * (shape[3] * shape[4]) // (height * width)
+
+
+class OnnxEngine(Engine):
     """Runs model.onnx with ONNX Runtime on the CPU."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    kind = "onnx"
+
+    def __init__(self, path: str | os.PathLike[str], network: NetworkFacts) -> None:
+        super().__init__(network)
         self.path = _existing(path)
         self.session: Any = self._load()
 
@@ -114,7 +152,7 @@ class OnnxEngine:
         return self.session.run(None, {name: np.ascontiguousarray(image, dtype=np.float32)})[0]
 
 
-class OpenVINOEngine:
+class OpenVINOEngine(Engine):
     """Runs OpenVINO IR (or ONNX) on the CPU.
 
     precision: `f32` computes in float32 (what parity is measured with); `auto` lets OpenVINO choose, bf16 on CPUs that
@@ -125,14 +163,21 @@ class OpenVINOEngine:
     """
 
     def __init__(
-        self, path: str | os.PathLike[str], *, precision: Literal["f32", "auto"] = "f32", fixed_size: bool = False
+        self,
+        path: str | os.PathLike[str],
+        network: NetworkFacts,
+        *,
+        precision: Precision = "f32",
+        fixed_size: bool = False,
     ) -> None:
+        super().__init__(network)
         self.path = _existing(path)
+        self.kind = "openvino" if precision == "f32" else "openvino-auto"
         self.fixed_size = fixed_size
         self._properties = {"INFERENCE_PRECISION_HINT": "f32"} if precision == "f32" else {}
         self._shape: tuple[int, ...] | None = None
         self._compiled: Any = None
-        self._stream: tuple[Shape, Any, int] | None = None
+        self._stream: tuple[Shape, Any] | None = None
         self._lock = threading.Lock()
         self._core = openvino_core()
         try:
@@ -162,61 +207,60 @@ class OpenVINOEngine:
         """Drop the compiled network, with the buffers between its layers."""
         self._compiled = self._stream = None
 
-    def stream_bytes(self, shape: Shape, *, lag: int) -> int | None:
-        """float32 features that a stream of chunks of `shape` keeps; None where there is no stream with that lag."""
+    def _graph(self, shape: Shape) -> StreamGraph | None:
+        """The network for chunks of `shape`; None where it cannot be streamed, or lags otherwise than described."""
         try:
             graph = stream_graph(self._model, shape)
         except NotStreamableError:
             return None
-        return graph.state_bytes if graph.lag == lag else None
+        return graph if graph.lag == self.depth_halo else None
 
-    def open_stream(self, shape: Shape, *, lag: int) -> Stream | None:
-        """The network for chunks of `shape`, for one volume after the other; None: see `stream_bytes`."""
+    def stream_bytes(self, shape: Shape) -> int | None:
+        """As `Engine.stream_bytes`."""
+        graph = self._graph(shape)
+        return None if graph is None else graph.state_bytes
+
+    def open_stream(self, shape: Shape) -> Stream | None:
+        """As `Engine.open_stream`."""
         with self._lock:
-            return self._opened(shape, lag)
+            if self._stream is None or self._stream[0] != shape:
+                graph = self._graph(shape)
+                if graph is None:
+                    return None
+                # The network for any size holds no buffers yet, or small ones; that for a large size goes.
+                self._stream = None
+                if self.fixed_size:
+                    self._compiled = None
+                self._stream = shape, self._compiled_stream(graph)
+            assert self.depth_halo is not None
+            # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
+            return DepthStream(self._stream[1], self.depth_halo)
 
-    def _opened(self, shape: Shape, lag: int) -> Stream | None:
-        if self._stream is None or self._stream[0] != shape:
-            try:
-                graph = stream_graph(self._model, shape)
-            except NotStreamableError:
-                return None
-            if graph.lag != lag:
-                return None
-            # The network for any size holds no buffers yet, or small ones; that for a large size goes.
-            self._stream = None
-            if self.fixed_size:
-                self._compiled = None
-            try:
-                compiled = self._core.compile_model(graph.model, "CPU", self._properties)
-            except Exception as error:
-                raise DataError(
-                    "cannot be compiled for a stream of slices",
-                    where=self.path,
-                    seen=str(error)[:300],
-                    hint="free memory, or predict with --engine onnx",
-                ) from None
-            self._stream = shape, compiled, graph.lag
-        # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
-        return DepthStream(*self._stream[1:])
+    def _compiled_stream(self, graph: StreamGraph) -> Any:
+        try:
+            return self._core.compile_model(graph.model, "CPU", self._properties)
+        except Exception as error:
+            raise DataError(
+                "cannot be compiled for a stream of slices",
+                where=self.path,
+                seen=str(error)[:300],
+                hint="free memory, or predict with --engine onnx",
+            ) from None
 
     def __call__(self, image: Float32) -> Float32:
         # A compiled network computes one image at a time; a server may ask for several.
         with self._lock:
-            return self._whole(image)
-
-    def _whole(self, image: Float32) -> Float32:
-        shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None
-        if self._compiled is None or shape != self._shape:
-            self._compile_for(shape)
-        # Results are copied: OpenVINO's own buffers are overwritten by the next call.
-        image = np.ascontiguousarray(image, dtype=np.float32)
-        result = self._compiled([image], share_inputs=False, share_outputs=True)
-        return np.array(result[0], dtype=np.float32)
+            shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None
+            if self._compiled is None or shape != self._shape:
+                self._compile_for(shape)
+            # Results are copied: OpenVINO's own buffers are overwritten by the next call.
+            image = np.ascontiguousarray(image, dtype=np.float32)
+            result = self._compiled([image], share_inputs=False, share_outputs=True)
+            return np.array(result[0], dtype=np.float32)
 
 
 def unloadable(runtime: str, path: str | os.PathLike[str], error: Exception) -> DataError:
-    """What is told when a runtime refuses a model's file."""
+    """The error where a runtime refuses a model's file."""
     return DataError(
         f"cannot be loaded by {runtime}",
         where=path,

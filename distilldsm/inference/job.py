@@ -1,39 +1,32 @@
-"""One scan of `distilldsm predict`: read, predicted in pieces within a budget, written, reported."""
+"""One scan of `distilldsm predict`: read, predicted within a budget, written, reported."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.machine import peak_memory_gb
 from distilldsm.core.progress import beside_the_bar, progress
-from distilldsm.data.geometry import check_scale
-from distilldsm.data.targets import Targets
-from distilldsm.inference.memory import (
-    DEFAULT_PIECE_VOXELS,
-    MODEL_BYTES,
-    Pieces,
-    StreamCost,
-    activation_bytes,
-    plan_pieces,
-    stream_cost,
-)
-from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
-from distilldsm.inference.predict import Precision, Predictor, Runtime
-from distilldsm.inference.report import Stopwatch
-from distilldsm.inference.streaming import NetworkImage, Piece, depth_windows, predict_scan, stream_chunks
+from distilldsm.inference.loading import Precision
+from distilldsm.inference.memory import budget_bytes
+from distilldsm.inference.predict import Observer, Prediction, Predictor
+from distilldsm.inference.windows import Pieces, Slices
 from distilldsm.io.formats import Format, stem, write_mask
 from distilldsm.io.inputs import Input
 from distilldsm.io.nifti import write_nifti
 from distilldsm.io.output import scratch_array
 from distilldsm.io.scan import Scan
+
+PHASES = ("read", "preprocess", "network", "restore", "write")
 
 
 @dataclass(frozen=True)
@@ -54,15 +47,59 @@ class Job:
 class Settings:
     """What all scans of a run share."""
 
-    engine: Runtime
     precision: Precision
-    budget: int
-    """Memory for the whole process, bytes."""
-    default_budget: bool
-    """Nobody asked for it: pieces need be no larger than is worth while."""
+    memory: int | None
+    """For the whole process, bytes; None: the default, and pieces no larger than is worth while."""
     probabilities: bool
     alone: bool
     """The only scan: its pieces are what progress is shown of."""
+
+    @property
+    def budget(self) -> int:
+        """Bytes for the whole process."""
+        return budget_bytes(None) if self.memory is None else self.memory
+
+
+class _Shown(Observer):
+    """Takes the seconds of each phase, prints what is planned, shows progress."""
+
+    def __init__(self, job: Job, settings: Settings) -> None:
+        self.job, self.settings = job, settings
+        self.seconds = dict.fromkeys(PHASES, 0.0)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += time.perf_counter() - started
+
+    def planned(self, pieces: Pieces, count: int) -> None:
+        name = self.job.input.name
+        size = f"about {pieces.estimate_bytes / 1e9:.1f} of {self.settings.budget / 1e9:.1f} GB"
+        how = "in one piece" if count == 1 else f"in {count} pieces of {pieces.window} slices"
+        if pieces.streamed:
+            how = f"streamed, {pieces.window} slices at a time"
+        remarks = [f"{size}, {how}"]
+        if self.settings.precision == "int8" and count > 1:
+            remarks.append(
+                "INT8 is not streamed, and slices near the ends of a piece are computed again: --precision auto may be "
+                "faster on a scan of this size"
+            )
+        if pieces.tile is not None:
+            remarks.append(
+                f"whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are blended: labels may "
+                "differ from those of whole slices; a larger --max-memory avoids that"
+            )
+        with beside_the_bar():
+            for remark in remarks:
+                print(f"{name}: {remark}", file=sys.stderr)
+
+    def follow(self, stream: Iterator[Slices], count: int) -> Iterator[Slices]:
+        if not (self.settings.alone and count > 1):
+            return stream
+        return progress(stream, total=count, title=self.job.input.name, unit="piece")
 
 
 def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
@@ -88,64 +125,23 @@ def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any
 
 
 def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
-    plan, geometry, clock = predictor.plan, predictor.geometry, Stopwatch()
-    with clock("read"):
+    plan, shown = predictor.plan, _Shown(job, settings)
+    with shown.phase("read"):
         scan = job.input.read(len(plan.channels), settings.budget, [channel.name for channel in plan.channels])
-    check_scale(scan, plan)
-    with clock("preprocess"):
-        image = NetworkImage(scan, plan)
-    pieces = _plan_memory(job, scan, image, predictor, settings)
-    padded = -(-image.shape[0] // geometry.stride[0]) * geometry.stride[0]
-    if pieces.streamed:
-        windows = len(stream_chunks(padded, pieces.window, geometry.depth_halo or 0))
-    else:
-        windows = len(depth_windows(padded, pieces.window, geometry.depth_halo, geometry.stride[0]))
-    _announce(job, pieces, windows, settings)
-
-    def track(stream: Iterator[Piece]) -> Iterator[Piece]:
-        if not (settings.alone and windows > 1):
-            return stream
-        return progress(stream, total=windows, title=job.input.name, unit="piece")
-
-    mask = np.zeros(scan.shape, dtype=np.uint8, order="F")
     with ExitStack() as stack:
         maps = None
         if settings.probabilities:
             shape = (*scan.shape, plan.targets.channels)
             maps = stack.enter_context(scratch_array(job.probabilities, shape))
-        counts = predict_scan(
-            predictor.scorer,
-            image,
-            plan,
-            mask,
-            stride=geometry.stride,
-            depth_halo=geometry.depth_halo,
-            window=pieces.window,
-            tile=pieces.tile,
+        found = predictor.predict(
+            scan,
+            memory=settings.memory,
+            held_bytes=4 * int(np.prod(scan.shape)) if job.format.mask_format == "seg" else 0,
             probabilities=maps,
-            clock=clock,
-            track=track,
-            streamed=pieces.streamed,
+            observer=shown,
         )
-        with clock("restore"):
-            if predictor.keep_largest:
-                predictor.scorer.release()
-            for values in predictor.keep_largest.values():
-                for value, removed in keep_largest(mask, values).items():
-                    counts[plan.class_values.index(value)] -= removed
-                    counts[0] += removed
-        with clock("write"):
-            if maps is not None:
-                write_nifti(job.probabilities, maps, scan, slope=1 / 255)
-            try:
-                labels = dict(zip(plan.class_names, plan.class_values, strict=True))
-                model = "" if predictor.metadata is None else predictor.metadata.name
-                write_mask(job.output, mask, scan, labels=labels, model=model)
-            except BaseException:
-                if maps is not None:
-                    job.probabilities.unlink(missing_ok=True)
-                raise
-    voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+        with shown.phase("write"):
+            _write(job, scan, predictor, found.mask, maps)
     peak = peak_memory_gb()
     return {
         "scan": job.input.name,
@@ -155,87 +151,35 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         **({"probabilities": str(job.probabilities)} if settings.probabilities else {}),
         "shape": list(scan.shape),
         "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
-        "volume_ml": volumes_ml(plan.targets, counts.tolist(), voxel_ml),
-        # In bf16 the runtime rounds a network and its stream in another order.
-        "exact": pieces.exact and not (pieces.streamed and settings.precision != "f32"),
-        "streamed": pieces.streamed,
-        "pieces": windows,
-        "estimated_memory_mb": round(pieces.estimate_bytes / 1e6, 1),
+        **_facts(found),
         "peak_memory_mb": None if peak is None else round(peak * 1000, 1),
-        "seconds": clock.rounded(),
+        "seconds": {name: round(seconds, 3) for name, seconds in shown.seconds.items()},
     }
 
 
-def volumes_ml(targets: Targets, counts: Sequence[int], voxel_ml: float) -> dict[str, float]:
-    """Volume of each label, ml, then of each region: of all its labels in the mask.
-
-    counts: voxels of each class. A region that is called as a label of other voxels appears as `NAME (region)`.
-    """
-    voxels = dict(zip(targets.class_values, counts, strict=True))
-    labels = dict(zip(targets.class_names, targets.class_values, strict=True))
-    found = {name: round(voxels[value] * voxel_ml, 4) for name, value in labels.items() if value != 0}
-    for region in targets.regions:
-        other = region.name in labels and region.values != (labels[region.name],)
-        name = f"{region.name} (region)" if other else region.name
-        found[name] = round(sum(voxels[value] for value in region.values) * voxel_ml, 4)
-    return found
+def _facts(found: Prediction) -> dict[str, Any]:
+    return {
+        "volume_ml": dict(found.volumes_ml),
+        "exact": found.exact,
+        "streamed": found.pieces.streamed,
+        "pieces": found.count,
+        "estimated_memory_mb": round(found.pieces.estimate_bytes / 1e6, 1),
+    }
 
 
-def _plan_memory(job: Job, scan: Scan, image: NetworkImage, predictor: Predictor, settings: Settings) -> Pieces:
-    networks, stride = [model.network for model in predictor.models], predictor.geometry.stride
-    channels, classes = len(predictor.plan.channels), predictor.plan.targets.channels
-    engine = settings.engine
-    kind = "openvino-auto" if engine == "openvino" and settings.precision != "f32" else engine
-    voxels = int(scan.channels[0].raw.size)
-    plane = image.cropped[1] * image.cropped[2]
-    held = (
-        scan.nbytes + voxels * (5 if job.format.mask_format == "seg" else 1) + plane * (160 * channels + 40 * classes)
-    )
-    held += sum(MODEL_BYTES + 4 * network.parameters for network in networks[1:])
-    padded = [-(-n // s) * s for n, s in zip(image.shape, stride, strict=True)]
-
-    def stream() -> StreamCost | None:
-        kept, network = predictor.stream_bytes(padded), networks[0]
-        return None if kept is None else stream_cost(network.name, network.options, kind, kept, network.macs_per_voxel)
-
-    return plan_pieces(
-        padded,
-        stride=stride,
-        depth_halo=predictor.geometry.depth_halo,
-        per_voxel=max(activation_bytes(n.name, n.options, kind, n.macs_per_voxel) for n in networks),
-        channels=channels,
-        classes=classes,
-        held_bytes=held,
-        budget=settings.budget,
-        where=job.input.paths[0],
-        limit_voxels=DEFAULT_PIECE_VOXELS if settings.default_budget else None,
-        engine=engine,
-        mirrored=predictor.scorer.mirrored,
-        averaged=len(networks) > 1,
-        after_bytes=BYTES_PER_VOXEL * voxels if predictor.keep_largest else 0,
-        stream=stream,
-    )
-
-
-def _announce(job: Job, pieces: Pieces, windows: int, settings: Settings) -> None:
-    size = f"about {pieces.estimate_bytes / 1e9:.1f} of {settings.budget / 1e9:.1f} GB"
-    how = "in one piece" if windows == 1 else f"in {windows} pieces of {pieces.window} slices"
-    if pieces.streamed:
-        how = f"streamed, {pieces.window} slices at a time"
-    with beside_the_bar():
-        print(f"{job.input.name}: {size}, {how}", file=sys.stderr)
-        if settings.precision == "int8" and windows > 1:
-            print(
-                f"{job.input.name}: INT8 is not streamed, and slices near the ends of a piece are computed again: "
-                "--precision auto may be faster on a scan of this size",
-                file=sys.stderr,
-            )
-        if pieces.tile is not None:
-            print(
-                f"{job.input.name}: whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are "
-                "blended: labels may differ from those of whole slices; a larger --max-memory avoids that",
-                file=sys.stderr,
-            )
+def _write(
+    job: Job, scan: Scan, predictor: Predictor, mask: npt.NDArray[np.uint8], maps: npt.NDArray[np.uint8] | None
+) -> None:
+    if maps is not None:
+        write_nifti(job.probabilities, maps, scan, slope=1 / 255)
+    try:
+        labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
+        model = "" if predictor.metadata is None else predictor.metadata.name
+        write_mask(job.output, mask, scan, labels=labels, model=model)
+    except BaseException:
+        if maps is not None:
+            job.probabilities.unlink(missing_ok=True)
+        raise
 
 
 def _located(error: UserError, path: Path) -> UserError:

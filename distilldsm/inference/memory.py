@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from distilldsm.config.networks import MODELS
 from distilldsm.core.errors import ConfigError, DataError
-from distilldsm.inference.windows import STREAM_SLICES, UNBOUNDED_HALO
+from distilldsm.inference.windows import STREAM_SLICES, Pieces, smallest_window
 
 DEFAULT_GB = 3.0
 BASE_BYTES = 400_000_000
@@ -21,33 +21,20 @@ USABLE = 0.95
 """Share of the budget that is planned with; estimates are no promises."""
 DEFAULT_PIECE_VOXELS = 26 * 512 * 512
 """Largest piece when no budget is given: larger ones save little time."""
+_SLICEWISE = {"openvino": 235.0, "openvino-auto": 150.0, "onnx": 680.0, "torch": 400.0}
 BYTES_PER_VOXEL: Mapping[str, Mapping[str, float]] = {
-    "unet2d": {"openvino": 235, "openvino-auto": 150, "onnx": 680, "torch": 400},
-    "unet3d": {"openvino": 250, "openvino-auto": 160, "onnx": 390, "torch": 360},
+    "unet2d": _SLICEWISE,
+    "inserted": _SLICEWISE,
+    "unet3d": {"openvino": 250.0, "openvino-auto": 160.0, "onnx": 390.0, "torch": 360.0},
 }
-"""Activations per voxel of a piece, at the reference widths (measured on pieces of 2 to 8 million voxels)."""
+"""Activations per voxel of a piece, by family and engine, at the reference widths (measured on pieces of 2 to 8 million
+voxels)."""
 REFERENCE_MACS = 42_816.0
 """Multiply-accumulates per voxel of the network that those figures are of; they grow with the square of the widths."""
-STREAM_BYTES_PER_VOXEL: Mapping[str, float] = {"openvino": 350, "openvino-auto": 200}
+STREAM_BYTES_PER_VOXEL: Mapping[str, float] = {"openvino": 350, "openvino-auto": 200, "torch": 500}
 """Activations per voxel of the slices that are streamed at a time (measured on 1 to 16 slices of 512 x 512)."""
-STREAM_COPIES: Mapping[str, float] = {"openvino": 2.5, "openvino-auto": 1.2}
+STREAM_COPIES: Mapping[str, float] = {"openvino": 2.5, "openvino-auto": 1.2, "torch": 3}
 """Copies that the runtime holds of what a stream keeps, for float32 features (measured likewise)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Pieces:
-    """How a scan goes through the network.
-
-    window: slices at once; tile: (height, width) in plane, None for whole slices; estimate_bytes: peak of the
-    process; exact: the labels are those of the whole volume in one piece; streamed: the pieces follow each other
-    without halo, features are kept between them (depth_stream.py).
-    """
-
-    window: int
-    tile: tuple[int, int] | None
-    estimate_bytes: int
-    exact: bool
-    streamed: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +92,7 @@ def activation_bytes(
     name: str, options: Mapping[str, object], engine: str, macs_per_voxel: float = REFERENCE_MACS
 ) -> float:
     """Memory that a network takes while it runs, per voxel that goes in at once."""
-    family = "unet3d" if name == "unet3d" else "unet2d"
-    return BYTES_PER_VOXEL[family][engine] * _width(name, options, macs_per_voxel)
+    return BYTES_PER_VOXEL[_family(name)][engine] * _width(name, options, macs_per_voxel)
 
 
 def stream_cost(
@@ -121,11 +107,15 @@ def stream_cost(
 
 def _width(name: str, options: Mapping[str, object], macs_per_voxel: float) -> float:
     """Channels over those of the reference network; of a network of the user's, guessed from its arithmetic."""
-    if name in MODELS and MODELS[name].family == "inserted":
+    if _family(name) == "inserted":
         return max(math.sqrt(macs_per_voxel / REFERENCE_MACS), 1.0)
-    options = {**(MODELS[name].options if name in MODELS else {}), **options}
-    width = float(str(options.get("base_width", 8))) / 8 if name == "unet3d" else float(str(options.get("width", 1)))
-    return max(width, 0.25)
+    options = {**MODELS[name].options, **options}
+    width = options["width"] if "width" in options else float(str(options["base_width"])) / 8
+    return max(float(str(width)), 0.25)
+
+
+def _family(name: str) -> str:
+    return MODELS[name].family if name in MODELS else "inserted"
 
 
 def plan_pieces(
@@ -165,8 +155,7 @@ def plan_pieces(
     """
     depth, height, width = size
     base = BASE_BYTES + (TORCH_BYTES if engine == "torch" else 0) + held_bytes
-    halo = UNBOUNDED_HALO if depth_halo is None else depth_halo
-    smallest = min(depth, 2 * halo + stride[0])
+    smallest = smallest_window(depth, depth_halo, stride[0])
     # The piece itself, twice while it is handed over; its logits and their copy; for tiles, their sum too.
     sums = 4 * ((channels + classes) * mirrored + classes * averaged)
     whole_slices, in_tiles = 4 * (2 * channels + 2 * classes) + sums, 4 * (2 * channels + 3 * classes) + sums
@@ -192,13 +181,12 @@ def plan_pieces(
             needed = base + cost.kept_bytes + (cost.per_voxel + whole_slices) * slices * height * width
             if needed <= usable:
                 estimated = int(max(needed, after))
-                return Pieces(window=slices, tile=None, estimate_bytes=estimated, exact=True, streamed=True)
+                return Pieces(window=slices, estimate_bytes=estimated, streamed=True)
     if window >= smallest or estimate(smallest, None) <= usable:
         window = max(window, smallest)
         window = max(window // stride[0] * stride[0], 1)
         return Pieces(
             window=window,
-            tile=None,
             estimate_bytes=int(max(estimate(window, None), after)),
             exact=depth_halo is not None or window >= depth,
         )

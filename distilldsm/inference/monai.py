@@ -8,7 +8,7 @@ name, which survive MONAI's collating) lead from one to the other.
 from __future__ import annotations
 
 import json
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from monai.transforms import Transform
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.mapping import from_mapping, to_mapping
-from distilldsm.data.geometry import GeometryRecord, read_scan_for, scores_to_scan, to_network_space
+from distilldsm.data.geometry import GeometryRecord, check_scale, mask_of, to_network_space
 from distilldsm.data.plan import Plan
+from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.windows import MAX_VOXELS, predict_logits
+from distilldsm.io import read_scan
 from distilldsm.io.formats import read_file, write_mask
 from distilldsm.io.inputs import find_inputs
 
@@ -62,30 +64,26 @@ class ToNetworkSpaced(Transform):
         self.plan = Plan.load(plan)
 
     def __call__(self, data: Case) -> dict[Hashable, Any]:
-        scan = read_scan_for(self.plan, [Path(path) for path in data["image"]])
-        image, record = to_network_space(scan.volume(), self.plan)
+        channels = [channel.name for channel in self.plan.channels]
+        scan = read_scan([Path(path) for path in data["image"]], len(channels), names=channels)
+        check_scale(scan, self.plan)
+        image, record = to_network_space(scan, self.plan)
         geometry = json.dumps(to_mapping(record))
         return {**data, "image": torch.from_numpy(image), "geometry": geometry, "scan": str(scan.path)}
 
 
 class VolumeInferer(Inferer):
-    """Whole volumes, padded to the stride; along the depth in exact pieces where they are larger than `max_voxels`."""
+    """Volumes of any size; along the depth in exact pieces where they are larger than `max_voxels`."""
 
-    def __init__(self, stride: Sequence[int], depth_halo: int | None, max_voxels: int = MAX_VOXELS) -> None:
+    def __init__(self, max_voxels: int = MAX_VOXELS) -> None:
         super().__init__()
-        self.stride, self.depth_halo, self.max_voxels = tuple(stride), depth_halo, max_voxels
+        self.max_voxels = max_voxels
 
     def __call__(self, inputs: torch.Tensor, network: Any, *args: Any, **kwargs: Any) -> torch.Tensor:
-        device = inputs.device
-
-        def engine(image: np.ndarray) -> np.ndarray:
-            return network(torch.from_numpy(np.ascontiguousarray(image)).to(device)).float().cpu().numpy()
-
-        logits = [
-            predict_logits(engine, image, stride=self.stride, depth_halo=self.depth_halo, max_voxels=self.max_voxels)
-            for image in inputs.cpu().numpy().astype(np.float32)
-        ]
-        return torch.from_numpy(np.stack(logits)).to(device)
+        engine = TorchEngine(network, device=str(inputs.device))
+        images = inputs.cpu().numpy().astype(np.float32)
+        logits = [predict_logits(engine, image, max_voxels=self.max_voxels) for image in images]
+        return torch.from_numpy(np.stack(logits)).to(inputs.device)
 
 
 class SaveMaskd(Transform):
@@ -97,8 +95,7 @@ class SaveMaskd(Transform):
     def __call__(self, data: Case) -> dict[Hashable, Any]:
         record = from_mapping(GeometryRecord, json.loads(data["geometry"]))
         logits = np.asarray(data["pred"].cpu(), dtype=np.float32)
-        classes = scores_to_scan(self.plan.targets.scores(logits), record, self.plan.targets)
-        mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
+        mask = mask_of(self.plan.targets.probabilities(logits), record, self.plan)
         self.output.mkdir(parents=True, exist_ok=True)
         write_mask(self.output / f"{data['source']}.nii.gz", mask, read_file(Path(data["scan"])))
         return {**data, "pred": torch.from_numpy(mask)}

@@ -1,110 +1,192 @@
-"""From a scan to a mask in the scan's own geometry, with any engine."""
+"""From a scan to a mask in the scan's own geometry, with any engine: the one path that all callers go."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.config import MirrorAxis
 from distilldsm.core.errors import DataError
-from distilldsm.core.files import read_json
-from distilldsm.data.geometry import scores_to_scan, to_network_space
+from distilldsm.data.geometry import NetworkImage, ScanMask, check_scale
 from distilldsm.data.plan import Plan
-from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
-from distilldsm.inference.ensemble import check_same_task, common_postprocessing
-from distilldsm.inference.postprocess import keep_largest
-from distilldsm.inference.scores import AXES, Member, Mirror, Scorer, mirror_axes
-from distilldsm.inference.windows import MAX_VOXELS, STREAM_SLICES, predict_logits, predict_scores
-from distilldsm.io import Volume
-from distilldsm.models.package import INT8_FILES, METADATA, RUNTIME_FILES, ModelMetadata, load_metadata, verify
-
-Runtime = Literal["openvino", "onnx", "torch"]
-Precision = Literal["f32", "auto", "int8"]
+from distilldsm.data.targets import Targets
+from distilldsm.inference.loading import Loaded, Precision, Runtime, exported_models, trained_models
+from distilldsm.inference.memory import (
+    DEFAULT_PIECE_VOXELS,
+    MODEL_BYTES,
+    StreamCost,
+    activation_bytes,
+    budget_bytes,
+    plan_pieces,
+    stream_cost,
+)
+from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
+from distilldsm.inference.probabilities import Ensemble, Mirror
+from distilldsm.inference.windows import STREAM_SLICES, Pieces, Slices, padded_size, predict_logits, through_network
+from distilldsm.io.scan import Scan
+from distilldsm.models.package import ModelMetadata, NetworkInfo
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkGeometry:
-    """What prediction must know of a network besides its weights."""
+class Prediction:
+    """What became of a scan.
 
-    stride: tuple[int, int, int]
-    depth_halo: int | None
+    mask: (X, Y, Z) uint8 label values on the scan's grid; volumes_ml: of each label and region; pieces, count: how the
+    scan went through the network, and in how many pieces; exact: the labels are those of the volume in one piece.
+    """
+
+    mask: npt.NDArray[np.uint8]
+    volumes_ml: Mapping[str, float]
+    pieces: Pieces
+    count: int
+    exact: bool
+
+
+class Observer:
+    """Follows a prediction; this one does nothing."""
+
+    def phase(self, name: str) -> AbstractContextManager[object]:
+        """A context in which the phase `preprocess`, `network` or `restore` runs; entered many times."""
+        return nullcontext()
+
+    def planned(self, pieces: Pieces, count: int) -> None:
+        """Called before the network runs."""
+
+    def follow(self, stream: Iterator[Slices], count: int) -> Iterator[Slices]:
+        """Goes through the pieces, e.g. to show progress."""
+        return stream
 
 
 class Predictor:
     """A trained model, or an ensemble, ready for scans.
 
     Args:
-        engine: runs the network.
+        network: gives the class probabilities.
         plan: how scans are brought into network space.
-        geometry: the network's stride and depth reach.
-        max_voxels: largest piece that goes through the network at once.
+        described: of each member what is known of its network's size, to plan memory by.
         metadata: of the exported models, those of the first one first.
-        scorer: how scores are computed; by default by `engine` alone.
         keep_largest: labels or regions, with their values, of which masks keep the largest connected component only.
+        max_voxels: largest piece that goes through the network at once, where no memory is asked for.
     """
 
     def __init__(
         self,
-        engine: Engine,
+        network: Ensemble,
         plan: Plan,
-        geometry: NetworkGeometry,
         *,
-        max_voxels: int = MAX_VOXELS,
+        described: Sequence[NetworkInfo] = (),
         metadata: Sequence[ModelMetadata] = (),
-        scorer: Scorer | None = None,
         keep_largest: Mapping[str, tuple[int, ...]] | None = None,
+        max_voxels: int = DEFAULT_PIECE_VOXELS,
     ) -> None:
-        self.engine = engine
+        self.network = network
         self.plan = plan
-        self.geometry = geometry
-        self.max_voxels = max_voxels
+        self.described = tuple(described)
         self.models = tuple(metadata)
-        self.scorer = scorer or Scorer([Member(engine)], activation=plan.targets.scores)
         self.keep_largest = dict(keep_largest or {})
+        self.max_voxels = max_voxels
 
     @property
     def metadata(self) -> ModelMetadata | None:
         """Of an exported model; of the first one of an ensemble."""
         return self.models[0] if self.models else None
 
-    def predict(self, volume: Volume) -> npt.NDArray[np.uint8]:
-        """The mask of a scan: (X, Y, Z) uint8 label values on the scan's grid."""
-        image, record = to_network_space(volume, self.plan)
-        scores = predict_scores(
-            self.scorer,
-            image,
-            stride=self.geometry.stride,
-            depth_halo=self.geometry.depth_halo,
-            max_voxels=self.max_voxels,
-            single=self.scorer.single,
+    def predict(
+        self,
+        scan: Scan,
+        *,
+        memory: int | None = None,
+        held_bytes: int = 0,
+        probabilities: npt.NDArray | None = None,
+        observer: Observer | None = None,
+    ) -> Prediction:
+        """The mask of a scan, on its grid.
+
+        Args:
+            memory: bytes for the whole process; None: 3 GB, or half of what is available where that is less.
+            held_bytes: what the caller will hold of it besides scan and mask.
+            probabilities: (X, Y, Z, K) zeros, filled too: uint8 with round(255 p), or float32.
+
+        Raises:
+            DataError: a voxel size that the model cannot know, too little memory, or probabilities that are not finite.
+        """
+        observer = observer or Observer()
+        check_scale(scan, self.plan)
+        with observer.phase("preprocess"):
+            image = NetworkImage(scan, self.plan)
+        pieces = self._plan_pieces(scan, image, memory, held_bytes)
+        count = len(pieces.windows(padded_size(image.shape, self.network.stride)[0], self.network))
+        observer.planned(pieces, count)
+
+        restored = ScanMask(image.record, self.plan, probabilities)
+        stream = through_network(self.network, image, pieces, observer.phase)
+        for first, planes in observer.follow(stream, count):
+            with observer.phase("restore"):
+                _require_finite(first, planes, scan.path)
+                restored.add(first, planes)
+        with observer.phase("restore"):
+            self._postprocess(restored)
+        # In bf16 the runtime rounds a network and its stream in another order.
+        rounded = pieces.streamed and self.network.members[0].engine.kind == "openvino-auto"
+        voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+        return Prediction(
+            mask=restored.mask,
+            volumes_ml=volumes_ml(self.plan.targets, restored.counts.tolist(), voxel_ml),
+            pieces=pieces,
+            count=count,
+            exact=pieces.exact and not rounded,
         )
-        classes = scores_to_scan(scores, record, self.plan.targets)
-        mask = np.array(self.plan.class_values, dtype=np.uint8)[classes]
-        for values in self.keep_largest.values():
-            keep_largest(mask, values)
-        return mask
 
     def logits(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
         """Logits (K, D, H, W) of an image (C, D, H, W) in network space: of the (first) network, not averaged."""
-        return predict_logits(
-            self.engine,
-            image,
-            stride=self.geometry.stride,
-            depth_halo=self.geometry.depth_halo,
-            max_voxels=self.max_voxels,
-        )
+        return predict_logits(self.network.members[0].engine, image, max_voxels=self.max_voxels)
 
-    def stream_bytes(self, padded: Sequence[int]) -> int | None:
-        """Features kept while a volume of padded size (D, H, W) is streamed by OpenVINO; None where it cannot be."""
-        halo, engine = self.geometry.depth_halo, self.scorer.single
-        if not (halo and self.geometry.stride[0] == 1 and isinstance(engine, OpenVINOEngine)):
-            return None
-        return engine.stream_bytes((1, len(self.plan.channels), STREAM_SLICES, padded[1], padded[2]), lag=halo)
+    def _postprocess(self, restored: ScanMask) -> None:
+        if self.keep_largest:
+            self.network.release()
+        for values in self.keep_largest.values():
+            for value, removed in keep_largest(restored.mask, values).items():
+                restored.counts[self.plan.class_values.index(value)] -= removed
+                restored.counts[0] += removed
+
+    def _plan_pieces(self, scan: Scan, image: NetworkImage, memory: int | None, held_bytes: int) -> Pieces:
+        network, channels, classes = self.network, len(self.plan.channels), self.plan.targets.channels
+        kind = network.members[0].engine.kind
+        voxels = int(np.prod(scan.shape, dtype=np.int64))
+        plane = image.record.cropped[1] * image.record.cropped[2]
+        held = held_bytes + scan.nbytes + voxels + plane * (160 * channels + 40 * classes)
+        held += sum(MODEL_BYTES + 4 * one.parameters for one in self.described[1:])
+        padded = padded_size(image.shape, network.stride)
+        sizes = [(one.name, one.options, kind, one.macs_per_voxel) for one in self.described]
+
+        def stream() -> StreamCost | None:
+            kept = network.stream_bytes((1, channels, STREAM_SLICES, *padded[1:]))
+            if kept is None:
+                return None
+            name, options, _, macs = sizes[0] if sizes else ("distill_dsm", {}, kind, 0.0)
+            return stream_cost(name, options, kind, kept, macs)
+
+        return plan_pieces(
+            padded,
+            stride=network.stride,
+            depth_halo=network.depth_halo,
+            per_voxel=max((activation_bytes(*size) for size in sizes), default=activation_bytes("unet2d", {}, kind)),
+            channels=channels,
+            classes=classes,
+            held_bytes=held,
+            budget=budget_bytes(None) if memory is None else memory,
+            where=scan.path,
+            limit_voxels=self.max_voxels if memory is None else None,
+            engine=kind,
+            mirrored=network.mirrored,
+            averaged=len(network.members) > 1,
+            after_bytes=BYTES_PER_VOXEL * voxels if self.keep_largest else 0,
+            stream=stream,
+        )
 
     @classmethod
     def from_training(
@@ -118,29 +200,14 @@ class Predictor:
     ) -> Predictor:
         """The network of a training directory (`models/foldK`) in PyTorch, float32 on a CPU.
 
-        ensemble: further training directories of the same task; scores are averaged.
+        ensemble: further training directories of the same task; probabilities are averaged.
         mirror: axes to average over the flips of; `trained`: those that each model was trained with.
 
         Raises:
             DataError: a checkpoint is missing or does not fit, mirroring is wanted that was not trained with, or models
                 of an ensemble do not fit together.
         """
-        import torch
-
-        from distilldsm.models.checkpoint import load_network
-
-        folders = [model_dir, *ensemble]
-        axes = [mirror_axes(mirror, _trained_axes(folder), folder) for folder in folders]
-        networks = [load_network(folder, checkpoint) for folder in folders]
-        plans = [Plan.load(folder / "plan.json") for folder in folders]
-        geometry = _common_geometry(
-            folders, plans, [NetworkGeometry(stride=n.stride, depth_halo=n.depth_halo) for n in networks]
-        )
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        engines = [TorchEngine(network, device=device) for network in networks]
-        members = [Member(engine, own) for engine, own in zip(engines, axes, strict=True)]
-        return cls(engines[0], plans[0], geometry, scorer=Scorer(members, activation=plans[0].targets.scores))
+        return cls._of(trained_models([model_dir, *ensemble], checkpoint, device, mirror))
 
     @classmethod
     def from_export(
@@ -158,7 +225,7 @@ class Predictor:
 
         precision: of OpenVINO: `f32`, `auto` (see `OpenVINOEngine`) or `int8`, the quantised IR.
         fixed_size: compile OpenVINO for each size that comes (half the memory, see `OpenVINOEngine`).
-        ensemble: further models of the same task, e.g. other folds; scores are averaged.
+        ensemble: further models of the same task, e.g. other folds; probabilities are averaged.
         mirror: axes to average over the flips of; `trained`: those that each model was trained with.
         postprocess: keep the largest component of the labels or regions for which the model was exported with that
             decision; of an ensemble, of those for which every model was.
@@ -168,88 +235,42 @@ class Predictor:
                 or carries no decision on post-processing; models of an ensemble do not fit together.
         """
         folders = [model_dir, *ensemble]
-        found = [_metadata(folder, runtime, precision) for folder in folders]
-        plans = [Plan.load(folder / "plan.json") for folder in folders]
-        geometry = _common_geometry(
-            folders,
-            plans,
-            [NetworkGeometry(stride=n.stride, depth_halo=n.depth_halo) for n in (m.network for m in found)],
-        )
-        axes = [mirror_axes(mirror, m.network.mirror_axes, f) for f, m in zip(folders, found, strict=True)]
-        kept = common_postprocessing(list(zip(folders, found, strict=True))) if postprocess else ()
-        engines = [_engine(f, m, runtime, precision, fixed_size) for f, m in zip(folders, found, strict=True)]
+        return cls._of(exported_models(folders, runtime, precision, fixed_size, mirror, postprocess))
+
+    @classmethod
+    def _of(cls, loaded: Loaded) -> Predictor:
         return cls(
-            engines[0],
-            plans[0],
-            geometry,
-            metadata=found,
-            scorer=Scorer(
-                [Member(engine, own) for engine, own in zip(engines, axes, strict=True)],
-                activation=plans[0].targets.scores,
-            ),
-            keep_largest={name: plans[0].targets.largest[name] for name in kept},
+            Ensemble(loaded.members, activation=loaded.plan.targets.probabilities),
+            loaded.plan,
+            described=loaded.described,
+            metadata=loaded.metadata,
+            keep_largest={name: loaded.plan.targets.largest[name] for name in loaded.keep_largest},
         )
 
 
-def _common_geometry(
-    folders: Sequence[Path], plans: Sequence[Plan], geometries: Sequence[NetworkGeometry]
-) -> NetworkGeometry:
-    """Of networks that are averaged: the stride of all and the longest reach; DataError where they do not fit."""
-    first, *others = [(f, p, g.stride) for f, p, g in zip(folders, plans, geometries, strict=True)]
-    for other in others:
-        check_same_task(first, other)
-    halos = [geometry.depth_halo for geometry in geometries]
-    reach = None if None in halos else max(halo for halo in halos if halo is not None)
-    return NetworkGeometry(stride=geometries[0].stride, depth_halo=reach)
-
-
-def _trained_axes(model_dir: Path) -> tuple[MirrorAxis, ...]:
-    path = model_dir / "model.json"
-    spec = read_json(path)
-    axes = spec.get("mirror_axes", ()) if isinstance(spec, dict) else None
-    if not isinstance(axes, list | tuple) or not all(isinstance(axis, str) and axis in AXES for axis in axes):
+def _require_finite(first: int, planes: Sequence[npt.NDArray[np.float32]], where: Path) -> None:
+    """Raise DataError for probabilities that are not finite: a mask made from them would be garbage."""
+    bad = [first + k for k, plane in enumerate(planes) if not np.isfinite(plane).all()]
+    if bad:
         raise DataError(
-            "describes no network", where=path, seen=repr(axes)[:100], rule=f"mirror_axes: some of {', '.join(AXES)}"
+            "the network's probabilities are not finite",
+            where=where,
+            seen=f"slices {bad[0]} to {bad[-1]}",
+            rule="intensities of the kind the network was trained on",
+            hint="check the scan's intensities and the header's scaling",
         )
-    return tuple(axes)
 
 
-def _metadata(model_dir: Path, runtime: Runtime, precision: Precision) -> ModelMetadata:
-    if runtime == "openvino" and precision == "int8":
-        return _require_int8(model_dir)
-    return verify(model_dir, RUNTIME_FILES[runtime])
+def volumes_ml(targets: Targets, counts: Sequence[int], voxel_ml: float) -> dict[str, float]:
+    """Volume of each label, ml, then of each region: of all its labels in the mask.
 
-
-def _engine(
-    model_dir: Path, metadata: ModelMetadata, runtime: Runtime, precision: Precision, fixed_size: bool
-) -> Engine:
-    if runtime == "onnx":
-        return OnnxEngine(model_dir / "model.onnx")
-    if runtime == "torch":
-        return _exported_network(model_dir, metadata)
-    name = "int8/model.xml" if precision == "int8" else "model.xml"
-    return OpenVINOEngine(model_dir / name, precision="f32" if precision == "f32" else "auto", fixed_size=fixed_size)
-
-
-def _require_int8(model_dir: Path) -> ModelMetadata:
-    metadata = load_metadata(model_dir)
-    if not metadata.int8.shipped:
-        raise DataError(
-            "has no INT8 model",
-            where=model_dir,
-            seen=metadata.int8.reason,
-            hint="--precision auto is the fastest it has",
-        )
-    return verify(model_dir, ("plan.json", *INT8_FILES))
-
-
-def _exported_network(model_dir: Path, metadata: ModelMetadata) -> TorchEngine:
-    from distilldsm.models.checkpoint import described_network, load_tensors, load_weights
-
-    path = model_dir / "model.safetensors"
-    described = metadata.network
-    network = described_network(
-        described.name, described.options, len(metadata.channels), metadata.targets.channels, where=model_dir / METADATA
-    )
-    load_weights(network, load_tensors(path)[0], path)
-    return TorchEngine(network)
+    counts: voxels of each class. A region that is called as a label of other voxels appears as `NAME (region)`.
+    """
+    voxels = dict(zip(targets.class_values, counts, strict=True))
+    labels = dict(zip(targets.class_names, targets.class_values, strict=True))
+    found = {name: round(voxels[value] * voxel_ml, 4) for name, value in labels.items() if value != 0}
+    for region in targets.regions:
+        other = region.name in labels and region.values != (labels[region.name],)
+        name = f"{region.name} (region)" if other else region.name
+        found[name] = round(sum(voxels[value] for value in region.values) * voxel_ml, 4)
+    return found

@@ -8,12 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from distilldsm.core.errors import UserError
-from distilldsm.data.geometry import read_scan_for
 from distilldsm.inference.predict import Predictor
-from distilldsm.io import write_mask
+from distilldsm.io import read_scan, write_mask
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"
 """Environment variable that names the folder a server may read scans from and write masks to."""
@@ -50,12 +48,7 @@ def answer(predictor: Predictor, data: Any, params: Mapping[str, Any] | None = N
             seen=f"shape {image.shape}",
             rule="(N, C, D, H, W) float32, or paths in the parameter 'paths'",
         )
-    return {"logits": logits(predictor, image.astype(np.float32, copy=False))}
-
-
-def logits(predictor: Predictor, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """Logits (N, K, D, H, W) of images (N, C, D, H, W) in network space, of any size."""
-    return np.stack([predictor.logits(one) for one in image])
+    return {"logits": np.stack([predictor.logits(one) for one in image.astype(np.float32, copy=False)])}
 
 
 def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool) -> dict[str, Any]:
@@ -65,8 +58,9 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
         raise UserError("is an input", where=target, hint="give another output")
     if target is not None and (not target.name.endswith((".nii", ".nii.gz")) or not target.parent.is_dir()):
         raise UserError("cannot be written", where=target, rule=".nii or .nii.gz, in a folder that exists")
-    scan = read_scan_for(predictor.plan, files)
-    mask = predictor.predict(scan.volume())
+    channels = [channel.name for channel in predictor.plan.channels]
+    scan = read_scan(files, len(channels), names=channels)
+    mask = predictor.predict(scan).mask
     if target is None:
         return {"mask": mask}
     write_mask(target, mask, scan)

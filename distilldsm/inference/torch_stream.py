@@ -34,9 +34,14 @@ class TorchStream:
         self._number = 0
         slices = torch.arange(first - self.lag, first + chunk.shape[2], device=self.device)
         self._valid = ((slices >= 0) & (slices < depth)).view(-1, 1, 1, 1)
-        with torch.inference_mode(), torch.autocast(self.device, torch.bfloat16, enabled=self.bf16):
+        with torch.inference_mode(), torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.bf16):
             x = torch.from_numpy(np.ascontiguousarray(chunk[0])).to(self.device).transpose(0, 1)
             return self._logits(x).float().transpose(0, 1)[None].cpu().numpy()
+
+    @property
+    def kept_values(self) -> int:
+        """How many values wait from one chunk to the next."""
+        return sum(tensor.numel() for tensor in self._kept)
 
     def _logits(self, x: Tensor) -> Tensor:
         """(n, C, H, W) to (n, K, H, W), as `UNet2D.forward_slices`."""

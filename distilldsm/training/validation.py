@@ -39,7 +39,7 @@ def validate(
     for case in case_ids[processes.rank :: processes.world]:
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy"))
-        logits = predict_logits(engine, image, stride=network.stride, depth_halo=network.depth_halo)
+        logits = predict_logits(engine, image)
         scores[case] = structure_dice(targets.classes_of_logits(logits), truth, targets)
         on_case()
     table = np.array([row for _, row in sorted(processes.gather(scores).items())])

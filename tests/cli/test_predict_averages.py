@@ -94,18 +94,20 @@ def test_all_at_once_in_pieces_and_in_memory(folds, predicted, tmp_path, engine)
     np.testing.assert_array_equal(pieces, whole)
 
     predictor = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained", postprocess=True)
-    volume = read_scan(scan, 2).volume()
-    np.testing.assert_array_equal(predictor.predict(volume), whole)
+    stored = read_scan(scan, 2)
+    np.testing.assert_array_equal(predictor.predict(stored).mask, whole)
     assert len(np.unique(whole)) > 1
     voxel_ml = report["scans"][0]["volume_ml"]["core"] / (whole == 2).sum()
     assert report["scans"][0]["volume_ml"]["shell"] == pytest.approx(voxel_ml * (whole == 1).sum(), rel=1e-2, abs=1e-3)
 
     # Each of them matters, or the comparison would be of nothing.
-    raw = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained").predict(volume)
+    raw = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained").predict(stored).mask
     assert keep_largest(raw, [2])
     np.testing.assert_array_equal(raw, whole)
     for less in ({"mirror": "trained"}, {"ensemble": [second]}):
-        assert (Predictor.from_export(first, runtime=engine, postprocess=True, **less).predict(volume) != whole).any()
+        assert (
+            Predictor.from_export(first, runtime=engine, postprocess=True, **less).predict(stored).mask != whole
+        ).any()
 
 
 def test_a_model_with_itself_is_the_model(folds, predicted, tmp_path):
@@ -229,7 +231,7 @@ def test_of_nested_regions_the_outermost_keeps_its_largest_component(made, predi
         assert report["scans"][0]["volume_ml"][name] == pytest.approx(voxel_ml * (found == value).sum(), abs=1e-3)
     np.testing.assert_array_equal(maps, nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj.get_unscaled())
     predictor = Predictor.from_export(model, postprocess=True)
-    np.testing.assert_array_equal(predictor.predict(read_scan(scan, 2).volume()), found)
+    np.testing.assert_array_equal(predictor.predict(read_scan(scan, 2)).mask, found)
 
 
 def test_what_was_not_tried_is_told_so(made, predicted, tmp_path):

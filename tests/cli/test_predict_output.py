@@ -14,7 +14,7 @@ from distilldsm.cli.main import main
 from distilldsm.core.files import read_json
 from distilldsm.data.plan import Plan
 from distilldsm.data.targets import Region, Targets
-from distilldsm.inference.job import volumes_ml
+from distilldsm.inference.predict import volumes_ml
 from tests.cli.test_predict import files, predict, write_scan
 from tests.cli.test_predict_averages import changed
 from tests.export.fake import exported

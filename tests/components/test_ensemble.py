@@ -18,11 +18,11 @@ from distilldsm.core.cost import ensemble_cost, training_cost
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.data.dataset import DatasetIndex
-from distilldsm.data.geometry import scores_to_scan, to_network_space
+from distilldsm.data.geometry import mask_of, to_network_space
 from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.data.targets import softmax
 from distilldsm.export.scores import collect_scores
 from distilldsm.inference.predict import Predictor
-from distilldsm.inference.windows import predict_scores
 from distilldsm.io import read_scan
 from tests.data.volumes import write_dataset
 
@@ -66,18 +66,15 @@ def test_masks_are_those_of_the_mean_of_the_probabilities(place, inputs):
     together = Predictor.from_training(folders[0], ensemble=folders[1:])
     differ = 0
     for case in DatasetIndex.load(inputs["dataset"]).cases:
-        volume = read_scan([inputs["dataset"] / path for path in case.images], 1).volume()
-        image, record = to_network_space(volume, together.plan)
-        scores = [
-            predict_scores(one.scorer, image, stride=one.geometry.stride, depth_halo=one.geometry.depth_halo)
-            for one in alone
-        ]
-        expected = scores_to_scan(np.mean(scores, axis=0), record, together.plan.targets)
-        mask = together.predict(volume)
-        assert (mask == np.array(together.plan.class_values)[expected]).mean() > 0.999
-        differ += sum((mask != one.predict(volume)).any() for one in alone)
+        scan = read_scan([inputs["dataset"] / path for path in case.images], 1)
+        image, record = to_network_space(scan, together.plan)
+        probabilities = [softmax(one.logits(image)) for one in alone]
+        expected = mask_of(np.mean(probabilities, axis=0), record, together.plan)
+        mask = together.predict(scan).mask
+        assert (mask == expected).mean() > 0.999
+        differ += sum((mask != one.predict(scan).mask).any() for one in alone)
     assert differ, "a mean that is any one's mask shows nothing"
-    assert together.geometry.depth_halo == max(one.geometry.depth_halo for one in alone)
+    assert together.network.depth_halo == max(one.network.depth_halo for one in alone)
 
 
 def test_scores_costs_and_page_are_those_of_all_networks(place, inputs, tmp_path):

@@ -27,7 +27,7 @@ from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.io import read_scan
 from tests.data.volumes import write_dataset
-from tests.inference.test_scores import slanted
+from tests.inference.engines import slanted
 
 
 @pytest.fixture(scope="module")
@@ -179,10 +179,10 @@ def test_mirroring_is_for_models_that_were_trained_with_it(trained, tmp_path, mo
     assert "averaged over mirrored views" in (tmp_path / "e" / "report.html").read_text()
     case = read_json(trained["preprocessed"] / "splits.json")["folds"][0]["held_out"][0]
     predictor = Predictor.from_training(model, device="cpu", mirror=("depth", "height"))
-    scan = read_scan([trained["dataset"] / "imagesTr" / f"{case}_0000.nii.gz"], 1).volume()
+    scan = read_scan([trained["dataset"] / "imagesTr" / f"{case}_0000.nii.gz"], 1)
     found = np.asarray(nib.load(tmp_path / "e" / "predictions" / f"{case}.nii.gz").dataobj)
-    np.testing.assert_array_equal(found, predictor.predict(scan))
-    assert (found != Predictor.from_training(model, device="cpu").predict(scan)).any()
+    np.testing.assert_array_equal(found, predictor.predict(scan).mask)
+    assert (found != Predictor.from_training(model, device="cpu").predict(scan).mask).any()
 
 
 def test_a_model_is_not_scored_on_what_it_was_trained_on(trained, tmp_path):

@@ -13,21 +13,43 @@ from hypothesis import strategies as st
 
 from distilldsm.data.dataset import Channel
 from distilldsm.data.geometry import (
+    Normaliser,
+    ScanMask,
     label_to_network_space,
     make_record,
+    mask_of,
     nonzero_box,
-    normalise,
-    resample,
-    scores_to_scan,
     to_network_space,
-    undo_reorient,
 )
 from distilldsm.data.plan import Normalisation, Plan
-from distilldsm.io import Volume
+from distilldsm.data.resampling import ResampledSlices
 from distilldsm.io.orientation import reorient
+from distilldsm.io.scan import Channel as Stored
+from distilldsm.io.scan import Scan
 from tests.data.volumes import affine, ellipsoid
 
 CODES = ["".join(c) for c in (("R", "A", "S"), ("L", "P", "S"), ("P", "I", "R"), ("S", "R", "A"), ("A", "L", "I"))]
+
+
+RAW = Normalisation(scheme="none")
+
+
+def stored(data: np.ndarray, matrix: np.ndarray) -> Scan:
+    """(C, X, Y, Z) as the reader leaves it."""
+    channels = tuple(Stored(np.asfortranarray(channel, dtype=np.float32)) for channel in data)
+    return Scan(channels, matrix, Path("x.nii"), None)
+
+
+def normalise(image: np.ndarray, rules: list[Normalisation]) -> np.ndarray:
+    """Each channel of (C, D, H, W), slice by slice."""
+    pairs = [(Normaliser(rule, channel), channel) for rule, channel in zip(rules, image, strict=True)]
+    return np.stack([[normaliser(plane) for plane in channel] for normaliser, channel in pairs])
+
+
+def resample(array: np.ndarray, shape: tuple[int, int, int], *, order: int, coarse_slices: bool) -> np.ndarray:
+    """(C, D, H, W) to another (D, H, W)."""
+    slices = ResampledSlices(lambda k: array[:, k], array.shape[1:], shape, order=order, coarse_slices=coarse_slices)
+    return np.stack([slices(k) for k in range(shape[0])], axis=1)
 
 
 def make_plan(**changes) -> Plan:
@@ -56,11 +78,19 @@ def make_plan(**changes) -> Plan:
     depth_axis=st.sampled_from(["x", "y", "z"]),
     shape=st.tuples(*[st.integers(1, 6)] * 3),
 )
-def test_reorientation_is_undone_exactly(codes, depth_axis, shape):
-    order = make_plan(depth_axis=depth_axis).axis_order
-    array = np.arange(2 * np.prod(shape)).reshape(2, *shape)
-    there = reorient(array, affine(codes), order)
-    assert np.array_equal(undo_reorient(there, affine(codes), order), array)
+def test_the_way_back_undoes_orientation_and_crop_exactly(codes, depth_axis, shape):
+    plan = make_plan(depth_axis=depth_axis, class_names=("a", "b", "c"), class_values=(0, 9, 4), crop_to_nonzero=True)
+    labels = np.random.default_rng(0).choice([0, 9, 4], shape)
+    image, record = to_network_space(stored(labels[None], affine(codes)), plan)
+    maps = (image == np.array(plan.class_values)[:, None, None, None]).astype(np.float32)
+    assert np.array_equal(mask_of(maps, record, plan), labels)
+    restored = ScanMask(record, plan)
+    for k in range(maps.shape[1]):  # in any pieces
+        restored.add(k, [maps[:, k]])
+    assert np.array_equal(restored.mask, labels)
+    assert restored.counts.tolist() == [(labels == value).sum() for value in plan.class_values]
+    with pytest.raises(ValueError, match="do not fit"):
+        mask_of(maps[:, :-1], record, plan)
 
 
 @pytest.mark.parametrize("codes", CODES)
@@ -102,11 +132,10 @@ def test_a_mask_comes_back_where_it_was(codes, depth_axis, spacing, target, coar
     image = np.zeros((1, *shape), dtype=np.float32)
     image[:, 2:-1, 3:-2, 1:-3] = 1
     plan = make_plan(depth_axis=depth_axis, target_spacing_mm=target, coarse_slices=coarse, crop_to_nonzero=crop)
-    array, record = to_network_space(Volume(image, matrix, Path("x.nii")), plan)
+    array, record = to_network_space(stored(image, matrix), plan)
     label = label_to_network_space(truth.astype(np.uint8), record, 2)
     assert array.shape[1:] == label.shape == record.resampled
-    scores = np.stack([1.0 - label, label]).astype(np.float32)
-    back = scores_to_scan(scores, record, plan.targets)
+    back = mask_of(np.stack([1.0 - label, label]).astype(np.float32), record, plan)
     assert back.shape == shape
     overlap = 2 * (truth & (back == 1)).sum() / (truth.sum() + (back == 1).sum())
     assert overlap > 0.85
@@ -120,11 +149,11 @@ def test_without_resampling_the_way_back_is_exact():
     truth = rng.integers(0, 3, shape).astype(np.uint8)
     image = np.ones((1, *shape), dtype=np.float32)
     for codes in CODES:
-        plan = make_plan(depth_axis="x")
-        _, record = to_network_space(Volume(image, affine(codes), Path("x.nii")), plan)
+        plan = make_plan(depth_axis="x", class_names=("a", "b", "c"), class_values=(0, 1, 2))
+        _, record = to_network_space(stored(image, affine(codes)), plan)
         label = label_to_network_space(truth, record, 3)
-        scores = np.eye(3, dtype=np.float32)[label].transpose(3, 0, 1, 2)
-        assert np.array_equal(scores_to_scan(scores, record, plan.targets), truth)
+        maps = np.eye(3, dtype=np.float32)[label].transpose(3, 0, 1, 2)
+        assert np.array_equal(mask_of(maps, record, plan), truth)
 
 
 def test_resampling_agrees_with_simpleitk():
@@ -164,10 +193,15 @@ def test_coarse_slices_do_not_overshoot():
 
 def test_nonzero_box():
     array = np.zeros((2, 5, 6, 7))
-    assert nonzero_box(array) == ((0, 0, 0), (5, 6, 7))
-    array[0, 1, 2, 3] = 1
-    array[1, 3, 2, 5] = -1
-    assert nonzero_box(array) == ((1, 2, 3), (4, 3, 6))
+    plan = make_plan(crop_to_nonzero=True, channels=2 * make_plan().channels, normalisation=2 * (RAW,))
+    for filled, start, stop in ((False, (0, 0, 0), (7, 5, 6)), (True, (3, 1, 2), (6, 4, 3))):
+        if filled:
+            array[0, 1, 2, 3] = 1
+            array[1, 3, 2, 5] = -1
+        _, record = to_network_space(stored(array, affine()), plan)
+        assert (record.crop_start, record.crop_stop) == (start, stop)
+        nonzero = array.any(axis=0)
+        assert nonzero_box(nonzero, nonzero.shape) == tuple((box[1], box[2], box[0]) for box in (start, stop))
 
 
 def test_normalisation_schemes():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from filelock import FileLock
@@ -21,6 +22,8 @@ from tests.data.volumes import write_dataset
 FOLD = 1
 CHANNELS = 2
 CLASSES = 3
+NETWORK = SimpleNamespace(stride=(1, 16, 16), depth_halo=8)
+"""What engines must know of the exported network."""
 TARGETS = Targets(("background", "a", "b"), (0, 1, 2))
 
 

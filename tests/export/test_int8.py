@@ -18,7 +18,7 @@ from distilldsm.inference.windows import predict_logits
 from distilldsm.models.package import load_metadata
 from distilldsm.training.patches import open_array
 from distilldsm.training.validation import structure_dice
-from tests.export.fake import FOLD, TARGETS, Exported, exported
+from tests.export.fake import FOLD, NETWORK, TARGETS, Exported, exported
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +35,7 @@ def make(made: Exported, target, **config):
         config=Int8Config(**{"min_speedup": 1e-3, "max_dice_loss": 1.0, **config}),
         training_cases=training,
         held_out=held_out,
-        stride=load_metadata(made.export).network.stride,
-        depth_halo=load_metadata(made.export).network.depth_halo,
+        network=NETWORK,
         targets=TARGETS,
     )
 
@@ -65,13 +64,12 @@ def test_the_shipped_model_is_quantised_and_its_numbers_are_true(made):
         for case in held_out:
             image = np.asarray(open_array(made.preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
             truth = np.asarray(open_array(made.preprocessed / "labels" / f"{case}.npy"))
-            network = load_metadata(made.export).network
-            logits = predict_logits(engine, image, stride=network.stride, depth_halo=network.depth_halo)
+            logits = predict_logits(engine, image)
             scores.append(np.mean(structure_dice(logits.argmax(axis=0), truth, TARGETS)))
         return float(np.mean(scores))
 
-    loss = dice(OpenVINOEngine(made.export / "model.xml")) - dice(
-        OpenVINOEngine(made.export / "int8" / "model.xml", precision="auto")
+    loss = dice(OpenVINOEngine(made.export / "model.xml", NETWORK)) - dice(
+        OpenVINOEngine(made.export / "int8" / "model.xml", NETWORK, precision="auto")
     )
     assert report.dice_loss == pytest.approx(loss, abs=1e-6)
 

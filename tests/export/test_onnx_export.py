@@ -43,9 +43,9 @@ def test_runtimes_say_what_the_network_says(name, tmp_path, monkeypatch, tmp_pat
 
     reference = TorchEngine(network)
     engines = {
-        "onnx": (OnnxEngine(onnx_path), ONNX_TOLERANCE),
-        "openvino": (OpenVINOEngine(tmp_path / "single.xml"), ONNX_TOLERANCE),
-        "openvino_fp16": (OpenVINOEngine(tmp_path / "half.xml"), FP16_TOLERANCE),
+        "onnx": (OnnxEngine(onnx_path, network), ONNX_TOLERANCE),
+        "openvino": (OpenVINOEngine(tmp_path / "single.xml", network), ONNX_TOLERANCE),
+        "openvino_fp16": (OpenVINOEngine(tmp_path / "half.xml", network), FP16_TOLERANCE),
     }
     rng = np.random.default_rng(0)
     for size in SIZES:

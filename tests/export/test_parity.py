@@ -14,6 +14,7 @@ from distilldsm.core.files import write_json
 from distilldsm.data.targets import Targets
 from distilldsm.export import parity
 from distilldsm.models.package import Int8Report
+from tests.inference.engines import Function
 
 TARGETS = Targets(("background", "inside"), (0, 1))
 
@@ -32,24 +33,27 @@ def preprocessed(tmp_path) -> Path:
     return tmp_path
 
 
-def network(image: np.ndarray) -> np.ndarray:
+def right(image: np.ndarray) -> np.ndarray:
     """Right everywhere: the second class wins where the image is positive."""
     return np.concatenate([-image, image], axis=1)
+
+
+network = Function(right, depth_halo=0)
 
 
 def wrong_in(voxels: int):
     """The network, but for the first `voxels` voxels of the volume, where the classes are exchanged."""
 
     def engine(image: np.ndarray) -> np.ndarray:
-        logits = network(image).reshape(1, 2, -1).copy()
+        logits = right(image).reshape(1, 2, -1).copy()
         logits[:, :, :voxels] = logits[:, ::-1, :voxels]
         return logits.reshape(1, 2, *image.shape[2:])
 
-    return engine
+    return Function(engine, depth_halo=0)
 
 
 def compare(preprocessed, runtimes, cases=("b", "a", "c")):
-    return parity.compare(network, runtimes, preprocessed, cases, stride=(1, 4, 4), depth_halo=0, targets=TARGETS)
+    return parity.compare(network, runtimes, preprocessed, cases, targets=TARGETS)
 
 
 def test_cases_span_the_sizes(preprocessed):
@@ -76,9 +80,7 @@ def test_every_difference_is_counted(preprocessed):
 
 
 def test_cases_of_one_size_are_also_compared_smaller(preprocessed):
-    rows = parity.compare(
-        network, {"same": network}, preprocessed, ["c"], stride=(1, 4, 4), depth_halo=0, targets=TARGETS, sizes=3
-    )
+    rows = parity.compare(network, {"same": network}, preprocessed, ["c"], targets=TARGETS, sizes=3)
     assert [r.shape for r in rows] == [(6, 8, 8), (5, 5, 3), (4, 2, 1)]
     assert {r.case for r in rows} == {"c"}
 
@@ -105,18 +107,13 @@ def test_the_part_of_a_large_volume_is_around_its_structures(shape, limit, corne
 
 def test_a_large_volume_is_compared_on_a_part_and_the_network_asked_once(preprocessed, monkeypatch):
     monkeypatch.setattr(parity.compared_part, "__defaults__", (300,))
-    asked, remembered = [], {}
-
-    def counted(image: np.ndarray) -> np.ndarray:
-        asked.append(image.shape)
-        return network(image)
-
+    counted, remembered = Function(right, depth_halo=0), {}
     for runtime in ("onnx", "auto"):
-        settings = {"stride": (1, 4, 4), "depth_halo": 0, "targets": TARGETS, "remembered": remembered}
+        settings = {"targets": TARGETS, "remembered": remembered}
         rows = parity.compare(counted, {runtime: wrong_in(3)}, preprocessed, ("b", "a", "c"), **settings)
         assert [(r.runtime, r.shape) for r in rows] == [(runtime, shape) for shape in ((2, 8, 8), (4, 8, 8), (6, 7, 7))]
         assert [r.differing_voxels for r in rows] == [3, 3, 3]
-    assert len(asked) == 3
+    assert len(counted.shapes) == 3
 
 
 def test_the_limit_is_on_the_worst_case(preprocessed):
@@ -133,17 +130,13 @@ def test_the_limit_is_on_the_worst_case(preprocessed):
 
 @pytest.mark.parametrize("who", ["torch", "onnx"])
 def test_values_that_are_not_finite_are_refused(preprocessed, who, monkeypatch):
-    def broken(image: np.ndarray) -> np.ndarray:
-        return np.full_like(network(image), np.nan)
-
+    broken = Function(lambda image: np.full_like(right(image), np.nan), depth_halo=0)
     with pytest.raises(UserError, match=f"{who} gives logits that are not finite"):
         parity.compare(
             broken if who == "torch" else network,
             {"onnx": broken},
             preprocessed,
             ["a"],
-            stride=(1, 4, 4),
-            depth_halo=0,
             targets=TARGETS,
         )
 

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from distilldsm.core.errors import DataError
+from distilldsm.inference import engines
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine
-from tests.export.fake import CHANNELS, exported, random_network
+from tests.export.fake import CHANNELS, NETWORK, exported, random_network
 
 
 def image(depth: int, seed: int = 0) -> np.ndarray:
@@ -36,7 +37,9 @@ def test_torch_bf16_is_close_and_comes_back_as_float32():
     assert 0 < difference < 0.1
 
 
-@pytest.mark.parametrize("make", [lambda d: OnnxEngine(d / "model.onnx"), lambda d: OpenVINOEngine(d / "model.xml")])
+@pytest.mark.parametrize(
+    "make", [lambda d: OnnxEngine(d / "model.onnx", NETWORK), lambda d: OpenVINOEngine(d / "model.xml", NETWORK)]
+)
 def test_results_survive_the_next_call(make, tmp_path_factory):
     engine = make(exported(tmp_path_factory).export)
     first = engine(image(2))
@@ -48,28 +51,40 @@ def test_results_survive_the_next_call(make, tmp_path_factory):
     np.testing.assert_array_equal(engine(np.asfortranarray(image(2))), kept)
 
 
+def test_openvino_compiled_for_a_size_gives_the_same_logits(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(engines, "FIXED_FROM_VOXELS", 4 * 16 * 32)
+    path = exported(tmp_path_factory).export / "model.xml"
+    free, fixed = OpenVINOEngine(path, NETWORK), OpenVINOEngine(path, NETWORK, fixed_size=True)
+    for depth in (3, 17, 4, 3):
+        np.testing.assert_array_equal(fixed(image(depth)), free(image(depth)))
+        assert fixed._shape == ((1, CHANNELS, depth, 16, 32) if depth >= 4 else None)
+        assert free._shape is None
+
+
 def test_openvino_may_choose_its_precision(tmp_path_factory):
     path = exported(tmp_path_factory).export / "model.xml"
-    exact, free = OpenVINOEngine(path)(image(2)), OpenVINOEngine(path, precision="auto")(image(2))
+    exact, free = OpenVINOEngine(path, NETWORK)(image(2)), OpenVINOEngine(path, NETWORK, precision="auto")(image(2))
     assert np.abs(exact - free).max() < 0.2 * np.abs(exact).max()
 
 
 @pytest.mark.parametrize(("engine", "name"), [(OnnxEngine, "model.onnx"), (OpenVINOEngine, "model.xml")])
 def test_missing_and_damaged_models_are_named(engine, name, tmp_path):
     with pytest.raises(DataError, match="model file not found"):
-        engine(tmp_path / name)
+        engine(tmp_path / name, NETWORK)
     (tmp_path / name).write_bytes(b"no model")
     with pytest.raises(DataError, match=f"{name}: cannot be loaded by"):
-        engine(tmp_path / name)
+        engine(tmp_path / name, NETWORK)
 
 
 def test_signals_still_work_after_engines_are_gone(tmp_path_factory):
     """Engines dropped in the order they were made; then a signal, as when a child process ends."""
     code = (
         "import os, signal, sys\n"
+        "from types import SimpleNamespace\n"
         "from distilldsm.inference.engines import OpenVINOEngine\n"
+        "network = SimpleNamespace(stride=(1, 16, 16), depth_halo=8)\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
-        "engines = [OpenVINOEngine(sys.argv[1]) for _ in range(2)]\n"
+        "engines = [OpenVINOEngine(sys.argv[1], network) for _ in range(2)]\n"
         "while engines:\n"
         "    engines.pop(0)\n"
         "os.kill(os.getpid(), signal.SIGUSR1)\n"

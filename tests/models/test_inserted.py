@@ -12,6 +12,7 @@ from torch import nn
 from distilldsm.config import ModelConfig
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, to_mapping
+from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.windows import predict_logits
 from distilldsm.models import build_model
 from tests.models.foreign import _torchvision
@@ -77,13 +78,9 @@ def test_a_block_that_is_used_three_times_reaches_three_slices():
     assert network.depth_halo == 3
     assert reach() == list(range(5, 12))
 
-    def engine(batch):
-        with torch.no_grad():
-            return network(torch.from_numpy(np.ascontiguousarray(batch))).numpy()
-
-    pieces = {"stride": network.stride, "depth_halo": network.depth_halo}
-    whole = predict_logits(engine, image.numpy(), **pieces)
-    windowed = predict_logits(engine, image.numpy(), max_voxels=8 * 8 * 8, **pieces)
+    engine = TorchEngine(network)
+    whole = predict_logits(engine, image.numpy())
+    windowed = predict_logits(engine, image.numpy(), max_voxels=8 * 8 * 8)
     np.testing.assert_allclose(windowed, whole, rtol=0, atol=1e-5)
     assert build(builder="tests.models.small:Recurrent", arguments={"times": 0}).depth_halo == 1
 

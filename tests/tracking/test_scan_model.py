@@ -22,7 +22,7 @@ from distilldsm.io import read_scan
 from distilldsm.models.package import verify
 from distilldsm.tracking import flavor, replay_journals
 from tests.data.volumes import stretched
-from tests.export.fake import Exported, exported
+from tests.export.fake import NETWORK, Exported, exported
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +66,16 @@ def test_arrays_paths_and_what_the_model_is(loaded, made, scan, place):
     image = np.random.default_rng(0).normal(size=(1, 2, 3, 16, 32)).astype(np.float32)
     logits = loaded.predict({"image": image})["logits"]
     assert logits.dtype == np.float32
-    np.testing.assert_array_equal(logits, OpenVINOEngine(made.export / "model.xml")(image))
+    np.testing.assert_array_equal(logits, OpenVINOEngine(made.export / "model.xml", NETWORK)(image))
     # What the ONNX flavour answered, but for weights in half precision.
-    np.testing.assert_allclose(logits, OnnxEngine(made.export / "model.onnx")(image), atol=5e-3)
+    np.testing.assert_allclose(logits, OnnxEngine(made.export / "model.onnx", NETWORK)(image), atol=5e-3)
     np.testing.assert_array_equal(loaded.predict(image)["logits"], logits)
     with pytest.raises(Exception, match="does not match expected shape"):
         loaded.predict({"image": image[:, :1]})
     with pytest.raises(Exception, match="dtype"):
         loaded.predict({"image": image.astype(np.float64)})
 
-    expected = Predictor.from_export(made.export).predict(read_scan(scan, 2).volume())
+    expected = Predictor.from_export(made.export).predict(read_scan([Path(p) for p in scan], 2)).mask
     assert expected.any()
     nothing = {"image": np.empty((1, 2, 0, 0, 0), np.float32)}
     mask = loaded.predict(nothing, params={"paths": scan})["mask"]
@@ -137,7 +137,7 @@ def predictor():
             target_spacing_mm=(1.0, 1.0, 1.0),
         ),
         logits=lambda image: image,
-        predict=lambda volume: np.ones(volume.shape, np.uint8),
+        predict=lambda scan: SimpleNamespace(mask=np.ones(scan.shape, np.uint8)),
     )
 
 

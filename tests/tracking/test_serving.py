@@ -23,7 +23,7 @@ from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE
 from distilldsm.io import read_labels, read_scan
 from distilldsm.tracking import replay_journals
-from tests.export.fake import exported
+from tests.export.fake import NETWORK, exported
 
 
 def free_port() -> int:
@@ -100,8 +100,8 @@ def test_mlflow_serves_what_openvino_computes(place, client, run, tmp_path_facto
     finally:
         os.killpg(server.pid, 15)
         server.wait(20)
-    expected = OpenVINOEngine(package / "model.xml")(image)
+    expected = OpenVINOEngine(package / "model.xml", NETWORK)(image)
     np.testing.assert_allclose(logits, expected, atol=1e-5)  # as JSON
-    label = Predictor.from_export(package).predict(read_scan([scans / name for name in names], 2).volume())
+    label = Predictor.from_export(package).predict(read_scan([scans / name for name in names], 2)).mask
     np.testing.assert_array_equal(mask, label)
     np.testing.assert_array_equal(read_labels(scans / "mask.nii.gz").values, label)

@@ -1,6 +1,6 @@
-"""Class scores of a piece of an image: of one network or several, as it is or mirrored too, averaged.
+"""Class probabilities of a piece of an image: of one network or several, as it is or mirrored too, averaged.
 
-The one place where logits become scores; both the prediction in memory and the one in pieces go through it.
+The one place where logits become probabilities.
 """
 
 from __future__ import annotations
@@ -16,37 +16,50 @@ import numpy.typing as npt
 from distilldsm.config import MirrorAxis
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data.targets import softmax
-from distilldsm.inference.engines import Engine, release
-from distilldsm.inference.windows import WHOLE, Box, Run
+from distilldsm.inference.depth_stream import Shape
+from distilldsm.inference.engines import Engine, Stream
 
 Float32 = npt.NDArray[np.float32]
 Mirror = Literal["trained"] | tuple[MirrorAxis, ...]
 """Axes to mirror along: those of the training, or these."""
+Box = tuple[slice, slice, slice]
+"""A part of (D, H, W)."""
+Run = Callable[[Engine, Float32], Float32]
+"""How an engine goes over a piece: (1, C, D, H, W) to logits (K, D, H, W)."""
 
 AXES: dict[MirrorAxis, int] = {"depth": 2, "height": 3, "width": 4}
 """Axis to its place in (1, C, D, H, W)."""
+WHOLE: Box = (slice(None), slice(None), slice(None))
 
 
 @dataclass(frozen=True)
 class Member:
-    """A network, and the axes that its scores are averaged over the flips of."""
+    """A network, and the axes that its probabilities are averaged over the flips of."""
 
     engine: Engine
     mirror_axes: tuple[MirrorAxis, ...] = ()
 
 
-class Scorer:
-    """Scores as the mean over the members, each the mean over its 2^axes mirrored views.
+class Ensemble:
+    """Probabilities as the mean over the members, each the mean over its 2^axes mirrored views.
 
     Args:
-        members: of one task: the same channels in, the same classes out. With several, each gives its memory back after
-            its turn.
-        activation: logits (K, D, H, W) to scores, voxel by voxel.
+        members: of one task: the same channels in, the same classes out, the same stride. With several, each gives its
+            memory back after its turn.
+        activation: logits (K, D, H, W) to probabilities, voxel by voxel.
     """
 
     def __init__(self, members: Sequence[Member], *, activation: Callable[[Float32], Float32] = softmax) -> None:
         self.members = tuple(members)
         self.activation = activation
+        self.stride = members[0].engine.stride
+
+    @property
+    def depth_halo(self) -> int | None:
+        """The longest of all networks; None where the logits of one depend on the whole depth."""
+        halos = [member.engine.depth_halo for member in self.members]
+        known = [halo for halo in halos if halo is not None]
+        return max(known) if len(known) == len(halos) else None
 
     @property
     def mirrored(self) -> bool:
@@ -54,24 +67,33 @@ class Scorer:
         return any(member.mirror_axes for member in self.members)
 
     @property
-    def single(self) -> Engine | None:
-        """The engine, where there is one that sees the image as it is: only then scores can be streamed.
+    def _streamable(self) -> Engine | None:
+        """The engine, where there is one that sees the image as it is: only then probabilities can be streamed.
 
         Of several networks or mirrored views, each would have features of its own to keep.
         """
-        member = self.members[0]
-        return member.engine if len(self.members) == 1 and not member.mirror_axes else None
+        first = self.members[0]
+        single = len(self.members) == 1 and not first.mirror_axes
+        return first.engine if single and self.depth_halo and self.stride[0] == 1 else None
+
+    def open_stream(self, shape: Shape) -> Stream | None:
+        """See `Engine.open_stream`."""
+        return None if self._streamable is None else self._streamable.open_stream(shape)
+
+    def stream_bytes(self, shape: Shape) -> int | None:
+        """See `Engine.stream_bytes`."""
+        return None if self._streamable is None else self._streamable.stream_bytes(shape)
 
     def release(self) -> None:
         """Give back the memory of all networks; the next call takes it again."""
         for member in self.members:
-            release(member.engine)
+            member.engine.release()
 
     def __call__(self, piece: Float32, keep: Box = WHOLE, run: Run = lambda engine, piece: engine(piece)[0]) -> Float32:
-        """Scores (K, d, h, w) of the part `keep` of a piece (1, C, D, H, W).
+        """Probabilities (K, d, h, w) of the part `keep` of a piece (1, C, D, H, W).
 
         The piece is mirrored as a whole, with padding and halo: a slice sees the same neighbours from the other side,
-        so that pieces still give the scores of the volume.
+        so that pieces still give the probabilities of the volume.
         """
         total = self._of(self.members[0], piece, keep, run)
         for member in self.members[1:]:
@@ -85,11 +107,11 @@ class Scorer:
         total: Float32 | None = None
         for axes in every:
             logits = run(member.engine, np.ascontiguousarray(np.flip(piece, axes)) if axes else piece)
-            scores = self.activation(np.flip(logits, tuple(k - 1 for k in axes))[:, *keep])
-            total = scores if total is None else np.add(total, scores, out=total)
+            found = self.activation(np.flip(logits, tuple(k - 1 for k in axes))[:, *keep])
+            total = found if total is None else np.add(total, found, out=total)
         assert total is not None
         if len(self.members) > 1:
-            release(member.engine)
+            member.engine.release()
         if len(every) > 1:
             total /= np.float32(len(every))
         return total
@@ -113,8 +135,8 @@ def mirror_axes(mirror: Mirror, trained: Sequence[MirrorAxis], where: object) ->
         raise DataError(
             "was not trained with mirroring",
             where=str(where),
-            seen="mirror_axes: none (a model from before they were written down says none too)",
-            rule="scores are averaged over flips that the network has seen",
+            seen="mirror_axes: none",
+            rule="probabilities are averaged over flips that the network has seen",
             hint="leave mirroring out, train with train.augment.mirror_axes, or name the axes: --mirror height,width",
         )
     return tuple(trained)

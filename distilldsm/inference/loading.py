@@ -1,0 +1,194 @@
+"""The models that a prediction is made with: their files to engines, and whether several can be averaged."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from distilldsm.config import MirrorAxis
+from distilldsm.core.errors import DataError
+from distilldsm.core.files import read_json
+from distilldsm.core.mapping import to_mapping
+from distilldsm.data.plan import Plan
+from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
+from distilldsm.inference.probabilities import AXES, Member, Mirror, mirror_axes
+from distilldsm.models.package import (
+    INT8_FILES,
+    METADATA,
+    RUNTIME_FILES,
+    ModelMetadata,
+    NetworkInfo,
+    load_metadata,
+    verify,
+)
+
+if TYPE_CHECKING:
+    from distilldsm.models.base import SegmentationNetwork
+
+Runtime = Literal["openvino", "onnx", "torch"]
+Precision = Literal["f32", "auto", "int8"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Loaded:
+    """Models of one task: their engines, the plan they share, and what is known of each.
+
+    metadata: of exported models; keep_largest: labels or regions of which only the largest component is kept.
+    """
+
+    members: Sequence[Member]
+    plan: Plan
+    described: Sequence[NetworkInfo]
+    metadata: Sequence[ModelMetadata] = ()
+    keep_largest: Sequence[str] = ()
+
+
+def trained_models(folders: Sequence[Path], checkpoint: str, device: str, mirror: Mirror) -> Loaded:
+    """Training directories, run by PyTorch; see `Predictor.from_training`."""
+    import torch
+
+    from distilldsm.models.checkpoint import load_network
+
+    axes = [mirror_axes(mirror, _trained_axes(folder), folder) for folder in folders]
+    networks = [load_network(folder, checkpoint) for folder in folders]
+    described = [_described(folder, network) for folder, network in zip(folders, networks, strict=True)]
+    plan = _common_plan(folders, described)
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    members = [Member(TorchEngine(network, device=device), own) for network, own in zip(networks, axes, strict=True)]
+    return Loaded(members=members, plan=plan, described=described)
+
+
+def exported_models(
+    folders: Sequence[Path],
+    runtime: Runtime,
+    precision: Precision,
+    fixed_size: bool,
+    mirror: Mirror,
+    postprocess: bool,
+) -> Loaded:
+    """Exported directories, run by any engine; see `Predictor.from_export`."""
+    metadata = [_metadata(folder, runtime, precision) for folder in folders]
+    described = [one.network for one in metadata]
+    plan = _common_plan(folders, described)
+    axes = [mirror_axes(mirror, one.mirror_axes, folder) for one, folder in zip(described, folders, strict=True)]
+    kept = common_postprocessing(folders, metadata) if postprocess else ()
+    engines = [_engine(f, m, runtime, precision, fixed_size) for f, m in zip(folders, metadata, strict=True)]
+    members = [Member(engine, own) for engine, own in zip(engines, axes, strict=True)]
+    return Loaded(members=members, plan=plan, described=described, metadata=metadata, keep_largest=kept)
+
+
+def common_postprocessing(folders: Sequence[Path], metadata: Sequence[ModelMetadata]) -> tuple[str, ...]:
+    """The labels or regions of which every model's own decision keeps the largest component only.
+
+    Raises:
+        DataError: a model carries no decision.
+    """
+    for folder, one in zip(folders, metadata, strict=True):
+        if one.postprocessing is None:
+            raise DataError(
+                "carries no decision on post-processing",
+                where=folder,
+                seen="postprocessing: null",
+                rule="the fold was evaluated before it was exported",
+                hint="evaluate the fold, then export it again; or predict without --postprocess",
+            )
+    first, *others = [one.postprocessing or () for one in metadata]
+    return tuple(label for label in first if all(label in other for other in others))
+
+
+def _common_plan(folders: Sequence[Path], described: Sequence[NetworkInfo]) -> Plan:
+    """The plan of models that take the same image and mean the same by their probabilities.
+
+    Raises:
+        DataError: names two models that do not fit together and the first value that differs.
+    """
+    plans = [Plan.load(folder / "plan.json") for folder in folders]
+    expected = _task(plans[0], described[0])
+    for folder, plan, network in zip(folders[1:], plans[1:], described[1:], strict=True):
+        for name, seen in _task(plan, network).items():
+            if seen != expected[name]:
+                raise DataError(
+                    f"does not fit into the ensemble: it has another {name}",
+                    where=folder,
+                    seen=f"{name} {to_mapping(seen)}",
+                    rule=f"{to_mapping(expected[name])}, as {folders[0]}",
+                    hint="give models of the same preprocessed data, e.g. the folds of one cross-validation",
+                )
+    return plans[0]
+
+
+def _task(plan: Plan, network: NetworkInfo) -> dict[str, Any]:
+    return {
+        "set of labels": list(zip(plan.class_names, plan.class_values, strict=True)),
+        "set of regions": plan.regions,
+        "set of channels": plan.channels,
+        "depth axis": plan.depth_axis,
+        "spacing in mm (depth, height, width)": plan.target_spacing_mm,
+        "normalisation": plan.normalisation,
+        "crop to non-zero": plan.crop_to_nonzero,
+        "resampling (coarse slices)": plan.coarse_slices,
+        # Padding to the larger stride would show to a network that sees the volume's ends.
+        "stride of the network": network.stride,
+    }
+
+
+def _described(model_dir: Path, network: SegmentationNetwork) -> NetworkInfo:
+    from distilldsm.models.checkpoint import read_model_spec
+
+    spec, cost = read_model_spec(model_dir), network.cost()
+    return NetworkInfo(
+        name=spec.name,
+        options=spec.options,
+        stride=network.stride,
+        depth_halo=network.depth_halo,
+        parameters=cost.parameters,
+        macs_per_voxel=cost.macs_per_voxel,
+    )
+
+
+def _trained_axes(model_dir: Path) -> tuple[MirrorAxis, ...]:
+    path = model_dir / "model.json"
+    spec = read_json(path)
+    axes = spec.get("mirror_axes", ()) if isinstance(spec, dict) else None
+    if not isinstance(axes, list | tuple) or not all(isinstance(axis, str) and axis in AXES for axis in axes):
+        raise DataError(
+            "describes no network", where=path, seen=repr(axes)[:100], rule=f"mirror_axes: some of {', '.join(AXES)}"
+        )
+    return tuple(axes)
+
+
+def _metadata(model_dir: Path, runtime: Runtime, precision: Precision) -> ModelMetadata:
+    if not (runtime == "openvino" and precision == "int8"):
+        return verify(model_dir, RUNTIME_FILES[runtime])
+    metadata = load_metadata(model_dir)
+    if not metadata.int8.shipped:
+        raise DataError(
+            "has no INT8 model",
+            where=model_dir,
+            seen=metadata.int8.reason,
+            hint="--precision auto is the fastest it has",
+        )
+    return verify(model_dir, ("plan.json", *INT8_FILES))
+
+
+def _engine(
+    model_dir: Path, metadata: ModelMetadata, runtime: Runtime, precision: Precision, fixed_size: bool
+) -> Engine:
+    if runtime == "onnx":
+        return OnnxEngine(model_dir / "model.onnx", metadata.network)
+    if runtime == "openvino":
+        path = model_dir / ("int8/model.xml" if precision == "int8" else "model.xml")
+        computed: Literal["f32", "auto"] = "f32" if precision == "f32" else "auto"
+        return OpenVINOEngine(path, metadata.network, precision=computed, fixed_size=fixed_size)
+    from distilldsm.models.checkpoint import described_network, load_tensors, load_weights
+
+    path = model_dir / "model.safetensors"
+    described = metadata.network
+    network = described_network(
+        described.name, described.options, len(metadata.channels), metadata.targets.channels, where=model_dir / METADATA
+    )
+    load_weights(network, load_tensors(path)[0], path)
+    return TorchEngine(network)
