@@ -1,3 +1,29 @@
-"""Distill DSM: volumetric segmentation with 2-D networks whose slices exchange features."""
+"""Distill DSM: volumetric segmentation with 2-D networks whose slices exchange features.
+
+    import distilldsm
+
+    model = distilldsm.load_model("export/fold0")  # or "models:/NAME@champion"
+    result = model.predict("scan.nii.gz")
+    distilldsm.write_mask("mask.nii.gz", result.mask, result.scan)
+
+Names are imported when they are first used: `import distilldsm` stays light, and nothing here needs torch.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from distilldsm.core.version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from distilldsm.inference.interface import Model, Segmentation, load_model, read_scan, write_mask
+
+__all__ = ["Model", "Segmentation", "__version__", "load_model", "read_scan", "write_mask"]
+
+
+def __getattr__(name: str) -> object:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from distilldsm.inference import interface
+
+    return getattr(interface, name)

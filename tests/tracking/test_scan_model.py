@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 
+import distilldsm
 from distilldsm.cli.main import main
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.files import read_json
@@ -81,6 +82,10 @@ def test_arrays_paths_and_what_the_model_is(loaded, made, scan, place):
     mask = loaded.predict(nothing, params={"paths": scan})["mask"]
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_array_equal(loaded.predict({"image": np.array(scan, dtype=object)})["mask"], expected)
+    registered = distilldsm.load_model("models:/scans@champion")
+    np.testing.assert_array_equal(registered.predict(scan).mask, expected)
+    with pytest.raises(UserError, match="cannot be loaded from MLflow"):
+        distilldsm.load_model("models:/nobody@champion")
     target = place / "mask.nii.gz"
     assert loaded.predict(nothing, params={"paths": scan, "output": str(target)}) == {"output": str(target)}
     written = nib.load(target)
