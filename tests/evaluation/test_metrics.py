@@ -189,6 +189,17 @@ def test_metrics_say_how_they_are_written_and_what_is_worse():
     assert worst == {"dice": -2.0, "hd95_mm": 1.0, "volume_error_ml": -2.0}
 
 
+def test_a_perfect_mask_is_better_than_a_bad_one_in_every_metric():
+    truth = np.zeros((6, 6, 6), dtype=bool)
+    truth[1:4, 1:4, 1:4] = True
+    bad = np.roll(truth, 2, axis=0)
+    bad[5] = True
+    perfect, worse = scores(truth, truth), scores(truth, bad)
+    for name, metric in METRICS.items():
+        values = np.array([getattr(perfect, name), getattr(worse, name)])
+        assert metric.badness(values).argmax() == 1, name
+
+
 def test_the_gate_takes_the_main_metrics():
     assert set(get_args(get_type_hints(ExportConfig)["gate_metric"])) == {metric.name for metric in main_metrics()}
     assert all(metric.higher_is_better is not None for metric in main_metrics()), "the gate asks which is better"

@@ -19,6 +19,7 @@ from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import score_case
 from distilldsm.evaluation.report import Evaluation, optional_inputs, write_report
+from distilldsm.evaluation.report_sections import observations
 from distilldsm.report import figures
 
 LABELS = {"background": 0, "outer": 1, "inner": 2}
@@ -184,3 +185,40 @@ def test_what_may_be_missing(evaluation, tmp_path):
     for path in (tmp_path / "validation" / "report.json", inputs["preprocessed"] / "fingerprint.json"):
         path.write_text("{}")
     assert set(optional_inputs(inputs)) == {"validation", "fingerprint"}
+
+
+def test_what_stands_out_is_marked():
+    def row(case: str, truth: float, predicted: float, dice: float) -> dict:
+        volumes = {"volume_truth_ml": truth, "volume_predicted_ml": predicted}
+        return {"case": case, "label": "one", "dice": dice, "hd95_mm": 10 * (1 - dice), **volumes}
+
+    rows = [row("lost", 5.0, 0.0, 0.0), row("extra", 0.0, 2.0, 0.0), row("good", 5.0, 5.0, 1.0)]
+    # Errors -5, 2 and 0 ml of 10/3 ml: bias -1, standard deviation sqrt(13).
+    assert observations(rows, {"labels": ["one"]}) == [
+        ("bad", "Missed altogether: one in lost."),
+        ("bad", "Found where there is none: one in extra."),
+        ("bad", "Largest HD95: 10.0 mm, one in lost."),
+        (
+            "bad",
+            (
+                "Volumes: one is on average predicted 30.0% smaller than it is (-1.00 ml); "
+                "95 % of the errors are expected within -8.07 to +6.07 ml."
+            ),
+        ),
+    ]
+    fine = [row("a", 10.0, 10.5, 0.7), row("b", 10.0, 10.5, 0.9)]
+    assert observations(fine, {"labels": ["one"]}) == [
+        ("good", "No structure is missed altogether, and none is found where there is none."),
+        ("", "Largest HD95: 3.0 mm, one in a."),
+        (
+            "",
+            (
+                "Volumes: one is on average predicted 5.0% larger than it is (+0.50 ml); "
+                "95 % of the errors are expected within +0.50 to +0.50 ml."
+            ),
+        ),
+    ]
+    small = [row(f"c{k}", 1.0 + k, 1.0 + k, 0.5 + 0.02 * k) for k in range(10)]
+    text = "Small structures score lower: one, rank correlation of Dice and volume 1.00."
+    assert ("bad", text) in observations(small, {"labels": ["one"]})
+    assert text not in dict(map(reversed, observations(small[:9], {"labels": ["one"]}))), "too few to tell"

@@ -118,6 +118,12 @@ def test_wilcoxon_ranks_equal_differences_as_ties_in_spite_of_rounding_errors():
     millimetres = 1.4 * np.array(b) - 1.4 * np.array(a)  # HD95 in multiples of the voxel
     assert stats.wilcoxon(millimetres).pvalue != pytest.approx(true, rel=0.1)
     assert wilcoxon_p(millimetres) == pytest.approx(true)
+    three = (
+        1.4 * np.repeat(b, 3) + np.tile([0.0, 1.4, 2.8], 14) - (1.4 * np.repeat(a, 3) + np.tile([0.0, 1.4, 2.8], 14))
+    )
+    of_patients = by_patient(three, [f"p{k // 3}" for k in range(42)])
+    assert stats.wilcoxon(of_patients).pvalue != pytest.approx(true, rel=0.1)
+    assert wilcoxon_p(of_patients) == pytest.approx(true)
     differences = np.random.default_rng(0).normal(0.02, 0.05, 20)
     assert wilcoxon_p(differences) == pytest.approx(stats.wilcoxon(differences).pvalue)
     greater = stats.wilcoxon(differences, alternative="greater").pvalue
