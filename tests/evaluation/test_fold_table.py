@@ -15,6 +15,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.evaluation import fold_table as table
 from distilldsm.evaluation import tables
+from distilldsm.evaluation.costs import machines
 from distilldsm.evaluation.folds import CASES_POSTPROCESSED, load_folds, read_rows
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import write_postprocessing
@@ -69,7 +70,11 @@ def test_costs_are_medians_and_peaks(tmp_path):
     assert (cost["seconds_per_epoch"], cost["seconds_per_volume"]) == (3.0, pytest.approx(0.3))
     assert (cost["training_gb"], cost["prediction_gb"], cost["training_gpu_gb"]) == (2.5, 0.25, None)
     assert [row["seconds_per_epoch"] for row in cost["folds"]] == [2.0, 3.0, 4.0]
-    assert len(cost["machines"]) == 2
+    assert cost["machines"] == ["a CPU, threads: 2, float32, torch 2", "a CPU, threads: 2, torch 2"]
+    assert machines([{"device": "cuda", "device_name": "a GPU", "torch": "2"}] * 2) == ["a GPU, cuda, torch 2"]
+    titles = [title for title, _ in table.cost_lines(table.summarise(load(tmp_path)))]
+    assert "peak memory of training, GB" in titles
+    assert not any("GPU" in title for title in titles), "what was not measured is left out"
 
 
 def test_one_fold_has_no_standard_deviation_over_folds(tmp_path):

@@ -194,29 +194,26 @@ def test_what_stands_out_is_marked():
 
     rows = [row("lost", 5.0, 0.0, 0.0), row("extra", 0.0, 2.0, 0.0), row("good", 5.0, 5.0, 1.0)]
     # Errors -5, 2 and 0 ml of 10/3 ml: bias -1, standard deviation sqrt(13).
+    volumes = (
+        "Volumes: one is on average predicted 30.0% smaller than it is (-1.00 ml); "
+        "95 % of the errors are expected within -8.07 to +6.07 ml."
+    )
     assert observations(rows, {"labels": ["one"]}) == [
         ("bad", "Missed altogether: one in lost."),
         ("bad", "Found where there is none: one in extra."),
         ("bad", "Largest HD95: 10.0 mm, one in lost."),
-        (
-            "bad",
-            (
-                "Volumes: one is on average predicted 30.0% smaller than it is (-1.00 ml); "
-                "95 % of the errors are expected within -8.07 to +6.07 ml."
-            ),
-        ),
+        ("bad", volumes),
     ]
     fine = [row("a", 10.0, 10.5, 0.7), row("b", 10.0, 10.5, 0.9)]
-    assert observations(fine, {"labels": ["one"]}) == [
+    close = [one | {"label": "two", "volume_predicted_ml": 10.1} for one in fine]
+    volumes = (
+        "Volumes: one is on average predicted 5.0% larger than it is (+0.50 ml); "
+        "95 % of the errors are expected within +0.50 to +0.50 ml."
+    )
+    assert observations(close + fine, {"labels": ["two", "one"]}) == [
         ("good", "No structure is missed altogether, and none is found where there is none."),
-        ("", "Largest HD95: 3.0 mm, one in a."),
-        (
-            "",
-            (
-                "Volumes: one is on average predicted 5.0% larger than it is (+0.50 ml); "
-                "95 % of the errors are expected within +0.50 to +0.50 ml."
-            ),
-        ),
+        ("", "Largest HD95: 3.0 mm, two in a."),
+        ("", volumes),
     ]
     small = [row(f"c{k}", 1.0 + k, 1.0 + k, 0.5 + 0.02 * k) for k in range(10)]
     text = "Small structures score lower: one, rank correlation of Dice and volume 1.00."
