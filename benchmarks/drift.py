@@ -25,7 +25,6 @@ from distilldsm.data.plan import Plan, make_plan
 from distilldsm.data.splits import make_splits
 from distilldsm.data.training_distribution import make_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
-from distilldsm.drift.scans import measure_scan
 from distilldsm.io import Channel, Scan
 
 FloatArray = npt.NDArray[np.float32]
@@ -85,7 +84,7 @@ def measured(root: Path, index: DatasetIndex, case_id: str, plan: Plan, change: 
     volume = scan.volume()
     changed = [change(data, volume.affine) for data in volume.data]
     scan = Scan(tuple(Channel(data) for data, _ in changed), changed[0][1], volume.path, None)
-    return values_of(measure_scan(scan, plan), plan)
+    return values_of(measure_scan(scan, plan.channels), plan)
 
 
 def _rates(rows: list[dict[str, float]], known: Mapping[str, Reference]) -> dict[str, object]:

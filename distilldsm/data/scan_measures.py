@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import nibabel as nib
 import numpy as np
 import numpy.typing as npt
+
+from distilldsm.data.dataset import Channel
+from distilldsm.io import Channel as StoredChannel
+from distilldsm.io import Scan
+from distilldsm.io.orientation import Affine, ras_orientation
 
 QUANTILES = (0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5)
 SAMPLES = 1_000_000
@@ -62,6 +68,47 @@ class MeasuredChannel:
     nonzero_fraction: float
     label_means: tuple[float | None, ...]
     """By class index; empty without classes."""
+
+
+def measure_scan(
+    scan: Scan,
+    channels: Sequence[Channel],
+    class_names: Sequence[str] = (),
+    classes: npt.NDArray[np.integer] | None = None,
+) -> ScanMeasures:
+    """Measure a scan, and with `classes` (X, Y, Z), indices into `class_names` on its grid, its structures."""
+    names = class_names if classes is not None else ()
+    found = []
+    for channel, stored in zip(channels, scan.channels, strict=True):
+
+        def read(k: int, stored: StoredChannel = stored) -> Plane:
+            return stored.values(stored.raw[..., k])
+
+        whole = channel.modality == "CT"
+        found.append(measure_channel(read, scan.shape, whole=whole, classes=classes, class_count=len(names)))
+    voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
+    labels = {}
+    for k, name in enumerate(names[1:], start=1):
+        means = [one.label_means[k] for one in found]
+        present = tuple(mean for mean in means if mean is not None)
+        labels[name] = LabelMeasures(
+            volume_ml=float(np.count_nonzero(classes == k)) * voxel_ml,
+            means=present if len(present) == len(means) else None,
+        )
+    return ScanMeasures(
+        shape=in_ras_order(scan.shape, scan.affine),
+        spacing_mm=in_ras_order(scan.spacing_mm, scan.affine),
+        orientation="".join(nib.aff2axcodes(scan.affine)),
+        nonzero_fraction=min(one.nonzero_fraction for one in found),
+        channels=tuple(one.measures for one in found),
+        labels=labels,
+    )
+
+
+def in_ras_order(values: Sequence, affine: Affine) -> tuple:
+    """Values along the three array axes, in the order of the scanner's axes x, y, z."""
+    order = np.argsort(ras_orientation(affine)[:, 0])
+    return tuple(values[int(k)] for k in order)
 
 
 def measure_channel(

@@ -11,9 +11,10 @@ from distilldsm.core.mapping import to_mapping
 from distilldsm.core.progress import progress
 from distilldsm.data.drift_measures import measures_of, values_of
 from distilldsm.data.plan import Plan
+from distilldsm.data.scan_measures import measure_scan
 from distilldsm.data.training_distribution import load_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
-from distilldsm.drift.scans import check_masks, find_mask, measure_scan, read_mask
+from distilldsm.drift.masks import check_masks, find_mask, read_mask
 from distilldsm.io.inputs import Input, find_inputs
 
 
@@ -73,7 +74,7 @@ def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[
     scan = one.read(len(plan.channels), budget, [channel.name for channel in plan.channels])
     found = None if masks is None else find_mask(masks, one)
     classes = None if found is None else read_mask(found, scan, plan)
-    measured = measure_scan(scan, plan, classes)
+    measured = measure_scan(scan, plan.channels, plan.class_names, classes)
     return {
         "scan": one.name,
         "mask": None if found is None else found.name,
