@@ -22,6 +22,7 @@ from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.drift_measures import measures_of, values_of
 from distilldsm.data.fingerprint import fingerprint_case, load_case
 from distilldsm.data.plan import Plan, make_plan
+from distilldsm.data.scan_measures import measure_scan
 from distilldsm.data.splits import make_splits
 from distilldsm.data.training_distribution import make_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
@@ -81,9 +82,8 @@ def measured(root: Path, index: DatasetIndex, case_id: str, plan: Plan, change: 
     """The measures of one case after a change, without its label."""
     case = next(c for c in index.cases if c.id == case_id)
     scan, _ = load_case(root, case, index)
-    volume = scan.volume()
-    changed = [change(data, volume.affine) for data in volume.data]
-    scan = Scan(tuple(Channel(data) for data, _ in changed), changed[0][1], volume.path, None)
+    changed = [change(data, scan.affine) for data in scan.intensities()]
+    scan = Scan(tuple(Channel(data) for data, _ in changed), changed[0][1], scan.path, None)
     return values_of(measure_scan(scan, plan.channels), plan)
 
 

@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.geometry import nonzero_box
-from distilldsm.data.scan_measures import LabelMeasures, ScanMeasures, measure_channel
-from distilldsm.io import Scan, Volume, read_labels, read_scan
-from distilldsm.io.orientation import ras_orientation
+from distilldsm.data.scan_measures import ScanMeasures, in_ras_order, measure_scan
+from distilldsm.io import Scan, read_labels, read_scan
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 SAMPLES_PER_CASE = 20_000
@@ -87,74 +85,32 @@ def classes_from_values(
 def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerprint:
     """Measure one case; raises DataError as `load_case` does."""
     scan, classes = load_case(root, case, index)
-    volume = scan.volume()
-    order = np.argsort(ras_orientation(volume.affine)[:, 0])
-    nonzero = (volume.data != 0).any(axis=0)
+    intensities = scan.intensities()
+    nonzero = (intensities != 0).any(axis=0)
     start, stop = nonzero_box(nonzero, nonzero.shape)
     mask = classes > 0
     if not mask.any():
         mask = nonzero
     # A fixed, evenly spaced sample keeps percentiles of large volumes cheap and repeatable.
     step = max(1, int(mask.sum()) // SAMPLES_PER_CASE)
-    samples = volume.data[:, mask][:, ::step].astype(np.float64)
+    samples = intensities[:, mask][:, ::step].astype(np.float64)
     if samples.size == 0:
         samples = np.zeros((len(index.channels), 1))
-    voxel_ml = abs(float(np.linalg.det(volume.affine[:3, :3]))) / 1000
-    counts = np.bincount(classes.ravel(), minlength=len(index.class_names))
-    shape, spacing_mm = _ordered(volume.shape, order), _ordered(volume.spacing_mm, order)
-    volumes_ml = {name: float(counts[k]) * voxel_ml for k, name in enumerate(index.class_names) if k > 0}
+    measures = measure_scan(scan, index.channels, index.class_names, classes)
     return CaseFingerprint(
         case=case.id,
-        shape=shape,
-        spacing_mm=spacing_mm,
+        shape=measures.shape,
+        spacing_mm=measures.spacing_mm,
         nonzero_fraction=float(nonzero.mean()),
         foreground_mean=tuple(samples.mean(axis=1).tolist()),
         foreground_sd=tuple(samples.std(axis=1).tolist()),
         foreground_percentiles=tuple(
             tuple(float(v) for v in np.percentile(channel, PERCENTILES)) for channel in samples
         ),
-        label_volumes_ml=volumes_ml,
-        nonzero_shape=_ordered([b - a for a, b in zip(start, stop, strict=True)], order),
-        scan=_scan_measures(volume, classes, index, shape, spacing_mm, volumes_ml),
+        label_volumes_ml={name: label.volume_ml for name, label in measures.labels.items()},
+        nonzero_shape=in_ras_order([b - a for a, b in zip(start, stop, strict=True)], scan.affine),
+        scan=measures,
     )
-
-
-def _scan_measures(
-    volume: Volume,
-    classes: npt.NDArray[np.uint8],
-    index: DatasetIndex,
-    shape: tuple[int, int, int],
-    spacing_mm: tuple[float, float, float],
-    volumes_ml: Mapping[str, float],
-) -> ScanMeasures:
-    """The measures that need no label, and those of the labels."""
-    found = []
-    for channel, data in zip(index.channels, volume.data, strict=True):
-
-        def read(k: int, data: npt.NDArray[np.float32] = data) -> npt.NDArray[np.float32]:
-            return data[..., k]
-
-        whole = channel.modality == "CT"
-        found.append(
-            measure_channel(read, volume.shape, whole=whole, classes=classes, class_count=len(index.class_names))
-        )
-    labels = {}
-    for k, name in enumerate(index.class_names[1:], start=1):
-        means = [one.label_means[k] for one in found]
-        present = tuple(mean for mean in means if mean is not None)
-        labels[name] = LabelMeasures(volume_ml=volumes_ml[name], means=present if len(present) == len(means) else None)
-    return ScanMeasures(
-        shape=shape,
-        spacing_mm=spacing_mm,
-        orientation="".join(nib.aff2axcodes(volume.affine)),
-        nonzero_fraction=min(one.nonzero_fraction for one in found),
-        channels=tuple(one.measures for one in found),
-        labels=labels,
-    )
-
-
-def _ordered(values: Sequence[float], order: npt.NDArray[np.integer]) -> tuple:
-    return tuple(values[int(k)] for k in order)
 
 
 def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str, object]:

@@ -131,17 +131,18 @@ def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], dict[s
     pictures, viewed = [], []
     for kind, id_ in chosen.items():
         case, dataset = cases[id_], given.inputs["dataset"]
-        volume = read_scan([dataset / p for p in case.images], len(given.index.channels)).volume()
+        scan = read_scan([dataset / p for p in case.images], len(given.index.channels))
+        image = scan.channels[0].values(scan.channels[0].raw)
         truth = read_labels(dataset / case.label).values
         mask = read_labels(work / "predictions" / f"{case.id}.nii.gz").values
         caption = f"{kind} case: {_caption(id_, given)}"
         path = work / "figures" / f"{names.get(kind, kind)}.png"
-        figure = overlay(volume.data[0], truth, mask, affine=volume.affine, labels=given.index.labels)
+        figure = overlay(image, truth, mask, affine=scan.affine, labels=given.index.labels)
         figures.save_figure(figure, path)
         alt = f"Three planes of {id_} with the outlines of truth and prediction. {caption}"
         pictures.append(Picture(path=path, caption=caption[0].upper() + caption[1:], alt=alt))
         if kind in in_viewer:
-            small = fitted(volume.data[0], truth, mask, volume.affine, VIEWER_BYTES // len(in_viewer))
+            small = fitted(image, truth, mask, scan.affine, VIEWER_BYTES // len(in_viewer))
             parts = dict(zip(("image", "truth", "prediction"), small, strict=True))
             viewed.append(ViewedCase(name=f"{kind}: {id_}", caption=caption, **parts))
     return pictures, viewer_contents(viewed, given.index.labels)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from distilldsm.io.formats import Channel, Labels, Scan, Volume, read_labels, read_scan, write_mask
+    from distilldsm.io.formats import Channel, Labels, Scan, read_labels, read_scan, write_mask
 
-__all__ = ["Channel", "Labels", "Scan", "Volume", "read_labels", "read_scan", "write_mask"]
+__all__ = ["Channel", "Labels", "Scan", "read_labels", "read_scan", "write_mask"]
 
 
 def __getattr__(name: str) -> object:

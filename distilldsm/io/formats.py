@@ -16,9 +16,9 @@ from distilldsm.core.errors import DataError
 from distilldsm.io.dicom import Dicom, is_dicom
 from distilldsm.io.errors import Refuse, raise_error
 from distilldsm.io.nifti import Nifti
-from distilldsm.io.scan import Channel, Labels, Scan, Volume, check_same_grid, check_size
+from distilldsm.io.scan import Channel, Labels, Scan, check_same_grid, check_size
 
-__all__ = ["FORMATS", "Channel", "Format", "Labels", "Scan", "Volume", "read_labels", "read_scan", "write_mask"]
+__all__ = ["FORMATS", "Channel", "Format", "Labels", "Scan", "read_labels", "read_scan", "write_mask"]
 
 LABEL_TOLERANCE = 1e-3
 """Labels stored as floats may differ by this much from a whole number (rounding of a scale factor)."""

@@ -65,28 +65,6 @@ class Channel:
 
 
 @dataclass(frozen=True)
-class Volume:
-    """All intensities of a scan.
-
-    data: (C, X, Y, Z) float32; affine: (4, 4), voxel to scanner mm (RAS+); path: where it was read from.
-    """
-
-    data: npt.NDArray[np.float32]
-    affine: Affine
-    path: Path
-
-    @property
-    def spacing_mm(self) -> tuple[float, float, float]:
-        """Voxel size along the three array axes, mm."""
-        return spacing_of(self.affine)
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """(X, Y, Z)."""
-        return self.data.shape[1:]  # type: ignore[return-value]
-
-
-@dataclass(frozen=True)
 class Labels:
     """A label map.
 
@@ -151,12 +129,12 @@ class Scan:
             _ = channel.raw
         return self
 
-    def volume(self) -> Volume:
-        """All intensities at once, float32; raises as `load`."""
+    def intensities(self) -> npt.NDArray[np.float32]:
+        """All intensities at once, (C, X, Y, Z); raises as `load`."""
         data = np.empty((len(self.channels), *self.shape), dtype=np.float32)
         for k, channel in enumerate(self.channels):
             data[k] = channel.values(channel.raw)
-        return Volume(data, self.affine, self.path)
+        return data
 
     def planes(self, axis_order: Sequence[int]) -> tuple[list[npt.NDArray], Callable[[int, int], npt.NDArray]]:
         """Views (D, H, W) of the raw channels in network axes, and a function to slice k of channel c as float32."""

@@ -152,7 +152,7 @@ def test_an_index_that_names_files_elsewhere(tmp_path, changes):
 def test_what_a_nifti_header_carries_is_not_looked_at(made, tmp_path, canary):
     case = write_case(tmp_path / "scan", "one", channels=CHANNELS)
     paths = [tmp_path / "scan" / image for image in case.images]
-    before = read_scan(paths, CHANNELS).volume().data
+    before = read_scan(paths, CHANNELS).intensities()
     for path in paths:
         image = nib.load(path)
         # 16 is the code that NIfTI's registry gives to "pypickle".
@@ -162,7 +162,7 @@ def test_what_a_nifti_header_carries_is_not_looked_at(made, tmp_path, canary):
         image.header["aux_file"] = b"../../etc/passwd"
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj), image.affine, image.header), path)
         assert canary.pickled() in gzip.decompress(path.read_bytes())
-    assert np.array_equal(before, read_scan(paths, CHANNELS).volume().data)
+    assert np.array_equal(before, read_scan(paths, CHANNELS).intensities())
     assert main(["predict", str(made.export), *map(str, paths), "-o", str(tmp_path / "mask.nii.gz")]) == 0
 
 

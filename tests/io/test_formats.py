@@ -46,7 +46,7 @@ def test_a_format_is_added_by_its_class_alone(tmp_path, monkeypatch):
     found, many = find_inputs([tmp_path], 1)
     assert ([one.name for one in found], many) == (["a", "b"], True)
     scan = found[0].read(1)
-    np.testing.assert_array_equal(scan.volume().data[0], voxels)
+    np.testing.assert_array_equal(scan.intensities()[0], voxels)
     assert scan.spacing_mm == (1, 2, 3)
     np.testing.assert_array_equal(read_labels(tmp_path / "a.npz").values, voxels)
     # A mask goes into the scan's own format, or into another one that is asked for by name.

@@ -56,7 +56,7 @@ def preprocess(root: Path) -> None:
 
 
 def evaluated(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    predictor = SimpleNamespace(predict=lambda scan, **_: np.zeros(scan.shape, np.uint8))
+    predictor = SimpleNamespace(predict=lambda scan: SimpleNamespace(mask=np.zeros(scan.shape, np.uint8)))
     monkeypatch.setattr(scoring, "_predictor", lambda *_: predictor)
     monkeypatch.setattr(scoring, "worker_pool", lambda *_, **__: ThreadPoolExecutor(1))
     work = root / "work"
@@ -177,7 +177,7 @@ def test_every_command_reads_what_the_rules_allow(tmp_path, monkeypatch, fields)
         header_bytes(path, **fields)
     assert set(answers(tmp_path, monkeypatch).values()) == {""}
     scan = read_scan([tmp_path / "scan.nii"], 1)
-    np.testing.assert_array_equal(scan.volume().data[0].ravel(), np.arange(120), "stored values, unscaled")
+    np.testing.assert_array_equal(scan.intensities()[0].ravel(), np.arange(120), "stored values, unscaled")
     np.testing.assert_array_equal(scan.affine, nib.load(tmp_path / "scan.nii").affine)
 
 
