@@ -251,7 +251,8 @@ def test_cases(viewer):
     viewer.shows(0)
     assert viewer.control("message").inner_text() == ""
     viewer.frame.get_by_role("button", name="shell").click()
-    assert np.array_equal(viewer.pixels(), grey)
+    # On a busy machine the graphics are some frames behind.
+    assert any(np.array_equal(viewer.pixels(), grey) for _ in range(20))
 
 
 def test_without_webgl_it_says_so(browser, html, tmp_path):

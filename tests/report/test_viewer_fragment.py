@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import fnmatch
 import gzip
 import hashlib
 import json
@@ -129,9 +128,10 @@ def test_the_build_is_locked_to_that_version(repository):
     assert '"resolved"' not in text  # where packages come from is a matter of the machine
 
 
-def test_all_files_of_the_viewer_are_package_data(repository):
+def test_all_files_of_the_pages_are_package_data(repository):
     patterns = tomllib.loads((repository / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
-    for path in (repository / "distilldsm" / "report" / "viewer").iterdir():
-        if path.is_file() and path.suffix != ".py":
-            name = f"report/viewer/{path.name}"
-            assert any(fnmatch.fnmatch(name, pattern) for pattern in patterns["distilldsm"]), name
+    package = repository / "distilldsm"
+    for path in (package / "report").rglob("*"):
+        if path.is_file() and path.suffix not in (".py", ".pyc"):
+            name = path.relative_to(package)
+            assert any(name.match(pattern) for pattern in patterns["distilldsm"]), name
