@@ -71,7 +71,7 @@ CHECKS = (
     Check(name="git", about="the repository", run=check_git),
     Check(name="dvc", about="dvc.yaml and the remote", run=check_dvc, loads=True),
     Check(name="mlflow", about="the store of the runs", run=services.check_mlflow, loads=True),
-    Check(name="journal", about="records that wait for MLflow", run=services.check_journal, loads=True),
+    Check(name="outputs", about="outputs that MLflow does not hold", run=services.check_outputs, loads=True),
     Check(name="kubeflow", about="Kubeflow Pipelines", run=check_kubeflow),
 )
 

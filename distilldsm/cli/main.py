@@ -25,6 +25,7 @@ COMMANDS: Mapping[str, str] = {
     "drift": "whether scans look like what a model was trained on",
     "summary": "scores per label of the evaluated folds and of the cross-validation",
     "compare": "several trainings side by side, case by case",
+    "publish": "send to MLflow what it does not hold yet of the outputs",
     "plots": "DVC's plots (show, diff) as a page that needs no network",
     "info": "facts of an exported model, the networks, the installation",
     "plan": "what was, or would be, decided from a data set, and why",

@@ -28,7 +28,7 @@ def run(
         inputs: `evaluation` and `models`, the folders that hold `fold0` ...; `splits` (of the preprocessed data) where
             it is at hand.
         outputs: `cross_validation`: `summary.json`, `table.csv`, `cases.csv`, `metrics.json`, `dice.png`,
-            `report.html`, `cases_postprocessed.csv` (empty for a single fold); `mlflow_run.json` where it is tracked.
+            `report.html`, `cases_postprocessed.csv` (empty for a single fold); `tracking.json`.
         tracking: makes a run with the folds' runs as its children, unless there is one fold only.
 
     Raises:
@@ -39,6 +39,7 @@ def run(
     from distilldsm.evaluation import fold_table as table
     from distilldsm.evaluation.folds import CASES_POSTPROCESSED, load_folds
     from distilldsm.evaluation.tables import write_csv
+    from distilldsm.tracking import send
 
     folds = load_folds(config.folds, inputs["evaluation"], inputs["models"], inputs.get("splits"))
     with output_directory(outputs["cross_validation"], **STAGE.key(config, inputs)) as work:
@@ -56,8 +57,8 @@ def run(
             (work / CASES_POSTPROCESSED).write_text(",".join(rows[0]) + "\n", encoding="utf-8")
         report.draw(folds, work / "dice.png")
         (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
-        if len(folds) > 1 and tracking is not None:
-            _track(tracking, folds, summary, work, rows)
+        _describe(tracking if len(folds) > 1 else None, folds, summary, work)
+    send(outputs["cross_validation"], *_places(folds))
     print(table.format_table(summary, "cross-validation"))
 
 
@@ -65,37 +66,34 @@ def _rows(by_fold: Mapping[int, Sequence[Mapping]]) -> list[dict[str, Any]]:
     return [{"fold": number, **row} for number, rows in by_fold.items() for row in rows]
 
 
-def _track(
-    tracking: TrackingConfig, folds: Sequence[Fold], summary: Mapping[str, Any], work: Path, rows: Sequence[Mapping]
-) -> None:
+def _places(folds: Sequence[Fold]) -> list[Path]:
+    """Whose runs become children; of an ensemble the evaluations: the trainings stay children of others."""
+    return [fold.evaluation_directory if fold.ensemble else fold.model_directory for fold in folds]
+
+
+def _describe(tracking: TrackingConfig | None, folds: Sequence[Fold], summary: Mapping[str, Any], work: Path) -> None:
     from distilldsm.evaluation import fold_table as table
-    from distilldsm.tracking import run_key_of, start_run
+    from distilldsm.tracking import describe, run_key_of
 
     train, evaluate = folds[0].train["config"], folds[0].evaluate["config"]
+    places = _places(folds)
     # The same trainings, evaluated alike, are the same run, wherever and however often they are summed up.
-    # Those of an ensemble are the runs of its evaluations: the trainings stay what they are, children of others.
-    places = [fold.evaluation_directory if fold.ensemble else fold.model_directory for fold in folds]
-    models = [run_key_of(place) or content_hash(place) for place in places]
-    parts = [tracking.experiment, evaluate, models]
+    parts = [tracking and tracking.experiment, evaluate, [run_key_of(one) or content_hash(one) for one in places]]
     network = "ensemble" if folds[0].ensemble else summary["network"]["name"]
-    name = f"{tracking.run_name or network}-cv{len(folds)}"
-    numbers = {"cv_folds": ",".join(str(fold.number) for fold in folds)}
-    with start_run(
-        tracking, directory=work, name=name, tags=numbers, run_key=sha256_json(parts)[:32], with_system=False
-    ) as parent:
-        size = {
-            f"model.{key}": round(summary["cost"][key] or folds[0].model[key])
-            for key in ("parameters", "macs_per_voxel")
-        }
-        trained = {"ensemble": folds[0].ensemble} if folds[0].ensemble else {"train": train}
-        parent.log_params({**trained, "evaluate": evaluate, "folds": summary["folds"], **size})
-        parent.log_metrics(table.metrics_for_mlflow(summary))
-        for file in ("report.html", "summary.json", "table.csv", "dice.png"):
-            parent.log_artifact(work / file, "cross_validation")
-        parent.log_table(table.table_rows(summary), "cross_validation/table.json")
-        parent.log_table(list(rows), "cross_validation/cases.json")
-        for fold, place in zip(folds, places, strict=True):
-            parent.add_child(place, name=f"{network}-fold{fold.number}")
+    size = {key: round(summary["cost"][key] or folds[0].model[key]) for key in ("parameters", "macs_per_voxel")}
+    trained = {"ensemble": folds[0].ensemble} if folds[0].ensemble else {"train": train}
+    describe(
+        tracking,
+        work,
+        run_key=sha256_json(parts)[:32],
+        name=f"{(tracking and tracking.run_name) or network}-cv{len(folds)}",
+        tags={"cv_folds": ",".join(str(fold.number) for fold in folds)},
+        params={**trained, "evaluate": evaluate, "folds": summary["folds"], "model": size},
+        metrics=table.metrics_for_mlflow(summary),
+        files={"cross_validation": [work / name for name in ("report.html", "summary.json", "table.csv", "dice.png")]},
+        tables={"cross_validation/table.json": work / "table.csv", "cross_validation/cases.json": work / "cases.csv"},
+        children={f"{network}-fold{fold.number}": place for fold, place in zip(folds, places, strict=True)},
+    )
 
 
 STAGE = Stage(
@@ -120,6 +118,7 @@ STAGE = Stage(
                 "report.html",
                 "summary.json",
                 "table.csv",
+                "tracking.json",
             ),
         ),
         Output(name="report", path="cross_validation/report.html", kind="HTML"),

@@ -14,7 +14,6 @@ from distilldsm.core.stage import Input, Option, Output, Plot, Stage
 if TYPE_CHECKING:
     from distilldsm.config import EvaluateConfig, TrackingConfig
     from distilldsm.evaluation.report import Evaluation
-    from distilldsm.tracking import Run
 
 
 def run(
@@ -45,6 +44,7 @@ def run(
     from distilldsm.evaluation.postprocess import POSTPROCESSING
     from distilldsm.evaluation.scoring import check_all_differ, held_out_cases, score_fold
     from distilldsm.evaluation.tables import format_table
+    from distilldsm.tracking import send
 
     index = DatasetIndex.load(inputs["dataset"])
     cases = held_out_cases(index, inputs, fold, ensemble)
@@ -57,51 +57,48 @@ def run(
     key = STAGE.key(config, inputs, fold, ensemble=ensemble)
     with output_directory(outputs["evaluation"], **key, resumable=True, kept=kept) as work:
         found = score_fold(config, inputs, work, index, cases, fold=fold, ensemble=ensemble)
-        if ensemble and tracking is not None:
-            _track_ensemble(tracking, found, work)
+        _describe(tracking, found, work)
     print(format_table(found.summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
     if found.postprocessing is not None:
         for label in found.postprocessing.kept:
             reason = found.postprocessing.labels[label].reason
             print(f"{label}, largest component only: {reason} ({POSTPROCESSING})")
-    if tracking is not None and not ensemble:
-        from distilldsm.tracking import attach
-
-        with attach(inputs["model"], tracking) as mlflow_run:
-            _track(mlflow_run, found, outputs["evaluation"])
+    send(outputs["evaluation"], inputs["model"], *ensemble)
 
 
-def _track(mlflow_run: Run, found: Evaluation, evaluation: Path) -> None:
+def _describe(tracking: TrackingConfig | None, found: Evaluation, work: Path) -> None:
+    """Add to the training's run; an ensemble gets one of its own: its scores are none of a single training's."""
     from distilldsm.evaluation.postprocess import POSTPROCESSING
-    from distilldsm.evaluation.tables import metrics_for_mlflow
-
-    mlflow_run.log_metrics(metrics_for_mlflow(found.summary, found.intervals))
-    mlflow_run.log_artifacts(evaluation / "figures", "evaluation/figures")
-    mlflow_run.log_artifact(evaluation / "report.html", "evaluation")
-    mlflow_run.log_artifact(evaluation / POSTPROCESSING, "evaluation")
-    mlflow_run.log_table([dict(row) for row in found.rows], "evaluation/cases.json")
-    validation = found.inputs.get("validation", found.inputs["dataset"].parent / "validation") / "report.html"
-    if validation.exists():
-        mlflow_run.log_artifact(validation, "validation")
-        if (docs := validation.with_name("data_docs")).is_dir():
-            mlflow_run.log_artifacts(docs, "validation/data_docs")
-
-
-def _track_ensemble(tracking: TrackingConfig, found: Evaluation, work: Path) -> None:
-    """A run of its own: the scores are none of a single training's."""
     from distilldsm.evaluation.scoring import recipes
-    from distilldsm.tracking import run_key_of, start_run
+    from distilldsm.evaluation.tables import metrics_for_mlflow
+    from distilldsm.tracking import describe, run_key_of
 
     models = [found.inputs["model"], *found.ensemble]
-    trainings = [run_key_of(model) or content_hash(model) for model in models]
-    # The same trainings, evaluated alike, are the same run.
-    run_key = sha256_json([tracking.experiment, result_config(found.config), found.fold, trainings])[:32]
-    name = f"{tracking.run_name or 'ensemble'}-fold{found.fold}"
-    with start_run(
-        tracking, directory=work, name=name, tags={"fold": str(found.fold)}, run_key=run_key, with_system=False
-    ) as mlflow_run:
-        mlflow_run.log_params({"evaluate": asdict(found.config), "fold": found.fold, "ensemble": recipes(models)})
-        _track(mlflow_run, found, work)
+    validation = found.inputs.get("validation", found.inputs["dataset"].parent / "validation")
+    whose: dict[str, Any] = {"run_of": models[0]}
+    if found.ensemble:
+        # The same trainings, evaluated alike, are the same run.
+        trainings = [run_key_of(model) or content_hash(model) for model in models]
+        experiment = None if tracking is None else tracking.experiment
+        whose = {
+            "run_key": sha256_json([experiment, result_config(found.config), found.fold, trainings])[:32],
+            "name": f"{(tracking and tracking.run_name) or 'ensemble'}-fold{found.fold}",
+            "tags": {"fold": found.fold},
+            "params": {"evaluate": asdict(found.config), "fold": found.fold, "ensemble": recipes(models)},
+        }
+    describe(
+        tracking,
+        work,
+        **whose,
+        metrics=metrics_for_mlflow(found.summary, found.intervals),
+        files={
+            "evaluation": [work / "report.html", work / POSTPROCESSING],
+            "evaluation/figures": [work / "figures"],
+            "validation": [validation / "report.html"],
+            "validation/data_docs": [validation / "data_docs"],
+        },
+        tables={"evaluation/cases.json": work / "cases.csv"},
+    )
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
@@ -147,6 +144,7 @@ STAGE = Stage(
                 "report.html",
                 "summary.json",
                 "timing.json",
+                "tracking.json",
             ),
         ),
         Output(name="report", path=f"{PLACE}/report.html", kind="HTML"),

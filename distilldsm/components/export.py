@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.mapping import to_mapping
 from distilldsm.core.output_directory import output_directory
 from distilldsm.core.stage import Input, Output, Stage
 
@@ -34,7 +33,9 @@ def run(
     """
     from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
     from distilldsm.export.build import build_package
+    from distilldsm.export.gate import Gate
     from distilldsm.export.scores import SCORES, collect_scores
+    from distilldsm.tracking import describe, send
 
     with output_directory(outputs["export"], **STAGE.key(config, inputs, fold)) as work:
         scores = collect_scores(
@@ -55,17 +56,6 @@ def run(
             postprocessing=decided,
         )
         write_json(work / SCORES, scores)
-    for name, row in built.summary.items():
-        print(
-            f"{name}: {100 * row['voxel_difference']:.4f} % of the voxels differ from the network, logits by up to "
-            f"{row['max_logit_difference']:.2g}; {row['seconds_per_mvoxel']:.2f} s per million voxels "
-            f"(network {row['seconds_per_mvoxel_network']:.2f} s)"
-        )
-    print(f"INT8 {'shipped' if built.metadata.int8.shipped else 'not shipped'}: {built.metadata.int8.reason}")
-    if tracking is not None and tracking.enabled:
-        from distilldsm import tracking as tracking_module
-        from distilldsm.export.gate import Gate
-
         facts = {
             "fold": fold,
             "data_hash": scores.data_hash,
@@ -74,24 +64,27 @@ def run(
             "voxel_difference": {runtime: row["voxel_difference"] for runtime, row in built.summary.items()},
         }
         metrics = {f"export_{runtime}_{key}": v for runtime, row in built.summary.items() for key, v in row.items()}
-        with tracking_module.attach(inputs["model"], tracking) as mlflow_run:
-            mlflow_run.log_metrics(metrics)
-            mlflow_run.log_exported_model(
-                outputs["export"],
-                name="model",
-                registered_name=built.metadata.name if config.register_model else None,
-                gate=to_mapping(Gate.of(config)),
-                metrics={**metrics, **scores.mean},
-                version_tags=facts,
-                metadata={
-                    **facts,
-                    "intended_use": built.metadata.intended_use,
-                    "labels": built.metadata.labels,
-                    "data_licence": built.metadata.data.licence,
-                },
-            )
-        if mlflow_run.registration:
-            print(mlflow_run.registration)
+        model = {
+            "registered_name": built.metadata.name if config.register_model else None,
+            "gate": Gate.of(config),
+            "metrics": {**metrics, **scores.mean},
+            "version_tags": facts,
+            "metadata": {
+                **facts,
+                "intended_use": built.metadata.intended_use,
+                "labels": built.metadata.labels,
+                "data_licence": built.metadata.data.licence,
+            },
+        }
+        describe(tracking, work, run_of=inputs["model"], metrics=metrics, model=model)
+    for name, row in built.summary.items():
+        print(
+            f"{name}: {100 * row['voxel_difference']:.4f} % of the voxels differ from the network, logits by up to "
+            f"{row['max_logit_difference']:.2g}; {row['seconds_per_mvoxel']:.2f} s per million voxels "
+            f"(network {row['seconds_per_mvoxel_network']:.2f} s)"
+        )
+    print(f"INT8 {'shipped' if built.metadata.int8.shipped else 'not shipped'}: {built.metadata.int8.reason}")
+    send(outputs["export"], *(inputs[name] for name in ("model", "evaluation") if name in inputs))
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
@@ -138,6 +131,7 @@ STAGE = Stage(
                 "parity.json",
                 "plan.json",
                 "scores.json",
+                "tracking.json",
                 "training_distribution.json",
             ),
         ),

@@ -29,7 +29,7 @@ def run(
     Args:
         inputs: `preprocessed`.
         outputs: `model`: `last.safetensors`, `best.safetensors`, `model.json`, `plan.json`, `history.json`,
-            `cost.json`, `mlflow_run.json`.
+            `cost.json`, `tracking.json`.
         fold: the fold that is held out.
         tracking: how the run is tracked; None leaves MLflow out.
 
@@ -98,57 +98,55 @@ def _train_as_main(
     from distilldsm.core.cost import TrainingCost, machine
     from distilldsm.core.mapping import to_mapping
     from distilldsm.data.dataset import DatasetIndex
-    from distilldsm.tracking import start_run
-    from distilldsm.training.loop import Trainer
+    from distilldsm.tracking import followed
+    from distilldsm.training.loop import BEST, HISTORY, Trainer
 
     preprocessed = inputs["preprocessed"]
     processes.barrier()
-    name = tracking.run_name or f"{config.model.name}-fold{fold}"
-    with start_run(tracking, directory=work, name=name, tags={"fold": str(fold)}) as mlflow_run:
-
-        def log_epoch(record: Mapping[str, Any]) -> None:
-            metrics = {k: record[k] for k in ("train_loss", "learning_rate", "seconds", "loading_seconds")}
-            if "val_dice_mean" in record:
-                metrics["val_dice_mean"] = record["val_dice_mean"]
-                metrics |= {f"val_dice_{label}": value for label, value in record["val_dice"].items()}
-            mlflow_run.log_metrics(metrics, step=record["epoch"])
-            taken.write(trainer.state.history)  # now, for what is killed later was measured too
-
-        trainer = Trainer(
-            config, preprocessed=preprocessed, work=work, fold=fold, processes=processes, on_epoch=log_epoch
-        )
-        facts = {
-            "parameters": trainer.cost.parameters,
-            "macs_per_voxel": trainer.cost.macs_per_voxel,
-            **machine(trainer.device.type),
-            "processes": processes.world,
-            "precision": "bf16" if trainer.bf16 else "float32",
-        }
-        taken = TrainingCost(work, facts)
-        index = DatasetIndex.load(preprocessed)
-        _tell(config, trainer, index.source)
-        mlflow_run.log_params(
-            {
-                "train": to_mapping(config),
-                "fold": fold,
-                "model.parameters": trainer.cost.parameters,
-                "model.macs_per_voxel": round(trainer.cost.macs_per_voxel),
-                "plan.patch_size": trainer.sampler.patch_size,
-                "plan.batch_size": trainer.sampler.batch_size,
-                "plan.target_spacing_mm": trainer.plan.target_spacing_mm,
-                "plan.depth_axis": trainer.plan.depth_axis,
-            }
-        )
-        mlflow_run.log_dataset(
-            index.name,
-            content_hash(preprocessed)[:36],
-            index.source,
-            profile={"cases": len(index.cases), "held_out": len(trainer.held_out)},
-        )
-        mlflow_run.log_artifact(preprocessed / "plan.json", "plan")
-        mlflow_run.log_artifact(preprocessed / "fingerprint.json", "plan")
+    trainer = Trainer(
+        config,
+        preprocessed=preprocessed,
+        work=work,
+        fold=fold,
+        processes=processes,
+        on_epoch=lambda _: spent.write(trainer.state.history),  # now, for what is killed later was measured too
+    )
+    size = {"parameters": trainer.cost.parameters, "macs_per_voxel": trainer.cost.macs_per_voxel}
+    facts = {
+        **size,
+        **machine(trainer.device.type),
+        "processes": processes.world,
+        "precision": "bf16" if trainer.bf16 else "float32",
+    }
+    spent = TrainingCost(work, facts)
+    index = DatasetIndex.load(preprocessed)
+    _tell(config, trainer, index.source)
+    with followed(
+        tracking,
+        work,
+        name=tracking.run_name or f"{config.model.name}-fold{fold}",
+        tags={"fold": fold},
+        params={
+            "train": to_mapping(config),
+            "fold": fold,
+            "model": {name: round(value) for name, value in size.items()},
+            "plan.patch_size": trainer.sampler.patch_size,
+            "plan.batch_size": trainer.sampler.batch_size,
+            "plan.target_spacing_mm": trainer.plan.target_spacing_mm,
+            "plan.depth_axis": trainer.plan.depth_axis,
+        },
+        dataset={
+            "name": index.name,
+            "digest": content_hash(preprocessed),
+            "source": index.source,
+            "profile": {"cases": len(index.cases), "held_out": len(trainer.held_out)},
+        },
+        history=HISTORY,
+        files={"plan": [preprocessed / "plan.json", preprocessed / "fingerprint.json"]},
+        at_end={"checkpoints": [work / BEST]},  # the last weights stay in the stage's output
+    ):
         state = trainer.run()
-        taken.write(state.history)
+        spent.write(state.history)
         trainer.plan.save(work / "plan.json")
         write_json(
             work / "model.json",
@@ -170,8 +168,6 @@ def _train_as_main(
                 "labels": dict(zip(trainer.plan.class_names, trainer.plan.class_values, strict=True)),
             },
         )
-        # Only the best weights go to the server; the last ones stay in the stage's output.
-        mlflow_run.log_artifact(work / "best.safetensors", "checkpoints")
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:

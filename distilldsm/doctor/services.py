@@ -1,13 +1,12 @@
-"""Checks of MLflow's store, and of the records that wait for it."""
+"""Checks of MLflow's store, and of the outputs that it does not hold yet."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
-from pathlib import Path
 
 from distilldsm.core.shell import EXTRAS
-from distilldsm.doctor.checks import Finding, clean, in_child
+from distilldsm.doctor.checks import Finding, in_child
 
 
 def is_installed(package: str) -> bool:
@@ -38,49 +37,28 @@ def check_mlflow(limit_s: float) -> list[Finding]:
         return [Finding(name=name, status="fail", seen=f"{folder}: is no folder that can be written", hint=hint)]
     if not is_installed("mlflow"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'train')")]
-    environment = {
+    return in_child(name, "distilldsm.doctor.tracking_probe:check", limit_s, _environment(uri, limit_s))
+
+
+def check_outputs(limit_s: float) -> list[Finding]:
+    """Outputs that MLflow does not hold yet; see `distilldsm.doctor.tracking_probe`."""
+    from distilldsm.tracking import default_uri
+    from distilldsm.tracking.publish import known_outputs
+
+    name = "mlflow outputs"
+    if not known_outputs():
+        return [Finding(name=name, status="ok", seen="there are none yet")]
+    if not is_installed("mlflow"):
+        return [Finding(name=name, status="skip", seen="not installed (the optional group 'train')")]
+    environment = _environment(default_uri(), limit_s)
+    return in_child(name, "distilldsm.doctor.tracking_probe:check_outputs", limit_s, environment)
+
+
+def _environment(uri: str, limit_s: float) -> dict[str, str]:
+    return {
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, int(limit_s / 3))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }
-    return in_child(name, "distilldsm.doctor.tracking_probe:check", limit_s, environment)
-
-
-def check_journal(limit_s: float) -> list[Finding]:
-    """Records that earlier runs could not deliver, and those that the store refused."""
-    from distilldsm.tracking import tracking_directory
-    from distilldsm.tracking.journal import REJECTED, State, pending
-
-    name, root = "mlflow journal", tracking_directory()
-    waiting, refused, reasons = 0, [], []
-    for directory in sorted(path for path in root.glob("*") if path.is_dir()):
-        left = pending(directory)
-        waiting += left
-        if left and (reason := State.load(directory).last_error):
-            reasons.append(reason)
-        if (directory / REJECTED).is_file():
-            refused.append(directory / REJECTED)
-    found = []
-    if waiting:
-        why = f" ({clean(reasons[-1], 150)})" if reasons else ""
-        found.append(
-            Finding(
-                name=name,
-                status="warn",
-                seen=f"{waiting} records in {root} have not been delivered{why}",
-                hint="they are sent by the next stage that runs here; now: "
-                "python -c 'from distilldsm.tracking import replay_journals; print(replay_journals())'",
-            )
-        )
-    if refused:
-        hint = f"look at the reasons in {_several(refused)}; remove what is settled"
-        found.append(
-            Finding(name=name, status="warn", seen=f"the store refused records of {len(refused)} runs", hint=hint)
-        )
-    return found or [Finding(name=name, status="ok", seen=f"nothing waits in {root}")]
-
-
-def _several(paths: list[Path]) -> str:
-    return str(paths[0]) if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

@@ -23,7 +23,6 @@ VARIABLES: Mapping[str, str] = {
     "DISTILLDSM_RESUME": "set by commands that start others",
     "DISTILLDSM_SCANS": "folder that a model server reads and writes",
     "DISTILLDSM_TEST_CACHE": "where the tests keep base images",
-    "DISTILLDSM_TRACKING_DIR": "where journals of MLflow records lie",
     "DISTILLDSM_VERSION": "of the images, for docker/compose.yaml",
     "DISTILLDSM_WORK_DIR": "volume for unfinished work, set by the Kubeflow pipeline",
 }

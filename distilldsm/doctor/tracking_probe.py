@@ -7,7 +7,6 @@ each time, and its runs go with `mlflow gc`.
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
 import tempfile
 import uuid
@@ -16,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from distilldsm.core.errors import UserError
-from distilldsm.doctor.checks import Finding, clean
-from distilldsm.tracking import default_uri, redact
-from distilldsm.tracking.sink import sqlite_path
+from distilldsm.doctor.checks import Finding
+from distilldsm.tracking import default_uri, redact_uri, sqlite_path
+from distilldsm.tracking.publish import Publisher, known_outputs
+from distilldsm.tracking.store import explain
 
 EXPERIMENT = "distilldsm-doctor"
 _FILE = "probe.txt"
@@ -32,8 +31,30 @@ def check(limit_s: float) -> list[Finding]:
     """The store that MLFLOW_TRACKING_URI names; its requests have a limit of their own, by the environment."""
     uri = default_uri()
     probe_store(uri)
-    seen = f"{redact(uri)}: a run with a metric and an artifact was written, read back and deleted"
+    seen = f"{redact_uri(uri)}: a run with a metric and an artifact was written, read back and deleted"
     return [Finding(name="mlflow", status="ok", seen=seen)]
+
+
+def check_outputs(limit_s: float) -> list[Finding]:
+    """Outputs below the current directory that MLflow does not hold, or not all of."""
+    name, missing = "mlflow outputs", []
+    found = [one for one in map(Publisher, known_outputs()) if one.uri is not None]
+    for one in found:
+        uri = str(one.uri)
+        with _explained(uri, "asking for the runs"):
+            if _is_new(uri) or not one.is_published():
+                missing.append(str(one.directory))
+    if not missing:
+        return [Finding(name=name, status="ok", seen=f"all {len(found)} outputs are in MLflow")]
+    seen = f"{len(missing)} of {len(found)} outputs are not, or not all, in MLflow: {', '.join(missing[:3])}"
+    hint = "the next stage that runs here sends them; now: distilldsm publish"
+    return [Finding(name=name, status="warn", seen=seen + (" ..." if len(missing) > 3 else ""), hint=hint)]
+
+
+def _is_new(uri: str) -> bool:
+    """A SQLite store that is not there yet: asking would make it, with all its tables."""
+    database = sqlite_path(uri)
+    return database is not None and not database.is_file()
 
 
 def probe_store(uri: str) -> None:
@@ -61,7 +82,7 @@ def probe_store(uri: str) -> None:
                 client.log_metric(run_id, "probe", 0.5)
                 stored = client.get_run(run_id).data.metrics
             if stored != {"probe": 0.5}:
-                raise UserError("what was written is not what is read", where=redact(uri), seen=stored)
+                raise UserError("what was written is not what is read", where=redact_uri(uri), seen=stored)
             with _explained(uri, "writing an artifact"):
                 _round_trip(client, run_id)
         finally:
@@ -140,37 +161,4 @@ def _explained(uri: str, doing: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:
-        raise _told(error, uri, doing) from None
-
-
-def _told(error: Exception, uri: str, doing: str) -> UserError:
-    """Who refused: the password, the network, the server, or the store's disk."""
-    text = clean(error, 2000)
-    reason = re.search(r"Caused by (.*)\)$", text)
-    found = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
-    code = int(found[1] or found[2]) if found else 0
-    name = error.error_code if isinstance(error, MlflowException) else ""
-    if code in (401, 403) or name in ("UNAUTHENTICATED", "PERMISSION_DENIED", "CUSTOMER_UNAUTHORIZED"):
-        problem = "access is refused: user, password or token are missing, wrong, or not allowed to do this"
-        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
-    elif code >= 500:
-        problem, hint = "the server answers, but fails", "look at the server's own log: its database, its disk"
-    elif "failed with exception" in text and re.search(r"SSL|certificate", text):
-        problem = "the server's certificate is not trusted"
-        hint = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the authority's certificate"
-    elif "failed with exception" in text:
-        problem = "the server does not answer"
-        hint = "is MLFLOW_TRACKING_URI right, the server up, the port forwarded, the VPN on?"
-    elif "out-of-date database schema" in text:
-        problem = "the store was made by another version of MLflow"
-        hint = f"keep a copy of it, then mlflow db upgrade {redact(uri)}"
-    elif doing.endswith("artifact"):
-        problem = "runs can be written, artifacts cannot"
-        hint = "the server's store of artifacts (its --artifacts-destination), or your access to it, is what is wrong"
-    elif sqlite_path(uri) is not None:
-        problem, hint = "the store cannot be used", "can the file be written, is it locked, is the disk full?"
-    else:
-        problem = "answers, but not as MLflow does"
-        hint = "give MLflow's own address in MLFLOW_TRACKING_URI, not that of a page to log in"
-    seen = clean(reason[1] if reason else text, 200)
-    return UserError(f"{problem} ({doing})", where=redact(uri), seen=seen, hint=hint)
+        raise explain(error, uri, doing) from None

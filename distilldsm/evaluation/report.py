@@ -287,8 +287,8 @@ def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
     index, inputs = given.index, given.inputs
     source = provenance()
     commit = source.get("git_commit", "not known")
-    recorded = inputs["model"] / "mlflow_run.json"
-    run = read_json(recorded).get("run_id") if recorded.is_file() else None
+    recorded = inputs["model"] / "tracking.json"
+    run = (read_json(recorded).get("run") or {}).get("id") if recorded.is_file() else None
     return {
         "network": sections.networks_named([model, *(read_json(folder / "model.json") for folder in given.ensemble)]),
         "epochs": model["epochs"],

@@ -264,7 +264,6 @@ def apply(
         kubernetes.mount_pvc(task, pvc_name=volume.claim, mount_path=volume.path)
         if volume.work:
             task.set_env_variable("DISTILLDSM_WORK_DIR", f"{volume.path}/work")
-            task.set_env_variable("DISTILLDSM_TRACKING_DIR", f"{volume.path}/tracking")
     kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))

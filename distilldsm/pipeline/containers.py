@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION_LABEL = "org.opencontainers.image.version"
 CALLER_LABEL = "distilldsm.caller"
 """Label of each container: the process that waits for it. Where that one was killed, its containers can be found."""
-PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "DISTILLDSM_TRACKING_DIR", "OMP_NUM_THREADS")
+PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
 """Environment variables of the caller that every container gets, and all that begin with PASSED_ON_PREFIXES."""
 PASSED_ON_PREFIXES = ("MLFLOW_TRACKING_", "DISTILLDSM_DOWNLOAD_")
 _PROBE_TIMEOUT_S, _TIMEOUT_S = 10, 120
@@ -58,8 +58,8 @@ def container_runner(
 ) -> Iterator[Any]:
     """Yield a runner for `kfp.local.init` under which each component runs in a container of its own.
 
-    Containers see `root`, where the artifacts lie, the MLflow store and the tracking journal that the environment
-    names, and what `settings` adds. A tracking server on this machine is reached by the host's network.
+    Containers see `root`, where the artifacts lie, the MLflow store that the environment names, and what
+    `settings` adds. A tracking server on this machine is reached by the host's network.
 
     Args:
         images: what will run; checked before anything does. No image is ever pulled.
@@ -262,12 +262,11 @@ def _options(
 
 def _with_tracking(settings: ContainerSettings) -> ContainerSettings:
     """What the containers need to reach the MLflow store of the environment."""
-    from distilldsm.tracking import default_uri, tracking_directory
-    from distilldsm.tracking.sink import sqlite_path
+    from distilldsm.tracking import default_uri, sqlite_path
 
     uri = settings.environment.get("MLFLOW_TRACKING_URI") or default_uri()
-    environment = {"MLFLOW_TRACKING_URI": uri, "DISTILLDSM_TRACKING_DIR": str(tracking_directory())}
-    volumes = [tracking_directory()]
+    environment = {"MLFLOW_TRACKING_URI": uri}
+    volumes: list[Path] = []
     network = settings.network
     database = sqlite_path(uri)
     if database is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -10,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.errors import DataError
-from distilldsm.core.files import read_json
 from distilldsm.core.mapping import load_yaml
-from distilldsm.tracking import default_uri
+from distilldsm.tracking import default_uri, run_key_of
+from distilldsm.tracking.store import RUN_KEY_TAG
 
 TAGS = {"dvc": "dvc_lock_sha256", "kfp": "kfp_run_id", "git": "git_commit"}
 
@@ -49,9 +48,9 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
         root: the repository, whose dvc.lock is compared with what the runs carry.
 
     Returns:
-        `{"identifier", "kind", "runs": [{mlflow_run_id, name, status, fold, parent, kfp_run_id, dvc_lock_sha256,
-        git_commit, datasets: [{name, digest, source}], models: [{name, version, aliases}]}], "dvc_lock": {...} or
-        None}`; `parent` is the MLflow run of a cross-validation.
+        `{"identifier", "kind", "runs": [{mlflow_run_id, run_key, name, status, fold, parent, kfp_run_id,
+        dvc_lock_sha256, git_commit, datasets: [{name, digest, source}], models: [{name, version, aliases}]}],
+        "dvc_lock": {...} or None}`; `parent` is the MLflow run of a cross-validation.
 
     Raises:
         DataError: no run carries the identifier.
@@ -82,15 +81,9 @@ def _of_this_lock(mlflow: Any, identifier: str, lock: Mapping[str, Any] | None) 
 
     A run's own tag tells the lock as it was when the run began; DVC writes the model into it only afterwards.
     """
-    from mlflow.exceptions import MlflowException
-
     if lock is None or len(identifier) < 8 or not lock["sha256"].startswith(identifier):
         return "dvc", []
-    runs = []
-    for run_id in lock["mlflow_run_ids"]:
-        with contextlib.suppress(MlflowException):
-            runs.append(mlflow.get_run(run_id))
-    return "dvc", runs
+    return "dvc", [run for key in lock["mlflow_run_keys"] for run in search(mlflow, f"tags.`{RUN_KEY_TAG}` = '{key}'")]
 
 
 def _find(mlflow: Any, identifier: str) -> tuple[str, list[Any]]:
@@ -127,6 +120,7 @@ def _describe(mlflow: Any, run: Any) -> dict[str, Any]:
     versions = mlflow.search_model_versions(f"run_id = '{run.info.run_id}'")
     return {
         "mlflow_run_id": run.info.run_id,
+        "run_key": tags.get(RUN_KEY_TAG),
         "name": run.info.run_name,
         "status": run.info.status,
         "fold": tags.get("fold"),
@@ -156,11 +150,11 @@ def _dvc_lock(root: Path) -> dict[str, Any] | None:
         return None
     text = path.read_bytes()
     outs = [out for stage in load_yaml(path).get("stages", {}).values() for out in stage.get("outs", [])]
-    run_files = [root / out["path"] / "mlflow_run.json" for out in outs if out["path"].startswith("models/")]
+    keys = [run_key_of(root / out["path"]) for out in outs if out["path"].startswith("models/")]
     return {
         "sha256": hashlib.sha256(text).hexdigest(),
         "data": {out["path"]: out.get("md5") for out in outs if out["path"].startswith("data/")},
-        "mlflow_run_ids": [str(read_json(file)["run_id"]) for file in run_files if file.is_file()],
+        "mlflow_run_keys": [key for key in keys if key is not None],
     }
 
 
@@ -180,7 +174,7 @@ def format_lineage(found: Mapping[str, Any]) -> str:
         lines += [f"  {key:11}{value}" for key, value in rows if value]
     lock = found["dvc_lock"]
     if lock is not None:
-        same = any(run["mlflow_run_id"] in lock["mlflow_run_ids"] for run in found["runs"])
+        same = any(run["run_key"] in lock["mlflow_run_keys"] for run in found["runs"])
         lines.append(f"dvc.lock here is {'of this run' if same else 'of other runs'}: {lock['sha256']}")
         lines += [f"  {path:34}{md5}" for path, md5 in lock["data"].items()]
     return "\n".join(lines)

@@ -80,12 +80,11 @@ def run_local(
 @contextmanager
 def _environment(run_id: str) -> Iterator[None]:
     """What steps inherit: the run's id, one MLflow store for all, and their share of the cores."""
-    from distilldsm.tracking import default_uri, tracking_directory
+    from distilldsm.tracking import default_uri
 
     given = {
         "KFP_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": default_uri(),
-        "DISTILLDSM_TRACKING_DIR": str(tracking_directory()),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // _FOLDS_AT_ONCE)),
     }
     _prepare_store(given["MLFLOW_TRACKING_URI"])
@@ -104,9 +103,9 @@ def _environment(run_id: str) -> Iterator[None]:
 def _prepare_store(uri: str) -> None:
     """Several folds that open a new SQLite store at once would all fail."""
     if uri.startswith("sqlite:///"):
-        from distilldsm.tracking.sink import Sink
+        from distilldsm.tracking.store import Store
 
-        Sink(uri)
+        Store(uri)
 
 
 @contextmanager

@@ -171,16 +171,10 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
         output = Path(artifact.path)
         facts = dict(stage.facts(inputs, output)) if stage.facts else {}
         if stage.per_fold:
-            facts["mlflow_run_id"] = mlflow_run_id(inputs.get("model", output))
+            facts["mlflow_run_id"] = run_id_of(inputs.get("model", output))
     facts |= {"data_version": values["data_version"]} if "data_version" in values else {}
     artifact.metadata.update(facts, content_hash=content_hash(output))
     _show(stage, output, values)
-
-
-def mlflow_run_id(model: Path) -> str:
-    """The MLflow run a model belongs to; empty where it was not tracked."""
-    path = model / "mlflow_run.json"
-    return str(read_json(path).get("run_id") or "") if path.is_file() else ""
 
 
 def _place(stage: Stage, one: Input, values: Mapping[str, Any], fold: int | None, folder: Path) -> Path:

@@ -121,9 +121,7 @@ def _run_job(
         if not data.is_dir():
             _copy(preprocessed, data)
         params.write_text(json.dumps(settings), encoding="utf-8")
-        # Beside the folder, which is removed: what MLflow's server did not take in time is sent by the next training.
-        env = passed_on() | {"DISTILLDSM_TRACKING_DIR": f"{shared}/tracking"}
-        follow(job, name, manifest(job, name, _arguments(params, fold, data, result), env), api)
+        follow(job, name, manifest(job, name, _arguments(params, fold, data, result), passed_on()), api)
     for _ in range(COLLECT_POLLS):
         if (result / MANIFEST).is_file():
             break

@@ -1,91 +1,205 @@
-"""Starts and ends the process that sends the records (`worker`)."""
+"""The stage's side of publishing: starts the process that sends (`follower`), waits, and reports what is left."""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from distilldsm.tracking.journal import STATE, State
+from distilldsm.config import TrackingConfig
+from distilldsm.core.files import write_json
+from distilldsm.tracking.addresses import default_uri, live_uri, sqlite_path
+from distilldsm.tracking.record import FILE, Status, describe, forgiving, is_tracked, load, logger
 
 SYSTEM_METRICS_S = 10.0
-_GLANCE_S = 0.5
+SERVER_TIMEOUT_S, LOCAL_TIMEOUT_S = 20.0, 60.0
+"""A local store can be slow, but not away."""
 
 
-def start_worker(directory: Path, uri: str, *, with_system: bool) -> subprocess.Popen[bytes]:
-    """Start it; what it has to say goes to `worker.log` in the journal's directory."""
-    interval = 0.0
-    if with_system and os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() not in ("false", "0"):
-        interval = float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SYSTEM_METRICS_S)
-    package_root = str(Path(__file__).resolve().parents[2])
-    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-    environment = {
-        **os.environ,
-        "MLFLOW_TRACKING_URI": uri,
-        "PYTHONPATH": os.pathsep.join(paths),
-        "OMP_NUM_THREADS": "1",
-    }
-    module = "distilldsm.tracking.worker"
-    with open(directory / "worker.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, str(directory), "--parent", str(os.getpid()), "--system", str(interval)],
+class Sender:
+    """The process that publishes `directories`, with `follow` the first one while it grows."""
+
+    def __init__(self, directories: Sequence[Path], *, follow: bool = False) -> None:
+        self.directories = list(directories)
+        self.outcomes: dict[str, dict[str, Any]] = {}
+        """Directory to what its last attempt came to, the fields of `publish.Outcome`."""
+        self._is_reported = not follow
+        arguments = [*map(str, directories), "--parent", str(os.getpid())]
+        if follow:
+            arguments += ["--follow", "--system", str(_interval_s())]
+        package_root = str(Path(__file__).resolve().parents[2])
+        paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "distilldsm.tracking.follower", *arguments],
             stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            env={
+                **os.environ,
+                "MLFLOW_TRACKING_URI": default_uri(),
+                "PYTHONPATH": os.pathsep.join(paths),
+                "OMP_NUM_THREADS": "1",
+            },
             start_new_session=True,  # an interrupt from the keyboard must not take the last records along
         )
+        self._reader = threading.Thread(target=self._read, name="mlflow", daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            with contextlib.suppress(ValueError):
+                outcome = json.loads(line)
+                self.outcomes[outcome["directory"]] = outcome
+                if not self._is_reported:
+                    # A wrong password is then known at the start of a training, not at its end.
+                    self._is_reported = True
+                    if outcome["problems"]:
+                        logger.warning("MLflow: %s; the work goes on, nothing is lost", outcome["problems"][0])
+
+    def wait(self, timeout_s: float, *, finish: bool = False) -> None:
+        """Wait for it, and kill it where it takes too long: what it was about to send is still in the output.
+
+        Args:
+            finish: tell it first that nothing more is written.
+        """
+        try:
+            if finish and self._process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    # A word, not only the end of the pipe: forked children may hold a copy of it open.
+                    self._process.stdin.write("finish\n")
+                    self._process.stdin.flush()
+            self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            self._process.kill()
+            self._process.wait()
+            self._reader.join(timeout=1)
+            with contextlib.suppress(OSError):
+                if self._process.stdin is not None:
+                    self._process.stdin.close()
+
+    def report(self) -> None:
+        """One plain line for each reason why something is not in MLflow yet, with the command that sends it."""
+        reasons: dict[str, list[str]] = {}
+        for directory in dict.fromkeys([*map(str, self.directories), *self.outcomes]):
+            outcome = self.outcomes.get(directory, {"problems": ["the store did not take it in time"]})
+            if not outcome["problems"] and not outcome["is_complete"] and _is_finished(Path(directory)):
+                outcome = {**outcome, "problems": ["the store did not take all of it in time"]}
+            if outcome["problems"]:
+                more = len(outcome["problems"]) - 1
+                reason = outcome["problems"][0] + (f", and {more} more" if more else "")
+                reasons.setdefault(reason, []).append(_final(Path(directory)))
+            for note in outcome.get("notes", ()):
+                logger.warning("MLflow: %s is published without a part: %s", _final(Path(directory)), note)
+        for reason, names in reasons.items():
+            logger.warning(
+                "MLflow: not all of %s is published (%s); the next stage sends it, or: distilldsm publish %s",
+                ", ".join(names),
+                reason,
+                " ".join(names),
+            )
 
 
-def stop_worker(worker: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """Tell it that nothing follows, and wait for it; after `timeout_s` seconds it is killed."""
-    with contextlib.suppress(OSError):
-        if worker.stdin is not None:
-            # A word, not only the end of the pipe: forked children may hold a copy of it open.
-            worker.stdin.write(b"finish\n")
-            worker.stdin.flush()
-            worker.stdin.close()
-    try:
-        worker.wait(timeout_s)
-    except subprocess.TimeoutExpired:
-        worker.kill()  # what it was about to send is still in the journal
-        worker.wait()
+def send(*directories: Path) -> None:
+    """Publish finished outputs, and what other outputs of this folder have left; never an error.
 
-
-def report_first_attempt(
-    directory: Path, worker: subprocess.Popen[bytes], tell: Callable[[str], None]
-) -> threading.Event:
-    """Call `tell` with the error if the first attempt to send fails, in a thread that ends with that attempt.
-
-    A wrong password is then known at the start of a training, not at its end.
-
-    Returns:
-        An event that ends the waiting.
+    Waits 20 s for a server and 60 s for a local file, prints what became of a model in the registry, and reports
+    what is left.
     """
-    enough = threading.Event()
-    before = _stamp(directory)  # of a run that goes on
-
-    def wait() -> None:
-        while not enough.wait(_GLANCE_S):
-            gone = worker.poll() is not None
-            if _stamp(directory) != before:
-                if error := State.load(directory).last_error:
-                    tell(error)
-                return
-            if gone:
-                return
-
-    threading.Thread(target=wait, name="first-attempt", daemon=True).start()
-    return enough
+    with forgiving("publishing"):
+        tracked = [path for path in directories if (path / FILE).is_file() and _has_run(path)]
+        if not tracked:
+            return
+        sender = start(tracked)
+        if sender is None:
+            return
+        sender.wait(_timeout_s(tracked[0]))
+        for directory in tracked:
+            line = sender.outcomes.get(str(directory), {}).get("registration")
+            if line:
+                print(line, flush=True)
+        sender.report()
 
 
-def _stamp(directory: Path) -> tuple[int, int] | None:
+def start(directories: Sequence[Path], *, follow: bool = False) -> Sender | None:
+    """Start the process that publishes."""
+    return Sender(directories, follow=follow)
+
+
+@contextlib.contextmanager
+def followed(
+    config: TrackingConfig | None, directory: Path, *, at_end: Mapping[str, Sequence[Path]], **said: Any
+) -> Iterator[None]:
+    """Publish an unfinished output while the block makes it; the run ends FINISHED, FAILED or (interrupted) KILLED.
+
+    Args:
+        directory: the stage's work directory.
+        at_end: MLflow's folders to files that are there at the end.
+        said: as for `describe`.
+    """
+    is_on = is_tracked(config)
+    sender: Sender | None = None
+    if is_on:
+        describe(config, directory, status="RUNNING", **said)
+        with forgiving("starting to publish"):
+            sender = start([directory], follow=True)
+    status: Status = "KILLED"  # SystemExit is how a SIGTERM handler ends a stage
     try:
-        found = (directory / STATE).stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+        yield
+        status = "FINISHED"
+    except Exception:
+        status = "FAILED"
+        raise
+    finally:
+        if is_on:
+            describe(config, directory, status=status, **{**said, "files": {**said.get("files", {}), **at_end}})
+            with forgiving("publishing"):
+                if sender is not None:
+                    _finish(sender, directory)
+
+
+def _finish(sender: Sender, directory: Path) -> None:
+    sender.wait(_timeout_s(directory), finish=True)
+    record = load(directory)
+    run_id = sender.outcomes.get(str(directory), {}).get("run_id")
+    if run_id is not None and record is not None and record.run is not None:
+        write_json(directory / FILE, replace(record, run=replace(record.run, id=run_id)))
+    sender.report()
+
+
+def _interval_s() -> float:
+    if os.environ.get("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true").lower() in ("false", "0"):
+        return 0.0
+    return float(os.environ.get("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL") or SYSTEM_METRICS_S)
+
+
+def _timeout_s(directory: Path) -> float:
+    record = load(directory)
+    uri = "" if record is None or record.run is None else live_uri(record.run.tracking_uri)
+    return LOCAL_TIMEOUT_S if sqlite_path(uri) is not None else SERVER_TIMEOUT_S
+
+
+def _has_run(directory: Path) -> bool:
+    record = load(directory)
+    return record is not None and record.run is not None
+
+
+def _is_finished(directory: Path) -> bool:
+    record = load(directory)
+    return record is not None and record.status in ("FINISHED", "FAILED")
+
+
+def _final(directory: Path) -> str:
+    """The name that an unfinished output gets."""
+    name = directory.name
+    return str(directory.with_name(name[1:].removesuffix(".partial")) if name.endswith(".partial") else directory)

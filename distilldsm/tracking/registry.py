@@ -10,79 +10,69 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.core.files import read_json, write_json
 from distilldsm.export.gate import Decision, decide, gate_from
 from distilldsm.export.scores import SCORES, Scores, load_scores
-from distilldsm.tracking.journal import Record
+from distilldsm.tracking.record import Model
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
+    from distilldsm.tracking.store import Store
+
 CHALLENGER, CHAMPION = "challenger", "champion"
 RECORD_TAG = "distilldsm.record"
 JUDGED_TAG = "gate.judged"
-RECEIPT = "registered.json"
 _ATTEMPTS = 5
 _TURN_S, _GLANCE_S = 15.0, 0.5
 
 
-def register(
-    client: MlflowClient,
-    record: Record,
-    *,
-    run_id: str,
-    model_id: str,
-    identity: str,
-    source: Path,
-    lock: AbstractContextManager[Any] | None = None,
-) -> str:
+def register(store: Store, model: Model, *, run_id: str, model_id: str, record_id: str, source: Path) -> str:
     """Register a logged model as a version, name it challenger, and champion where it passes the gate.
 
     Args:
-        record: of the journal: `registered_name`, `gate`, `version_tags`.
-        identity: names the record for ever: a second delivery finds the first one's version by it.
+        record_id: names the record for ever: a second attempt finds the first one's version by it.
         source: the exported model's directory; holds `scores.json`, or the model is not comparable.
-        lock: held while judging, where all who register share one; else each waits for the versions before it.
 
     Returns:
         What became of it, one line.
     """
     from mlflow.exceptions import MlflowException
 
-    name = record["registered_name"]
+    client, name = store.client, str(model.registered_name)
     try:
         client.create_registered_model(name)
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    version = _version(client, record, run_id, model_id, identity)
+    version = _version(client, model, run_id, model_id, record_id)
     number = str(version.version)
     tags: Mapping[str, str] = dict(version.tags or {})
     if JUDGED_TAG not in tags:
-        if lock is None:
+        # Where all who register share a lock it orders them; else each waits for the versions before it.
+        if store.registry_lock is None:
             _wait_for_turn(client, name, number)
-        with lock or nullcontext():
+        with store.registry_lock or nullcontext():
             _name_challenger(client, name, number)
-            tags = _judge(client, record, number, run_id, load_scores(source / SCORES))
+            tags = _judge(client, model, number, run_id, load_scores(source / SCORES))
     title = "champion" if tags.get("gate.decision") == CHAMPION else CHALLENGER
     return f"registered as {name} version {number}, {title}: {tags.get('gate.reason', '')}"
 
 
-def _version(client: MlflowClient, record: Record, run_id: str, model_id: str, identity: str) -> Any:
-    name = record["registered_name"]
+def _version(client: MlflowClient, model: Model, run_id: str, model_id: str, record_id: str) -> Any:
+    name = str(model.registered_name)
     for version in client.search_model_versions(f"run_id = '{run_id}'"):
-        if version.name == name and (version.tags or {}).get(RECORD_TAG) == identity:
+        if version.name == name and (version.tags or {}).get(RECORD_TAG) == record_id:
             return version
     with _as_default_store(client.tracking_uri):
         return client.create_model_version(
             name,
             source=f"models:/{model_id}",
             run_id=run_id,
-            tags={**record.get("version_tags", {}), RECORD_TAG: identity},
+            tags={**model.version_tags, RECORD_TAG: record_id},
             model_id=model_id,
             await_creation_for=30,
         )
@@ -136,16 +126,16 @@ def _name_challenger(client: MlflowClient, name: str, number: str) -> None:
         client.set_registered_model_alias(name, CHALLENGER, number)
 
 
-def _judge(client: MlflowClient, record: Record, number: str, run_id: str, scores: Scores | None) -> Mapping[str, str]:
+def _judge(client: MlflowClient, model: Model, number: str, run_id: str, scores: Scores | None) -> Mapping[str, str]:
     """Decide, write it down, name the champion: in this order, so that what is interrupted can be taken up again."""
-    name = record["registered_name"]
+    name = str(model.registered_name)
     for _ in range(_ATTEMPTS):
         champion = _champion(client, name)
         if champion is not None and str(champion.version) == number:
             # An attempt before this one was interrupted after the last step; its tags are whole.
             tags = dict(champion.tags or {})
             break
-        decision = _decide(client, record, scores, champion)
+        decision = _decide(client, model, scores, champion)
         tags = decision.tags()
         for key, value in tags.items():
             client.set_model_version_tag(name, number, key, value)
@@ -156,17 +146,17 @@ def _judge(client: MlflowClient, record: Record, number: str, run_id: str, score
             break
     else:
         raise RuntimeError(f"the champion of '{name}' changes faster than it can be compared with")
-    told = {key: value for key, value in tags.items() if key.startswith("gate.")}
-    for key, value in {**told, "gate.version": f"{name}/{number}"}.items():
+    verdict = {key: value for key, value in tags.items() if key.startswith("gate.")}
+    for key, value in {**verdict, "gate.version": f"{name}/{number}"}.items():
         client.set_tag(run_id, key, value)
     client.set_model_version_tag(name, number, JUDGED_TAG, "true")
-    return told
+    return verdict
 
 
-def _decide(client: MlflowClient, record: Record, scores: Scores | None, champion: Any) -> Decision:
+def _decide(client: MlflowClient, model: Model, scores: Scores | None, champion: Any) -> Decision:
     theirs = None if champion is None else registered_scores(client, champion)
     version = None if champion is None else str(champion.version)
-    return decide(scores, theirs, gate_from(record.get("gate")), version=version)
+    return decide(scores, theirs, gate_from(model.gate), version=version)
 
 
 def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
@@ -209,18 +199,3 @@ def registered_scores(client: MlflowClient, version: Any) -> Scores | None:
         return None
     with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
         return load_scores(Path(files.download_artifacts(SCORES, folder)))
-
-
-def write_receipt(directory: Path, record: Record, line: str) -> None:
-    """Leave word in the journal's directory, for the stage that waits for its record."""
-    if record.get("receipt"):
-        write_json(directory / RECEIPT, {"receipt": record["receipt"], "line": line})
-
-
-def read_receipt(directory: Path, receipt: str) -> str | None:
-    """What became of the model of a record; None until it has been delivered."""
-    path = directory / RECEIPT
-    if not path.is_file():
-        return None
-    stored = read_json(path)
-    return str(stored["line"]) if stored.get("receipt") == receipt else None

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from distilldsm.core import redaction
 from distilldsm.core.provenance import provenance
 from distilldsm.core.version import __version__
 
@@ -62,3 +63,15 @@ def plain(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return str(value)
+
+
+def encode_number(value: float) -> float | str:
+    """A float for strict JSON: NaN and the infinities become text, which `float` reads back."""
+    value = float(value)
+    return value if math.isfinite(value) else str(value)
+
+
+def clean(error: BaseException | str) -> str:
+    """An error's text for a person: one line, no passwords, not endless."""
+    text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
+    return redaction.redact(" ".join(text.split()))[:600]

@@ -46,6 +46,8 @@ from distilldsm.training.validation import validate
 RESUME = "resume.safetensors"
 BEST = "best.safetensors"
 LAST = "last.safetensors"
+HISTORY = "history.json"
+"""A record an epoch, written anew after each."""
 
 EpochCallback = Callable[[Mapping[str, Any]], None]
 
@@ -170,7 +172,7 @@ class Trainer:
             self._save_weights(LAST)
             if not (self.work / BEST).exists():
                 self._save_weights(BEST)
-            write_json(self.work / "history.json", self.state.history)
+            write_json(self.work / HISTORY, self.state.history)
             self._save_resume()
         self.processes.barrier()
         return self.state
@@ -186,8 +188,9 @@ class Trainer:
             if final or (epoch + 1) % self.config.validate_every == 0:
                 self._validate(record)
             self.state.epoch = epoch + 1
-            self.state.history.append(record)
+            self.state.history.append(record | {"unix_seconds": round(time.time(), 3)})
             if self.processes.is_main:
+                write_json(self.work / HISTORY, self.state.history)
                 a_epoch_s = (time.monotonic() - begun) / (epoch + 1 - first)
                 self._print(record, seconds_left=a_epoch_s * (self.config.epochs - epoch - 1))
                 if self.on_epoch is not None:

@@ -1,0 +1,58 @@
+"""The command `distilldsm publish`: MLflow is brought to the state of output directories."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from distilldsm.core.errors import DataError, UserError
+
+DESCRIPTION = "Send to MLflow what it does not hold yet of outputs, finished or not. Nothing is sent twice."
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "directories",
+        type=Path,
+        nargs="*",
+        metavar="DIR",
+        help="an output, or a folder that holds some (default: models, evaluation, export and cross_validation, "
+        "here and in the folders below)",
+    )
+    parser.add_argument("--to", metavar="URI", help="address of another MLflow store than the outputs were meant for")
+
+
+def run(args: argparse.Namespace) -> None:
+    """Publish outputs, and print a line for each.
+
+    Raises:
+        UserError: a folder holds no output, or something was not taken.
+    """
+    from distilldsm.tracking import FILE
+    from distilldsm.tracking.publish import known_outputs, publish_all
+
+    outputs = [] if args.directories else known_outputs()
+    for directory in args.directories:
+        found = sorted(path.parent for path in directory.rglob(FILE))
+        if not found:
+            raise DataError(
+                "holds no output of a stage",
+                where=directory,
+                seen=f"no {FILE}",
+                hint="name an output, e.g. models/fold0",
+            )
+        outputs += found
+    left = []
+    for outcome in publish_all(outputs, to=args.to):
+        problems = "; ".join(outcome.problems)
+        print(f"{outcome.directory}: {problems or outcome.registration or 'published'}")
+        for note in outcome.notes:
+            print(f"{outcome.directory}: without a part: {note}")
+        if problems:
+            left.append(str(outcome.directory))
+    if left:
+        raise UserError(
+            "not everything could be published",
+            where=", ".join(left),
+            hint="put right what the lines above say, then run the same command again",
+        )

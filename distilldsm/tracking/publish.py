@@ -1,0 +1,468 @@
+"""Brings MLflow to the state of an output directory: each thing once, in order, as often as it takes.
+
+Nothing is written into the directory. What MLflow has already, MLflow is asked: the run is found by the key that is its
+tag, metrics by their steps, files by their list; at the end a tag of the run says that the record is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import functools
+import json
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import Timeout
+
+from distilldsm.core.errors import UserError
+from distilldsm.core.files import read_json, sha256_file, sha256_json
+from distilldsm.tracking.addresses import live_uri
+from distilldsm.tracking.flavor import save
+from distilldsm.tracking.record import FILE, PARENT_TAG, SYSTEM, File, Model, Record, RunIdentity, load
+from distilldsm.tracking.registry import RECORD_TAG, register
+from distilldsm.tracking.store import Store, explain, patience, run_lock
+from distilldsm.tracking.values import clean, key_name, plain
+
+PUBLISHED_TAG = "distilldsm.published"
+METRICS_PER_BATCH = 900
+"""The REST API takes 1,000 items and 1 MB."""
+ITEMS_PER_BATCH = 90
+"""Parameters or tags; it takes 100."""
+_MANY_PROBLEMS = 5
+_NO_METRICS = ("epoch", "unix_seconds")
+_TOPS = ("models/*", "evaluation/*", "export/*", "cross_validation")
+
+open_store = functools.lru_cache(maxsize=4)(Store)
+"""Opening one takes a while."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What publishing an output came to."""
+
+    directory: Path
+    run_id: str | None = None
+    is_complete: bool = False
+    """MLflow holds all that the record says."""
+    problems: tuple[str, ...] = ()
+    """What was not taken, or why nothing was; it is sent by the next attempt."""
+    notes: tuple[str, ...] = ()
+    """What can never be sent: a file that is gone."""
+    registration: str | None = None
+    """What became of the exported model in the registry, one line."""
+    is_away: bool = False
+    """The store itself did not answer."""
+
+
+def publish(directory: Path, *, to: str | None = None) -> Outcome:
+    """Publish one output; raises nothing of MLflow's.
+
+    Args:
+        to: address of another store than the one the output was meant for.
+    """
+    return Publisher(directory, to=to).publish()
+
+
+def known_outputs(root: Path = Path()) -> list[Path]:
+    """Outputs below `root` that have something to say, in the order of the stages; unfinished ones too."""
+    found = [path.parent for top in _TOPS for up in ("", "*/", "*/*/") for path in root.glob(f"{up}{top}/{FILE}")]
+    return [path for path in dict.fromkeys(found) if not path.name.endswith(".old")]
+
+
+def publish_all(directories: Iterable[Path], *, to: str | None = None) -> Iterator[Outcome]:
+    """Publish outputs one after the other; a store that does not answer is not asked again."""
+    away: dict[str, Outcome] = {}
+    for directory in directories:
+        publisher = Publisher(directory, to=to)
+        if publisher.uri is None or publisher.uri not in away:
+            outcome = publisher.publish()
+            if outcome.is_away and publisher.uri is not None:
+                away[publisher.uri] = outcome
+        else:
+            outcome = replace(away[publisher.uri], directory=directory, run_id=None)
+        yield outcome
+
+
+class Publisher:
+    """Publishes one output; asked again, it sends what has come since.
+
+    Args:
+        to: address of another store than the one the output was meant for.
+        stores: makes a store from an address.
+    """
+
+    def __init__(self, directory: Path, *, to: str | None = None, stores: Callable[[str], Store] = open_store) -> None:
+        self.directory, self._to, self._stores = directory, to, stores
+        self._run: Any = None
+        self._sent: set[str] = set()
+        self._steps: dict[str, set[int]] = {}
+        self._problems: list[str] = []
+        self._notes: list[str] = []
+        self._listings: dict[str, dict[str, int]] | None = None
+        self._registration: str | None = None
+
+    @property
+    def uri(self) -> str | None:
+        """The store's address; None where the output says nothing."""
+        try:
+            record = load(self.directory)
+        except UserError:
+            return None
+        return None if record is None or record.run is None else self._to or live_uri(record.run.tracking_uri)
+
+    def is_published(self) -> bool:
+        """Whether MLflow holds all that the record says; sends nothing.
+
+        Raises:
+            Exception: the store does not answer.
+        """
+        record = load(self.directory)
+        if record is None or record.run is None:
+            return True
+        run = self._stores(str(self.uri)).find_run(record.run)
+        return run is not None and run.data.tags.get(_mark(record)) == _digest(record)
+
+    def publish(self, *, is_abandoned: bool = False, patience_s: float = 60) -> Outcome:
+        """Send what MLflow has not got yet.
+
+        Args:
+            is_abandoned: the process that made the output is gone: where it was at work, the run is called KILLED.
+            patience_s: how long to wait for another process that publishes the same run.
+        """
+        self._problems, self._notes = [], []
+        is_complete = is_away = False
+        try:
+            record = load(self.directory)
+            if record is None or (identity := record.run) is None:
+                return Outcome(directory=self.directory, is_complete=True)
+            if record.status == "RUNNING" and (is_abandoned or record.is_abandoned()):
+                record = replace(record, status="KILLED")
+            with run_lock(identity.key, patience_s):
+                is_complete = self._pass(record, identity)
+        except Timeout:
+            self._problems.append("another process is publishing the same run")
+        except UserError as error:
+            self._problems.append(clean(str(error)))
+        except Exception as error:
+            is_away, self._run = True, None
+            self._problems.append(_in_words(error, self.uri))
+        return Outcome(
+            directory=self.directory,
+            run_id=None if self._run is None else str(self._run.info.run_id),
+            is_complete=is_complete,
+            problems=tuple(self._problems),
+            notes=tuple(self._notes),
+            registration=self._registration,
+            is_away=is_away,
+        )
+
+    def _pass(self, record: Record, identity: RunIdentity) -> bool:
+        """Send what is new, in order; whether all of a finished record has arrived."""
+        store = self._stores(self._to or live_uri(identity.tracking_uri))
+        self._store, self._client = store, store.client
+        mark, digest = _mark(record), _digest(record)
+        if self._run is None:
+            self._run = store.run(replace(identity, id=None) if self._to else identity, is_placeholder=record.adds)
+            self._sent.clear()
+            self._steps.clear()
+            # A file of the same name and size may be that of another record: then all files are sent again.
+            kind = mark.rpartition(".")[0]
+            alone = [tag for tag in self._run.data.tags if tag.startswith(f"{kind}.")] == [mark]
+            self._listings = {} if alone else None
+        if self._run.data.tags.get(mark) == digest:
+            return True
+        run_id = self._run.info.run_id
+        if not record.adds and record.status == "RUNNING" and self._run.info.status != "RUNNING":
+            self._once("status RUNNING", lambda: self._client.update_run(run_id, status="RUNNING"))
+        self._once_each("tag", {**record.tags, mark: "begun"}, self._send_tags)
+        self._once_each("parameter", record.params, self._send_params)
+        if record.dataset is not None:
+            self._once("data set", lambda: self._send_dataset(record))
+        self._send_history(record)
+        self._once("metrics", lambda: self._send_values(record))
+        for file in record.files:
+            self._once(f"file {file.to} {file.path}", functools.partial(self._send_file, file))
+        for child in record.children:
+            self._once(f"child {child.name}", functools.partial(self._send_child, child))
+        if record.model is not None:
+            self._once("model", lambda: self._send_model(record))
+        if record.status == "RUNNING":
+            return False
+        if not record.adds:
+            self._once(
+                f"status {record.status}",
+                lambda: self._client.set_terminated(run_id, record.status, record.time_ms or None),
+            )
+        if self._problems or record.status == "KILLED":
+            return False
+        self._client.set_tag(run_id, mark, digest)
+        return True
+
+    def _once(self, what: str, send: Callable[[], object]) -> bool:
+        """Do it, unless this process has done it before; a store that fails on this only keeps the rest going.
+
+        Raises:
+            Exception: the store does not answer at all.
+        """
+        if what in self._sent:
+            return True
+        try:
+            send()
+        except Exception as error:
+            if not self._store.reachable():
+                raise
+            self._problems.append(f"{what}: {_in_words(error, self.uri)}")
+            return False
+        self._sent.add(what)
+        return True
+
+    def _once_each(self, what: str, values: Mapping[str, str], send: Callable[[Mapping[str, str]], object]) -> None:
+        todo = [(key, value) for key, value in values.items() if f"{what} {key}={value}" not in self._sent]
+        for start in range(0, len(todo), ITEMS_PER_BATCH):
+            self._in_halves(what, todo[start : start + ITEMS_PER_BATCH], lambda part: send(dict(part)))
+            self._sent |= {f"{what} {key}={value}" for key, value in todo[start : start + ITEMS_PER_BATCH]}
+
+    def _in_halves(self, what: str, items: Sequence[Any], send: Callable[[Sequence[Any]], object]) -> None:
+        """Send items together; where the store refuses, in halves: one must not take its neighbours along."""
+        try:
+            send(items)
+        except Exception as error:
+            if not self._store.reachable():
+                raise
+            if len(items) == 1 or len(self._problems) >= _MANY_PROBLEMS:
+                name = f" {items[0][0]}" if isinstance(items[0], tuple) else ""
+                self._problems.append(f"{what}{name}: {_in_words(error, self.uri)}")
+                return
+            half = len(items) // 2
+            self._in_halves(what, items[:half], send)
+            self._in_halves(what, items[half:], send)
+
+    def _send_tags(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import RunTag
+
+        tags = [RunTag(key, value) for key, value in values.items() if self._run.data.tags.get(key) != value]
+        if tags:
+            self._client.log_batch(self._run.info.run_id, tags=tags, synchronous=True)
+
+    def _send_params(self, values: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in values.items() if self._run.data.params.get(key) != value]
+        if params:
+            self._client.log_batch(self._run.info.run_id, params=params, synchronous=True)
+
+    def _send_dataset(self, record: Record) -> None:
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        data = record.dataset
+        assert data is not None
+        dataset = Dataset(
+            name=data.name,
+            digest=data.digest,
+            source_type="external",
+            source=json.dumps({"uri": data.source}),
+            profile=json.dumps(data.profile),
+        )
+        tags = [InputTag("mlflow.data.context", "training")]
+        self._client.log_inputs(self._run.info.run_id, [DatasetInput(dataset, tags)])
+
+    def _send_history(self, record: Record) -> None:
+        """Metrics of each epoch, and the machine's load; an epoch that was trained again is not sent again."""
+        from mlflow.entities import Metric
+
+        rows = []
+        if record.history is not None and (self.directory / record.history).is_file():
+            for row in read_json(self.directory / record.history):
+                numbers = {key: value for key, value in row.items() if key not in _NO_METRICS}
+                time_ms = round(1000 * row.get("unix_seconds", record.time_ms / 1000))
+                rows.append((time_ms, int(row["epoch"]), dict(_numbers(numbers))))
+        if record.history is not None:
+            rows += [(int(row["time_ms"]), int(row["step"]), row["values"]) for row in _lines(self.directory / SYSTEM)]
+        metrics = [
+            Metric(key_name(key), float(value), time_ms, step)
+            for time_ms, step, values in rows
+            for key, value in values.items()
+            if step not in self._known_steps(key_name(key))
+        ]
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            self._in_halves("metrics", metrics[start : start + METRICS_PER_BATCH], self._send_metrics)
+
+    def _send_metrics(self, metrics: Sequence[Any]) -> None:
+        self._client.log_batch(self._run.info.run_id, metrics=list(metrics), synchronous=True)
+        for metric in metrics:
+            self._steps[metric.key].add(metric.step)
+
+    def _known_steps(self, key: str) -> set[int]:
+        if key not in self._steps:
+            known = key in self._run.data.metrics
+            history = self._client.get_metric_history(self._run.info.run_id, key) if known else []
+            self._steps[key] = {metric.step for metric in history}
+        return self._steps[key]
+
+    def _send_values(self, record: Record) -> None:
+        """Metrics without an epoch, at step 0: those whose latest value is another one."""
+        from mlflow.entities import Metric
+
+        known = self._run.data.metrics
+        metrics = [
+            Metric(key, float(value), record.time_ms, 0)
+            for key, value in record.metrics.items()
+            if str(known.get(key)) != str(float(value))
+        ]
+        for start in range(0, len(metrics), METRICS_PER_BATCH):
+            batch = metrics[start : start + METRICS_PER_BATCH]
+            self._client.log_batch(self._run.info.run_id, metrics=batch, synchronous=True)
+
+    def _send_file(self, file: File) -> None:
+        path = self.directory / file.path
+        if not path.is_file() or sha256_file(path) != file.sha256:
+            self._notes.append(f"{file.path} is gone, or has changed since")
+            return
+        run_id = self._run.info.run_id
+        if file.table:
+            if self._size_in_store(file.to) is None:
+                with patience():
+                    self._client.log_dict(run_id, _table(path), file.to)
+            self._store.announce_table(run_id, file.to)
+        elif self._size_in_store(f"{file.to}/{path.name}") != path.stat().st_size:
+            with patience():
+                self._client.log_artifact(run_id, str(path), file.to)
+
+    def _size_in_store(self, artifact: str) -> int | None:
+        """Bytes of an artifact that was sent by an earlier attempt; None where it was not."""
+        if self._listings is None:
+            return None
+        folder = artifact.rpartition("/")[0]
+        if folder not in self._listings:
+            found = self._client.list_artifacts(self._run.info.run_id, folder or None)
+            self._listings[folder] = {one.path: int(one.file_size or 0) for one in found if not one.is_dir}
+        return self._listings[folder].get(artifact)
+
+    def _send_child(self, child: RunIdentity) -> None:
+        """Tag another run with this one as its parent; one that has not arrived is made, and filled later."""
+        run = self._store.run(child, is_placeholder=True)
+        self._client.set_tag(run.info.run_id, PARENT_TAG, self._run.info.run_id)
+
+    def _send_model(self, record: Record) -> None:
+        """Log the directory as a model and register it; without what its flavour needs, as plain files."""
+        from mlflow.entities import Metric
+
+        model, run = record.model, self._run
+        assert model is not None
+        logged = self._logged_model(record)
+        if str(logged.status) != "READY":
+            try:
+                self._upload_model(model, logged)
+            except ImportError as error:
+                self._notes.append(f"{error.name} is not installed: the exported model is kept as plain artifacts")
+                self._client.delete_logged_model(logged.model_id)
+                with patience():
+                    self._client.log_artifacts(run.info.run_id, str(self.directory), "exported_model")
+                return
+        metrics = [
+            Metric(key, float(value), record.time_ms, 0, model_id=logged.model_id, run_id=run.info.run_id)
+            for key, value in model.metrics.items()
+        ]
+        if metrics:
+            self._client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
+        if model.registered_name is not None:
+            self._registration = register(
+                self._store,
+                model,
+                run_id=run.info.run_id,
+                model_id=logged.model_id,
+                record_id=record.id,
+                source=self.directory,
+            )
+
+    def _upload_model(self, model: Model, logged: Any) -> None:
+        from mlflow.entities import LoggedModelOutput
+        from mlflow.models import Model as Description
+
+        run_id = self._run.info.run_id
+        with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
+            path = Path(folder) / "model"
+            described = Description(
+                artifact_path=logged.artifact_location,
+                run_id=run_id,
+                model_uuid=logged.model_id,
+                model_id=logged.model_id,
+            )
+            requirements = list(model.pip_requirements)
+            save(self.directory, path, described, pip_requirements=requirements, metadata=dict(model.metadata))
+            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+            with patience():
+                self._client.log_model_artifacts(logged.model_id, str(path))
+            self._client.finalize_logged_model(logged.model_id, "READY")
+
+    def _logged_model(self, record: Record) -> Any:
+        """The model entry of this very record, from an attempt before or new."""
+        experiment, run_id, page = self._run.info.experiment_id, self._run.info.run_id, None
+        while True:
+            found = self._client.search_logged_models([experiment], f"source_run_id = '{run_id}'", page_token=page)
+            for logged in found:
+                if (logged.tags or {}).get(RECORD_TAG) == record.id:
+                    return logged
+            page = found.token
+            if not page:
+                break
+        return self._client.create_logged_model(
+            experiment,
+            name="model",
+            source_run_id=run_id,
+            tags={RECORD_TAG: record.id},
+            model_type="segmentation",
+        )
+
+
+def _digest(record: Record) -> str:
+    """Of what the record says; where the run is, and its id, is none of that."""
+    return sha256_json(replace(record, run=None))[:16]
+
+
+def _mark(record: Record) -> str:
+    """The tag that tells how far a record is published; those of one kind may send files of the same names."""
+    kind = record.files[0].to.partition("/")[0] if record.files else "values"
+    return f"{PUBLISHED_TAG}.{kind}.{record.id[:12]}"
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Numbers of nested mappings, names joined: `{"val_dice": {"core": 0.5}}` becomes `val_dice_core`."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _numbers(value, f"{prefix}{key}_")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}{key}", float(value)
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The JSON objects of a file, one a line; what a killed process has left unfinished is passed over."""
+    if not path.is_file():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and {"time_ms", "step", "values"} <= set(row):
+                yield row
+
+
+def _table(path: Path) -> dict[str, Any]:
+    """A CSV file as MLflow shows tables; numbers are numbers, and what is empty or no number is null."""
+    with open(path, newline="", encoding="utf-8") as stream:
+        columns, *rows = csv.reader(stream)
+    return {"columns": columns, "data": [[_cell(text) for text in row] for row in rows]}
+
+
+def _cell(text: str) -> Any:
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return plain(kind(text))
+    return text or None
+
+
+def _in_words(error: Exception, uri: str | None) -> str:
+    return clean(str(error) if isinstance(error, UserError) else str(explain(error, uri or "")))

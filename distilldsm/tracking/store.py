@@ -1,0 +1,218 @@
+"""One MLflow store: connecting to it, its experiments and runs, and what its errors mean."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+
+from distilldsm.core.errors import UserError
+from distilldsm.tracking.addresses import redact_uri, sqlite_path
+from distilldsm.tracking.record import RunIdentity
+from distilldsm.tracking.values import clean
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+
+RUN_KEY_TAG, PLACEHOLDER_TAG = "distilldsm.run_key", "distilldsm.placeholder"
+_TABLES_TAG = "mlflow.loggedArtifacts"
+_HTTP_TIMEOUT_S, _FILE_TIMEOUT_S = "10", "600"
+_DENIALS = {"UNAUTHENTICATED": 401, "CUSTOMER_UNAUTHORIZED": 401, "PERMISSION_DENIED": 403}
+
+logger = logging.getLogger("distilldsm.tracking")
+
+
+def prepare_environment() -> None:
+    """Short timeouts, files by way of the server, no telemetry; before MLflow is imported. What is set stays."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    # Else a server on S3 sends its clients to the bucket, whose address they need not be able to reach.
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
+    os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
+    os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
+
+
+@contextmanager
+def patience() -> Iterator[None]:
+    """Wait longer for files: a server answers only when it has passed the whole file on to its own store.
+
+    What the user has set stays.
+    """
+    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    before = os.environ.get(variable)
+    if before != _HTTP_TIMEOUT_S:
+        yield
+        return
+    os.environ[variable] = _FILE_TIMEOUT_S
+    try:
+        yield
+    finally:
+        os.environ[variable] = before
+
+
+class Store:
+    """A store and what publishing needs of it, by MLflow's client only: no global state is changed."""
+
+    def __init__(self, uri: str) -> None:
+        prepare_environment()
+        from mlflow import MlflowClient
+
+        self.uri = uri
+        self.registry_lock: FileLock | None = None
+        self._artifact_root: Path | None = None
+        database = sqlite_path(uri)
+        if database is None:
+            self.client: MlflowClient = MlflowClient(tracking_uri=uri)
+            return
+        database.parent.mkdir(parents=True, exist_ok=True)
+        self._artifact_root = database.parent.absolute() / "mlartifacts"
+        self.registry_lock = FileLock(f"{database}.lock")
+        # MLflow fails where several processes create the tables of a new file at once.
+        with self.registry_lock:
+            self.client = MlflowClient(tracking_uri=uri)
+            self.client.search_experiments(max_results=1)
+
+    def reachable(self) -> bool:
+        """Whether the store answers at all."""
+        try:
+            self.client.search_experiments(max_results=1)
+        except Exception:
+            return False
+        return True
+
+    def experiment(self, name: str) -> str:
+        """The id of an experiment, which is made where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        for _ in range(2):
+            found = self.client.get_experiment_by_name(name)
+            if found is not None:
+                if found.lifecycle_stage == "deleted":
+                    logger.warning("experiment '%s' had been deleted and is restored", name)
+                    self.client.restore_experiment(found.experiment_id)
+                return str(found.experiment_id)
+            location = None
+            if self._artifact_root is not None:
+                location = (self._artifact_root / re.sub(r"[^\w.-]+", "_", name)).as_uri()
+            try:
+                return str(self.client.create_experiment(name, artifact_location=location))
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another process was first
+                    raise
+        raise RuntimeError(f"experiment '{name}' can be neither found nor created")
+
+    def find_run(self, identity: RunIdentity) -> Any:
+        """The run of an identity, by MLflow's id or by the key's tag; None where there is none, or it was deleted."""
+        from mlflow.exceptions import MlflowException
+
+        if identity.id is not None:
+            try:
+                run = self.client.get_run(identity.id)
+                if run.info.lifecycle_stage == "active":
+                    return run
+            except MlflowException as error:
+                if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    raise
+        experiment = self.client.get_experiment_by_name(identity.experiment)
+        if experiment is None or experiment.lifecycle_stage == "deleted":
+            return None
+        condition = f"tags.`{RUN_KEY_TAG}` = '{identity.key}'"
+        found = self.client.search_runs([experiment.experiment_id], condition, max_results=1)
+        return found[0] if found else None
+
+    def run(self, identity: RunIdentity, *, is_placeholder: bool, tags: dict[str, str] | None = None) -> Any:
+        """The run of an identity, made where there is none.
+
+        Args:
+            is_placeholder: it is made for another output, before its own has arrived, which then gives it its name.
+            tags: for a run that is there already, too.
+        """
+        with run_lock(identity.key):
+            run = self.find_run(identity)
+            if run is None:
+                marks = {RUN_KEY_TAG: identity.key, **({PLACEHOLDER_TAG: "true"} if is_placeholder else {})}
+                return self.client.create_run(
+                    self.experiment(identity.experiment),
+                    start_time=identity.started_ms,
+                    tags={**(tags or {}), **marks},
+                    run_name=identity.name,
+                )
+        if not is_placeholder and run.data.tags.get(PLACEHOLDER_TAG):
+            self.client.update_run(run.info.run_id, name=identity.name)
+            self.client.delete_tag(run.info.run_id, PLACEHOLDER_TAG)
+        return run
+
+    def announce_table(self, run_id: str, artifact: str) -> None:
+        """List a table among those that MLflow's pages can show and compare across runs."""
+        tables = json.loads(self.client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
+        entry = {"path": artifact, "type": "table"}
+        if entry not in tables:
+            self.client.set_tag(run_id, _TABLES_TAG, json.dumps([*tables, entry]))
+
+
+@contextmanager
+def run_lock(key: str, timeout_s: float = 60) -> Iterator[None]:
+    """Hold a run against other processes of this user and machine, so that none sends the same beside this one.
+
+    Raises:
+        filelock.Timeout: another process has held it for so long.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else "user"
+    # A singleton is re-entrant: a run that is held may be looked for.
+    lock = FileLock(Path(tempfile.gettempdir()) / f"distilldsm-{user}-{key}.lock", is_singleton=True)
+    with lock.acquire(timeout=timeout_s):
+        yield
+
+
+def explain(error: Exception, uri: str, doing: str = "") -> UserError:
+    """Who refused, and the hint: the password, the network, the server, or the store's disk.
+
+    Args:
+        doing: what was being done, e.g. `writing an artifact`.
+    """
+    text = clean(str(error))
+    reason = re.search(r"Caused by (.*)\)$", text)
+    found = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
+    code = _DENIALS.get(str(getattr(error, "error_code", None)))
+    # Files sent through the server fail with an HTTPError of requests.
+    code = code or getattr(getattr(error, "response", None), "status_code", None)
+    code = code or (int(found[1] or found[2]) if found else 0)
+    user = os.environ.get("MLFLOW_TRACKING_USERNAME")
+    who = f"user '{user}'" if user else "a client without a user's name"
+    if code == 401:
+        problem = f"access is refused: the MLflow server does not let {who} in"
+        hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    elif code == 403:
+        problem = f"access is refused: the MLflow server does not let {who} do this"
+        hint = "ask its administrator for the permission EDIT on the experiment, and on the registered model"
+    elif code >= 500:
+        problem, hint = "the server answers, but fails", "look at the server's own log: its database, its disk"
+    elif "failed with exception" in text and re.search(r"SSL|certificate", text):
+        problem = "the server's certificate is not trusted"
+        hint = "set MLFLOW_TRACKING_SERVER_CERT_PATH to the authority's certificate"
+    elif "failed with exception" in text:
+        problem = "the server does not answer"
+        hint = "is MLFLOW_TRACKING_URI right, the server up, the port forwarded, the VPN on?"
+    elif "out-of-date database schema" in text:
+        problem = "the store was made by another version of MLflow"
+        hint = f"keep a copy of it, then mlflow db upgrade {redact_uri(uri)}"
+    elif doing.endswith("artifact"):
+        problem = "runs can be written, artifacts cannot"
+        hint = "the server's store of artifacts (its --artifacts-destination), or your access to it, is what is wrong"
+    elif sqlite_path(uri) is not None:
+        problem, hint = "the store cannot be used", "can the file be written, is it locked, is the disk full?"
+    else:
+        problem = "answers, but not as MLflow does"
+        hint = "give MLflow's own address in MLFLOW_TRACKING_URI, not that of a page to log in"
+    where = f"{problem} ({doing})" if doing else problem
+    return UserError(where, where=redact_uri(uri), seen=clean(reason[1] if reason else text)[:200], hint=hint)
