@@ -145,7 +145,7 @@ def _faulty(reference: Workspace, work: Path, name: str, meddle: Callable[[Serve
         problems = [None if code == 0 else f"exit code {code}: {place.said('train')[-300:]}"]
         # What did not arrive is sent by what runs next in the folder.
         subprocess.run(
-            [sys.executable, "-c", "from distilldsm.tracking import replay_journals; replay_journals()"],
+            [sys.executable, "-m", "distilldsm", "publish"],
             cwd=place.folder,
             env=environment(MLFLOW_TRACKING_URI=proxy.uri),
             check=False,

@@ -45,7 +45,16 @@ OUTPUTS = {
     "export": "export/fold0",
 }
 """Stage to the folder it writes, in the order of the pipeline."""
-CLOCK = ("cost.json", "timing.json", "timing", "plots", "mlflow_run.json", "inference_service.yaml", "README.md")
+CLOCK = (
+    "cost.json",
+    "timing.json",
+    "timing",
+    "plots",
+    "tracking.json",
+    "system.jsonl",
+    "inference_service.yaml",
+    "README.md",
+)
 """Files (or folders of files) that tell times or the ids of MLflow runs: no two runs agree in them."""
 CLOCK_KEYS = ("seconds", "files", "cost", "milliseconds", "speed", "created", "git_commit", "run", "inputs")
 """Keys of JSON files whose values are times, ids, or hashes of files (or of whole folders) with such."""

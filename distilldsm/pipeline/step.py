@@ -29,6 +29,7 @@ from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.core.output_directory import MANIFEST, content_hash
 from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
 from distilldsm.core.version import __version__
+from distilldsm.tracking import run_id_of
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
 """Environment variable that names the version the pipeline was compiled with."""

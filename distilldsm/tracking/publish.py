@@ -69,7 +69,8 @@ def publish(directory: Path, *, to: str | None = None) -> Outcome:
 
 def known_outputs(root: Path = Path()) -> list[Path]:
     """Outputs below `root` that have something to say, in the order of the stages; unfinished ones too."""
-    found = [path.parent for top in _TOPS for up in ("", "*/", "*/*/") for path in root.glob(f"{up}{top}/{FILE}")]
+    patterns = [f"{up}{top}/{FILE}" for top in _TOPS for up in ("", "*/", "*/*/")]
+    found = [path.parent for pattern in patterns for path in sorted(root.glob(pattern))]
     return [path for path in dict.fromkeys(found) if not path.name.endswith(".old")]
 
 

@@ -234,7 +234,7 @@ def describe(
             is_running = status == "RUNNING"
             record = replace(
                 record,
-                id=record.id or uuid.uuid4().hex,
+                id=uuid.uuid4().hex if record.status == "FINISHED" else record.id,
                 run=identity,
                 adds=run_of is not None,
                 status=status,

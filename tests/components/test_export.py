@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
 import shutil
-import sys
-import types
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import distilldsm
 from distilldsm.cli.main import main
 from distilldsm.components.export import run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
@@ -28,6 +24,8 @@ from distilldsm.evaluation.tables import summarise, write_csv
 from distilldsm.export import build
 from distilldsm.inference.predict import Predictor
 from distilldsm.models.package import verify
+from distilldsm.tracking import describe, process, run_key_of
+from distilldsm.tracking.record import load
 from tests.export.fake import FOLD, Exported, exported
 
 # One voxel of these tiny volumes is a larger share than the default limit allows.
@@ -230,44 +228,25 @@ def test_what_training_and_evaluation_decided_travels_with_the_model(made, trace
     assert verify(tmp_path / "out").postprocessing is None
 
 
-def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch, capsys):
-    seen: dict = {}
-
-    class Run:
-        def log_metrics(self, values, step=None):
-            seen["metrics"] = dict(values)
-
-        registration = "registered as told"
-
-        def log_exported_model(self, model_dir, *, name, registered_name, gate, metrics, version_tags, metadata):
-            seen["model"] = (Path(model_dir), name, registered_name)
-            seen["metadata"] = {**metadata, **gate, **version_tags}
-            seen["of the model"] = metrics
-
-    @contextmanager
-    def attach(model_dir, config):
-        seen["attached"] = Path(model_dir)
-        yield Run()
-
-    fake = types.ModuleType("distilldsm.tracking")
-    fake.attach = attach  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "distilldsm.tracking", fake)
-    monkeypatch.setattr(distilldsm, "tracking", fake, raising=False)
-    output = tmp_path / "out"
-    export(made, output, ExportConfig(max_voxel_difference=0.01), tracking=TrackingConfig())
-    assert seen["attached"] == made.model
-    assert seen["model"] == (output, "model", "distilldsm-ellipsoids")
-    assert "export_onnx_max_logit_difference" in seen["metrics"]
-    assert all(isinstance(v, float) for v in seen["metrics"].values())
-    assert seen["of the model"].items() >= seen["metrics"].items()
-    json.dumps(seen["metadata"])
-    assert (seen["metadata"]["metric"], seen["metadata"]["fold"], len(seen["metadata"]["data_hash"])) == ("dice", 1, 64)
-    assert "registered as told" in capsys.readouterr().out
-    export(made, output, LOOSE, tracking=TrackingConfig())
-    assert seen["model"][2] is None
-    seen.clear()
-    export(made, output, LOOSE, tracking=TrackingConfig(enabled=False))
-    assert not seen
+def test_it_reports_to_the_training_run(made, traced, tmp_path, monkeypatch):
+    monkeypatch.setattr(process, "start", lambda *_, **__: None)
+    model, output = Path(shutil.copytree(made.model, tmp_path / "model")), tmp_path / "out"
+    describe(TrackingConfig(), model, name="n")
+    tracked = dataclasses.replace(made, model=model)
+    export(tracked, output, ExportConfig(max_voxel_difference=0.01), tracking=TrackingConfig())
+    record = load(output)
+    assert (record.run.key, record.adds) == (run_key_of(model), True)
+    assert record.model.registered_name == "distilldsm-ellipsoids"
+    assert "export_onnx_max_logit_difference" in record.metrics
+    assert all(isinstance(v, float) for v in record.metrics.values())
+    assert record.model.metrics.items() >= record.metrics.items()
+    facts = {**record.model.metadata, **record.model.gate, **record.model.version_tags}
+    assert (facts["metric"], facts["fold"], len(facts["data_hash"])) == ("dice", "1", 64)
+    verify(output)
+    export(tracked, output, LOOSE, tracking=TrackingConfig())
+    assert load(output).model.registered_name is None
+    export(tracked, output, LOOSE, tracking=TrackingConfig(enabled=False))
+    assert load(output).run is None
 
 
 def test_the_command_line(made, traced, tmp_path, capsys):

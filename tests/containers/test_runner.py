@@ -107,7 +107,6 @@ class TestUnderKfp:
     @pytest.fixture
     def runner(self, images: BuiltImages, tmp_path, monkeypatch) -> Iterator[object]:
         monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
-        monkeypatch.setenv("DISTILLDSM_TRACKING_DIR", str(tmp_path / "journal"))
         settings = ContainerSettings(network="none")
         tags = [images.data, images.train, images.export]
         with container_runner(images=tags, root=tmp_path / "runs", engine=images.host, settings=settings) as found:
@@ -152,7 +151,7 @@ class TestUnderKfp:
         assert "ValueError: what went wrong" in capsys.readouterr().out
 
     def test_every_image_opens_an_sqlite_store(self, client, images, tmp_path) -> None:
-        code = "import sys; from distilldsm.tracking.sink import Sink; print(Sink(sys.argv[1]).reachable())"
+        code = "import sys; from distilldsm.tracking.store import Store; print(Store(sys.argv[1]).reachable())"
         for image in (images.train, images.export):
             settings = ContainerSettings(network="none", volumes=(tmp_path,))
             store = f"sqlite:///{tmp_path}/mlflow.db"
@@ -184,10 +183,9 @@ def test_a_socket_that_never_answers(tmp_path, monkeypatch) -> None:
 
 
 def test_tracking_reaches_the_containers(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("DISTILLDSM_TRACKING_DIR", str(tmp_path / "journal"))
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
     found = containers._with_tracking(ContainerSettings())
-    assert found.volumes == (tmp_path / "journal", tmp_path / "store")
+    assert found.volumes == (tmp_path / "store",)
     assert found.network is None
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
     assert containers._with_tracking(ContainerSettings()).network == "host"

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.tracking.conftest import empty_store
+from tests.tracking.conftest import empty_store, no_sender
 
-__all__ = ["empty_store"]
+__all__ = ["empty_store", "no_sender"]
 
 ANSWERS = {
     "401": (401, b"You are not authenticated."),

@@ -22,7 +22,7 @@ from tests.doctor.conftest import contents
 ROOT = Path(__file__).resolve().parents[2]
 FINDINGS = [
     Finding(name="python", status="ok", seen="3.11", hint="is not told"),
-    Finding(name="mlflow journal", status="warn", seen="4 records wait " * 9, hint="send them"),
+    Finding(name="mlflow outputs", status="warn", seen="4 records wait " * 9, hint="send them"),
     Finding(name="mlflow", status="fail", seen="away", hint="start it"),
     Finding(name="gpu", status="skip", seen="none"),
 ]
@@ -31,7 +31,7 @@ FINDINGS = [
 def test_aligned_lines_with_the_mend_under_what_is_not_ok():
     assert report.render(FINDINGS, 1.26, colour=False, width=80).splitlines() == [
         "ok    python          3.11",
-        "warn  mlflow journal  4 records wait 4 records wait 4 records wait 4 records",
+        "warn  mlflow outputs  4 records wait 4 records wait 4 records wait 4 records",
         "                      wait 4 records wait 4 records wait 4 records wait 4",
         "                      records wait 4 records wait",
         "                      hint: send them",
@@ -76,9 +76,9 @@ def test_params(place):
 
 def test_variables_that_have_no_effect(place, monkeypatch):
     assert settings.check_environment(1)[0].status == "ok"
-    monkeypatch.setenv("DISTILLDSM_TRACKING_DIR", "/secret/place")
+    monkeypatch.setenv("DISTILLDSM_DEBUG", "secret")
     (found,) = settings.check_environment(1)
-    assert (found.status, found.seen) == ("ok", "DISTILLDSM_TRACKING_DIR")
+    assert (found.status, found.seen) == ("ok", "DISTILLDSM_DEBUG")
     monkeypatch.setenv("DISTILLDSM_DOWNLOAD_PASWORD", "geheim99")
     monkeypatch.setenv("DISTILLDSM_NONSENSE", "1")
     monkeypatch.setenv("DISTILLDSM_PROGRESS", "colourful")

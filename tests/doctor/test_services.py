@@ -1,4 +1,4 @@
-"""MLflow's store, DVC's remote, Kubeflow and the journal: each refusal has its words, and probes leave nothing."""
+"""MLflow's store, DVC's remote, Kubeflow and outputs: each refusal has its words, and probes leave nothing."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from distilldsm.cli import doctor
 from distilldsm.core.errors import UserError
 from distilldsm.doctor import services
 from distilldsm.doctor.checks import run_checks
-from distilldsm.tracking.journal import JournalWriter, State, reject
+from distilldsm.tracking import describe
+from distilldsm.tracking.publish import publish
 from tests.doctor.conftest import contents
 from tests.pipeline.kfp_server import FakeKfp, serving
+from tests.tracking.store import trained
 
 CHECKS = {check.name: check for check in doctor.CHECKS}
 
@@ -99,7 +101,7 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
     ("answer", "problem", "hint"),
     [
         ("401", "access is refused", "MLFLOW_TRACKING_USERNAME"),
-        ("403", "access is refused", "MLFLOW_TRACKING_USERNAME"),
+        ("403", "access is refused", "the permission EDIT"),
         ("404", "answers, but not as MLflow does", "MLflow's own address"),
         ("login", "answers, but not as MLflow does", "a page to log in"),
         ("500", "the server answers, but fails", "the server's own log"),
@@ -158,26 +160,25 @@ def test_requests_end_before_the_check_does(place, monkeypatch):
     assert environment["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "0"
 
 
-def test_records_that_wait_for_mlflow(place):
-    (found,) = services.check_journal(1)
-    assert (found.status, found.seen) == ("ok", f"nothing waits in {place}/tracking")
-    for key in ("a" * 32, "b" * 32):
-        writer = JournalWriter(place / "tracking" / key)
-        writer.append("open", run_key=key)
-        writer.append("metrics", values={})
-        writer.append("params", values={})
-        writer.close()
-    State(last_error="MlflowException: the server is away").save(place / "tracking" / ("b" * 32))
-    reject(place / "tracking" / ("a" * 32), None, "the line is no record")
-    before = contents(place)
-    waiting, refused = services.check_journal(1)
-    assert contents(place) == before
-    assert (waiting.status, refused.status) == ("warn", "warn")
-    assert waiting.seen.startswith(
-        f"4 records in {place}/tracking have not been delivered (MlflowException: the server"
-    )
-    assert "replay_journals" in waiting.hint
-    assert str(place / "tracking" / ("a" * 32) / "rejected.jsonl") in refused.hint
+def test_outputs_that_mlflow_does_not_hold(store, place, no_sender):
+    from distilldsm.doctor import tracking_probe as probe
+
+    (found,) = services.check_outputs(1)
+    assert (found.status, found.seen) == ("ok", "there are none yet")
+    for fold in (0, 1):
+        trained(place / f"models/fold{fold}")
+    assert publish(place / "models/fold1").is_complete
+    describe(None, place / "models/fold1")
+    trained(place / "models/fold2")
+    assert publish(place / "models/fold2").is_complete
+    before = contents(place), tables(place)
+    (found,) = probe.check_outputs(10)
+    assert (contents(place), tables(place)) == before
+    assert (found.status, found.seen) == ("warn", "1 of 2 outputs are not, or not all, in MLflow: models/fold0")
+    assert "distilldsm publish" in found.hint
+    publish(place / "models/fold0")
+    (found,) = probe.check_outputs(10)
+    assert (found.status, found.seen) == ("ok", "all 2 outputs are in MLflow")
 
 
 def repository(place: Path, config: str) -> None:

@@ -59,7 +59,7 @@ def write_fold(
     network: Mapping[str, Any] | None = None,
     run: Mapping[str, Any] | None = None,
 ) -> None:
-    """`models/foldK` and `evaluation/foldK` below `root`; `run` becomes the model's `mlflow_run.json`."""
+    """`models/foldK` and `evaluation/foldK` below `root`; `run` becomes the model's `tracking.json`."""
     source = root / f"{data}.txt"
     source.write_text(data)
     given = {"preprocessed": source}
@@ -78,7 +78,7 @@ def write_fold(
         write_json(work / "history.json", [{"epoch": k + 1, "seconds": seconds} for k in range(2)])
         write_json(work / "cost.json", training)
         if run is not None:
-            (work / "mlflow_run.json").write_text(json.dumps(run))
+            (work / "tracking.json").write_text(json.dumps(run))
     inputs = {"dataset": source, "splits": splits, "model": model}
     with output_directory(
         evaluation, stage="evaluate", config=evaluate or EvaluateConfig(), inputs=inputs, extra={"fold": fold}

@@ -90,7 +90,7 @@ def text_of(page: Path) -> str:
 
 def test_the_page_tells_cases_numbers_and_where_they_come_from(work, evaluation, monkeypatch):
     monkeypatch.setenv("KFP_RUN_ID", "kfp-7")
-    write_json(evaluation.inputs["model"] / "mlflow_run.json", {"run_id": "run-5"})
+    write_json(evaluation.inputs["model"] / "tracking.json", {"run": {"id": "run-5"}})
     write_report(work, evaluation)
     text = text_of(work / "report.html")
     dice = {case: np.mean([row["dice"] for row in evaluation.rows if row["case"] == case]) for case in CASES}

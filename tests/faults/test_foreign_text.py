@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import pickle
 import shutil
 import tarfile
@@ -24,14 +23,12 @@ from distilldsm.data.dataset import INDEX, DatasetIndex
 from distilldsm.io import read_scan
 from distilldsm.pipeline.compilation import check_pipeline
 from distilldsm.pipeline.lineage import _dvc_lock
-from distilldsm.tracking.delivery import drain
-from distilldsm.tracking.journal import REJECTED, spooled
-from distilldsm.tracking.sink import RefusedError, _spooled
+from distilldsm.tracking import run_key_of
+from distilldsm.tracking.publish import publish
 from tests.data.test_archive import member, tar_of
 from tests.data.volumes import write_case, write_dataset
 from tests.export.fake import CHANNELS
 from tests.faults.payloads import told
-from tests.tracking.conftest import FakeSink
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -177,49 +174,12 @@ def test_a_pickle_is_no_scan(made, tmp_path, canary, capsys, content):
         told(capsys.readouterr().err, names[0].name)
 
 
-@pytest.mark.parametrize("path", ["../../victim/x", "spool", "spool/one", "spool/../../../victim/x", "ABSOLUTE", ""])
-def test_a_journal_cannot_send_or_delete_what_is_not_its_own(tmp_path, path, canary):
-    victim = tmp_path / "victim" / "x"
-    victim.parent.mkdir()
-    victim.write_text("mine")
-    journal = tmp_path / "tracking" / ("0" * 32)
-    (journal / "spool" / "one").mkdir(parents=True)
-    path = str(victim) if path == "ABSOLUTE" else path
-    with pytest.raises(ValueError, match="outside the spool"):
-        spooled(journal, {"path": path})
-    with pytest.raises(RefusedError, match="outside the spool"):
-        _spooled({"path": path}, journal)
-    opening = {
-        "op": "open", "time_ms": 1, "tracking_uri": "http://fake", "experiment": "e", "run_id": None,
-        "run_key": "0" * 32, "started_ms": 1, "role": "train", "name": "n", "tags": {}, "pid": 1, "host": "elsewhere",
-    }  # fmt: skip
-    lines = [opening, {"op": "artifact", "time_ms": 1, "path": path, "to": None}, {"op": "close", "time_ms": 1}]
-    (journal / "00000000000000000001-1.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    fake = FakeSink()
-    fake.plan = lambda record: "refuse"
-    assert drain(journal, sinks=lambda uri: fake).rejected == 1
-    assert victim.read_text() == "mine"
-    assert (journal / "spool" / "one").is_dir()
-
-
-def test_lines_of_a_journal_are_json_and_nothing_else(tmp_path, canary):
-    journal = tmp_path / "tracking" / ("0" * 32)
-    journal.mkdir(parents=True)
+def test_a_record_is_json_and_nothing_else(tmp_path, canary):
+    """What no other file may be sent by it: tests/tracking/test_publish.py."""
     stream = io.BytesIO()
     pickle.dump(canary.evil(), stream)
-    deep = b'{"op": ' + b"[" * 100_000
-    (journal / "00000000000000000001-1.jsonl").write_bytes(
-        b'{"op": "open", "tracking_uri": "http://fake", "experiment": "e", "run_id": null, "run_key": "0", "role": '
-        b'"train", "name": "n", "tags": {}}\n'
-        + stream.getvalue()
-        + b"\n"
-        + canary.yaml().encode()
-        + b"\n"
-        + deep
-        + b"\n"
-    )
-    (journal / "state.json").write_bytes(stream.getvalue())
-    fake = FakeSink()
-    assert drain(journal, sinks=lambda uri: fake).rejected >= 3
-    assert not fake.applied
-    assert len((journal / REJECTED).read_text().splitlines()) >= 3
+    for text in (stream.getvalue(), canary.yaml().encode(), b'{"schema_version": ' + b"[" * 100_000, b"[]"):
+        (tmp_path / "tracking.json").write_bytes(text)
+        outcome = publish(tmp_path)
+        assert (outcome.is_complete, len(outcome.problems)) == (False, 1)
+        assert run_key_of(tmp_path) is None

@@ -6,7 +6,6 @@ import base64
 import contextlib
 import http.server
 import json
-import logging
 import shutil
 import threading
 from collections.abc import Iterator
@@ -15,7 +14,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm import tracking
 from distilldsm.cli.main import main
 from distilldsm.config import DownloadConfig, TrackingConfig
 from distilldsm.core.errors import ConfigError, DataError, UserError
@@ -24,8 +22,8 @@ from distilldsm.data.download import Credentials
 from distilldsm.pipeline.cluster import Profile, Storage
 from distilldsm.pipeline.step import run as run_step
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest
-from distilldsm.tracking import start_run
-from distilldsm.tracking.worker import _Redacted
+from distilldsm.tracking import describe, process, send
+from distilldsm.tracking.publish import known_outputs, publish_all
 from tests.data.volumes import write_case
 from tests.faults.payloads import told
 from tests.tracking.conftest import empty_store
@@ -91,7 +89,7 @@ def place(tmp_path, monkeypatch) -> Path:
     """A working directory with the shipped configuration, and every secret planted."""
     for name in SECRETS:
         monkeypatch.setenv(name, WORD)
-    for name in ("RANK", "DISTILLDSM_TRACKING_DIR", "MLFLOW_TRACKING_URI"):
+    for name in ("RANK", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(name, raising=False)
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
     monkeypatch.chdir(tmp_path)
@@ -122,7 +120,7 @@ def test_a_small_pipeline_writes_no_secret(place, packed, monkeypatch, capfd, em
     monkeypatch.setenv("DISTILLDSM_DOWNLOAD_USERNAME", "me")
     monkeypatch.setenv("DISTILLDSM_DOWNLOAD_PASSWORD", WORD)
     # Sent once, at the end: three processes that import MLflow would take most of the time.
-    monkeypatch.setattr(tracking, "_start_worker", lambda *_, **__: None)
+    monkeypatch.setattr(process, "start", lambda *_, **__: None)
     shutil.copyfile(empty_store, place / "mlflow.db")
     allowed = "Basic " + base64.b64encode(f"me:{WORD}".encode()).decode()
     with serving(packed, allowed) as server:
@@ -135,10 +133,8 @@ def test_a_small_pipeline_writes_no_secret(place, packed, monkeypatch, capfd, em
     assert main(["evaluate"]) == 0
     assert main(["export"]) == 0
     assert main(["pipeline", "compile", "-o", "pipeline.yaml"]) == 0
-    nowhere(place)  # the journals before they are sent
-    delivered = tracking.replay_journals()
-    assert delivered.sent > 10
-    assert (delivered.left, delivered.rejected, delivered.error) == (0, 0, None)
+    nowhere(place)  # the records before they are published
+    assert [(one.is_complete, one.notes) for one in publish_all(known_outputs())] == [(True, ())] * 3
     captured = capfd.readouterr()
     assert all((place / name).is_file() for name in ("evaluation/fold0/report.html", "export/fold0/README.md"))
     assert list((place / "mlartifacts").rglob("MLmodel"))
@@ -147,18 +143,18 @@ def test_a_small_pipeline_writes_no_secret(place, packed, monkeypatch, capfd, em
 
 
 def test_an_absent_server_with_a_password_in_its_address(place, monkeypatch, capfd, caplog):
-    """The journal, its state, the worker's log and the warnings name the server, not the password."""
+    """The record and the warnings name the server, not the password."""
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://me:{QUOTED}@127.0.0.1:9/base?token={QUOTED}")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-    (place / "work").mkdir()
-    with start_run(TrackingConfig(), directory=place / "work", name="n") as run:
-        run.log_params({"a": 1})
-        run.log_dataset("d", "1", f"https://me:{QUOTED}@host/x.tar?sig={QUOTED}")
-        run.close(timeout=25)
+    work = place / "work"
+    work.mkdir()
+    data = {"name": "d", "digest": "1", "source": f"https://me:{QUOTED}@host/x.tar?sig={QUOTED}"}
+    describe(TrackingConfig(), work, name="n", params={"a": 1}, dataset=data)
+    send(work)
     captured = capfd.readouterr()
-    text = "".join(p.read_text() for p in (place / "tracking").rglob("*") if p.is_file())
-    assert "127.0.0.1" in text
-    assert "last_error" in text
+    assert "127.0.0.1" in (work / "tracking.json").read_text()
+    assert "127.0.0.1" in caplog.text
+    assert "distilldsm publish" in caplog.text
     nowhere(place, captured.out, captured.err, caplog.text)
 
 
@@ -285,5 +281,3 @@ def test_what_is_struck_out(monkeypatch):
         False, False, True,
     ]  # fmt: skip
     assert WORD not in str(UserError("x", seen=f"server said {WORD}"))
-    record = logging.LogRecord("n", logging.WARNING, "f", 1, "to http://u:%s@h", (QUOTED,), None)
-    assert _Redacted("%(message)s").format(record) == "to http://h"

@@ -97,13 +97,13 @@ def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monke
     model = one["models"][0]
     assert lineage(f"{model['name']}/{model['version']}")["runs"][0]["mlflow_run_id"] == one["mlflow_run_id"]
     # What DVC says: the lock names the model's folder, and that names its run.
-    [folder_of_one] = [p.parent for p in artifacts(cwd, "mlflow_run.json") if p.parent.name == "model"][:1]
+    [folder_of_one] = [p.parent for p in artifacts(cwd, "tracking.json") if p.parent.name == "model"][:1]
     shutil.copytree(folder_of_one, cwd / "models" / "fold0")
     outs = [{"path": "models/fold0", "md5": "1"}, {"path": "data/raw", "md5": "abc.dir"}]
     (cwd / "dvc.lock").write_text(yaml.safe_dump({"stages": {"train@0": {"outs": outs}}}))
     sha256 = hashlib.sha256((cwd / "dvc.lock").read_bytes()).hexdigest()
     found = lineage(sha256)
-    wanted = json.loads((folder_of_one / "mlflow_run.json").read_text())["run_id"]
+    wanted = json.loads((folder_of_one / "tracking.json").read_text())["run"]["id"]
     assert (found["kind"], [run["mlflow_run_id"] for run in found["runs"]]) == ("dvc", [wanted])
     assert found["dvc_lock"]["data"] == {"data/raw": "abc.dir"}
     assert lineage(sha256[:10])["runs"] == found["runs"]

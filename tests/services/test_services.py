@@ -19,12 +19,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm import tracking
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.export.scores import SCORES
-from distilldsm.tracking import registry, replay_journals
-from distilldsm.tracking.journal import pending
+from distilldsm.tracking import describe, followed, process, registry
+from distilldsm.tracking.publish import Publisher, publish, publish_all
+from distilldsm.tracking.record import Model, RunIdentity
+from distilldsm.tracking.store import Store
 from tests.export.test_gate import scored
 from tests.services.compose import ROOT
 from tests.services.conftest import ELSEWHERE, Job
@@ -54,7 +55,7 @@ def as_user(servers: Servers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 @pytest.fixture(scope="module")
 def logged(servers: Servers, job: Job) -> str:
     """MLflow's id of the job's run."""
-    return str(read_json(job.place / "models/fold0/mlflow_run.json")["run_id"])
+    return str(read_json(job.place / "models/fold0/tracking.json")["run"]["id"])
 
 
 def test_parameters_metrics_and_tags_are_in_the_data_base(servers, job, logged):
@@ -75,10 +76,9 @@ def test_parameters_metrics_and_tags_are_in_the_data_base(servers, job, logged):
     assert servers.sql("select count(*) from inputs where destination_id = %s", logged) != [(0,)]
 
 
-def test_nothing_is_left_in_the_journal(job):
-    for folder in (job.place / "tracking").iterdir():
-        assert pending(folder) == 0
-        assert not (folder / "rejected.jsonl").exists()
+def test_all_outputs_are_published(job, as_user):
+    for name in ("models/fold0", "evaluation/fold0", "export/fold0"):
+        assert Publisher(job.place / name).is_published()
 
 
 def test_artifacts_and_the_registered_model_are_in_the_bucket(servers, job, logged):
@@ -149,8 +149,9 @@ def _hashes(path: Path) -> dict[str, str]:
 def test_a_large_file_reaches_the_bucket_in_parts(servers, as_user, tmp_path):
     """One request to S3 takes 5 GB at most: the server must not send larger files in one."""
     (tmp_path / "large.bin").write_bytes(os.urandom(20_000_000))
-    with tracking.start_run(TrackingConfig(experiment="large"), directory=tmp_path / "work", name="large") as run:
-        run.log_artifact(tmp_path / "large.bin")
+    described = {"name": "large", "files": {"x": [tmp_path / "large.bin"]}}
+    describe(TrackingConfig(experiment="large"), tmp_path / "work", **described)
+    assert publish(tmp_path / "work").is_complete
     [key] = [found.key for found in servers.bucket().objects.all() if found.key.endswith("large.bin")]
     stored = servers.bucket().Object(key)
     assert "-" in stored.e_tag, "the ETag of an upload in parts ends in their number"
@@ -160,47 +161,43 @@ def test_a_large_file_reaches_the_bucket_in_parts(servers, as_user, tmp_path):
 def test_a_wrong_password_is_told_at_the_start_and_loses_nothing(servers, as_user, tmp_path, caplog):
     caplog.set_level(logging.WARNING)
     as_user(MLFLOW_TRACKING_PASSWORD="wr0ng-and-secret")
-    with tracking.start_run(TrackingConfig(experiment="wrong"), directory=tmp_path / "work", name="wrong") as run:
+    work = tmp_path / "work"
+    with followed(TrackingConfig(experiment="wrong"), work, name="wrong", history="history.json", at_end={}):
         deadline = time.monotonic() + 60
         while not caplog.messages and time.monotonic() < deadline:
             time.sleep(0.2)
         [message] = caplog.messages  # the training has not said anything yet
-        assert "does not let user 'trainer' in: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in message
-        assert "the work goes on, its records are kept in" in message
-        run.log_metrics({"train_loss": 0.5}, step=1)
-    assert "2 records are kept" in caplog.messages[-1]
-    assert "wr0ng" not in caplog.text
-    [journal] = (tmp_path / "tracking").iterdir()
-    assert "wr0ng" not in "".join(path.read_text() for path in journal.rglob("*") if path.is_file())
-    assert pending(journal) == 2
+        assert "does not let user 'trainer' in" in message
+        assert "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD" in message
+        write_json(work / "history.json", [{"epoch": 1, "train_loss": 0.5}])
+    assert "is published" in caplog.messages[-1]
+    assert "wr0ng" not in caplog.text + (work / "tracking.json").read_text()
     as_user()
-    delivered = replay_journals()
-    assert (delivered.sent, delivered.left, delivered.rejected, delivered.error) == (2, 0, 0, None)
+    assert publish(work).is_complete
     query = "select m.value, r.status from metrics m join runs r on r.run_uuid = m.run_uuid where r.name = 'wrong'"
     assert servers.sql(query) == [(0.5, "FINISHED")]
 
 
 def test_records_wait_for_the_right_to_write(servers, as_user, tmp_path, monkeypatch):
-    """Whoever may only read another's experiment keeps the records, also those with files, until that is fixed."""
-    monkeypatch.setattr(tracking, "_start_worker", lambda *_, **__: None)
+    """Whoever may only read another's experiment sends the output, also its files, when that is fixed."""
+    monkeypatch.setattr(process, "start", lambda *_, **__: None)
     servers.add_user(GUEST)
-    with tracking.start_run(TrackingConfig(experiment="ours"), directory=tmp_path / "work", name="ours"):
-        pass
-    assert replay_journals().error is None
-    (tmp_path / "note.txt").write_text("kept")
+    config, work, evaluation = TrackingConfig(experiment="ours"), tmp_path / "work", tmp_path / "evaluation"
+    describe(config, work, name="ours")
+    assert publish(work).is_complete
+    evaluation.mkdir()
+    (evaluation / "note.txt").write_text("kept")
     as_user(GUEST)
-    with tracking.attach(tmp_path / "work", TrackingConfig(experiment="ours")) as run:
-        run.log_artifact(tmp_path / "note.txt")
-        run.log_metrics({"test_dice_mean": 0.9})
-    denied = replay_journals()
-    assert (denied.sent, denied.left, denied.rejected) == (0, 2, 0)
-    assert "does not let user 'guest' do this" in denied.error
+    files = {"notes": [evaluation / "note.txt"]}
+    describe(config, evaluation, run_of=work, metrics={"test_dice_mean": 0.9}, files=files)
+    denied = publish(evaluation)
+    assert not denied.is_complete
+    assert "does not let user 'guest' do this" in denied.problems[0]
     [(experiment,)] = servers.sql("select experiment_id from experiments where name = 'ours'")
     grant = {"username": GUEST, "resource_type": "experiment", "resource_id": str(experiment), "permission": "EDIT"}
     status, answer = servers.ask("/api/3.0/mlflow/users/permissions/grant", ADMIN, body=grant)
     assert status == 200, answer
-    delivered = replay_journals()
-    assert (delivered.sent, delivered.left, delivered.rejected, delivered.error) == (2, 0, 0, None)
+    assert [one.is_complete for one in publish_all([work, evaluation])] == [True, True]
     assert any(found.key.endswith("/note.txt") for found in servers.bucket().objects.all())
 
 
@@ -242,24 +239,26 @@ def test_nobody_gets_in_without_a_password(servers):
 
 def test_folds_that_start_and_register_at_once(servers, as_user, tmp_path):
     """One experiment and one champion, whoever comes first: a server has no lock that they could share."""
-    from mlflow import MlflowClient
-
-    from distilldsm.tracking.sink import Sink
 
     def fold(number: int) -> tuple[str, str]:
-        sink = Sink(servers.mlflow_url)
-        opening = {"experiment": "race", "run_key": f"{number:032x}", "run_id": None, "role": "train", "time_ms": 1}
-        run_id = sink.open_run({**opening, "name": f"fold{number}", "tags": {}}, None)
-        client = MlflowClient(servers.mlflow_url)
+        store = Store(servers.mlflow_url)
+        identity = RunIdentity(
+            key=f"{number:032x}", experiment="race", name=f"fold{number}", started_ms=1, tracking_uri=store.uri
+        )
+        client, run_id = store.client, store.run(identity, is_placeholder=False).info.run_id
         source = tmp_path / f"export{number}"
         source.mkdir()
         write_json(source / SCORES, scored(0.5, 0.6, fold=number))
         model = client.create_logged_model(client.get_run(run_id).info.experiment_id, name="m", source_run_id=run_id)
         client.log_model_artifacts(model.model_id, str(source))
         client.finalize_logged_model(model.model_id, "READY")
-        record = {"registered_name": "race", "version_tags": {}, "gate": None}
         line = registry.register(
-            client, record, run_id=run_id, model_id=model.model_id, identity=f"s:{number}", source=source
+            store,
+            Model(registered_name="race"),
+            run_id=run_id,
+            model_id=model.model_id,
+            record_id=f"s:{number}",
+            source=source,
         )
         return run_id, line
 
@@ -297,7 +296,7 @@ def everything(servers: Servers, job: Job) -> dict[str, bytes]:
 def test_no_secret_is_written_anywhere(servers, everything):
     """Not even in the bucket's log: there it would stand if MLflow sent its clients to the bucket."""
     searched = json.dumps({name: len(content) for name, content in everything.items()})
-    assert all(name in searched for name in ("config.local", "worker.log", "mlflow_auth", "model.onnx"))
+    assert all(name in searched for name in ("config.local", "mlflow_auth", "model.onnx"))
     for name, content in everything.items():
         for word in servers.words():
             assert word.encode() not in content, name

@@ -10,20 +10,15 @@ import pytest
 from distilldsm.components import cross_validate
 from distilldsm.config import CrossValidationConfig, EvaluateConfig, TrackingConfig
 from distilldsm.core.files import read_json
-from distilldsm.tracking import attach, default_uri, replay_journals, start_run
+from distilldsm.tracking import default_uri
+from distilldsm.tracking.publish import publish
 from tests.evaluation.folds import write_fold, write_folds
-
-CONFIG = TrackingConfig()
-ABSENT = "http://127.0.0.1:9"
+from tests.tracking.store import ABSENT, CONFIG, all_runs, evaluated, publish_known, trained
 
 
 def train(place: Path, fold: int) -> dict[str, Any]:
-    """The run of a training; returns its `mlflow_run.json`."""
-    work = place / f"work{fold}"
-    work.mkdir(exist_ok=True)
-    with start_run(CONFIG, directory=work, name=f"net-fold{fold}", tags={"fold": str(fold)}) as run:
-        run.log_metrics({"train_loss": 1.0}, step=1)
-    return read_json(work / "mlflow_run.json")
+    """The record of a training."""
+    return read_json(trained(place / f"work{fold}", name=f"net-fold{fold}", tags={"fold": fold}) / "tracking.json")
 
 
 def cross_validation(place: Path, folds: int = 3, **options: Any) -> list[list[dict[str, Any]]]:
@@ -40,29 +35,24 @@ def sum_up(place: Path, folds: int = 3) -> None:
     cross_validate.run(CrossValidationConfig(folds=tuple(range(folds))), inputs, outputs, tracking=CONFIG)
 
 
-def runs(client: Any, condition: str = "") -> list[Any]:
-    found = client.search_runs([e.experiment_id for e in client.search_experiments()], condition)
-    return sorted(found, key=lambda run: run.info.run_name)
-
-
 def children(client: Any, parent: Any) -> list[str]:
-    found = runs(client, f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    found = all_runs(client, f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     assert all(run.info.run_id != parent.info.run_id for run in found)
     return [run.info.run_name for run in found]
 
 
 def the_parent(client: Any) -> Any:
-    [parent] = [run for run in runs(client) if "cv_folds" in run.data.tags]
+    [parent] = [run for run in all_runs(client) if "cv_folds" in run.data.tags]
     return parent
 
 
-def test_a_parent_with_a_child_a_fold(place, client, no_worker):
+def test_a_parent_with_a_child_a_fold(place, client, no_sender):
     cross_validation(place)
     sum_up(place)
-    assert replay_journals().rejected == 0
+    publish_known()
     parent = the_parent(client)
     assert children(client, parent) == ["net-fold0", "net-fold1", "net-fold2"]
-    assert len(runs(client)) == 4
+    assert len(all_runs(client)) == 4
     assert (parent.info.status, parent.info.run_name) == ("FINISHED", "distill_dsm-cv3")
     assert "mlflow.parentRunId" not in parent.data.tags
     summary = read_json(place / "cross_validation" / "summary.json")
@@ -76,96 +66,92 @@ def test_a_parent_with_a_child_a_fold(place, client, no_worker):
     assert (parent.data.params["folds"], parent.data.params["train.model.name"]) == ("[0, 1, 2]", "distill_dsm")
     fetched = Path(client.download_artifacts(parent.info.run_id, "cross_validation", str(place)))
     assert {path.name for path in fetched.iterdir()} >= {"report.html", "table.csv", "table.json", "cases.json"}
-    assert (
-        read_json(place / "cross_validation" / "mlflow_run.json")["run_key"] == (parent.data.tags["distilldsm.run_key"])
-    )
+    record = read_json(place / "cross_validation" / "tracking.json")
+    assert record["run"]["key"] == parent.data.tags["distilldsm.run_key"]
 
 
-def test_summed_up_again_it_is_the_same_parent(place, client, no_worker):
+def test_summed_up_again_it_is_the_same_parent(place, client, no_sender):
     cross_validation(place)
     for _ in range(2):
         sum_up(place)
-        assert replay_journals().rejected == 0
-    assert len(runs(client)) == 4
+        publish_known()
+    assert len(all_runs(client)) == 4
     assert len(children(client, the_parent(client))) == 3
 
 
-def test_another_evaluation_or_training_is_another_parent_and_takes_the_children(place, client, no_worker):
+def test_another_evaluation_or_training_is_another_parent_and_takes_the_children(place, client, no_sender):
     rows = cross_validation(place)
     sum_up(place)
-    replay_journals()
+    publish_known()
     first = the_parent(client)
     for fold in range(3):
-        run = read_json(place / "models" / f"fold{fold}" / "mlflow_run.json")
+        run = read_json(place / "models" / f"fold{fold}" / "tracking.json")
         config = EvaluateConfig(nsd_tolerance_mm=2.0)
         write_fold(place, fold, rows[fold], splits=place / "splits.json", run=run, evaluate=config)
     sum_up(place)
-    assert replay_journals().rejected == 0, "no parameter of a run was changed"
-    [second] = [r for r in runs(client) if "cv_folds" in r.data.tags and r.info.run_id != first.info.run_id]
+    publish_known()
+    [second] = [r for r in all_runs(client) if "cv_folds" in r.data.tags and r.info.run_id != first.info.run_id]
     assert children(client, first) == []
     assert len(children(client, second)) == 3
 
 
-def test_while_the_server_is_away_links_are_kept_and_sent_later(place, client, monkeypatch, caplog):
+def test_while_the_server_is_away_links_are_kept_and_sent_later(place, client, no_sender, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", ABSENT)
-    monkeypatch.setattr("distilldsm.tracking.CLOSE_TIMEOUT_S", 0.1)
     cross_validation(place)
     sum_up(place)
-    assert "are kept in" in caplog.text
-    assert read_json(place / "cross_validation" / "mlflow_run.json")["run_id"] is None
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    result = replay_journals(tracking_uri=default_uri())
-    assert (result.left, result.rejected) == (0, 0)
+    publish_known(to=default_uri())
     assert children(client, the_parent(client)) == ["net-fold0", "net-fold1", "net-fold2"]
-    assert {run.info.status for run in runs(client)} == {"FINISHED"}
-    assert all(run.data.metrics["train_loss"] == 1.0 for run in runs(client) if "fold" in run.data.tags)
+    assert {run.info.status for run in all_runs(client)} == {"FINISHED"}
+    assert all(run.data.metrics["seconds"] == 2.0 for run in all_runs(client) if "fold" in run.data.tags)
 
 
-def test_a_child_that_arrives_after_its_parent(place, client, no_worker, monkeypatch):
-    """Its journal is on another machine, and sent last."""
-    monkeypatch.setenv("DISTILLDSM_TRACKING_DIR", str(place / "elsewhere"))
+def test_a_child_that_arrives_after_its_parent(place, client, no_sender):
+    """Its output is on another machine, and published last; an evaluation of it before that."""
     cross_validation(place, folds=2)
-    monkeypatch.setenv("DISTILLDSM_TRACKING_DIR", str(place / "here"))
     sum_up(place, folds=2)
-    replay_journals(place / "here")
+    publish(place / "cross_validation")
     parent = the_parent(client)
     assert children(client, parent) == ["distill_dsm-fold0", "distill_dsm-fold1"]
-    assert replay_journals(place / "elsewhere").rejected == 0
+    evaluated(place / "evaluation" / "again", place / "models" / "fold1", test_dice_mean=0.5)
+    publish(place / "evaluation" / "again")
+    publish_known()
     assert children(client, parent) == ["net-fold0", "net-fold1"]
-    assert len(runs(client)) == 3
-    stored = runs(client, f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    assert len(all_runs(client)) == 3
+    stored = all_runs(client, f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     assert [run.data.tags["fold"] for run in stored] == ["0", "1"]
-    assert all(run.info.status == "FINISHED" and run.data.metrics == {"train_loss": 1.0} for run in stored)
+    assert all(run.info.status == "FINISHED" and run.data.metrics["seconds"] == 2.0 for run in stored)
+    assert all_runs(client, "metrics.test_dice_mean > 0")[0].info.run_name == "net-fold1"
 
 
-def test_evaluations_still_find_a_child(place, client, no_worker):
-    cross_validation(place, folds=2)
-    sum_up(place, folds=2)
-    with attach(place / "models" / "fold1", CONFIG) as run:
-        run.log_metrics({"test_dice_mean": 0.5})
-    replay_journals()
-    assert len(runs(client)) == 3
-    assert runs(client, "metrics.test_dice_mean > 0")[0].info.run_name == "net-fold1"
+def test_a_run_below_the_task_of_a_pipeline(place, client, no_sender, monkeypatch):
+    """Kubeflow's MLflow plugin names its run in MLFLOW_RUN_ID."""
+    outer = client.create_run("0", run_name="task")
+    monkeypatch.setenv("MLFLOW_RUN_ID", outer.info.run_id)
+    trained(place / "models/fold0")
+    publish_known()
+    assert children(client, outer) == ["fold0"]
 
 
-def test_one_fold_has_no_parent(place, client, no_worker):
+def test_one_fold_has_no_parent(place, client, no_sender):
     cross_validation(place, folds=1)
     sum_up(place, folds=1)
-    replay_journals()
-    assert [run.info.run_name for run in runs(client)] == ["net-fold0"]
-    assert not (place / "cross_validation" / "mlflow_run.json").exists()
+    publish_known()
+    assert [run.info.run_name for run in all_runs(client)] == ["net-fold0"]
+    assert read_json(place / "cross_validation" / "tracking.json")["run"] is None
 
 
-def test_folds_of_no_store_or_another_are_left_out(place, client, no_worker, caplog):
+def test_folds_of_no_store_or_another_are_left_out(place, client, no_sender, caplog):
     rows = cross_validation(place)
     write_fold(place, 0, rows[0], splits=place / "splits.json")
     there = place / "there.db"
     there.touch()
-    run = read_json(place / "models" / "fold1" / "mlflow_run.json") | {"tracking_uri": f"sqlite:///{there}"}
+    run = read_json(place / "models" / "fold1" / "tracking.json")
+    run["run"] |= {"tracking_uri": f"sqlite:///{there}"}
     write_fold(place, 1, rows[1], splits=place / "splits.json", run=run)
     sum_up(place)
     assert "there.db" in caplog.text
-    replay_journals()
+    publish_known()
     assert children(client, the_parent(client)) == ["net-fold2"]
 
 
@@ -174,4 +160,4 @@ def test_tracking_that_is_off_leaves_nothing(place):
     inputs = {"evaluation": place / "evaluation", "models": place / "models", "splits": splits}
     off = TrackingConfig(enabled=False)
     cross_validate.run(CrossValidationConfig(folds=(0, 1)), inputs, {"cross_validation": place / "cv"}, tracking=off)
-    assert not (place / "tracking").exists()
+    assert read_json(place / "cv" / "tracking.json")["run"] is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 from collections.abc import Callable
@@ -12,47 +11,43 @@ from typing import Any
 
 import pytest
 
-from distilldsm import tracking
-from distilldsm.config import TrackingConfig
 from distilldsm.core.files import write_json
 from distilldsm.export.scores import SCORES
-from distilldsm.tracking import registry, replay_journals
+from distilldsm.tracking import describe, registry
+from distilldsm.tracking.publish import Outcome, publish
 from distilldsm.tracking.registry import CHALLENGER, CHAMPION, registered_scores
 from tests.export.test_gate import scored
-from tests.tracking.store import onnx_model
+from tests.tracking.store import CONFIG, onnx_model, run_of
 
 NAME = "m"
 
 
 class Exports:
-    """Exports models one after another, each from a training of its own."""
+    """Exports models one after another, each a run of its own."""
 
     def __init__(self, place: Path, client: Any) -> None:
         self.place, self.client, self.count = place, client, 0
 
-    def journal(self, *scores: float, gate: dict | None = None, with_scores: bool = True, **facts: Any) -> tracking.Run:
-        """One more export, written to the journal only."""
+    def describe(self, *scores: float, gate: dict | None = None, with_scores: bool = True, **facts: Any) -> Path:
+        """One more export, not published."""
         self.count += 1
-        work = self.place / f"work{self.count}"
-        work.mkdir()
-        model = onnx_model(self.place / f"export{self.count}")
+        export = onnx_model(self.place / f"export/{self.count}")
         if with_scores:
-            write_json(model / SCORES, scored(*scores, **facts))
-        with tracking.start_run(TrackingConfig(), directory=work, name=work.name) as run:
-            run.log_exported_model(
-                model,
-                registered_name=NAME,
-                gate=gate,
-                metrics={"test_dice_mean": sum(scores) / max(len(scores), 1)},
-                version_tags={"fold": 0, "data_hash": "d"},
-            )
-        return run
+            write_json(export / SCORES, scored(*scores, **facts))
+        metrics = {"test_dice_mean": sum(scores) / max(len(scores), 1)}
+        model = {
+            "registered_name": NAME,
+            "gate": gate,
+            "metrics": metrics,
+            "version_tags": {"fold": 0, "data_hash": "d"},
+        }
+        describe(CONFIG, export, name=export.name, model=model)
+        return export
 
-    def __call__(self, *scores: float, **more: Any) -> tracking.Run:
-        run = self.journal(*scores, **more)
-        delivered = replay_journals()
-        assert (delivered.left, delivered.rejected, delivered.error) == (0, 0, None)
-        return run
+    def __call__(self, *scores: float, **more: Any) -> Outcome:
+        outcome = publish(self.describe(*scores, **more))
+        assert (outcome.is_complete, outcome.problems) == (True, ())
+        return outcome
 
     @property
     def aliases(self) -> dict[str, str]:
@@ -67,7 +62,7 @@ def logged(client: Any, version: Any) -> Any:
 
 
 @pytest.fixture
-def export(place, client, no_worker) -> Exports:
+def export(place, client) -> Exports:
     return Exports(place, client)
 
 
@@ -162,47 +157,29 @@ def test_an_alias_of_a_version_that_is_gone_is_no_champion(export, client, monke
     assert dropped == [(NAME, CHAMPION)]
 
 
-def test_a_record_of_an_absent_server_is_judged_when_it_comes(export):
+def test_a_late_record_is_judged_when_it_comes_and_once(export, client):
     """What was champion at the export does not matter, what is champion at the delivery does."""
     export(0.5)
-    late = export.journal(0.6)
-    assert export.aliases == {CHALLENGER: "1", CHAMPION: "1"}
-    assert late.registration.endswith("is decided when the server is back")
-    moved = tracking.tracking_directory() / late.run_key
-    away = moved.rename(export.place / "kept-away")
+    late = export.describe(0.6)
     export(0.7)
     assert export.aliases == {CHALLENGER: "2", CHAMPION: "2"}
-    away.rename(moved)
-    assert replay_journals().left == 0
+    outcome = publish(late)
     assert export.aliases == {CHALLENGER: "3", CHAMPION: "2"}
-    assert late.registration.startswith("registered as m version 3, challenger: not better")
+    assert outcome.registration.startswith("registered as m version 3, challenger: not better")
+    export(0.8)
+    before = {version: export.tags(version) for version in range(1, 5)}
+    forget(client, late)
+    assert publish(late).is_complete
+    assert export.aliases == {CHALLENGER: "4", CHAMPION: "4"}
+    assert {version: export.tags(version) for version in range(1, 5)} == before
 
 
-def deliver_again(run: tracking.Run, kept: dict[Path, bytes]) -> None:
-    for path, content in kept.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-    (tracking.tracking_directory() / run.run_key / "state.json").unlink()
-    delivered = replay_journals()
-    assert (delivered.left, delivered.rejected) == (0, 0)
-
-
-def spooled(run: tracking.Run) -> dict[Path, bytes]:
-    journal = tracking.tracking_directory() / run.run_key
-    return {path: path.read_bytes() for path in journal.rglob("*") if path.is_file()}
-
-
-def test_what_is_delivered_twice_is_decided_once(export, client):
-    export(0.5)
-    run = export.journal(0.6)
-    kept = spooled(run)
-    replay_journals()
-    export(0.7)
-    before = {version: export.tags(version) for version in (1, 2, 3)}
-    deliver_again(run, kept)
-    assert export.aliases == {CHALLENGER: "3", CHAMPION: "3"}
-    assert {version: export.tags(version) for version in (1, 2, 3)} == before
-    assert len(client.search_model_versions(f"name = '{NAME}'")) == 3
+def forget(client: Any, export: Path) -> None:
+    """As after a crash between the last record's arrival and the tag that says so."""
+    (run,) = client.search_runs(["1"], f"tags.`distilldsm.run_key` = '{run_of(export)['key']}'")
+    for tag in run.data.tags:
+        if tag.startswith("distilldsm.published"):
+            client.delete_tag(run.info.run_id, tag)
 
 
 @pytest.mark.parametrize("step", ["set_model_version_tag", "set_registered_model_alias", "set_tag"])
@@ -210,8 +187,7 @@ def test_what_is_delivered_twice_is_decided_once(export, client):
 def test_an_interrupted_decision_is_taken_up_again(export, client, monkeypatch, step, call):
     """The process dies before or after any of the registry's writes."""
     export(0.5)
-    run = export.journal(0.6)
-    kept = spooled(run)
+    late = export.describe(0.6)
     sound: Callable = getattr(type(client), step)
     calls = []
 
@@ -225,10 +201,11 @@ def test_an_interrupted_decision_is_taken_up_again(export, client, monkeypatch, 
 
     with monkeypatch.context() as patch:
         patch.setattr(type(client), step, dying)
-        patch.setattr("distilldsm.tracking.sink.Sink.reachable", lambda self: False)
-        result = replay_journals()
-    assert result.left, calls
-    deliver_again(run, kept)
+        patch.setattr("distilldsm.tracking.store.Store.reachable", lambda self: False)
+        outcome = publish(late)
+    assert outcome.is_away, calls
+    run = publish(late)
+    assert run.is_complete
     assert export.aliases == {CHALLENGER: "2", CHAMPION: "2"}
     assert export.tags(2).items() >= {"gate.outcome": "better", "gate.champion": "1", "gate.judged": "true"}.items()
     assert client.get_run(run.run_id).data.tags["gate.decision"] == "champion"
@@ -282,22 +259,18 @@ def test_a_store_that_is_not_the_default_gets_its_model(export, empty_store, mon
     shutil.copyfile(empty_store, export.place / "other.db")
     uri = f"sqlite:///{export.place}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
-    run = export.journal(0.5)
+    late = export.describe(0.5)
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert replay_journals().rejected == 0
+    run = publish(late)
     assert "MLFLOW_TRACKING_URI" not in os.environ
     assert MlflowClient(tracking_uri=uri).get_model_version_by_alias(NAME, CHAMPION).run_id == run.run_id
 
 
-def test_nothing_to_register_says_nothing(place, client, run, caplog):
-    run.log_exported_model(onnx_model(place / "exported"))
-    assert replay_journals().rejected == 0
-    assert run.registration is None
-    assert tracking.Run().registration is None
-
-
-def test_a_model_that_the_store_refuses_is_told(place, client, run, caplog):
-    with caplog.at_level(logging.ERROR):
-        run.log_exported_model(onnx_model(place / "exported"), registered_name="no/name")
-        assert replay_journals().rejected == 1
-    assert "did not take the model" in run.registration
+def test_what_is_not_registered_says_so(place, client):
+    export = onnx_model(place / "export/0")
+    describe(CONFIG, export, name="n", model={"registered_name": None})
+    assert publish(export).registration is None
+    describe(CONFIG, export, name="n", model={"registered_name": "no/name"})
+    outcome = publish(export)
+    assert (outcome.registration, outcome.is_complete) == (None, False)
+    assert outcome.problems[0].startswith("model: ")

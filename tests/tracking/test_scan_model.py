@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -21,9 +22,10 @@ from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE, answer
 from distilldsm.io import read_scan
 from distilldsm.models.package import verify
-from distilldsm.tracking import flavor, replay_journals
+from distilldsm.tracking import describe, flavor
 from tests.data.volumes import stretched
 from tests.export.fake import NETWORK, Exported, exported
+from tests.tracking.store import CONFIG, publish_known
 
 
 @pytest.fixture(scope="module")
@@ -39,12 +41,13 @@ def scan(made) -> list[str]:
 
 
 @pytest.fixture
-def loaded(place, client, run, made):
+def loaded(place, client, made):
     """What `models:/NAME@champion` loads."""
     import mlflow
 
-    run.log_exported_model(made.export, registered_name="scans", metadata={"fold": 1})
-    assert replay_journals().rejected == 0
+    export = Path(shutil.copytree(made.export, place / "export/fold1"))
+    describe(CONFIG, export, name="n", model={"registered_name": "scans", "metadata": {"fold": 1}})
+    publish_known()
     mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
     try:
         yield mlflow.pyfunc.load_model("models:/scans@champion", dst_path=str(_made(place / "fetched")))

@@ -22,8 +22,9 @@ from distilldsm.inference.engines import OpenVINOEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.service import ROOT_VARIABLE
 from distilldsm.io import read_labels, read_scan
-from distilldsm.tracking import replay_journals
+from distilldsm.tracking import describe
 from tests.export.fake import NETWORK, exported
+from tests.tracking.store import CONFIG, publish_known
 
 
 def free_port() -> int:
@@ -47,7 +48,7 @@ def ask(port: int, payload: dict[str, Any]) -> tuple[int, Any]:
 
 
 @pytest.mark.slow
-def test_mlflow_serves_what_openvino_computes(place, client, run, tmp_path_factory):
+def test_mlflow_serves_what_openvino_computes(place, client, tmp_path_factory):
     made = exported(tmp_path_factory)
     package = made.export
     case = read_json(made.raw / "dataset_index.json")["cases"][0]
@@ -56,8 +57,9 @@ def test_mlflow_serves_what_openvino_computes(place, client, run, tmp_path_facto
     names = [Path(name).name for name in case["images"]]
     for name in case["images"]:
         shutil.copy(made.raw / name, scans)
-    run.log_exported_model(package, registered_name="served")
-    assert replay_journals().rejected == 0
+    export = Path(shutil.copytree(package, place / "export/fold1"))
+    describe(CONFIG, export, name="n", model={"registered_name": "served"})
+    publish_known()
     port = free_port()
     command = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/served@champion"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db", ROOT_VARIABLE: str(scans)}
