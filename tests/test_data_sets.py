@@ -126,7 +126,7 @@ def test_the_papers_recipe_runs_end_to_end(tmp_path):
 @pytest.mark.slow
 def test_a_network_of_ones_own_runs_end_to_end(tmp_path, monkeypatch, capfd):
     pytest.importorskip("monai")
-    own = ("model=inserted", "+train.model.options.arguments.features=[8,8,8,8,8,8]")
+    own = ("model=inserted", "train.model.options.arguments.features=[8,8,8,8,8,8]")
     at = run_stages("heart", tmp_path, network=own)
     assert "trained without train.deep_supervision" in capfd.readouterr().err
     metadata = load_metadata(at.export)

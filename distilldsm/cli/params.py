@@ -9,11 +9,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("keys", metavar="KEY", nargs="*", help="a parameter or a section, e.g. train.augment")
     parser.add_argument("--markdown", action="store_true", help="as tables in Markdown")
+    parser.add_argument(
+        "--schema", action="store_true", help="the JSON schema of params.yaml (conf/params.schema.json)"
+    )
 
 
 def run(args: argparse.Namespace) -> None:
     """The reference of the parameters."""
-    from distilldsm.config.reference import as_markdown, as_text, matching
+    import json
 
+    from distilldsm.config.reference import as_markdown, as_text, json_schema, matching
+
+    if args.schema:
+        print(json.dumps(json_schema(), indent=1))
+        return
     found = matching(args.keys)
     print(as_markdown(found) if args.markdown else as_text(found))

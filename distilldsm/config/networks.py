@@ -1,12 +1,16 @@
-"""The networks as data: names, options with their defaults, rules. `distilldsm.models` builds them."""
+"""The networks as data: names, options with defaults and rules. Nothing here imports a network.
+
+A new network is an entry of `MODELS` and a module `distilldsm/models/FAMILY.py` whose function `build` makes it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, did_you_mean
+from distilldsm.core.mapping import Count, Natural, Positive, Rule, Share, convert
 
 Scalar = bool | int | float | str
 Options = Mapping[str, Scalar | tuple[Scalar, ...] | Mapping[str, Scalar | tuple[Scalar, ...] | None]]
@@ -15,13 +19,13 @@ Options = Mapping[str, Scalar | tuple[Scalar, ...] | Mapping[str, Scalar | tuple
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """A network of the registry: what it is called, what it is, its options with their defaults."""
+    """What is known of a network before it is built."""
 
     summary: str
     family: str
-    """The module of `distilldsm.models` that builds it: `unet2d` (slices, with or without depth shift), `unet3d` or
+    """The module of `distilldsm.models` that builds it: `unet2d` (slices, with or without depth shift), `unet3d`, or
     `inserted` (a 2-D network of the user's)."""
-    fixed: Mapping[str, Any]
+    fixed: Mapping[str, Any] = field(default_factory=dict)
     """Arguments that make the variant what it is."""
     options: Mapping[str, Any]
     """Options a user may set, with their defaults."""
@@ -63,13 +67,11 @@ MODELS: Mapping[str, ModelEntry] = {
     "unet3d": ModelEntry(
         summary="the paper's 3-D baseline: residual, pre-activation, GroupNorm",
         family="unet3d",
-        fixed={},
         options={"base_width": 8},
     ),
     "inserted": ModelEntry(
         summary="a 2-D network of your own, 'builder' package.module:function, with depth shifts put into it",
         family="inserted",
-        fixed={},
         options={
             "builder": "",
             "arguments": {},
@@ -84,70 +86,53 @@ MODELS: Mapping[str, ModelEntry] = {
     ),
 }
 
+
 MODEL_NAMES = tuple(MODELS)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _is_count(value: object, least: int = 1) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_list_of(value: object, fits: Callable[[object], bool]) -> bool:
-    return isinstance(value, list | tuple) and bool(value) and all(map(fits, value))
-
-
-def _is_name(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
-
-
-_SHARE = (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1")
-_NAME = (_is_name, "a name")
-_RULES: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "width": (lambda v: _is_number(v) and v > 0, "a number above 0"),
-    "alpha": _SHARE,
-    "fraction": _SHARE,
-    "add": (lambda v: isinstance(v, bool), "true or false"),
-    "base_width": (_is_count, "a whole number from 1"),
-    "stride": (_is_count, "a whole number from 1"),
-    "initialisation": (lambda v: v in ("paper", "identity"), "paper or identity"),
-    "shift_at": (
-        lambda v: v in ("all", "encoder", "decoder") or _is_list_of(v, lambda one: _is_count(one, 0)),
-        "all, encoder, decoder, or a list of levels from 0 (full resolution)",
-    ),
-    "kind": (lambda v: v in ("distill", "residual", "shift"), "distill, residual or shift"),
-    "where": (lambda v: _is_name(v) or _is_list_of(v, _is_name), "auto, or patterns of module names"),
-    "builder": (
-        lambda v: isinstance(v, str) and all(v.partition(":")),
-        "package.module:function, e.g. monai.networks.nets:BasicUNet",
-    ),
-    "arguments": (lambda v: isinstance(v, Mapping), "a mapping, e.g. {spatial_dims: 2}"),
-    "in_argument": _NAME,
-    "out_argument": _NAME,
+OPTION_TYPES: Mapping[str, Any] = {
+    "width": Positive,
+    "alpha": Share,
+    "fraction": Share,
+    "add": bool,
+    "base_width": Count,
+    "stride": Count,
+    "initialisation": Literal["paper", "identity"],
+    "shift_at": Annotated[
+        Literal["all", "encoder", "decoder"] | tuple[Natural, ...],
+        Rule("all, encoder, decoder, or a list of levels from 0 (full resolution)"),
+    ],
+    "kind": Literal["distill", "residual", "shift"],
+    "where": Annotated[str | tuple[str, ...], Rule("auto, or patterns of module names", pattern=".+")],
+    "builder": Annotated[
+        str, Rule("package.module:function, e.g. monai.networks.nets:BasicUNet", pattern=r"[^:]+:[^:]+(:.*)?")
+    ],
+    "arguments": Annotated[Mapping[str, Any], Rule("a mapping, e.g. {spatial_dims: 2}")],
+    "in_argument": Annotated[str, Rule("a name", pattern=r".+")],
+    "out_argument": Annotated[str, Rule("a name", pattern=r".+")],
 }
-"""What an option must be, and how that is told."""
+"""Option to its type, as of the fields of parameters."""
 
 
-def check_options(name: str, options: Mapping[str, Any]) -> None:
-    """Check the options of a network without building it, which loads torch.
+def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of a network as it wants them: whole numbers, tuples ... Nothing is built, so no torch is loaded.
 
     Raises:
-        ConfigError: an option that network `name` has not, an impossible value, or one that must be given is missing.
+        ConfigError: unknown network or option, impossible value, or a missing option that must be given.
     """
+    if name not in MODELS:
+        raise ConfigError(
+            "'name' is no known network",
+            seen=repr(name),
+            rule="one of " + ", ".join(MODELS),
+            hint=did_you_mean(name, MODELS),
+        )
     known = MODELS[name].options
     for key in options:
         if key not in known:
             raise ConfigError(
-                f"model '{name}' has no option '{key}'",
-                where="train.model.options",
+                f"unknown parameter '{key}' of network '{name}'",
+                where="options",
                 rule="allowed: " + ", ".join(known),
                 hint=f"take it out; `distilldsm compose --keep model={name}` sets network and options together",
             )
-    for key, value in options.items() if "builder" not in known else {"builder": "", **options}.items():
-        fits, rule = _RULES[key]
-        if not fits(value):
-            raise ConfigError(
-                f"option '{key}' has an impossible value", where="train.model.options", seen=repr(value), rule=rule
-            )
+    needed = {"builder": ""} if "builder" in known else {}
+    return {key: convert(OPTION_TYPES[key], value, f"options.{key}") for key, value in {**needed, **options}.items()}

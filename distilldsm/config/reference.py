@@ -1,21 +1,27 @@
-"""The reference of all parameters, read from the dataclasses and the texts under their fields."""
+"""Every parameter as people and editors read it: as table, JSON schema and commented `params.yaml`."""
 
 from __future__ import annotations
 
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
+import re
 import textwrap
+import types
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from distilldsm.config import Params
+from distilldsm.config.networks import MODELS
+from distilldsm.config.params import Params
 from distilldsm.core.errors import ConfigError
-from distilldsm.core.mapping import to_mapping
+from distilldsm.core.mapping import Range, field_types, to_mapping
+
+_COMMENT_COLUMN, _WIDTH = 34, 120
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,25 +31,26 @@ class Parameter:
     key: str
     """With its section, e.g. `train.epochs`."""
     kind: str
-    """Its type, as in the source."""
+    """Its type."""
     default: str
     """As JSON; empty where a value must be given."""
     text: str
-    """What it is, with its unit."""
+    """What it is, with its unit and range."""
 
 
-def parameters(cls: type = Params, prefix: str = "") -> Iterator[Parameter]:
+def parameters(cls: Any = Params, prefix: str = "") -> Iterator[Parameter]:
     """All parameters of a dataclass and of those in it, in their order."""
-    hints = typing.get_type_hints(cls)
-    texts = _field_texts(cls)
+    plain, texts = typing.get_type_hints(cls), field_texts(cls)
     for field in dataclasses.fields(cls):
-        key = f"{prefix}{field.name}"
-        section = _dataclass_of(hints[field.name])
-        kind, text = texts[field.name]
-        if section is None or not _is_section(hints[field.name]):
-            yield Parameter(key=key, kind=kind, default=_default(field), text=text)
-        if section is not None:
-            yield from parameters(section, f"{key}.")
+        key, kind = f"{prefix}{field.name}", plain[field.name]
+        if not dataclasses.is_dataclass(kind):
+            words = re.sub(r"\b(typing|collections\.abc|distilldsm(\.\w+)*)\.", "", inspect.formatannotation(kind))
+            limits = sorted({str(one) for one in _ranges(field_types(cls)[field.name])})
+            text = " ".join([texts[field.name], *(f"Range: {limit}." for limit in limits)])
+            yield Parameter(key=key, kind=words, default=_default(field), text=text)
+        for inner in (kind, *typing.get_args(kind)):
+            if dataclasses.is_dataclass(inner):
+                yield from parameters(inner, f"{key}.")
 
 
 def matching(wanted: Sequence[str]) -> list[Parameter]:
@@ -90,39 +97,127 @@ def as_markdown(found: Sequence[Parameter]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def as_yaml(values: Mapping[str, Any], cls: Any = Params, indent: str = "") -> str:
+    """`params.yaml`: a line per parameter, with its text as comment: the first sentence where there is no room.
+
+    Args:
+        values: of every field of `cls`.
+    """
+    lines, hints, texts = [], typing.get_type_hints(cls), field_texts(cls)
+    for field in dataclasses.fields(cls):
+        kind, value = hints[field.name], values[field.name]
+        section = dataclasses.is_dataclass(kind)
+        text = (kind.__doc__ or "") if section else texts[field.name]
+        choices = typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+        first = re.split(r"(?<!e\.g)\.(?:\s|$)|; ", text, maxsplit=1)[0]
+        line = f"{indent}{field.name}:{'' if section else ' ' + flow_yaml(value)}"
+        for words in (text.removesuffix("."), first):
+            comment = f"# {words}{' (' + ' | '.join(choices) + ')' if choices else ''}"
+            if max(len(line) + 2, _COMMENT_COLUMN) + len(comment) <= _WIDTH:
+                lines.append(f"{line:{_COMMENT_COLUMN - 2}}  {comment}")
+                break
+        else:
+            lines += [f"{indent}{comment}", line]
+        if section:
+            lines.append(as_yaml(value, kind, f"{indent}  ").rstrip("\n"))
+    return "\n".join(lines) + "\n"
+
+
+def flow_yaml(value: Any) -> str:
+    """A value as YAML in one line, e.g. `{a: [1, 2]}`."""
+    import yaml
+
+    text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
+    return text.removesuffix("...\n").rstrip("\n")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON schema of `params.yaml` and of the presets, from which an editor completes and checks them."""
+    schema = _schema(Params)
+    options = {"enum": list(MODELS)}
+    schema["properties"]["train"]["properties"]["model"]["properties"]["name"] |= options
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "distilldsm: params.yaml", **schema}
+
+
+def _schema(hint: Any) -> dict[str, Any]:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint):
+        return _object(hint)
+    if origin is typing.Annotated:
+        return _schema(args[0]) | _limits(args[1])
+    if origin in (typing.Union, types.UnionType):
+        return {"anyOf": [_schema(one) for one in args]}
+    if origin is typing.Literal:
+        return {"enum": list(args)}
+    if origin is tuple and args[-1] is Ellipsis:
+        return {"type": "array", "items": _schema(args[0])}
+    if origin is tuple:
+        return {
+            "type": "array",
+            "items": [_schema(one) for one in args],
+            "minItems": len(args),
+            "additionalItems": False,
+        }
+    if origin is not None:
+        return {"type": "object", "additionalProperties": _schema(args[1])}
+    # YAML 1.1 reads 1e-3 (no dot) as text, which the converter takes for a number.
+    number = {"type": ["number", "string"], "pattern": r"^[-+]?[\d.]+([eE][-+]?\d+)?$"}
+    scalars: dict[Any, dict[str, Any]] = {bool: {"type": "boolean"}, int: {"type": "integer"}, float: number}
+    return scalars.get(hint, {"type": "string" if hint is str else "null"})
+
+
+def _object(cls: Any) -> dict[str, Any]:
+    texts, properties = field_texts(cls), {}
+    for field in dataclasses.fields(cls):
+        properties[field.name] = {**_schema(field_types(cls)[field.name])}
+        if texts[field.name]:
+            properties[field.name]["description"] = texts[field.name]
+        if default := _default(field):
+            properties[field.name]["default"] = json.loads(default)
+    required = [name for name, one in properties.items() if "default" not in one]
+    return {
+        "type": "object",
+        "description": cls.__doc__,
+        "properties": properties,
+        "additionalProperties": False,
+        **({"required": required} if required else {}),
+    }
+
+
+def _limits(note: object) -> dict[str, float]:
+    if not isinstance(note, Range):
+        return {}
+    names = {
+        "exclusiveMinimum" if note.above else "minimum": note.low,
+        "exclusiveMaximum" if note.below else "maximum": note.high,
+    }
+    return {name: limit for name, limit in names.items() if abs(limit) != float("inf")}
+
+
+def _ranges(hint: Any) -> Iterator[Range]:
+    yield from (one for one in getattr(hint, "__metadata__", ()) if isinstance(one, Range))
+    for inner in typing.get_args(hint):
+        yield from _ranges(inner)
+
+
 def _below(key: str, name: str) -> bool:
     return key == name or key.startswith(f"{name}.")
 
 
-def _field_texts(cls: type) -> dict[str, tuple[str, str]]:
-    """Field to its type as written, and the text that stands under it."""
+@functools.cache
+def field_texts(cls: Any) -> dict[str, str]:
+    """Field to the text that stands under it; of a section, empty."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
     found = {}
-    for number, node in enumerate(body.body):
-        if not (isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)):
-            continue
-        following = body.body[number + 1] if number + 1 < len(body.body) else None
-        text = ""
-        if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant):
-            text = " ".join(str(following.value.value).split())
-        found[node.target.id] = ast.unparse(node.annotation), text
+    for node, following in zip(body.body, [*body.body[1:], None], strict=True):
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
+            found[node.target.id] = " ".join(str(following.value.value).split()) if described else ""  # type: ignore
     return found
 
 
-def _dataclass_of(hint: Any) -> type | None:
-    """The dataclass that a type is, or may be."""
-    for choice in (hint, *typing.get_args(hint)):
-        if isinstance(choice, type) and dataclasses.is_dataclass(choice):
-            return choice
-    return None
-
-
-def _is_section(hint: Any) -> bool:
-    return isinstance(hint, type) and dataclasses.is_dataclass(hint)
-
-
-def _default(field: dataclasses.Field) -> str:
+def _default(field: dataclasses.Field[Any]) -> str:
     if field.default is not dataclasses.MISSING:
         return json.dumps(to_mapping(field.default))
     if field.default_factory is not dataclasses.MISSING:

@@ -4,21 +4,62 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import os
+import re
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from distilldsm.core.assignments import parse_yaml, read_assignment
+from distilldsm.core.assignments import parse_yaml
 from distilldsm.core.errors import ConfigError, did_you_mean
 from distilldsm.core.shipped import shipped
 
 T = TypeVar("T")
-RULE = "rule"
-"""Key of a field's metadata: what to tell instead of the names of its types."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The numbers that a field may have, as an annotation of its type: `Annotated[int, Range(1)]`."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    """Without `low` itself."""
+    below: bool = False
+    """Without `high` itself."""
+
+    def holds(self, value: float) -> bool:
+        """Whether a number lies in it."""
+        return (value > self.low if self.above else value >= self.low) and (
+            value < self.high if self.below else value <= self.high
+        )
+
+    def __str__(self) -> str:
+        if self.high == math.inf:
+            return f"above {self.low:g}" if self.above else f"at least {self.low:g}"
+        low = f"above {self.low:g}, and" if self.above else f"from {self.low:g} to"
+        high = f"below {self.high:g}" if self.below else f"{'at most ' if self.above else ''}{self.high:g}"
+        return f"{low} {high}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What an error says of a type, as an annotation of it, where the names of its parts say too little."""
+
+    text: str
+    pattern: str | None = None
+    """Regular expression that a text must match as a whole."""
+
+
+Count = typing.Annotated[int, Range(1)]
+Natural = typing.Annotated[int, Range(0)]
+Positive = typing.Annotated[float, Range(0, above=True)]
+NotNegative = typing.Annotated[float, Range(0)]
+Share = typing.Annotated[float, Range(0, 1)]
 
 
 def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing file") -> dict[str, Any]:
@@ -56,6 +97,16 @@ def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing fil
     return loaded
 
 
+def field_types(cls: Any) -> dict[str, Any]:
+    """Field to type of a dataclass, with their annotations (`Range`, `Rule`)."""
+    return _field_types(cls)
+
+
+@functools.cache
+def _field_types(cls: Any) -> dict[str, Any]:
+    return typing.get_type_hints(cls, include_extras=True)
+
+
 def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     """Build the dataclass `cls` from nested mappings and lists.
 
@@ -65,7 +116,7 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     if not isinstance(values, Mapping):
         raise ConfigError("must be a mapping of parameters", where=where, seen=_show(values))
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    hints = typing.get_type_hints(cls)
+    hints = field_types(cls)
     for key in values:
         if key not in fields:
             raise ConfigError(
@@ -74,7 +125,7 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
                 rule="allowed: " + ", ".join(fields),
                 hint=did_you_mean(str(key), fields) or "remove it or correct its name",
             )
-    built = {key: _convert_field(fields[key], hints[key], value, f"{where}.{key}") for key, value in values.items()}
+    built = {key: convert(hints[key], value, f"{where}.{key}") for key, value in values.items()}
     missing = [
         name
         for name, field in fields.items()
@@ -85,45 +136,14 @@ def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     try:
         return cls(**built)
     except ConfigError as error:
-        if error.where:
-            raise
-        raise ConfigError(error.problem, where=where, seen=error.seen, rule=error.rule, hint=error.hint) from None
+        place = f"{where}.{error.where}" if error.where else where
+        raise ConfigError(error.problem, where=place, seen=error.seen, rule=error.rule, hint=error.hint) from None
 
 
 def require(condition: bool, key: str, seen: object, rule: str) -> None:
     """Raise ConfigError, naming the parameter, the value and the rule, unless the condition holds."""
     if not condition:
         raise ConfigError(f"'{key}' has an impossible value", seen=repr(seen), rule=rule)
-
-
-def set_values(values: Mapping[str, Any], assignments: Iterable[str]) -> dict[str, Any]:
-    """A copy of nested `values` with `section.key=value` assignments carried out, see `read_assignment`.
-
-    Raises:
-        ConfigError: an assignment is none, or leads through something that is no mapping.
-    """
-    import copy
-
-    changed: dict[str, Any] = copy.deepcopy(dict(values))
-    for assignment in assignments:
-        keys, value = read_assignment(assignment, where="--set")
-        mapping_at(changed, keys[:-1], assignment, where="--set")[keys[-1]] = value
-    return changed
-
-
-def mapping_at(values: dict[str, Any], keys: Iterable[str], assignment: str, *, where: str) -> dict[str, Any]:
-    """The mapping within `values` that `keys` lead to, made where there is none.
-
-    Raises:
-        ConfigError: they lead through something that is no mapping.
-    """
-    for key in keys:
-        if values.get(key) is None:
-            values[key] = {}
-        values = values[key]
-        if not isinstance(values, dict):
-            raise ConfigError(f"'{key}' holds no parameters", where=where, seen=assignment)
-    return values
 
 
 def to_mapping(value: Any) -> Any:
@@ -158,17 +178,15 @@ def _wrong(value: object, where: str, rule: str) -> ConfigError:
     return ConfigError("has the wrong type or value", where=where, seen=_show(value), rule=rule)
 
 
-def _convert_field(field: dataclasses.Field, hint: Any, value: object, where: str) -> Any:
-    try:
-        return _convert(hint, value, where)
-    except ConfigError as error:
-        if RULE in field.metadata:
-            raise ConfigError(error.problem, where=error.where, seen=error.seen, rule=field.metadata[RULE]) from None
-        raise
+def convert(hint: Any, value: object, where: str) -> Any:
+    """`value` as the type `hint` wants it: dataclass, Literal, union, tuple, mapping, scalar, or one of them annotated.
 
-
-def _convert(hint: Any, value: object, where: str) -> Any:
+    Raises:
+        ConfigError: it is none; names `where`.
+    """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        return _convert_annotated(args[0], args[1], value, where)
     if origin in (typing.Union, types.UnionType):
         return _convert_union(args, value, where)
     if origin is typing.Literal:
@@ -189,17 +207,31 @@ def _convert(hint: Any, value: object, where: str) -> Any:
         for k, v in value.items():
             if args[0] is str and not isinstance(k, str):
                 raise _no_name(args[1], k, v, where)
-        return {_convert(args[0], k, f"{where} key"): _convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {convert(args[0], k, f"{where} key"): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
     return _convert_scalar(hint, value, where)
+
+
+def _convert_annotated(hint: Any, note: Range | Rule, value: object, where: str) -> Any:
+    try:
+        converted = convert(hint, value, where)
+    except ConfigError as error:
+        rule = note.text if isinstance(note, Rule) else error.rule
+        raise ConfigError(error.problem, where=error.where, seen=error.seen, rule=rule, hint=error.hint) from None
+    if isinstance(note, Range):
+        if not note.holds(converted):
+            raise ConfigError("has an impossible value", where=where, seen=repr(value), rule=str(note))
+    elif note.pattern and isinstance(converted, str) and not re.fullmatch(note.pattern, converted):
+        raise ConfigError("has an impossible value", where=where, seen=repr(value), rule=note.text)
+    return converted
 
 
 def _no_name(kind: Any, key: object, value: object, where: str) -> ConfigError:
     hint = "put the name in quotes"
     if isinstance(value, str):
         with contextlib.suppress(ConfigError):
-            _convert(kind, key, where)
+            convert(kind, key, where)
             hint = f"did you mean '{value}: {key}'?"
     return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", hint=hint)
 
@@ -209,10 +241,10 @@ def _convert_union(args: tuple[Any, ...], value: object, where: str) -> Any:
         return None
     choices = [a for a in args if a is not type(None)]
     if len(choices) == 1:
-        return _convert(choices[0], value, where)
+        return convert(choices[0], value, where)
     for choice in choices:
         try:
-            return _convert(choice, value, where)
+            return convert(choice, value, where)
         except ConfigError:
             continue
     raise _wrong(value, where, "one of " + ", ".join(getattr(c, "__name__", str(c)) for c in choices))
@@ -222,10 +254,10 @@ def _convert_tuple(args: tuple[Any, ...], value: object, where: str) -> tuple[An
     if not isinstance(value, list | tuple):
         raise _wrong(value, where, "a list")
     if len(args) == 2 and args[1] is Ellipsis:
-        return tuple(_convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        return tuple(convert(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
     if len(value) != len(args):
         raise _wrong(value, where, f"a list of {len(args)} values")
-    return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
+    return tuple(convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True)))
 
 
 def _convert_scalar(hint: Any, value: object, where: str) -> Any:

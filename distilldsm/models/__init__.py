@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.config.networks import MODELS, check_options
+from distilldsm.config.networks import MODELS, checked_options
 from distilldsm.core.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -18,9 +18,7 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
     Raises:
         ConfigError: unknown name or option, or an impossible value; what is wrong with a builder of the user's.
     """
-    if name not in MODELS:
-        raise ConfigError("unknown model", seen=repr(name), rule="one of " + ", ".join(MODELS))
-    check_options(name, options)
+    options = checked_options(name, options)
     entry = MODELS[name]
     for key, value in (("in_channels", in_channels), ("out_channels", out_channels)):
         if not isinstance(value, int) or value < 1:

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilldsm.config import Params, load_params
+from distilldsm.config.presets import set_values
 from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.mapping import from_mapping, load_yaml, set_values, to_mapping
+from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, check_against, manifest
 
 FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}

@@ -24,7 +24,7 @@ def test_compose_writes_checked_parameters(repository, tmp_path, capsys):
     params = load_params(output)
     assert (params.train.model.name, params.train.epochs) == ("unet3d", 5)
     assert params.download.source == "msd:Task04_Hippocampus"
-    assert output.read_text().startswith("# Written by: distilldsm compose dataset=hippocampus model=unet3d")
+    assert "# Written by: distilldsm compose dataset=hippocampus model=unet3d train.epochs=5" in output.read_text()
     assert [p.name for p in tmp_path.iterdir()] == ["params.yaml"]
     capsys.readouterr()
     assert compose(repository, "-o", "-") == 0
@@ -44,7 +44,7 @@ def test_compose_writes_checked_parameters(repository, tmp_path, capsys):
         ("+train.epochs=1", "hint: train.epochs=1"),
         ("~train.epochs", "set without '~'"),
         ("=cluster", "is no assignment"),
-        ("download.source=${oc.env:HOME}", "${...} is for presets"),
+        ("download.source=${oc.env:HOME}", "no ${...}: "),
         ("dataset=custom", "conf/dataset/custom.yaml: download.source"),
         ("dataset=custom", "download.source=FOLDER"),
     ],
@@ -114,15 +114,14 @@ def test_compose_reads_values_as_params_yaml_does(repository, tmp_path, capsys, 
     assert values["train"]["learning_rate"] == 0.001
     shipped = yaml.safe_load((repository / "params.yaml").read_text())["train"]
     assert values["train"]["augment"] == {**shipped["augment"], "mirror_axes": ["depth"]}
-    assert values["train"]["model"]["options"] == {**shipped["model"]["options"], "width": 0.5}
+    assert values["train"]["model"]["options"] == {"width": 0.5}, "the options of one network mean nothing to another"
     again = ("preprocess.regions={b: [x]}", "train.model.options={}", "-o", str(output))
     assert compose(repository, "--keep", *again) == 0
     values = yaml.safe_load(output.read_text())
     assert (values["preprocess"]["regions"], values["train"]["model"]["options"]) == ({"b": ["x"]}, {})
 
 
-MINE = """# @package _global_
-download:
+MINE = """download:
   source: /data/mine
   layout: pattern
   pattern: {images: ["a/{case}.nii"], label: "b/{case}.nii", channels: {T1: MRI}, labels: {background: 0, organ: 1}}
@@ -145,7 +144,6 @@ def test_a_mistake_in_a_preset_is_told_with_its_file(conf, capsys, keep):
         assert main(["compose", *keep, "dataset=mine", *overrides]) == 2
         return capsys.readouterr().err
 
-    assert "conf/dataset/mine.yaml: lacks its first line `# @package _global_`" in told(MINE.partition("\n")[2])
     others = ("model=unet3d", "train.epochs=5")
     text = told(MINE.replace("T1: MRI", "T1: MIR"), *others)
     assert text.startswith("error: conf/dataset/mine.yaml: download.pattern.channels.T1: ")
@@ -153,15 +151,16 @@ def test_a_mistake_in_a_preset_is_told_with_its_file(conf, capsys, keep):
     assert text.startswith("error: conf/dataset/mine.yaml: download.pattern: parameter 'label' is missing")
     text = told(MINE + "train: {epoch: 3}\n", *others)
     assert text.startswith("error: conf/dataset/mine.yaml: train.epoch: unknown parameter 'epoch'")
-    assert "mine.yaml: a key is given twice\n  seen: download.source, lines 3 and 6" in told(MINE + "  source: b\n")
+    assert "mine.yaml: a key is given twice\n  seen: download.source, lines 2 and 5" in told(MINE + "  source: b\n")
     assert told(MINE, "train.epochs=0").startswith("error: train.epochs: ")
     assert told(MINE, "train.augment.mirror_axes=[up]").startswith("error: train.augment.mirror_axes[0]: ")
     if keep:
         (conf / "../../params.yaml").write_text("train: {epochs: 0}\n")
         assert told(MINE).startswith("error: params.yaml: train.epochs: ")
-    assert "lacks its first line" in told("# a comment before it\n" + MINE), "Hydra does not see it there"
-    (conf / "mine.yaml").write_text("\n#@package  _global_\n" + MINE.partition("\n")[2])
-    assert main(["compose", "dataset=mine"]) == 0
+    for old in ("# @package _global_\n", "\n#@package  elsewhere\n", ""):  # a line that earlier versions needed
+        (conf / "mine.yaml").write_text(old + MINE)
+        assert main(["compose", "dataset=mine"]) == 0
+        assert load_params("params.yaml").download.source == "/data/mine"
 
 
 def test_another_pattern_replaces_the_one_that_is_kept(conf):
@@ -177,7 +176,9 @@ def test_another_pattern_replaces_the_one_that_is_kept(conf):
 
 def test_the_head_tells_every_command(conf):
     def head() -> list[str]:
-        return [line for line in Path("params.yaml").read_text().splitlines() if line.startswith("#")]
+        lines = [line for line in Path("params.yaml").read_text().splitlines() if line.startswith("#")]
+        assert lines.pop(0) == "# yaml-language-server: $schema=conf/params.schema.json"
+        return lines
 
     first = ["dataset=custom", "download.source=/data/my set"]
     assert main(["compose", *first]) == 0
@@ -223,4 +224,64 @@ def test_compose_keep_needs_what_it_keeps(conf, capsys):
 
 def test_compose_needs_the_presets(tmp_path, capsys):
     assert main(["compose", "--conf", str(tmp_path)]) == 2
-    assert "config.yaml" in capsys.readouterr().err
+    assert "holds no presets" in capsys.readouterr().err
+
+
+COMMENTED = """# Ours: do not touch.
+
+train:  # as agreed on Monday
+  # twice the sample's
+  epochs: 20      # see the wiki
+  learning_rate: 1e-3 # found by the sweep
+  model:
+    # narrow: the laptop is small
+    options:
+      width: 0.5  # half
+      alpha: 0.25
+    # the name comes last here
+    name: 'distill_dsm'
+  deterministic: yes
+cv: {folds: [0, 1]} # two for now
+"""
+
+
+def test_keep_changes_values_and_no_comment(conf):
+    Path("params.yaml").write_text(COMMENTED)
+    changes = ["train.epochs=5", "train.model.options={alpha: 0.5, shift_at: encoder}", "cv.folds=[2]", "train.seed=7"]
+    changes += ["download.name='yes'", "train.deterministic=false"]
+    assert main(["compose", "--keep", *changes]) == 0
+    text = Path("params.yaml").read_text()
+    comments = [line.partition("#")[2].strip() for line in COMMENTED.splitlines() if "#" in line]
+    assert [comment for comment in comments if f"# {comment}\n" not in text] == ["half"], "its key is gone"
+    assert "  epochs: 5 " in text
+    assert "learning_rate: 1e-3 #" in text, "what does not change keeps its form"
+    assert "name: 'distill_dsm'" in text
+    expected = yaml.safe_load(COMMENTED)
+    expected["train"] |= {"epochs": 5, "seed": 7, "deterministic": False}
+    expected["train"]["model"]["options"] = {"alpha": 0.5, "shift_at": "encoder"}
+    expected |= {"cv": {"folds": [2]}, "download": {"name": "yes"}}
+    assert yaml.safe_load(text) == expected
+
+
+def test_presets_on_the_defaults_keep_the_comments_of_the_file(conf):
+    shipped = Path("params.yaml").read_text()
+    mine = shipped.replace("  seed: 0  ", "  # ours\n  seed: 3  ").replace("# Passes over the", "# MY passes over the")
+    Path("params.yaml").write_text(mine)
+    assert main(["compose", "dataset=hippocampus"]) == 0
+    text = Path("params.yaml").read_text()
+    assert "  # ours\n  seed: 0  " in text
+    assert "epochs: 40                      # MY passes" in text
+    assert main(["compose"]) == 0
+    assert yaml.safe_load(Path("params.yaml").read_text()) == yaml.safe_load(shipped)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["train: &t {epochs: 3}\ncv: {folds: [0]}\n", "{train: {epochs: 3}}\n", "train:\n    epochs: 0o3\n    seed: 1\n"],
+)
+def test_any_yaml_is_changed_to_the_same_values(conf, text):
+    Path("params.yaml").write_text(text)
+    assert main(["compose", "--keep", "train.seed=5"]) == 0
+    expected = yaml.safe_load(text)
+    expected["train"]["seed"] = 5
+    assert yaml.safe_load(Path("params.yaml").read_text()) == expected

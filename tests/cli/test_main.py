@@ -25,7 +25,7 @@ from distilldsm.evaluation import tables
 from tests.evaluation.folds import write_folds
 from tests.export.fake import Exported, exported
 
-HEAVY = ("torch", "onnx", "mlflow", "pandas", "hydra", "great_expectations", "matplotlib", "dvc")
+HEAVY = ("torch", "onnx", "mlflow", "pandas", "ruamel", "hydra", "great_expectations", "matplotlib", "dvc")
 
 
 @pytest.fixture(scope="module")

@@ -398,7 +398,17 @@ def test_dicom_series_as_channels_of_one_scan(made, tmp_path, capsys):
 
 
 def test_nothing_heavy_is_imported(made, scan, tmp_path):
-    heavy = ("torch", "onnx", "mlflow", "pandas", "hydra", "great_expectations", "matplotlib", "dvc", "highdicom")
+    heavy = (
+        "torch",
+        "onnx",
+        "mlflow",
+        "pandas",
+        "ruamel",
+        "great_expectations",
+        "matplotlib",
+        "dvc",
+        "highdicom",
+    )
     code = (
         "import sys; from distilldsm.cli.main import main; code = main(sys.argv[1:]);"
         "print([m for m in {} if m in sys.modules]); sys.exit(code)"

@@ -1,18 +1,22 @@
-"""Every shipped YAML loads, and `params.yaml` is what the defaults compose to."""
+"""Presets and assignments on the defaults: what is shipped loads, and `params.yaml` is what it composes to."""
 
 from __future__ import annotations
 
 import ast
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
+from hypothesis import given
+from hypothesis import strategies as st
 
-from distilldsm.config import Params, load_params
+from distilldsm.config import Params
 from distilldsm.config.networks import MODELS
+from distilldsm.config.presets import compose, merge, set_values
+from distilldsm.config.reference import as_yaml, json_schema
+from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, to_mapping
 from distilldsm.data.plan import regions_of
 from distilldsm.models import build_model
@@ -20,36 +24,42 @@ from distilldsm.models import build_model
 ROOT = Path(__file__).resolve().parents[2]
 DATASETS = sorted(p.stem for p in (ROOT / "conf" / "dataset").glob("*.yaml"))
 STAGES = ("download", "validate", "preprocess", "train", "evaluate", "export", "cross_validate")
-MODEL_PRESETS = sorted(p.stem for p in (ROOT / "conf" / "model").glob("*.yaml"))
 
 
 def composed(*overrides: str) -> dict:
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        return OmegaConf.to_container(compose("config", overrides=list(overrides)), resolve=True)
+    return compose(ROOT / "conf", overrides)
 
 
 def test_params_yaml_is_the_default_composition():
-    assert yaml.safe_load((ROOT / "params.yaml").read_text()) == composed()
+    text = (ROOT / "params.yaml").read_text()
+    assert text.endswith(as_yaml(composed())), "write it again: rm params.yaml && distilldsm compose"
+    assert yaml.safe_load(text) == composed()
+    assert text.startswith("# yaml-language-server: $schema=conf/params.schema.json\n")
+    assert max(map(len, text.splitlines())) <= 120
 
 
-def test_params_yaml_lists_every_parameter():
-    def keys(value, prefix=""):
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                yield f"{prefix}{key}"
-                yield from keys(inner, f"{prefix}{key}.")
-
-    listed = set(keys(yaml.safe_load((ROOT / "params.yaml").read_text())))
-    assert {k for k in keys(to_mapping(Params())) if not k.startswith("train.model.options.")} <= listed
+def test_the_sample_preset_is_all_that_differs_from_the_defaults():
+    expected = to_mapping(Params())
+    merge(expected, yaml.safe_load((ROOT / "conf/dataset/sample.yaml").read_text()))
+    expected["train"]["model"]["options"] = dict(MODELS["distill_dsm"].options)
+    assert composed() == expected
 
 
 @pytest.mark.parametrize("dataset", DATASETS)
-@pytest.mark.parametrize("model", MODEL_PRESETS)
+@pytest.mark.parametrize("model", MODELS)
 def test_every_preset_composes_to_valid_parameters(dataset, model):
-    params = from_mapping(
-        Params, composed(f"dataset={dataset}", f"model={model}", "download.source=/data"), where="composed"
-    )
+    values = composed(f"dataset={dataset}", f"model={model}", "download.source=/data")
+    params = from_mapping(Params, values, where="composed")
     assert params.train.model.name == model
+    assert set(params.train.model.options) == set(MODELS[model].options) - (
+        {"kind", "where"} if model == "inserted" else set()
+    )
+
+
+def test_presets_apply_in_the_order_of_their_groups():
+    values = composed("recipe=paper", "train.optimizer=sgd", "dataset=hippocampus")
+    assert (values["train"]["epochs"], values["train"]["schedule"]) == (40, "plateau")
+    assert values["train"]["optimizer"] == "sgd", "an assignment comes last, wherever it stands"
 
 
 def test_the_papers_recipe_gives_the_papers_network():
@@ -75,11 +85,103 @@ def test_the_papers_recipe_keeps_brats_regions_and_changes_no_image():
     assert params.train.foreground_oversampling == 0
 
 
-def test_every_model_has_a_preset_with_known_options():
-    assert set(MODEL_PRESETS) == set(MODELS)
-    for name in MODEL_PRESETS:
-        options = load_params(ROOT / "conf" / "model" / f"{name}.yaml").train.model.options
-        assert set(options) <= set(MODELS[name].options)
+@given(
+    st.recursive(
+        st.none() | st.integers(),
+        lambda x: st.dictionaries(st.sampled_from(["train", "model", "options", "seed", "a"]), x),
+        max_leaves=6,
+    )
+)
+def test_merging_is_as_the_obvious_loop_over_keys(overlay):
+    """Reference: every path to a leaf, where the paths end below sections of `params.yaml`."""
+    if not isinstance(overlay, dict):
+        return
+    base = {"train": {"seed": 1, "model": {"name": "unet2d", "options": {"width": 2.0}}}, "a": {"b": 1}}
+    expected = json.loads(json.dumps(base))
+    sections = {(), ("train",), ("train", "model")}
+
+    def put(values, path):
+        for key, value in values.items():
+            place = expected
+            for step in path:
+                place = place[step]
+            below = (*path, key)
+            if below in sections and isinstance(value, dict) and isinstance(place.get(key), dict):
+                put(value, below)
+            else:
+                place[key] = value
+
+    put(overlay, ())
+    merge(base, overlay)
+    assert base == expected
+
+
+@pytest.mark.parametrize(
+    ("assignment", "expected"),
+    [
+        ("train.model.options.alpha=0.25", {"width": 2.0, "alpha": 0.25}),
+        ("train.model.options={alpha:0.25}", {"alpha": 0.25}),
+        ("train.model={options: {alpha: 0.25}}", {"alpha": 0.25}),
+        ("train={model:{name:unet3d}}", {"width": 2.0}),
+    ],
+)
+def test_an_assignment_changes_what_it_names(assignment, expected):
+    values = {"train": {"seed": 3, "model": {"name": "unet2d", "options": {"width": 2.0}}}}
+    changed = set_values(values, [assignment])
+    assert changed["train"]["model"]["options"] == expected
+    assert (changed["train"]["seed"], values["train"]["model"]["options"]) == (3, {"width": 2.0})
+
+
+def test_an_assignment_through_a_value():
+    with pytest.raises(ConfigError, match=r"'epochs' holds no parameters\n  seen: train\.epochs\.x=1"):
+        set_values({"train": {"epochs": 3}}, ["train.epochs.x=1"])
+
+
+@pytest.mark.parametrize("path", [ROOT / "params.yaml", *(ROOT / "conf").glob("*/*.yaml")], ids=lambda p: p.stem)
+def test_the_schema_accepts_what_is_shipped(path):
+    from jsonschema import Draft7Validator
+
+    Draft7Validator(json_schema()).validate(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        ("trian: {}", []),
+        ("train: {epoch: 1}", ["train"]),
+        ("train: {epochs: 0}", ["train", "epochs"]),
+        ("train: {epochs: many}", ["train", "epochs"]),
+        ("train: {ema_decay: 1.0}", ["train", "ema_decay"]),
+        ("train: {learning_rate: 0}", ["train", "learning_rate"]),
+        ("train: {learning_rate: fast}", ["train", "learning_rate"]),
+        ("train: {optimizer: adamww}", ["train", "optimizer"]),
+        ("train: {model: {name: distildsm}}", ["train", "model", "name"]),
+        ("preprocess: {target_spacing_mm: [1, 1]}", ["preprocess", "target_spacing_mm"]),
+        ("download: {pattern: {images: []}}", ["download", "pattern"]),
+        ("cv: {folds: [-1]}", ["cv", "folds", 0]),
+    ],
+)
+def test_the_schema_refuses_what_the_parameters_refuse(wrong, where):
+    from jsonschema import Draft7Validator
+
+    values = yaml.safe_load(wrong)
+    assert [list(error.path) for error in Draft7Validator(json_schema()).iter_errors(values)] == [where]
+    with pytest.raises(ConfigError):
+        from_mapping(Params, values)
+
+
+@pytest.mark.parametrize("right", ["train: {learning_rate: 1e-3}", "train: {epochs: 3.0, batch_size: null}", "cv: {}"])
+def test_the_schema_accepts_what_the_parameters_accept(right):
+    from jsonschema import Draft7Validator
+
+    values = yaml.safe_load(right)
+    Draft7Validator(json_schema()).validate(values)
+    from_mapping(Params, values)
+
+
+def test_the_shipped_schema_is_the_one_of_the_parameters():
+    shipped = json.loads((ROOT / "conf/params.schema.json").read_text())
+    assert shipped == json_schema(), "write it again: distilldsm params --schema > conf/params.schema.json"
 
 
 def test_dvc_yaml_names_existing_code():

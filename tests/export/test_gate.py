@@ -12,6 +12,7 @@ from scipy.stats import wilcoxon
 
 from distilldsm.config import ExportConfig
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.mapping import from_mapping
 from distilldsm.evaluation.metrics import main_metrics
 from distilldsm.export.gate import Gate, decide, gate_from
 from distilldsm.export.scores import Scores
@@ -172,4 +173,4 @@ def test_the_gate_of_the_parameters():
     assert gate_from({"metric": "unheard of"}) == gate_from(None) == Gate()
     for wrong in ({"gate_margin": -0.1}, {"gate_margin": float("nan")}, {"gate_p": 0.0}, {"gate_p": 1.5}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
-            ExportConfig(**wrong)
+            from_mapping(ExportConfig, wrong)

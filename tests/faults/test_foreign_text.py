@@ -91,12 +91,10 @@ def test_a_pipeline_file_and_a_lock_file(tmp_path, canary):
 def test_a_preset_cannot_bring_the_environment_into_the_parameters(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "planted-word")
     shutil.copytree(ROOT / "conf", tmp_path / "conf")
-    (tmp_path / "conf/dataset/evil.yaml").write_text(
-        "# @package _global_\ntracking:\n  run_name: ${oc.env:MLFLOW_TRACKING_PASSWORD}\n"
-    )
+    (tmp_path / "conf/dataset/evil.yaml").write_text("tracking:\n  run_name: ${oc.env:MLFLOW_TRACKING_PASSWORD}\n")
     target = tmp_path / "params.yaml"
     assert main(["compose", "dataset=evil", "--conf", str(tmp_path / "conf"), "-o", str(target)]) == 2
-    told(capsys.readouterr().err, "a preset reads the environment", "hint: ")
+    told(capsys.readouterr().err, "refers to another one, or to the environment", "hint: ")
     assert not target.exists()
 
 

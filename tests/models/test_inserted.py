@@ -150,5 +150,5 @@ def test_parameters_hold_the_arguments():
     assert type(config.options["arguments"]["width"]) is int
     assert from_mapping(ModelConfig, json.loads(json.dumps(to_mapping(config)))) == config
     for builder in (None, "", "os", ":x", "os:"):
-        with pytest.raises(ConfigError, match=r"'builder'(.|\n)*package.module:function"):
+        with pytest.raises(ConfigError, match=r"'options.builder'(.|\n)*package.module:function"):
             ModelConfig(name="inserted", options={"builder": builder} if builder is not None else {})

@@ -197,7 +197,7 @@ def test_the_default_draws_its_weights_as_ever():
     ids=str,
 )
 def test_impossible_options(options):
-    with pytest.raises(ConfigError, match=rf"train.model.options.*{next(iter(options))}(.|\n)*rule"):
+    with pytest.raises(ConfigError, match=rf"options.*{next(iter(options))}(.|\n)*rule"):
         build_model("distill_dsm", in_channels=1, out_channels=2, **options)
 
 

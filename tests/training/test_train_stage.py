@@ -323,7 +323,7 @@ def test_training_needs_little_more_than_torch_and_numpy(preprocessed, tmp_path)
     code = """
 import sys
 for name in ("nibabel scipy mlflow openvino pandas matplotlib surface_distance requests great_expectations monai onnx "
-             "hydra dvc psutil").split():
+             "ruamel hydra dvc psutil").split():
     sys.modules[name] = None
 from distilldsm.cli.main import main
 raise SystemExit(main(["train", *sys.argv[1:]]))

@@ -1,0 +1,59 @@
+"""Section `preprocess` of `params.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from distilldsm.core.mapping import Natural, Positive, Range, Rule, require
+
+Regions = Annotated[
+    Literal["labels"] | Mapping[str, tuple[str, ...]], Rule("labels, or names of labels, e.g. {a: [organ, lesion]}")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreprocessConfig:
+    """From raw volumes to arrays for training: geometry, normalisation, splits."""
+
+    depth_axis: Literal["auto", "x", "y", "z"] = "auto"
+    """Scanner axis (RAS) along which slices exchange features. `auto`: the coarsest spacing, among equals the smallest
+    extent."""
+    target_spacing_mm: tuple[Positive, Positive, Positive] | None = None
+    """Spacing (x, y, z) to resample to, mm. null: the median of the data set."""
+    crop_to_nonzero: bool = True
+    """Cut away the margin that is zero in every channel."""
+    normalisation: Literal["auto", "zscore", "zscore_foreground", "ct", "none"] = "auto"
+    """How intensities are scaled. `auto`: CT is clipped to the foreground's 0.5 and 99.5 percentiles (HU) and
+    standardised by the data set's mean and sd; everything else is z-scored per case."""
+    regions: Regions | None = None
+    """Overlapping regions to segment instead of the labels, e.g. {TC: [core, enhancing]}. Each gets a sigmoid; a name
+    stands for the labels in it. A mask shows a region as the one label that no smaller region holds. null: the data
+    set's own (BraTS 2020, nnU-Net with regions); {}: none; labels: the data set's own, else each label by itself."""
+    max_patch_voxels: Annotated[int, Range(4096)] = 655_360
+    """Upper bound of a training patch, in voxels, which bounds the memory."""
+    patch_size: tuple[int, int, int] | None = None
+    """Training patch (depth, height, width), voxels. null: decided by the plan. Height and width are multiples
+    of 16."""
+    plan: str | None = None
+    """Path of a plan.json to use as it is, instead of deciding a new one."""
+    folds: Annotated[int, Range(2)] = 5
+    """Number of cross-validation folds, split by patient."""
+    split_seed: Natural = 0
+    """Seed of the split."""
+    splits: str | None = None
+    """Path of your own folds instead of these two: nnU-Net's splits_final.json, or a splits.json."""
+    workers: Natural = 0
+    """Processes. 0 takes one per core, within the memory budget."""
+    memory_gb: float = 2.5
+    """Memory that all workers together may take, GB."""
+
+    def __post_init__(self) -> None:
+        size = self.patch_size
+        require(
+            size is None or (min(size) >= 1 and size[1] % 16 == 0 and size[2] % 16 == 0),
+            "patch_size",
+            size,
+            "positive; height and width multiples of 16",
+        )
