@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from distilldsm.cli.main import main
 from distilldsm.config import Params, load_params
+from distilldsm.config.presets import set_values
 from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.mapping import set_values, to_mapping
+from distilldsm.core.mapping import to_mapping
 from distilldsm.core.version import __version__
 from distilldsm.pipeline.cluster import STEPS, load_cluster
 from distilldsm.pipeline.compilation import check_pipeline, compile_pipeline

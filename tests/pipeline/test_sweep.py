@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from distilldsm.cli.main import main
 from distilldsm.components import registry, train
 from distilldsm.config import Params, load_params
+from distilldsm.config.presets import set_values
 from distilldsm.core.errors import ConfigError
-from distilldsm.core.mapping import from_mapping, load_yaml, set_values, to_mapping
+from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.pipeline import sweep as module
 from distilldsm.pipeline.sweep import Space, draw, experiment, load_sweep
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
