@@ -7,11 +7,12 @@ import onnx
 import pytest
 import torch
 
+from distilldsm.config.networks import MODEL_NAMES
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.export.onnx_export import SPATIAL_AXES, check_onnx, export_onnx
 from distilldsm.export.openvino_export import export_openvino
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine
-from distilldsm.models import registry
+from distilldsm.models import unet2d
 from distilldsm.models.base import SegmentationNetwork
 from tests.export.fake import CHANNELS, CLASSES, exported, random_network
 from tests.models.small import NEEDED
@@ -25,14 +26,14 @@ FP16_TOLERANCE = 5e-2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", sorted(registry.MODELS))
+@pytest.mark.parametrize("name", MODEL_NAMES)
 def test_runtimes_say_what_the_network_says(name, tmp_path, monkeypatch, tmp_path_factory):
     options = NEEDED.get(name, {"base_width": 4} if name == "unet3d" else {"width": 0.5})
     if name == "distill_dsm":
         onnx_path = exported(tmp_path_factory).export / "model.onnx"  # all five levels
     else:
         # Two levels trace in a third of the time of five, and hold every operation there is.
-        monkeypatch.setattr(registry, "_WIDTHS_2D", (16, 32))
+        monkeypatch.setattr(unet2d, "PAPER_WIDTHS", (16, 32))
         onnx_path = tmp_path / "model.onnx"
     network = random_network(name, **options)
     if name != "distill_dsm":

@@ -20,7 +20,7 @@ from distilldsm.inference.engines import OpenVINOEngine, TorchEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.probabilities import Ensemble, Member
 from distilldsm.inference.windows import predict_logits, stream_windows
-from distilldsm.models import registry
+from distilldsm.models import unet2d
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import masked_depth_shift
 from distilldsm.models.insert import insert_depth_shift
@@ -114,7 +114,7 @@ VARIANTS = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", VARIANTS)
 def test_modules_elsewhere_and_another_start(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(registry, "_WIDTHS_2D", (16, 16, 32))
+    monkeypatch.setattr(unet2d, "PAPER_WIDTHS", (16, 16, 32))
     network = random_network(name.split(",")[0], **VARIANTS[name])
     with torch.no_grad():
         for parameter_name, parameter in network.named_parameters():

@@ -268,7 +268,7 @@ def test_a_new_network_is_an_entry_and_a_module(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, module.__name__, module)
     network = build_model("mean", in_channels=2, out_channels=3, width=0.5)
     assert torch.equal(network(torch.ones(1, 2, 4, 5, 6)), torch.full((1, 3, 4, 5, 6), 0.5))
-    with pytest.raises(ConfigError, match="'width' has an impossible value"):
+    with pytest.raises(ConfigError, match=r"options\.width: has an impossible value"):
         build_model("mean", in_channels=2, out_channels=3, width=0)
     assert main(["info", "--models"]) == 0
     assert "the mean of all channels" in capsys.readouterr().out
