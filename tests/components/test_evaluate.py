@@ -20,7 +20,6 @@ from distilldsm.core.files import read_json, write_json
 from distilldsm.core.output_directory import file_hashes, is_current
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
-from distilldsm.data.targets import Targets, regions_from_labels
 from distilldsm.evaluation import scoring
 from distilldsm.evaluation.postprocess import load_postprocessing
 from distilldsm.inference.engines import TorchEngine
@@ -125,44 +124,6 @@ def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_p
     assert summary["labels"]["core"]["dice"]["mean"] == pytest.approx(core.dice_raw)
     mask = nib.load(next((tmp_path / "specks" / "predictions").iterdir()))
     assert np.asarray(mask.dataobj)[0, 0, 0] == 2
-
-
-LABELS = {"background": 0, "necrosis": 1, "oedema": 2, "enhancing": 4}
-
-
-def scored(tmp_path, wanted: dict[str, list[str]]) -> tuple[dict, dict]:
-    """Rows as predicted and with the largest components, by name, of a mask with two false components."""
-    truth = np.zeros((12, 10, 8), dtype=np.uint8)
-    truth[1:7, 1:7, 1:7], truth[2:5, 2:5, 2:5], truth[2:4, 2:4, 2:4] = 2, 1, 4
-    mask = truth.copy()
-    mask[9:11, 8, 1], mask[9:11, 8, 2] = 2, 4  # one false component of two labels
-    for name, array in (("truth", truth), ("mask", mask)):
-        nib.save(nib.Nifti1Image(array, np.eye(4)), tmp_path / f"{name}.nii.gz")
-    targets = Targets(tuple(LABELS), tuple(LABELS.values()), regions_from_labels(wanted, LABELS))
-    scoring.score_file(tmp_path / "truth.nii.gz", tmp_path / "mask.nii.gz", targets, 1.0, tmp_path / "scores.json")
-    found = read_json(tmp_path / "scores.json")
-    return tuple({row["label"]: row for row in found[key]} for key in ("rows", "largest"))
-
-
-def test_what_is_cut_off_the_outermost_region_is_lost_to_all(tmp_path):
-    wanted = {"WT": ["oedema", "necrosis", "enhancing"], "TC": ["necrosis", "enhancing"], "ET": ["enhancing"]}
-    raw, largest = scored(tmp_path, wanted)
-    assert list(raw) == list(largest) == ["WT", "TC", "ET"]
-    assert all(row["dice"] < 1 for row in raw.values())
-    assert [row["dice"] for row in largest.values()] == [1, 1, 1]
-
-
-def test_regions_that_share_no_label_are_treated_as_labels_are(tmp_path):
-    raw, largest = scored(tmp_path, {name: [name] for name in ("necrosis", "oedema", "enhancing")})
-    labels = scored(tmp_path, {})
-    for found, expected in zip((raw, largest), labels, strict=True):
-        assert {name: found[name] for name in expected} == expected
-    assert raw["oedema"] != largest["oedema"]
-
-
-def test_regions_without_an_outermost_one_stay_as_they_are(tmp_path):
-    raw, largest = scored(tmp_path, {"a": ["oedema", "necrosis"], "b": ["oedema"], "c": ["enhancing"]})
-    assert raw == largest
 
 
 def test_mirroring_is_for_models_that_were_trained_with_it(trained, tmp_path, monkeypatch):
