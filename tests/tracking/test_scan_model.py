@@ -204,12 +204,14 @@ def test_a_scan_in_another_unit_gets_the_mask_that_predict_writes(made, scan, tm
     [({"scale": 1e-3}, "impossible geometry"), ({"scale": 30}, "another order of size"), ({"shear": 0.3}, "sheared")],
     ids=str,
 )
-def test_geometries_that_predict_refuses(predictor, scan, tmp_path, monkeypatch, change, words):
+def test_geometries_that_predict_refuses(made, scan, tmp_path, monkeypatch, change, words):
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     paths = [str(stretched(Path(p), tmp_path / Path(p).name, **change)) for p in scan]
     with pytest.raises(DataError, match=words):
-        answer(predictor, None, {"paths": paths, "output": str(tmp_path / "mask.nii.gz")}, remote=False)
-    assert not (tmp_path / "mask.nii.gz").exists()
+        answer(
+            Predictor.from_export(made.export), None, {"paths": paths, "output": str(tmp_path / "m.nii")}, remote=False
+        )
+    assert not (tmp_path / "m.nii").exists()
 
 
 def test_requirements_of_a_directory_with_an_onnx_file_only(tmp_path, monkeypatch):
