@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +13,6 @@ from urllib.parse import unquote, urlsplit
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import sha256_file, sha256_json
 from distilldsm.core.output_directory import MANIFEST, output_directory
-from distilldsm.core.progress import progress
 from distilldsm.core.redaction import public_address
 from distilldsm.core.stage import WORK_VARIABLE, Output, Stage
 
@@ -33,6 +30,9 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     What the user gave is copied, never linked or changed.
     """
+    import tempfile
+
+    from distilldsm.core.progress import progress
     from distilldsm.data.archive import extract
     from distilldsm.data.layouts import needed_files
 
@@ -114,6 +114,9 @@ def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
 
 def _obtain(config: DownloadConfig) -> tuple[Path, str]:
     """The archive or folder on this machine, and what to call its source."""
+    import hashlib
+    import tempfile
+
     from distilldsm.data.catalog import lookup
     from distilldsm.data.dataset import SAMPLE_SOURCE
     from distilldsm.data.download import Credentials, fetch, is_url, local_path

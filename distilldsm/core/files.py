@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 import shutil
@@ -13,7 +12,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
-from distilldsm.core.mapping import from_mapping, to_mapping
 
 T = TypeVar("T")
 
@@ -22,12 +20,18 @@ FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """SHA-256 of a file, hex."""
+    import hashlib
+
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def sha256_json(value: Any) -> str:
     """SHA-256 of a JSON-able value in canonical form (sorted keys, no spaces), hex."""
+    import hashlib
+
+    from distilldsm.core.mapping import to_mapping
+
     text = json.dumps(to_mapping(value), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -83,6 +87,8 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
     Raises:
         OSError, UserError: as `writes`.
     """
+    from distilldsm.core.mapping import to_mapping
+
     write_text(Path(path), json.dumps(to_mapping(value), indent=2, allow_nan=False) + "\n")
 
 
@@ -95,6 +101,8 @@ def read_record(cls: type[T], path: str | os.PathLike[str], *, hint: str) -> T:
     Raises:
         UserError: the file is missing, is no JSON or holds something else.
     """
+    from distilldsm.core.mapping import from_mapping
+
     try:
         return from_mapping(cls, read_json(path), where=os.fspath(path))
     except ConfigError as error:  # what a stage wrote is no parameter of the user's

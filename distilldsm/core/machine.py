@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import shutil
 import sys
@@ -30,6 +29,8 @@ def usable_cores() -> int:
 def cpu_name() -> str:
     """The CPU's model, e.g. `AMD EPYC 9575F`; the architecture where the system does not name it."""
     found = re.search(r"^model name\s*:\s*(.+)$", _read(_PROC / "cpuinfo"), flags=re.MULTILINE)
+    import platform
+
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 

@@ -14,9 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import FULL_DISK, read_json, replace_directory, sha256_file, sha256_json, write_json, writes
-from distilldsm.core.interruption import notes_of
-from distilldsm.core.mapping import to_mapping
-from distilldsm.core.progress import progress
 
 if TYPE_CHECKING:
     from filelock import FileLock
@@ -50,6 +47,8 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 def file_hashes(root: Path) -> dict[str, str]:
     """SHA-256 of every file below `root`, by relative POSIX path, without the manifest."""
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and file != root / MANIFEST]
+    from distilldsm.core.progress import progress
+
     tracked = progress(files, total=len(files), title=f"hash {root.name}", unit="file", brief=True)
     return {file.relative_to(root).as_posix(): sha256_file(file) for file in tracked}
 
@@ -97,6 +96,9 @@ def output_directory(
         UserError: another process writes the same output, it cannot be written, the disk is full, or an input is
             another at the end than it was at the start.
     """
+    from distilldsm.core.interruption import notes_of
+    from distilldsm.core.mapping import to_mapping
+
     path = Path(path)
     work = _work(path)
     with writes(path):
@@ -171,6 +173,8 @@ def _check_unchanged(stage: str, inputs: Mapping[str, str | os.PathLike[str]], h
 
 def result_config(config: Any) -> dict[str, Any]:
     """A stage's config as a mapping, without EXECUTION_PARAMETERS."""
+    from distilldsm.core.mapping import to_mapping
+
     return {name: value for name, value in to_mapping(config).items() if name not in EXECUTION_PARAMETERS}
 
 
