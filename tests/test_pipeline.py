@@ -167,8 +167,12 @@ def test_an_experiment_changes_what_is_named_and_runs_from_train(clone: Path):
     run("git", "commit", "-qm", "trained", cwd=clone)
     before = yaml.safe_load((clone / "params.yaml").read_text())
     run("distilldsm", "compose", "--keep", "model=unet2d", cwd=clone)
-    done = run("dvc", "exp", "run", "-S", "train.weight_decay=0.02", cwd=clone)
-    assert sorted(stages_that_ran(done), key=ORDER.index) == ORDER
+    done = run("dvc", "exp", "run", "-S", "train.weight_decay=0.02", "cross_validate", cwd=clone)
+    assert sorted(stages_that_ran(done), key=ORDER.index) == ["train@0", "evaluate@0", "cross_validate"]
+    changed = json.loads(run("dvc", "status", "export@0", "--json", cwd=clone).stdout)
+    assert {"changed deps": {"models/fold0": "modified"}}.items() <= {
+        key: {"models/fold0": value.get("models/fold0")} for one in changed["export@0"] for key, value in one.items()
+    }.items(), "the export would follow"
     assert json.loads((clone / "models/fold0/model.json").read_text())["name"] == "unet2d"
     before["train"]["model"] = {"name": "unet2d", "options": {"width": 1.0}}
     before["train"]["weight_decay"] = 0.02

@@ -98,8 +98,8 @@ def _cluster(args: argparse.Namespace) -> Cluster:
 
 
 def _images(args: argparse.Namespace) -> Images:
-    given = {role: getattr(args, f"image_{role}") for role in ("data", "train", "export")}
-    return Images(**{role: image for role, image in given.items() if image})
+    named = {role: getattr(args, f"image_{role}") for role in ("data", "train", "export")}
+    return Images(**{role: image for role, image in named.items() if image})
 
 
 def compile_command(args: argparse.Namespace) -> None:

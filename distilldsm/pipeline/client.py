@@ -1,4 +1,4 @@
-"""Talking to Kubeflow Pipelines: upload, start, follow; every failure told by what to fix."""
+"""Talking to Kubeflow Pipelines: upload, start, follow. Every error says what to fix."""
 
 from __future__ import annotations
 

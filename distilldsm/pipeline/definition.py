@@ -7,7 +7,7 @@ import linecache
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, List  # noqa: UP035
 
 from distilldsm.components.registry import STAGES
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
 NAME = "distilldsm"
 DESCRIPTION = "Labelled volumes to a trained, evaluated and exported Distill DSM network. Parameters: params.yaml."
-SECTIONS = ("download", "validate", "preprocess", "train", "evaluate", "export", "tracking")
+SECTIONS = tuple(field.name for field in fields(Params) if field.name != "cv")
+"""Sections of params.yaml that are inputs of the pipeline, a mapping each; of `cv` only the folds are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,14 +148,14 @@ class _Wiring:
         """Add a stage's task."""
         from kfp import dsl
 
-        given = {**self.channels, "config": self.channels.get(stage.section), "fold": fold}
+        values = {**self.channels, "config": self.channels.get(stage.section), "fold": fold}
         for one in stage.inputs:
             source = source_of(one, self.stages)
             if not through_gate(stage, source):
                 made = self.outputs[source.stage.output.name]
-                given[one.name] = dsl.Collected(made) if source.collected else made
-        given["collected"] = self.outputs.get("collected")
-        task = self.task(stage.name, stage.help, step_parameters(stage, self.stages), given, stage.image)
+                values[one.name] = dsl.Collected(made) if source.collected else made
+        values["collected"] = self.outputs.get("collected")
+        task = self.task(stage.name, stage.help, step_parameters(stage, self.stages), values, stage.image)
         self.outputs[stage.output.name] = task.outputs[stage.output.name]
         return task
 
@@ -170,10 +171,10 @@ class _Wiring:
             "collected": "Output[Model]",
             "summary": "Output[Markdown]",
         }
-        given = {"config": self.channels["export"], "cross_validation": self.outputs["cross_validation"]}
-        given |= {name: dsl.Collected(self.outputs[name]) for name in read}
+        values = {"config": self.channels["export"], "cross_validation": self.outputs["cross_validation"]}
+        values |= {name: dsl.Collected(self.outputs[name]) for name in read}
         title = "Whether the models pass the quality threshold, and the models in one place"
-        task = self.task("gate", title, parameters, given, returns="bool")
+        task = self.task("gate", title, parameters, values, returns="bool")
         self.outputs["collected"] = task.outputs["collected"]
         return task.outputs["Output"]
 
@@ -182,7 +183,7 @@ class _Wiring:
         name: str,
         title: str,
         parameters: Mapping[str, str],
-        given: Mapping[str, Any],
+        values: Mapping[str, Any],
         image: str | None = None,
         returns: str = "None",
     ) -> Any:
@@ -190,7 +191,7 @@ class _Wiring:
         role = image or {"check": "data"}.get(name, "train")
         made = component(name, title, parameters, returns, getattr(self.images, role))
         needed = {
-            key: given[key] for key, kind in parameters.items() if not kind.startswith(("Output", "PipelineTask"))
+            key: values[key] for key, kind in parameters.items() if not kind.startswith(("Output", "PipelineTask"))
         }
         task = made(**needed).set_display_name(name.replace("_", " ").capitalize())
         task.set_env_variable(VERSION_VARIABLE, __version__)

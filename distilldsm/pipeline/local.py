@@ -82,14 +82,14 @@ def _environment(run_id: str) -> Iterator[None]:
     """What steps inherit: the run's id, one MLflow store for all, and their share of the cores."""
     from distilldsm.tracking import default_uri
 
-    given = {
+    variables = {
         "KFP_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": default_uri(),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // _FOLDS_AT_ONCE)),
     }
-    _prepare_store(given["MLFLOW_TRACKING_URI"])
-    before = {name: os.environ.get(name) for name in given}
-    os.environ.update(given)
+    _prepare_store(variables["MLFLOW_TRACKING_URI"])
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:

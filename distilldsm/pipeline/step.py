@@ -127,7 +127,7 @@ def section(cls: type[T], values: Mapping[str, Any], name: str) -> T:
 
 
 def sections_of(params: Params) -> dict[str, Any]:
-    """The pipeline's arguments for the given parameters: `folds`, then one mapping a section."""
+    """The pipeline's arguments for these parameters: `folds`, then one mapping a section."""
     values = to_mapping(params)
     return {"folds": values.pop("cv")["folds"], **values}
 
@@ -152,15 +152,15 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
 
     A page is shown whether or not the stage could use its input: where `<output>-failed` was written, it is that one's.
     """
-    given = {"folds": values["folds"]} if stage.section == "cv" else values["config"]
-    config: Any = section(type(getattr(Params(), stage.section)), given, stage.section)
+    received = {"folds": values["folds"]} if stage.section == "cv" else values["config"]
+    config: Any = section(type(getattr(Params(), stage.section)), received, stage.section)
     fold = int(values["fold"]) if stage.per_fold else None
     artifact = values[stage.output.name]
     tracking = section(TrackingConfig, values["tracking"], "tracking") if "tracking" in values else None
     with tempfile.TemporaryDirectory() as folder:
         inputs = {one.name: _place(stage, one, values, fold, Path(folder)) for one in stage.inputs}
         # Other data or parameters are another work: several may share the volume.
-        work = sha256_json([{name: content_hash(path) for name, path in inputs.items()}, given])[:12]
+        work = sha256_json([{name: content_hash(path) for name, path in inputs.items()}, received])[:12]
         kept = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
         try:
             with resumable_output(artifact, kept) as target:

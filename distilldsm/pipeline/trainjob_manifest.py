@@ -199,19 +199,19 @@ def check_against(model: Any, built: Mapping[str, Any], kind: str) -> None:
         raise ConfigError(f"is no {kind}: a field that its API does not know", seen=lost)
 
 
-def unknown_field(given: Any, kept: Any, where: str = "") -> str | None:
-    """The first field of `given` that is not in `kept`, what an API's model made of it; None: all are known."""
-    if isinstance(given, dict):
+def unknown_field(ours: Any, kept: Any, where: str = "") -> str | None:
+    """The first field of `ours` that is not in `kept`, what an API's model made of it; None: all are known."""
+    if isinstance(ours, dict):
         if not isinstance(kept, dict):
             return where
-        for key, value in given.items():
+        for key, value in ours.items():
             if key not in kept and value not in ({}, [], None):
                 return f"{where}.{key}".lstrip(".")
             found = unknown_field(value, kept.get(key, value), f"{where}.{key}")
             if found:
                 return found
-    if isinstance(given, list) and isinstance(kept, list):
-        for number, (one, other) in enumerate(zip(given, kept, strict=False)):
+    if isinstance(ours, list) and isinstance(kept, list):
+        for number, (one, other) in enumerate(zip(ours, kept, strict=False)):
             found = unknown_field(one, other, f"{where}[{number}]")
             if found:
                 return found
