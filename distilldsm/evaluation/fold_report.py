@@ -12,8 +12,8 @@ from distilldsm.evaluation.fold_table import cost_lines, largest_lines, lines_of
 from distilldsm.evaluation.folds import Fold
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.report_sections import case_lines, networks_named
-from distilldsm.report import page
 from distilldsm.report.figures import dice_panels, save_figure
+from distilldsm.report.page import render as render_page
 
 
 def draw(folds: Sequence[Fold], path: Path) -> None:
@@ -41,14 +41,14 @@ def render(folds: Sequence[Fold], summary: Mapping[str, Any], picture: Path) -> 
     rows = [{**row, "case": f"{row['case']} (fold {fold.number})"} for fold in folds for row in fold.rows]
     network = networks_named(summary.get("ensemble", [summary["network"]]))
     numbers = ", ".join(str(fold.number) for fold in folds)
-    return page.render(
+    return render_page(
         "cross_validation.html",
         title=f"Cross-validation of {network}, folds {numbers}",
         notes=notes,
         summary=summary,
         scores=_score_lines(summary),
         largest=dict(largest_lines(summary)),
-        dice=page.Picture(path=picture, caption="Dice per fold and label, a point a case"),
+        picture=picture,
         cost=dict(cost_lines(summary)),
         costs=_costs_by_fold(summary["cost"]["folds"]),
         cases=case_lines(rows),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -17,12 +17,15 @@ from distilldsm.core.output_directory import MANIFEST, content_hash, package_ver
 from distilldsm.core.provenance import provenance
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.evaluation import report_sections as sections
-from distilldsm.evaluation.metrics import VOLUMES, main_metrics
+from distilldsm.evaluation.metrics import Metric, main_metrics
 from distilldsm.evaluation.postprocess import Postprocessing
 from distilldsm.io import read_labels, read_scan
 from distilldsm.report import figures
 from distilldsm.report.overlays import overlay
-from distilldsm.report.page import Picture, render
+from distilldsm.report.page import render
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 VIEWER_BYTES = 8_000_000
 """Of the page, for the volumes of all its viewed cases, as base64: the whole page stays below 15 MB."""
@@ -81,7 +84,9 @@ def page_contents(work: Path, given: Evaluation) -> dict[str, Any]:
         "overview": sections.overview(given.rows, given.summary, given.intervals),
         "scores": sections.score_lines(given.summary, given.intervals),
         "largest": sections.largest_component(given.postprocessing),
-        "figures": _plots(work / "figures", given),
+        "figures": _draw(work / "figures", given),
+        "distributions": {_file_name(metric): metric.heading for metric in main_metrics()},
+        "tolerance_mm": given.config.nsd_tolerance_mm,
         "overlays": overlays,
         "viewer": viewer,
         "cases": sections.case_lines(given.rows),
@@ -120,8 +125,8 @@ def choose_cases(rows: Rows) -> dict[str, str]:
     return {kind: chosen[kind] for kind in order if kind in chosen}
 
 
-def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], dict[str, Any]]:
-    """Overlays of the chosen cases, and the viewer's contents with some of them."""
+def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[tuple[Path, str, str]], dict[str, Any]]:
+    """Overlays of the chosen cases (picture, caption, what it shows), and the viewer's contents with some of them."""
     from distilldsm.report.viewer import ViewedCase, viewer_contents
 
     names = {"second worst": "worst2", "third worst": "worst3"}
@@ -140,7 +145,7 @@ def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[Picture], dict[s
         figure = overlay(image, truth, mask, affine=scan.affine, labels=given.index.labels)
         figures.save_figure(figure, path)
         alt = f"Three planes of {id_} with the outlines of truth and prediction. {caption}"
-        pictures.append(Picture(path=path, caption=caption[0].upper() + caption[1:], alt=alt))
+        pictures.append((path, caption[0].upper() + caption[1:], alt))
         if kind in in_viewer:
             small = fitted(image, truth, mask, scan.affine, VIEWER_BYTES // len(in_viewer))
             parts = dict(zip(("image", "truth", "prediction"), small, strict=True))
@@ -182,82 +187,49 @@ def _caption(case: str, given: Evaluation) -> str:
     return f"{text}, largest HD95 {max(row['hd95_mm'] for row in rows):.1f} mm"
 
 
-def _plots(folder: Path, given: Evaluation) -> dict[str, list[Picture]]:
-    """All figures but the overlays, by the part of the page."""
+def _draw(folder: Path, given: Evaluation) -> dict[str, Path]:
+    """All figures but the overlays: name to PNG."""
     history = read_json(given.inputs["model"] / "history.json")
-    return {
-        "distributions": _distributions(folder, given),
-        "volumes": _volume_plots(folder, given.rows, given.labels),
-        "training": _training_plots(folder, history),
-    }
+    drawn = _distributions(given) | _volume_plots(given.rows, given.labels) | _training_plots(history)
+    for name, figure in drawn.items():
+        figures.save_figure(figure, folder / f"{name}.png")
+    return {name: folder / f"{name}.png" for name in drawn}
 
 
-def _saved(folder: Path, name: str, figure: Any, caption: str, alt: str = "") -> Picture:
-    path = folder / f"{name}.png"
-    figures.save_figure(figure, path)
-    return Picture(path=path, caption=caption, alt=alt)
+def _file_name(metric: Metric) -> str:
+    return metric.name.removesuffix("_mm")
 
 
-def _distributions(folder: Path, given: Evaluation) -> list[Picture]:
+def _distributions(given: Evaluation) -> dict[str, Figure]:
     """Of each main metric the scores of all cases."""
-    tolerance = f"{given.config.nsd_tolerance_mm:g} mm"
-    captions = {
-        "dice": f"Dice of {given.summary['cases']} cases. Box: quartiles and median; a point is a case.",
-        "hd95_mm": "HD95: 95th percentile of the distance between the surfaces, lower is better.",
-        "nsd": f"NSD: share of the surfaces within {tolerance} of each other.",
-    }
-    pictures = []
+    drawn = {}
     for metric in main_metrics():
         values = {
             label: [r[metric.name] for r in given.rows if r["label"] == label and r[metric.name] is not None]
             for label in given.labels
         }
-        scores = given.summary["labels"].items()
-        means = "; ".join(f"{label} {metric.text(of[metric.name]['mean'])}" for label, of in scores)
-        unit = tolerance if metric.name == "nsd" else metric.unit
+        unit = f"{given.config.nsd_tolerance_mm:g} mm" if metric.name == "nsd" else metric.unit
         title = f"{metric.title} ({unit})" if unit else metric.title
-        name = metric.name.removesuffix("_mm")
-        caption = captions.get(metric.name, metric.heading)
-        alt = f"Box plot of {metric.heading} per label. Means: {means}."
-        pictures.append(_saved(folder, name, figures.score_boxes(values, title), caption, alt))
-    return pictures
+        drawn[_file_name(metric)] = figures.score_boxes(values, title)
+    return drawn
 
 
-def _volume_plots(folder: Path, rows: Rows, labels: Sequence[str]) -> list[Picture]:
+def _volume_plots(rows: Rows, labels: Sequence[str]) -> dict[str, Figure]:
     """Predicted against true volumes, and Dice against the true ones, ml."""
-    truth, predicted = ({label: [r[name] for r in rows if r["label"] == label] for label in labels} for name in VOLUMES)
-    dice = {label: [row["dice"] for row in rows if row["label"] == label] for label in labels}
-    pairs = {label: list(zip(truth[label], predicted[label], strict=True)) for label in labels}
-    differences = {label: [((t + p) / 2, p - t) for t, p in of] for label, of in pairs.items()}
+    of = {label: [row for row in rows if row["label"] == label] for label in labels}
+    volumes = {label: [(r["volume_truth_ml"], r["volume_predicted_ml"]) for r in of[label]] for label in labels}
+    by_volume = {label: [(r["volume_truth_ml"], r["dice"]) for r in of[label]] for label in labels}
+    differences = {label: [((t + p) / 2, p - t) for t, p in volumes[label]] for label in labels}
     limits = {label: (one.low, one.bias, one.high) for label, one in sections.volume_agreement(rows, labels).items()}
-    by_size = {label: list(zip(truth[label], dice[label], strict=True)) for label in labels}
-    mean_title = "mean of true and predicted volume (ml)"
-    return [
-        _saved(
-            folder,
-            "volume_differences",
-            figures.scatter(differences, mean_title, "predicted minus true (ml)", limits=limits),
-            "Bland-Altman plot: bias and 95 % limits of agreement; the numbers stand below.",
-            "Scatter plot of predicted minus true volume against their mean, ml.",
-        ),
-        _saved(
-            folder,
-            "volumes",
-            figures.scatter(pairs, "true volume (ml)", "predicted volume (ml)", diagonal=True),
-            "Predicted against true volume; on the grey line they are equal.",
-            "Scatter plot of predicted against true volume, ml.",
-        ),
-        _saved(
-            folder,
-            "dice_by_volume",
-            figures.scatter(by_size, "true volume (ml)", "Dice"),
-            "Dice against the size of the structure: small ones score lower for the same error at the surface.",
-            "Scatter plot of Dice against true volume, ml.",
-        ),
-    ]
+    titles = ("mean of true and predicted volume (ml)", "predicted minus true (ml)")
+    return {
+        "volume_differences": figures.scatter(differences, *titles, limits=limits),
+        "volumes": figures.scatter(volumes, "true volume (ml)", "predicted volume (ml)", diagonal=True),
+        "dice_by_volume": figures.scatter(by_volume, "true volume (ml)", "Dice"),
+    }
 
 
-def _training_plots(folder: Path, history: Rows) -> list[Picture]:
+def _training_plots(history: Rows) -> dict[str, Figure]:
     """What was recorded in each epoch of the training."""
     loss = [(entry["epoch"], entry["train_loss"]) for entry in history]
     rate = [(entry["epoch"], entry["learning_rate"]) for entry in history if entry.get("learning_rate") is not None]
@@ -265,22 +237,11 @@ def _training_plots(folder: Path, history: Rows) -> list[Picture]:
     for entry in history:
         for label, value in entry.get("val_dice", {}).items():
             dice.setdefault(label, []).append((entry["epoch"], np.nan if value is None else value))
-    dice_caption = "Dice of held-out volumes while training, in the network's space: for watching, not reported."
-    return [
-        _saved(
-            folder,
-            "training_loss",
-            figures.over_epochs({"": loss}, "training loss"),
-            "Loss of training, mean of each epoch.",
-        ),
-        _saved(folder, "training_dice", figures.over_epochs(dice, "Dice of held-out volumes"), dice_caption),
-        _saved(
-            folder,
-            "learning_rate",
-            figures.over_epochs({"": rate}, "learning rate", from_zero=True),
-            "Learning rate.",
-        ),
-    ]
+    return {
+        "training_loss": figures.over_epochs({"": loss}, "training loss"),
+        "training_dice": figures.over_epochs(dice, "Dice of held-out volumes"),
+        "learning_rate": figures.over_epochs({"": rate}, "learning rate", from_zero=True),
+    }
 
 
 def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:

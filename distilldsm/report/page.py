@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import gzip
-from dataclasses import dataclass
 from functools import cache
 from importlib import resources
 from pathlib import Path
@@ -19,17 +18,6 @@ if TYPE_CHECKING:
 
 NAMED = 5
 """So many names are listed in a sentence."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Picture:
-    """A figure of a page."""
-
-    path: Path
-    """A PNG."""
-    caption: str
-    alt: str = ""
-    """What it shows, for those who do not see it; default: the caption."""
 
 
 def render(template: str, **context: Any) -> str:

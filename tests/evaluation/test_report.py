@@ -20,7 +20,7 @@ from distilldsm.evaluation.postprocess import LabelDecision, Postprocessing
 from distilldsm.evaluation.report import VIEWER_BYTES, choose_cases, fitted
 from distilldsm.evaluation.report_sections import observations
 from distilldsm.report import figures
-from distilldsm.report.page import Picture, render
+from distilldsm.report.page import render
 from tests.evaluation.test_tables import rows, two_labels
 
 EVIL = "<script>alert(1)</script>&\"'"
@@ -54,8 +54,13 @@ VALIDATION = {
 }
 
 
+FIGURES = ("dice", "hd95", "nsd", "volume_differences", "volumes", "dice_by_volume", "training_loss",
+           "training_dice", "learning_rate")  # fmt: skip
+
+
 def page(given: list[dict], **changes) -> str:
-    """The page of these scores; `changes` are further inputs of its sections, or contents of the page."""
+    """The page of these scores; `changes` are contents of the page that are missing otherwise."""
+    picture = Path(__file__)  # any file will do
     labels = list(dict.fromkeys(row["label"] for row in given))
     summary, intervals = tables.summarise(given, labels), tables.intervals(given, labels)
     contents = {
@@ -64,7 +69,9 @@ def page(given: list[dict], **changes) -> str:
         "overview": sections.overview(given, summary, intervals),
         "scores": sections.score_lines(summary, intervals),
         "largest": None,
-        "figures": {"distributions": [], "volumes": [], "training": []},
+        "figures": dict.fromkeys(FIGURES, picture),
+        "distributions": {"dice": "Dice", "hd95": "HD95 mm", "nsd": "NSD"},
+        "tolerance_mm": 1.0,
         "overlays": [],
         "viewer": None,
         "cases": sections.case_lines(given),
@@ -109,10 +116,8 @@ class Tags(HTMLParser):
         assert self.open.pop() == tag
 
 
-def test_the_page_is_whole_and_escaped(tmp_path: Path):
-    figures.save_figure(figures.score_boxes({"one": [0.5, 0.7]}, "Dice"), tmp_path / "x.png")
+def test_the_page_is_whole_and_escaped():
     evil = [row | {"label": EVIL, "case": f"{row['case']}{EVIL}"} for row in rows()]
-    pictures = [Picture(path=tmp_path / "x.png", caption=EVIL, alt=EVIL)]
     decision = LabelDecision(
         keep_largest=True,
         scores_of=(EVIL,),
@@ -127,8 +132,7 @@ def test_the_page_is_whole_and_escaped(tmp_path: Path):
         evil,
         title=EVIL,
         notes=[EVIL],
-        figures={"distributions": pictures, "volumes": pictures, "training": pictures},
-        overlays=pictures,
+        overlays=[(Path(__file__), EVIL, EVIL)],
         largest=sections.largest_component(Postprocessing(cases=3, labels={EVIL: decision})),
         data=sections.data_lines(FINGERPRINT),
         validation=sections.validation_lines(VALIDATION),
@@ -163,7 +167,7 @@ def test_numbers_order_and_notes():
     assert "No validation report" in text
     # What is not there has no heading either.
     assert "Look at the volumes" not in text
-    assert 'href="#training"' not in text
+    assert 'href="#viewer"' not in text
     assert text.count('aria-sort="ascending"') == 1
 
 
@@ -283,22 +287,20 @@ def test_large_volumes_fit_into_the_page():
     assert VIEWER_BYTES < 10_000_000, "what remains of 15 MB is for figures, tables and the viewer itself"
 
 
-def test_each_figure_shows_its_numbers(tmp_path: Path, monkeypatch):
+def test_each_figure_shows_its_numbers(monkeypatch):
     drawn: list[tuple] = []
     for name in ("score_boxes", "scatter", "over_epochs"):
         monkeypatch.setattr(figures, name, lambda *given, name=name, **options: drawn.append((name, given, options)))
-    monkeypatch.setattr(figures, "save_figure", lambda figure, path: None)
     given = rows()
     given[1] |= {"nsd": None, "volume_predicted_ml": 1.0}
     evaluation = SimpleNamespace(
         rows=given, labels=["one"], config=EvaluateConfig(), summary=tables.summarise(given, ["one"])
     )
-    pictures = report._distributions(tmp_path, evaluation)
-    assert [p.path.name for p in pictures] == ["dice.png", "hd95.png", "nsd.png"]
+    assert list(report._distributions(evaluation)) == ["dice", "hd95", "nsd"]
     assert [d[1][0]["one"] for d in drawn] == [[0.9, 0.5, 0.7], pytest.approx([1.0, 5.0, 3.0]), [0.5, 0.5]]
     assert [d[1][1] for d in drawn] == ["Dice", "HD95 (mm)", "NSD (1 mm)"]
     drawn.clear()
-    report._volume_plots(tmp_path, given, ["one"])
+    report._volume_plots(given, ["one"])
     differences, agreement, dice = drawn
     assert differences[1][0] == {"one": [(2.25, 0.5), (1.5, -1.0), (2.25, 0.5)]}
     bias, sd = 0.0, np.std([0.5, -1, 0.5], ddof=1)
@@ -311,7 +313,7 @@ def test_each_figure_shows_its_numbers(tmp_path: Path, monkeypatch):
         {"epoch": 1, "train_loss": 1.0, "learning_rate": 0.1},
         {"epoch": 2, "train_loss": 0.1, "learning_rate": None, "val_dice": {"one": 0.4, "two": None}},
     ]
-    report._training_plots(tmp_path, history)
+    report._training_plots(history)
     loss, held_out, rate = (given[0] for _, given, _ in drawn)
     assert loss == {"": [(1, 1.0), (2, 0.1)]}
     assert rate == {"": [(1, 0.1)]}

@@ -51,12 +51,13 @@ def test_what_a_template_needs_and_does_not_get_is_an_error():
 
 def test_pictures_are_within_the_page(tmp_path: Path):
     (tmp_path / "x.png").write_bytes(b"picture")
-    picture = page.Picture(path=tmp_path / "x.png", caption="a & b")
     empty = {"head": [], "rows": []}
     cases = empty | {"total": 0}
     contents = {"summary": {"cases": 1}, "scores": empty, "largest": {}, "cost": {}, "costs": empty, "cases": cases}
-    made = page.render("cross_validation.html", title="t", dice=picture, provenance={"hash": "<1>"}, **contents)
-    assert '<img alt="a &amp; b" src="data:image/png;base64,cGljdHVyZQ==">' in made
+    made = page.render(
+        "cross_validation.html", title="t", picture=tmp_path / "x.png", provenance={"hash": "<1>"}, **contents
+    )
+    assert '<img alt="Dice per fold and label, a point a case." src="data:image/png;base64,cGljdHVyZQ==">' in made
     assert '<th>hash</th><td class="text">&lt;1&gt;</td>' in made
     assert "1 case, each held out once" in made
     assert "Largest component" not in made
