@@ -75,15 +75,30 @@ def render_html(report: Mapping[str, Any], table: CaseTable) -> str:
         "labels": ", ".join(f"{value} {name}" for name, value in dataset["labels"].items()),
         **{key: dataset[key] for key in ("source", "licence", "note") if dataset[key]},
     }
+    broken = Counter(finding["rule"] for finding in report["findings"])
     return render(
         "validation.html",
         title=f"Validation of {dataset['name']}",
         report=report,
         about=about,
+        findings={severity: _finding_lines(report["findings"], severity) for severity in ("error", "warning")},
         columns=_column_lines(report["summary"]),
         case_head=[heading for _, heading in _TABLE],
         cases=_case_lines(report, table),
+        rules=[
+            (rule["rule"], rule["severity"], rule["column"] or "", rule["allowed"], broken[rule["rule"]])
+            for rule in report["suite"]
+        ],
     )
+
+
+def _finding_lines(findings: Sequence[Mapping[str, Any]], severity: str) -> list[tuple[Any, ...]]:
+    """What a finding says; below its message the name of the rule."""
+    return [
+        (f["case"] or "(data set)", f["file"], (f["message"], f["rule"]), f["seen"], f["allowed"], f["hint"])
+        for f in findings
+        if f["severity"] == severity
+    ]
 
 
 def _column_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, str]]:
