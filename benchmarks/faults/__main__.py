@@ -3,6 +3,7 @@
     python -m benchmarks.faults                      # all of it: about 40 minutes on 2 cores
     python -m benchmarks.faults kills --kills 30
     python -m benchmarks.faults disk memory twice
+    python -m benchmarks.faults slowdown --minutes 10   # an epoch beside an MLflow that takes 5 s a request
 
 Prints a table (fault, times tried, survived, what was lost) and exits with 1 if anything was lost. A trial is survived
 if no output was ever half written, the same command afterwards succeeded with the results of an undisturbed run (bit by
@@ -24,7 +25,7 @@ from benchmarks.faults.report import Row, markdown
 from benchmarks.faults.workspace import Workspace
 from benchmarks.pipeline import machine
 
-KINDS = ("kills", "repro", "disk", "memory", "twice", "mlflow", "downloads")
+KINDS = ("kills", "repro", "disk", "memory", "twice", "mlflow", "slowdown", "downloads")
 
 
 def main() -> int:
@@ -33,6 +34,7 @@ def main() -> int:
     parser.add_argument(
         "--kills", type=int, default=100, help="of stages, and a quarter of it of dvc repro (%(default)s)"
     )
+    parser.add_argument("--minutes", type=float, default=10, help="of training, for slowdown (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     kinds = args.kinds or KINDS
@@ -65,7 +67,8 @@ def main() -> int:
                 rows += [twice.stages_twice(reference, work), twice.repro_twice(reference, work)]
             elif kind == "mlflow":
                 rows += tracking.tracking_faults(reference, work)
-                rows.append(tracking.slowdown(reference, work, pairs=3))
+            elif kind == "slowdown":
+                rows.append(tracking.slowdown(reference, work, minutes=args.minutes))
             else:
                 rows += downloads.download_faults(work / "downloads", times=20, rng=rng)
                 rows += downloads.archive_faults(work / "archives", rng=rng)

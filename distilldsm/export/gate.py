@@ -168,7 +168,7 @@ def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.
 
 
 def gate_from(values: Mapping[str, Any] | None) -> Gate:
-    """The gate of a journal record; the default where it has none or one of another version."""
+    """The gate of a tracking record; the default where it has none or one of another version."""
     try:
         return from_mapping(Gate, values or {}, where="gate")
     except ConfigError:

@@ -6,11 +6,8 @@ tag, metrics by their steps, files by their list; at the end a tag of the run sa
 
 from __future__ import annotations
 
-import contextlib
-import csv
 import functools
 import json
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,11 +18,11 @@ from filelock import Timeout
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, sha256_file, sha256_json
 from distilldsm.tracking.addresses import live_uri
-from distilldsm.tracking.flavor import save
-from distilldsm.tracking.record import FILE, PARENT_TAG, SYSTEM, File, Model, Record, RunIdentity, load
-from distilldsm.tracking.registry import RECORD_TAG, register
+from distilldsm.tracking.contents import lines_of, numbers_of, table_of
+from distilldsm.tracking.logged_model import log_model
+from distilldsm.tracking.record import FILE, PARENT_TAG, SYSTEM, File, Record, RunIdentity, load
 from distilldsm.tracking.store import Store, explain, patience, run_lock
-from distilldsm.tracking.values import clean, key_name, plain
+from distilldsm.tracking.values import clean, key_name
 
 PUBLISHED_TAG = "distilldsm.published"
 METRICS_PER_BATCH = 900
@@ -280,9 +277,11 @@ class Publisher:
             for row in read_json(self.directory / record.history):
                 numbers = {key: value for key, value in row.items() if key not in _NO_METRICS}
                 time_ms = round(1000 * row.get("unix_seconds", record.time_ms / 1000))
-                rows.append((time_ms, int(row["epoch"]), dict(_numbers(numbers))))
+                rows.append((time_ms, int(row["epoch"]), dict(numbers_of(numbers))))
         if record.history is not None:
-            rows += [(int(row["time_ms"]), int(row["step"]), row["values"]) for row in _lines(self.directory / SYSTEM)]
+            rows += [
+                (int(row["time_ms"]), int(row["step"]), row["values"]) for row in lines_of(self.directory / SYSTEM)
+            ]
         metrics = [
             Metric(key_name(key), float(value), time_ms, step)
             for time_ms, step, values in rows
@@ -327,7 +326,7 @@ class Publisher:
         if file.table:
             if self._size_in_store(file.to) is None:
                 with patience():
-                    self._client.log_dict(run_id, _table(path), file.to)
+                    self._client.log_dict(run_id, table_of(path), file.to)
             self._store.announce_table(run_id, file.to)
         elif self._size_in_store(f"{file.to}/{path.name}") != path.stat().st_size:
             with patience():
@@ -349,75 +348,12 @@ class Publisher:
         self._client.set_tag(run.info.run_id, PARENT_TAG, self._run.info.run_id)
 
     def _send_model(self, record: Record) -> None:
-        """Log the directory as a model and register it; without what its flavour needs, as plain files."""
-        from mlflow.entities import Metric
-
-        model, run = record.model, self._run
-        assert model is not None
-        logged = self._logged_model(record)
-        if str(logged.status) != "READY":
-            try:
-                self._upload_model(model, logged)
-            except ImportError as error:
-                self._notes.append(f"{error.name} is not installed: the exported model is kept as plain artifacts")
-                self._client.delete_logged_model(logged.model_id)
-                with patience():
-                    self._client.log_artifacts(run.info.run_id, str(self.directory), "exported_model")
-                return
-        metrics = [
-            Metric(key, float(value), record.time_ms, 0, model_id=logged.model_id, run_id=run.info.run_id)
-            for key, value in model.metrics.items()
-        ]
-        if metrics:
-            self._client.log_batch(run.info.run_id, metrics=metrics, synchronous=True)
-        if model.registered_name is not None:
-            self._registration = register(
-                self._store,
-                model,
-                run_id=run.info.run_id,
-                model_id=logged.model_id,
-                record_id=record.id,
-                source=self.directory,
-            )
-
-    def _upload_model(self, model: Model, logged: Any) -> None:
-        from mlflow.entities import LoggedModelOutput
-        from mlflow.models import Model as Description
-
-        run_id = self._run.info.run_id
-        with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
-            path = Path(folder) / "model"
-            described = Description(
-                artifact_path=logged.artifact_location,
-                run_id=run_id,
-                model_uuid=logged.model_id,
-                model_id=logged.model_id,
-            )
-            requirements = list(model.pip_requirements)
-            save(self.directory, path, described, pip_requirements=requirements, metadata=dict(model.metadata))
-            self._client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=0)])
+        try:
+            self._registration = log_model(self._store, self._run, record, self.directory)
+        except ImportError as error:
+            self._notes.append(f"{error.name} is not installed: the exported model is kept as plain artifacts")
             with patience():
-                self._client.log_model_artifacts(logged.model_id, str(path))
-            self._client.finalize_logged_model(logged.model_id, "READY")
-
-    def _logged_model(self, record: Record) -> Any:
-        """The model entry of this very record, from an attempt before or new."""
-        experiment, run_id, page = self._run.info.experiment_id, self._run.info.run_id, None
-        while True:
-            found = self._client.search_logged_models([experiment], f"source_run_id = '{run_id}'", page_token=page)
-            for logged in found:
-                if (logged.tags or {}).get(RECORD_TAG) == record.id:
-                    return logged
-            page = found.token
-            if not page:
-                break
-        return self._client.create_logged_model(
-            experiment,
-            name="model",
-            source_run_id=run_id,
-            tags={RECORD_TAG: record.id},
-            model_type="segmentation",
-        )
+                self._client.log_artifacts(self._run.info.run_id, str(self.directory), "exported_model")
 
 
 def _digest(record: Record) -> str:
@@ -429,40 +365,6 @@ def _mark(record: Record) -> str:
     """The tag that tells how far a record is published; those of one kind may send files of the same names."""
     kind = record.files[0].to.partition("/")[0] if record.files else "values"
     return f"{PUBLISHED_TAG}.{kind}.{record.id[:12]}"
-
-
-def _numbers(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """Numbers of nested mappings, names joined: `{"val_dice": {"core": 0.5}}` becomes `val_dice_core`."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _numbers(value, f"{prefix}{key}_")
-        elif isinstance(value, int | float) and not isinstance(value, bool):
-            yield f"{prefix}{key}", float(value)
-
-
-def _lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line; what a killed process has left unfinished is passed over."""
-    if not path.is_file():
-        return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict) and {"time_ms", "step", "values"} <= set(row):
-                yield row
-
-
-def _table(path: Path) -> dict[str, Any]:
-    """A CSV file as MLflow shows tables; numbers are numbers, and what is empty or no number is null."""
-    with open(path, newline="", encoding="utf-8") as stream:
-        columns, *rows = csv.reader(stream)
-    return {"columns": columns, "data": [[_cell(text) for text in row] for row in rows]}
-
-
-def _cell(text: str) -> Any:
-    for kind in (int, float):
-        with contextlib.suppress(ValueError):
-            return plain(kind(text))
-    return text or None
 
 
 def _in_words(error: Exception, uri: str | None) -> str:
