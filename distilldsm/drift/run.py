@@ -6,15 +6,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distilldsm.core.errors import UserError
+import numpy as np
+import numpy.typing as npt
+
+from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.mapping import to_mapping
 from distilldsm.core.progress import progress
 from distilldsm.data.drift_measures import measures_of, values_of
+from distilldsm.data.fingerprint import classes_from_values
 from distilldsm.data.plan import Plan
 from distilldsm.data.scan_measures import measure_scan
 from distilldsm.data.training_distribution import load_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
-from distilldsm.drift.masks import check_masks, find_mask, read_mask
+from distilldsm.io import Scan, read_labels
 from distilldsm.io.inputs import Input, find_inputs
 
 
@@ -38,8 +42,8 @@ def drift_of_files(
     """
     distribution = load_distribution(model)
     plan = Plan.load(model / "plan.json")
-    if masks is not None:
-        check_masks(masks)
+    if masks is not None and not masks.is_dir():
+        raise DataError("no such directory", where=masks, hint="give the folder that `distilldsm predict -o` wrote")
     known = references(distribution, measures_of(plan))
     found, _ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
     rows: list[dict[str, Any]] = []
@@ -72,8 +76,8 @@ def drift_of_files(
 
 def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[str, Any]:
     scan = one.read(len(plan.channels), budget, [channel.name for channel in plan.channels])
-    found = None if masks is None else find_mask(masks, one)
-    classes = None if found is None else read_mask(found, scan, plan)
+    found = None if masks is None else _find_mask(masks, one)
+    classes = None if found is None else _classes(found, scan, plan)
     measured = measure_scan(scan, plan.channels, plan.class_names, classes)
     return {
         "scan": one.name,
@@ -81,6 +85,16 @@ def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[
         "orientation": measured.orientation,
         "values": {name: float(f"{v:.6g}") for name, v in values_of(measured, plan).items()},
     }
+
+
+def _find_mask(folder: Path, one: Input) -> Path | None:
+    """The mask of a scan: NAME.nii.gz or NAME.nii, as `distilldsm predict -o FOLDER` names it."""
+    return next((p for p in (folder / f"{one.name}.nii.gz", folder / f"{one.name}.nii") if p.is_file()), None)
+
+
+def _classes(mask: Path, scan: Scan, plan: Plan) -> npt.NDArray[np.uint8]:
+    """The class indices (X, Y, Z) of a mask on the scan's grid; DataError where the model does not know its labels."""
+    return classes_from_values(read_labels(mask, on=scan).values, plan.class_values, mask)
 
 
 def _failure(one: Input, error: Exception) -> dict[str, Any]:

@@ -5,10 +5,8 @@ pydicom and highdicom are the optional dependency group `dicom`; they are import
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +38,6 @@ _MAY_BE_EMPTY = (
 )
 """Attributes that must be in a DICOM object, empty if unknown; anonymised series often lack them altogether."""
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-@dataclass(frozen=True)
-class DicomSource:
-    """The headers of a series without voxels, in the order of the slices."""
-
-    headers: tuple[Any, ...]
 
 
 def is_dicom(path: Path) -> bool:
@@ -90,15 +81,22 @@ class Dicom:
         ordered, affine = _arrange(headers, path)
         for error in broken(AFFINE_RULES, affine, path):
             refuse(error)
-        return Scan((_channel(ordered),), orthogonal(affine), path, DicomSource(tuple(ordered)))
+        return Scan((_channel(ordered),), orthogonal(affine), path, tuple(ordered))
 
     def write(
         self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
     ) -> None:
-        """Write a mask as DICOM SEG that refers to the series; raises as `write_segmentation`, UserError if the disk is
-        full."""
+        """Write a mask as DICOM SEG (one binary segment per label, empty frames left out) that refers to its series.
+
+        Args:
+            labels: name to value; segments are numbered in this order, without background.
+
+        Raises:
+            DataError: the series' headers do not allow it.
+            UserError: the disk is full, or the file cannot be written.
+        """
         with replacing(path) as temporary:
-            write_segmentation(temporary, mask, scan.source, labels, model=model)
+            _segmentation(path, mask, scan.source, labels, model).save_as(temporary)
 
 
 def _header(path: Path) -> Any:
@@ -323,24 +321,9 @@ def _pixels(header: Any) -> npt.NDArray:
     return pixels
 
 
-def write_segmentation(
-    path: Path,
-    classes: npt.NDArray[np.uint8],
-    source: DicomSource,
-    labels: Mapping[str, int],
-    *,
-    model: str,
-) -> None:
-    """Write a mask as DICOM SEG (one binary segment per label, empty frames left out) that refers to its series.
-
-    Args:
-        classes: (X, Y, Z) label values on the series' grid.
-        labels: name to value, background (0) included; segments are numbered in this order.
-        model: name of the model, for the algorithm identification.
-
-    Raises:
-        DataError: the series' headers do not allow it.
-    """
+def _segmentation(
+    path: Path, mask: npt.NDArray[np.uint8], headers: Sequence[Any], labels: Mapping[str, int], model: str
+) -> Any:
     import highdicom as hd
     from pydicom.sr.codedict import codes
     from pydicom.uid import ExplicitVRLittleEndian
@@ -362,15 +345,14 @@ def write_segmentation(
     ]
     table = np.zeros(256, dtype=np.uint8)
     table[list(foreground.values())] = np.arange(1, len(foreground) + 1)
-    frames = np.ascontiguousarray(table[classes].transpose(2, 1, 0))
-    headers = list(source.headers)
+    frames = np.ascontiguousarray(table[mask].transpose(2, 1, 0))
     for header in headers:  # in memory; the files stay as they are
         for name in _MAY_BE_EMPTY:
             if name not in header:
                 setattr(header, name, "")
     try:
-        segmentation = hd.seg.Segmentation(
-            source_images=headers,
+        return hd.seg.Segmentation(
+            source_images=list(headers),
             pixel_array=frames,
             segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
             segment_descriptions=segments,
@@ -389,9 +371,8 @@ def write_segmentation(
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise DataError(
             "cannot be written as DICOM SEG",
-            where=os.fspath(path),
+            where=path,
             seen=first_line(error),
             rule="headers as the standard demands them of an image",
             hint="write NIfTI instead: --format nifti",
         ) from None
-    segmentation.save_as(path)

@@ -145,6 +145,7 @@ def test_any_orientation_is_read_as_by_simpleitk(tmp_path, angles, spacing, step
     expected, matrix = oracle(folder)
     np.testing.assert_allclose(scan.affine, matrix, atol=1e-4)
     np.testing.assert_array_equal(values(scan), expected.astype(np.float32))
+    assert scan.channels[0].raw.dtype == np.int16, "kept as it is stored"
 
 
 def test_each_slice_may_have_its_own_rescaling(tmp_path):
