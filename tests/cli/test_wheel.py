@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from distilldsm.cli.main import COMMANDS, STAGES
+from distilldsm.cli.main import COMMANDS, stages
 
 EVERY_HELP = """
 import sys
@@ -64,7 +64,7 @@ def installed(wheel):
 def test_it_holds_one_package_and_the_presets(wheel, repository):
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"distilldsm"}
-    for path in (repository / "conf").rglob("*.yaml"):
+    for path in (repository / "conf").rglob("*.*"):
         assert f"distilldsm/{path.relative_to(repository)}" in names
     for path in (repository / "distilldsm" / "report").rglob("*.*"):
         if path.suffix != ".pyc":
@@ -73,9 +73,9 @@ def test_it_holds_one_package_and_the_presets(wheel, repository):
 
 def test_every_command_has_its_help(installed):
     shown = installed(installed.command, "--help")
-    assert all(name in shown for name in (*STAGES, *COMMANDS))
-    shown = installed(sys.executable, "-c", EVERY_HELP, *STAGES, *COMMANDS)
-    assert all(f"usage: distilldsm {name}" in shown for name in (*STAGES, *COMMANDS))
+    assert all(name in shown for name in (*stages(), *COMMANDS))
+    shown = installed(sys.executable, "-c", EVERY_HELP, *stages(), *COMMANDS)
+    assert all(f"usage: distilldsm {name}" in shown for name in (*stages(), *COMMANDS))
 
 
 def test_commands_without_data(installed):
