@@ -57,7 +57,7 @@ def score_boxes(values: Mapping[str, Sequence[float]], title: str) -> Figure:
     for k, points in enumerate(values.values()):
         jitter = rng.uniform(-0.16, 0.16, len(points))
         axis.scatter(points, k + 1 + jitter, s=16, alpha=0.65, color=label_colour(k), linewidths=0, zorder=3)
-    axis.set_yticks(range(1, len(values) + 1), [_plain(label) for label in values])
+    axis.set_yticks(range(1, len(values) + 1), [plain(label) for label in values])
     axis.invert_yaxis()
     axis.set_xlabel(title)
     axis.grid(axis="x", alpha=0.3)
@@ -73,8 +73,8 @@ def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
         for k, points in enumerate(trainings.values()):
             jitter = rng.uniform(-0.14, 0.14, len(points))
             axis.scatter(k + 1 + jitter, points, s=14, alpha=0.6, color=COLOURS[k % len(COLOURS)], linewidths=0)
-        axis.set_xticks(range(1, len(trainings) + 1), [_plain(name) for name in trainings], rotation=20)
-        axis.set_title(_plain(label))
+        axis.set_xticks(range(1, len(trainings) + 1), [plain(name) for name in trainings], rotation=20)
+        axis.set_title(plain(label))
         axis.set_ylabel("Dice")
         axis.grid(axis="y", alpha=0.3)
     return figure
@@ -92,7 +92,7 @@ def over_epochs(curves: Mapping[str, Points], title: str, *, from_zero: bool = F
     for k, (label, points) in enumerate(curves.items()):
         colour = label_colour(k) if label else COLOURS[0]
         marks = {"marker": "o", "markersize": 4} if len(points) < MARKED else {}
-        axis.plot(*_split(points), color=colour, label=_plain(label), **marks)
+        axis.plot(*_split(points), color=colour, label=plain(label), **marks)
     if from_zero:
         axis.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
         axis.set_ylim(bottom=0)
@@ -119,7 +119,7 @@ def scatter(
     figure, axis = _axis(x_title, y_title)
     for k, (label, of_label) in enumerate(points.items()):
         x, y = _split(of_label)
-        axis.scatter(x, y, s=18, alpha=0.7, color=label_colour(k), label=_plain(label), linewidths=0, zorder=3)
+        axis.scatter(x, y, s=18, alpha=0.7, color=label_colour(k), label=plain(label), linewidths=0, zorder=3)
     values = [value for of_label in points.values() for point in of_label for value in point[: 1 + diagonal]]
     if _is_wide(values, 20):
         _plain_log(axis, "x")
@@ -174,7 +174,7 @@ def _legend(axis: Any) -> None:
         axis.legend(handles[:LEGEND_FOR], names[:LEGEND_FOR], fontsize=8, framealpha=0.8)
 
 
-def _plain(text: str) -> str:
+def plain(text: str) -> str:
     """A name as it is: matplotlib would read $ as the start of a formula, and a leading _ as "no legend"."""
     escaped = str(text).replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped

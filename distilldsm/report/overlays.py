@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.io.orientation import spacing_of
-from distilldsm.report.figures import label_colour, new_figure
+from distilldsm.report.figures import label_colour, new_figure, plain
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -35,7 +35,6 @@ def overlay(
     *,
     affine: npt.NDArray[np.float64],
     labels: Mapping[str, int],
-    title: str = "",
 ) -> Figure:
     """Three planes through where the errors are densest: truth as solid, prediction as dashed contours, errors tinted.
 
@@ -53,57 +52,65 @@ def overlay(
     window = _around(truth, prediction, spacing_mm)
     place_mm = affine[:3, :3] @ point + affine[:3, 3]
     shown = image[window]
-    low, high = np.percentile(shown[np.isfinite(shown)], [1, 99])
+    low, high = (float(value) for value in np.percentile(shown[np.isfinite(shown)], [1, 99]))
+    foreground = {name: value for name, value in labels.items() if value}
     figure, axes = new_figure(3, size=(11, 4.3))
-    values = [value for value in labels.values() if value]
     for plane, axis in enumerate(axes[0]):
-        a, b = (k for k in range(3) if k != plane)
-
-        def cut(array: npt.NDArray, plane: int = plane) -> npt.NDArray:
-            return np.take(array, point[plane] - window[plane].start, axis=plane).T
-
-        # In mm, so that all axes have the same scale; voxel centres lie at whole multiples of the spacing.
-        sides = (window[a], window[b])
-        extent = [
-            (k - 0.5) * spacing_mm[axis_]
-            for axis_, side in zip((a, b), sides, strict=True)
-            for k in (side.start, side.stop)
-        ]
-        grid = [np.arange(side.start, side.stop) * spacing_mm[n] for n, side in zip((a, b), sides, strict=True)]
-        axis.imshow(cut(shown), cmap="gray", vmin=low, vmax=high, origin="lower", extent=extent)
-        wrong = cut(truth[window] != prediction[window])
-        tint = np.zeros((*wrong.shape, 4))
-        tint[wrong] = ERROR_COLOUR
-        axis.imshow(tint, origin="lower", extent=extent, interpolation="nearest")
-        for k, value in enumerate(values):
-            for mask, style, width in ((truth, "solid", 1.7), (prediction, "dashed", 1.3)):
-                inside = cut(mask[window] == value)
-                if inside.any() and not inside.all() and min(inside.shape) > 1:
-                    axis.contour(*grid, inside, levels=[0.5], colors=[label_colour(k)], linestyles=[style],
-                                 linewidths=width)  # fmt: skip
-        for n, centre in zip((a, b), (axis.axvline, axis.axhline), strict=True):
-            centre(point[n] * spacing_mm[n], color="white", linewidth=0.6, alpha=0.45, linestyle="dotted")
-        _letters(axis, a, b)
-        _scale_bar(axis, extent)
+        masks = (truth[window], prediction[window])
+        _draw_plane(axis, plane, shown, masks, list(foreground.values()), point, window, spacing_mm, (low, high))
         axis.set_title(
             f"{PLANES[plane]}, {AXES[plane]} = {_signed(place_mm[plane])} mm "
             f"(slice {point[plane] + 1} of {image.shape[plane]})",
             fontsize=10,
         )
-        axis.set_axis_off()
     handles: list[Any] = [
-        Line2D([], [], color=label_colour(k), label=str(name).replace("$", r"\$").lstrip("_"))
-        for k, name in enumerate(name for name, value in labels.items() if value)
-    ]
-    handles += [
+        *(Line2D([], [], color=label_colour(k), label=plain(name)) for k, name in enumerate(foreground)),
         Line2D([], [], color="grey", label="truth"),
         Line2D([], [], color="grey", linestyle="dashed", label="prediction"),
         Patch(color=ERROR_COLOUR, label="they differ"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=min(len(handles), 8), frameon=False, fontsize=9)
-    if title:
-        figure.suptitle(title.replace("$", r"\$"), fontsize=11)
     return figure
+
+
+def _draw_plane(
+    axis: Any,
+    plane: int,
+    shown: npt.NDArray[np.floating],
+    masks: tuple[Labels, Labels],
+    values: Sequence[int],
+    point: tuple[int, int, int],
+    window: tuple[slice, slice, slice],
+    spacing_mm: Sequence[float],
+    grey: tuple[float, float],
+) -> None:
+    """One slice through `point`: the scan from black to white within `grey`, truth and prediction of the window."""
+    a, b = (k for k in range(3) if k != plane)
+
+    def cut(array: npt.NDArray) -> npt.NDArray:
+        return np.take(array, point[plane] - window[plane].start, axis=plane).T
+
+    # In mm, so that all axes have the same scale; voxel centres lie at whole multiples of the spacing.
+    grid = [np.arange(window[k].start, window[k].stop) * spacing_mm[k] for k in (a, b)]
+    extent = [(end - 0.5) * spacing_mm[k] for k in (a, b) for end in (window[k].start, window[k].stop)]
+    axis.imshow(cut(shown), cmap="gray", vmin=grey[0], vmax=grey[1], origin="lower", extent=extent)
+    truth, prediction = masks
+    wrong = cut(truth != prediction)
+    tint = np.zeros((*wrong.shape, 4))
+    tint[wrong] = ERROR_COLOUR
+    axis.imshow(tint, origin="lower", extent=extent, interpolation="nearest")
+    for k, value in enumerate(values):
+        for mask, style, width in ((truth, "solid", 1.7), (prediction, "dashed", 1.3)):
+            inside = cut(mask == value)
+            if inside.any() and not inside.all() and min(inside.shape) > 1:
+                axis.contour(
+                    *grid, inside, levels=[0.5], colors=[label_colour(k)], linestyles=[style], linewidths=width
+                )
+    for k, line in ((a, axis.axvline), (b, axis.axhline)):
+        line(point[k] * spacing_mm[k], color="white", linewidth=0.6, alpha=0.45, linestyle="dotted")
+    _letters(axis, a, b)
+    _scale_bar(axis, extent)
+    axis.set_axis_off()
 
 
 def densest_error(truth: Labels, prediction: Labels, spacing_mm: Sequence[float]) -> tuple[int, int, int]:
