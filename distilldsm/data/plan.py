@@ -122,15 +122,7 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
     kept = [c.nonzero_shape if config.crop_to_nonzero else c.shape for c in cases]
     resampled = np.array([resampled_shape(n, c.spacing_mm, target) for n, c in zip(kept, cases, strict=True)])
     median = np.median(resampled, axis=0)
-    if config.depth_axis != "auto":
-        depth = AXES.index(config.depth_axis)
-        reasons["depth_axis"] = "set in preprocess.depth_axis"
-    elif spacing.max() / spacing.min() > 1.25:
-        depth = int(np.argmax(spacing))
-        reasons["depth_axis"] = f"coarsest spacing ({spacing[depth]:.3g} mm)"
-    else:
-        depth = int(np.argmin(median))
-        reasons["depth_axis"] = f"spacing is about the same everywhere; smallest extent ({median[depth]:.0f})"
+    depth, reasons["depth_axis"] = _depth_axis(config, spacing, median)
     order = [depth, *(k for k in range(3) if k != depth)]
     median_shape = tuple(int(v) for v in np.rint(median[order]))
     spacing_dhw = [round(float(v), 6) for v in spacing[order]]
@@ -174,6 +166,17 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
         training_memory_gb=round(float(np.prod(patch)) * batch * TRAINING_BYTES_PER_VOXEL / 1e9 + 0.4, 2),
         reasons=reasons,
     )
+
+
+def _depth_axis(config: PreprocessConfig, spacing: np.ndarray, median: np.ndarray) -> tuple[int, str]:
+    """Position of the depth axis among x, y, z, and why; from spacing (mm) and extent (voxels) in that order."""
+    if config.depth_axis != "auto":
+        return AXES.index(config.depth_axis), "set in preprocess.depth_axis"
+    if spacing.max() / spacing.min() > 1.25:
+        depth = int(np.argmax(spacing))
+        return depth, f"coarsest spacing ({spacing[depth]:.3g} mm)"
+    depth = int(np.argmin(median))
+    return depth, f"spacing is about the same everywhere; smallest extent ({median[depth]:.0f})"
 
 
 def regions_of(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, ...]:
