@@ -45,9 +45,10 @@ def run(args: argparse.Namespace) -> None:
     left = []
     for outcome in publish_all(outputs, to=args.to):
         problems = "; ".join(outcome.problems)
-        print(f"{outcome.directory}: {problems or outcome.registration or 'published'}")
+        done = "published" if outcome.is_complete else "published as far as it goes"
+        print(f"{outcome.directory}: {problems or outcome.registration or done}")
         for note in outcome.notes:
-            print(f"{outcome.directory}: without a part: {note}")
+            print(f"{outcome.directory}: {note}")
         if problems:
             left.append(str(outcome.directory))
     if left:

@@ -25,7 +25,7 @@ from pathlib import Path
 from distilldsm.core.mapping import to_mapping
 from distilldsm.tracking.publish import Outcome, Publisher, known_outputs, publish_all
 from distilldsm.tracking.record import FILE, SYSTEM, load
-from distilldsm.tracking.system import sample_until
+from distilldsm.tracking.system import SystemSampler, sample_until
 
 POLL_S = 0.5
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 60.0
@@ -98,12 +98,16 @@ class Follower:
         record = load(self.directory)
         if self.system_s <= 0 or record is None or record.run is None:
             return None
-
         started_ms = record.run.started_ms
+        try:
+            # Here and not in the thread: two threads importing the same packages at once is asking for trouble.
+            sampler = SystemSampler(self.parent)
+        except Exception:
+            return None
 
         def sample() -> None:
             with contextlib.suppress(Exception):  # the rest goes on
-                sample_until(self.finish, self.directory, self.parent, self.system_s, started_ms)
+                sample_until(self.finish, self.directory, sampler, self.system_s, started_ms)
 
         thread = threading.Thread(target=sample, daemon=True)
         thread.start()

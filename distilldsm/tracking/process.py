@@ -99,7 +99,7 @@ class Sender:
                 more = len(outcome["problems"]) - 1
                 reason = outcome["problems"][0] + (f", and {more} more" if more else "")
                 reasons.setdefault(reason, []).append(_final(Path(directory)))
-            for note in outcome.get("notes", ()):
+            for note in outcome.get("notes", ()) if Path(directory) in self.directories else ():
                 logger.warning("MLflow: %s is published without a part: %s", _final(Path(directory)), note)
         for reason, names in reasons.items():
             logger.warning(

@@ -72,11 +72,16 @@ def known_outputs(root: Path = Path()) -> list[Path]:
 
 
 def publish_all(directories: Iterable[Path], *, to: str | None = None) -> Iterator[Outcome]:
-    """Publish outputs one after the other; a store that does not answer is not asked again."""
+    """Publish outputs one after the other; a store that does not answer is not asked again.
+
+    What a training at work on this machine publishes itself is left to it.
+    """
     away: dict[str, Outcome] = {}
     for directory in directories:
         publisher = Publisher(directory, to=to)
-        if publisher.uri is None or publisher.uri not in away:
+        if publisher.is_followed:
+            outcome = Outcome(directory=directory, notes=("its training is at work, and publishes it",))
+        elif publisher.uri is None or publisher.uri not in away:
             outcome = publisher.publish()
             if outcome.is_away and publisher.uri is not None:
                 away[publisher.uri] = outcome
@@ -112,6 +117,15 @@ class Publisher:
             return None
         return None if record is None or record.run is None else self._to or live_uri(record.run.tracking_uri)
 
+    @property
+    def is_followed(self) -> bool:
+        """Whether the process that makes the output is at work, and publishes it itself."""
+        try:
+            record = load(self.directory)
+        except UserError:
+            return False
+        return record is not None and record.is_at_work() is True
+
     def is_published(self) -> bool:
         """Whether MLflow holds all that the record says; sends nothing.
 
@@ -137,7 +151,7 @@ class Publisher:
             record = load(self.directory)
             if record is None or (identity := record.run) is None:
                 return Outcome(directory=self.directory, is_complete=True)
-            if record.status == "RUNNING" and (is_abandoned or record.is_abandoned()):
+            if record.status == "RUNNING" and (is_abandoned or record.is_at_work() is False):
                 record = replace(record, status="KILLED")
             with run_lock(identity.key, patience_s):
                 is_complete = self._pass(record, identity)

@@ -135,17 +135,17 @@ class Record:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the record", seen=self.schema_version, rule="1")
 
-    def is_abandoned(self) -> bool:
-        """Whether it says RUNNING and its process, on this machine, is gone."""
+    def is_at_work(self) -> bool | None:
+        """Whether the process of a record that says RUNNING still lives; None where it ended, or ran elsewhere."""
         if self.status != "RUNNING" or self.process is None or self.host != socket.gethostname():
-            return False
+            return None
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
-            return True
-        except OSError:
             return False
-        return False
+        except OSError:
+            return True
+        return True
 
 
 def load(directory: Path) -> Record | None:

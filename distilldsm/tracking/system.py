@@ -53,13 +53,14 @@ class SystemSampler:
         return {f"system/{name}": float(value) for name, value in values.items()}
 
 
-def sample_until(finish: threading.Event, directory: Path, pid: int, interval_s: float, started_ms: int) -> None:
+def sample_until(
+    finish: threading.Event, directory: Path, sampler: SystemSampler, interval_s: float, started_ms: int
+) -> None:
     """Append a sample every `interval_s` seconds; the steps are seconds since the first start of the run.
 
     Raises:
         Exception: the process is gone, or the file cannot be written.
     """
-    sampler = SystemSampler(pid)
     path = directory / SYSTEM
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a killed process may have left half a line
         with open(path, "a", encoding="utf-8") as stream:

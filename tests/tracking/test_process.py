@@ -225,7 +225,9 @@ def test_sampling_goes_on_after_half_a_line(place, monkeypatch):
     monkeypatch.setattr(SystemSampler, "sample", lambda self: {"system/a": 1.0})
     (place / "system.jsonl").write_text('{"time_ms": 1, "st')
     waits = iter([False, False, True])
-    system.sample_until(SimpleNamespace(wait=lambda _: next(waits)), place, os.getpid(), 0.1, started_ms=0)
+    system.sample_until(
+        SimpleNamespace(wait=lambda _: next(waits)), place, SystemSampler(os.getpid()), 0.1, started_ms=0
+    )
     _, *whole = (place / "system.jsonl").read_text().splitlines()
     assert len(whole) == 2
     assert all('"system/a": 1.0' in line for line in whole)

@@ -202,6 +202,8 @@ def test_a_growing_training_is_published_as_it_grows(place, client, no_sender):
     with training(work):
         publisher = Publisher(work)
         assert not publisher.publish().is_complete
+        (left_to_it,) = publish_all([work])
+        assert "its training is at work" in left_to_it.notes[0]
         assert the_run(client).info.status == "RUNNING"
         for number in (1, 2):
             add_epochs(work, 1 / number)
