@@ -169,10 +169,10 @@ def score_all(
         running: set[Future[None]] = set()
         for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
             path = work / "predictions" / f"{case.id}.nii.gz"
-            taken = work / "timing" / f"{case.id}.json"
-            if not (path.exists() and taken.exists()):  # an interruption may have come between mask and scores
+            timing = work / "timing" / f"{case.id}.json"
+            if not (path.exists() and timing.exists()):  # an interruption may have come between mask and scores
                 scan = read_scan([dataset / p for p in case.images], len(index.channels)).load()
-                with cost.measured(taken):
+                with cost.measured(timing):
                     mask = predictor.predict(scan).mask
                 write_mask(path, mask, scan)
             task = (

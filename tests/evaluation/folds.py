@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from distilldsm.config import EvaluateConfig, TrainConfig
+from distilldsm.components import cross_validate
+from distilldsm.config import CrossValidationConfig, EvaluateConfig, TrainConfig
 from distilldsm.core.cost import TIMING
 from distilldsm.core.files import write_json
 from distilldsm.core.output_directory import output_directory
@@ -100,3 +101,12 @@ def write_folds(root: Path, count: int = 3, cases: int = 4, **options: Any) -> t
     for fold in range(count):
         write_fold(root, fold, rows[fold], splits=splits, seconds=2.0 + fold, **options)
     return splits, rows
+
+
+def cross_validated(root: Path, count: int = 3, **options: Any) -> Path:
+    """The output of the stage cross_validate, of `count` folds below `root` that are written where they are not."""
+    if not (root / "evaluation").exists():
+        write_folds(root, count, **options)
+    inputs = {"evaluation": root / "evaluation", "models": root / "models", "splits": root / "splits.json"}
+    cross_validate.run(CrossValidationConfig(folds=tuple(range(count))), inputs, {"cross_validation": root / "cv"})
+    return root / "cv"

@@ -13,8 +13,7 @@ import pytest
 from scipy.stats import wilcoxon
 
 from distilldsm.cli.main import main
-from distilldsm.components import cross_validate
-from distilldsm.config import CrossValidationConfig, EvaluateConfig
+from distilldsm.config import EvaluateConfig
 from distilldsm.core.errors import DataError
 from distilldsm.evaluation import comparison
 from distilldsm.evaluation.comparison import compare
@@ -109,10 +108,7 @@ def test_another_truth_is_refused(tmp_path):
 
 def test_what_was_scored_in_another_way_is_told(tmp_path, capsys):
     for name, config in (("a", EvaluateConfig(workers=3)), ("b", EvaluateConfig(mirror=True, checkpoint="best"))):
-        splits, _ = crossval.write_folds(tmp_path / name, evaluate=config)
-        inputs = {"evaluation": tmp_path / name / "evaluation", "models": tmp_path / name / "models", "splits": splits}
-        outputs = {"cross_validation": tmp_path / name / "cv"}
-        cross_validate.run(CrossValidationConfig(folds=(0, 1, 2)), inputs, outputs)
+        crossval.cross_validated(tmp_path / name, evaluate=config)
     for kind in ("cv", "evaluation"):
         assert main(["compare", *(f"{name}={tmp_path / name / kind}" for name in "ab")]) == 0
         assert capsys.readouterr().err.splitlines() == [
@@ -125,10 +121,7 @@ def test_what_was_scored_in_another_way_is_told(tmp_path, capsys):
 
 def test_surface_dice_of_different_tolerances_is_refused(tmp_path):
     for name, tolerance in (("a", 1.0), ("b", 3.0)):
-        splits, _ = crossval.write_folds(tmp_path / name, evaluate=EvaluateConfig(nsd_tolerance_mm=tolerance))
-        inputs = {"evaluation": tmp_path / name / "evaluation", "models": tmp_path / name / "models", "splits": splits}
-        done = {"cross_validation": tmp_path / name / "cv"}
-        cross_validate.run(CrossValidationConfig(folds=(0, 1, 2)), inputs, done)
+        crossval.cross_validated(tmp_path / name, evaluate=EvaluateConfig(nsd_tolerance_mm=tolerance))
     for one, other in (("cv", "cv"), ("evaluation", "cv"), ("evaluation", "evaluation")):
         a, b = load_training("a", [tmp_path / "a" / one]), load_training("b", [tmp_path / "b" / other])
         with pytest.raises(DataError, match=r"tolerances of the NSD(.|\n)*a: 1 mm; b: 3 mm"):
@@ -249,9 +242,7 @@ def test_cross_validations_are_compared_with_their_costs(tmp_path, capsys):
         splits, rows = crossval.write_folds(tmp_path / name, count=2)
         better = [{**row, "dice": row["dice"] + 0.1 * (name == "b")} for row in rows[1]]
         crossval.write_fold(tmp_path / name, 1, better, splits=splits, seconds=5.0)
-        inputs = {"evaluation": tmp_path / name / "evaluation", "models": tmp_path / name / "models"}
-        outputs = {"cross_validation": tmp_path / name / "cv"}
-        cross_validate.run(CrossValidationConfig(folds=(0, 1)), inputs, outputs)
+        crossval.cross_validated(tmp_path / name, count=2)
     found = []
     for form in ("{}/cv", "{}/evaluation", "{0}/evaluation/fold0,{0}/evaluation/fold1"):
         capsys.readouterr()

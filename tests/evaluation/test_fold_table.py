@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from distilldsm.components import cross_validate
-from distilldsm.config import CrossValidationConfig, EvaluateConfig, ModelConfig, TrainConfig
+from distilldsm.config import EvaluateConfig, ModelConfig, TrainConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.evaluation import fold_table as table
@@ -20,7 +19,7 @@ from distilldsm.evaluation.folds import CASES_POSTPROCESSED, load_folds, read_ro
 from distilldsm.evaluation.metrics import METRICS
 from distilldsm.evaluation.postprocess import write_postprocessing
 from distilldsm.evaluation.trainings import load_training
-from tests.evaluation.folds import random_rows, write_fold, write_folds, write_splits
+from tests.evaluation.folds import cross_validated, random_rows, write_fold, write_folds, write_splits
 
 
 def load(root, splits=None, numbers=(0, 1, 2)):
@@ -61,6 +60,7 @@ def test_statistics_are_those_of_pandas(tmp_path):
     assert summary["labels"]["core"]["precision"]["folds"] == 2
     assert summary["labels"]["core"]["precision"]["fold_means"]["1"] is None
     assert summary["cases"] == 4 + 5 + 6
+    assert summary["largest_component"] is None, "no case has a second component"
 
 
 def test_costs_are_medians_and_peaks(tmp_path):
@@ -201,8 +201,7 @@ def test_post_processing_is_reported_as_the_other_folds_decide(tmp_path):
     assert f"Dice {found['mean']['dice']['mean_folds']:.4f} ± {found['mean']['dice']['sd_folds']:.4f}" in line
     numbers = table.metrics_for_mlflow(summary)
     assert numbers["cv_postprocessed_dice_mean"] == round(found["mean"]["dice"]["mean_folds"], 5)
-    inputs = {"evaluation": tmp_path / "evaluation", "models": tmp_path / "models", "splits": splits}
-    cross_validate.run(CrossValidationConfig(folds=(0, 1, 2)), inputs, {"cross_validation": tmp_path / "cv"})
+    cross_validated(tmp_path)
     written = {(r["case"], r["label"]): r["dice"] for r in read_rows(tmp_path / "cv" / CASES_POSTPROCESSED)}
     kept = {fold for fold, labels in expected.items() if labels}
     for fold, of_fold in enumerate(rows):
@@ -233,14 +232,6 @@ def test_nested_regions_are_post_processed_together(tmp_path):
     write_postprocessing(tmp_path / "evaluation" / "fold1", rows[1], rows[1])
     with pytest.raises(DataError, match=r"fold 1 has another post-processing(.|\n)*tried.core"):
         load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
-
-
-def test_without_second_components_nothing_is_said(tmp_path):
-    splits, rows = write_folds(tmp_path)
-    for fold, of_fold in enumerate(rows):
-        tables.write_csv(tmp_path / "evaluation" / f"fold{fold}" / "postprocessed.csv", of_fold)
-    folds = load_folds([0, 1, 2], tmp_path / "evaluation", tmp_path / "models", splits)
-    assert table.summarise(folds)["largest_component"] is None
 
 
 def test_folds_of_different_ensembles_are_not_one_cross_validation(tmp_path):

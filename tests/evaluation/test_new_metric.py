@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from distilldsm.cli.main import main
-from distilldsm.components import cross_validate
-from distilldsm.config import CrossValidationConfig
 from distilldsm.core.files import read_json
 from distilldsm.evaluation import fold_table, tables
 from distilldsm.evaluation.metrics import METRICS, Metric, score_case
 from distilldsm.export.gate import Gate, decide
 from distilldsm.export.scores import Scores
-from tests.evaluation.folds import write_folds
+from tests.evaluation.folds import cross_validated
 from tests.evaluation.test_report import page
 
 
@@ -53,15 +50,8 @@ def test_it_is_computed_tabulated_tracked_and_shown(tmp_path):
     assert "0.375" in text
 
 
-def cross_validated(folder: Path) -> Path:
-    splits, _ = write_folds(folder, count=2)
-    inputs = {"evaluation": folder / "evaluation", "models": folder / "models", "splits": splits}
-    cross_validate.run(CrossValidationConfig(folds=(0, 1)), inputs, {"cross_validation": folder / "cv"})
-    return folder / "cv"
-
-
 def test_it_is_cross_validated_and_compared(tmp_path, capsys):
-    folders = [cross_validated(tmp_path / name) for name in "ab"]
+    folders = [cross_validated(tmp_path / name, count=2) for name in "ab"]
     summary = read_json(folders[0] / "summary.json")
     mean = summary["labels"]["core"]["jaccard"]["mean_folds"]
     assert read_json(folders[0] / "metrics.json")["jaccard"]["core"]["mean"] == round(mean, 4)
