@@ -178,7 +178,10 @@ def read_labels(path: Path, *, on: Scan | None = None) -> Labels:
     scan = read_scan([path], 1)
     if on is not None:
         check_same_grid(on, scan, MASK_HINT)
-    values = scan.channels[0].values(scan.channels[0].raw)
+    channel = scan.channels[0]
+    if channel.scale is None and channel.raw.dtype == np.uint8:
+        return Labels(channel.raw, scan.affine, path)
+    values = channel.values(channel.raw)
     whole = np.rint(values)
     odd = np.abs(values - whole) > LABEL_TOLERANCE
     if odd.any():

@@ -96,6 +96,12 @@ def test_labels_are_whole_numbers_of_a_byte_on_the_grid_of_their_scan(tmp_path):
             read_labels(write(tmp_path / "odd.nii", values))
     with pytest.raises(DataError, match="wrong number of channels"):
         read_labels(write(tmp_path / "two.nii", np.zeros((2, 3, 4, 2), np.uint8)))
+    # Bytes are taken as they are, unless the header scales them.
+    stored = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    for slope, expected in ((None, stored), ((2, 1), 2 * stored + 1)):
+        found = read_labels(write(tmp_path / "bytes.nii.gz", stored, scale=slope)).values
+        np.testing.assert_array_equal(found, expected)
+        assert found.dtype == np.uint8
     scan = read_scan([write(tmp_path / "scan.nii", np.zeros((2, 3, 4), np.uint8), affine())], 1)
     for distance, same in ((0.009, True), (0.011, False)):
         matrix = affine()
