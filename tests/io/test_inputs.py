@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from distilldsm.core.errors import ConfigError, DataError
-from distilldsm.io.inputs import find_inputs, listed
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.io.inputs import find_inputs, listed, refuse_input
+from distilldsm.io.output import replacing
 from tests.io.test_nifti import write
 
 
@@ -76,6 +79,67 @@ def test_a_missing_channel_is_told_with_the_names_of_all(tmp_path):
     (one,), _ = find_inputs([path] * 3, 2)
     with pytest.raises(DataError, match=r"seen: 3: a\.nii, a\.nii, a\.nii\n  rule: 2 channels \(T1, FLAIR\)"):
         one.read(2, names=("T1", "FLAIR"))
+
+
+def test_files_named_after_the_channels_are_one_scan_in_the_models_order(tmp_path):
+    names = ("T1", "FLAIR")
+    touch(tmp_path, "b_flair.nii.gz", "b_t1.nii.gz", "b_seg.nii.gz", "a_t1.nii.gz", "a_flair.nii.gz")
+    scans, many = find_inputs([tmp_path], 2, names)
+    assert many
+    assert [(one.name, [path.name for path in one.paths]) for one in scans] == [
+        (case, [f"{case}_t1.nii.gz", f"{case}_flair.nii.gz"]) for case in "ab"
+    ]
+    # A case that lacks a channel is kept, so that reading it tells; without any whole case the names mean nothing.
+    (tmp_path / "a_flair.nii.gz").unlink()
+    assert [len(one.paths) for one in find_inputs([tmp_path], 2, names)[0]] == [1, 2]
+    touch(tmp_path / "other", "b_flair.nii.gz", "a_t1.nii.gz")
+    assert found([tmp_path / "other"], 2, *names)[0] == ["a_t1", "b_flair"]
+    # A file of no case: the names are not those of channels.
+    touch(tmp_path, "stranger.nii.gz")
+    assert len(found([tmp_path], 2, *names)[0]) == 5
+
+
+def test_series_are_channels_where_their_number_is_that_of_the_model(tmp_path):
+    folders = [tmp_path / name for name in "cab"]
+    for folder in folders:
+        folder.mkdir()
+        (folder / "1").write_bytes(bytes(128) + b"DICM")
+    assert [one.paths for one in find_inputs(folders, 3)[0]] == [tuple(folders)]
+    assert found(folders, 2)[0] == found([tmp_path], 3)[0] == ["a", "b", "c"]
+    assert found(folders[:1], 1)[0] == ["c"]
+
+
+def test_no_input_is_overwritten(tmp_path):
+    (file,) = touch(tmp_path, "series/1")
+    for output in (file, tmp_path / "series" / ".." / "series" / "1"):
+        for given in ([file], [tmp_path / "none", file.parent]):
+            with pytest.raises(ConfigError, match="is an input"):
+                refuse_input(output, given, "is an input")
+    (tmp_path / "link").symlink_to(file)
+    with pytest.raises(ConfigError, match="is an input"):
+        refuse_input(tmp_path / "link", [file.parent], "is an input")
+    touch(tmp_path, "other", "series/2")
+    refuse_input(tmp_path / "other", [file, file.parent], "is an input")
+    refuse_input(tmp_path / "series" / "new", [file, file.parent], "is an input")
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "no space left"), (errno.EACCES, "be written")],
+)
+def test_a_file_is_whole_or_absent(tmp_path, number, words):
+    def write_half(then: int) -> None:
+        with replacing(tmp_path / "a", ".txt") as temporary:
+            assert temporary.suffix == ".txt"
+            temporary.write_text("half")
+            if then:
+                raise OSError(then, os.strerror(then))
+
+    with pytest.raises(UserError, match=words):
+        write_half(number)
+    assert list(tmp_path.iterdir()) == []
+    write_half(0)
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
 def test_listed():
