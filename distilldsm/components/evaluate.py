@@ -29,7 +29,7 @@ def run(
 
     Args:
         inputs: `dataset` (scans and truth), `preprocessed` (splits, fingerprint), `model` (of this fold), and, for
-            a page that tells what was found in the data, `validation`.
+            a page that shows what was found in the data, `validation`.
         outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `timing.json`, `report.html`, `figures/`,
             `plots/`, `predictions/`: all of the predictions as they are; `postprocessed.csv` and
             `postprocessing.json`: what keeping the largest component of each label or region would change.
@@ -203,7 +203,7 @@ STAGE = Stage(
     scope="fold",
     image="train",
     run=run,
-    code=("data", "evaluation", "inference", "io", "models", "report", "validation"),
+    code=("data", "evaluation", "inference", "io", "models", "report"),
     facts=facts,
 )
 

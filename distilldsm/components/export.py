@@ -141,17 +141,7 @@ STAGE = Stage(
     scope="model",
     image="export",
     run=run,
-    code=(
-        "data",
-        "drift",
-        "evaluation",
-        "export",
-        "inference",
-        "io",
-        "models",
-        "training",
-        "validation",
-    ),
+    code=("data", "evaluation", "export", "inference", "io", "models", "report", "training"),
     facts=facts,
 )
 

@@ -52,12 +52,12 @@ def run(
 
 def _keep_apart(config: TrainConfig, output: Path) -> None:
     """The output is replaced by what is trained: started from there, the same command would never start alike again."""
-    given = config.initial_weights
-    if given is not None and output.resolve() in Path(given).resolve().parents:
+    weights = config.initial_weights
+    if weights is not None and output.resolve() in Path(weights).resolve().parents:
         raise ConfigError(
             "lies in the stage's output, which is replaced by what is trained",
             where="train.initial_weights",
-            seen=given,
+            seen=weights,
             rule=f"a place outside {output}",
             hint="copy it elsewhere",
         )
@@ -71,7 +71,7 @@ def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold:
     Trainer(config, preprocessed=inputs["preprocessed"], work=work, fold=fold, processes=processes).run()
 
 
-def _tell(config: TrainConfig, trainer: Any, source: str) -> None:
+def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
     """What is trained and how long, and whether that is short."""
     from distilldsm.data.dataset import SAMPLE_SOURCE
     from distilldsm.training.schedule import remark_on_few_steps
@@ -120,7 +120,7 @@ def _train_as_main(
     }
     spent = TrainingCost(work, facts)
     index = DatasetIndex.load(preprocessed)
-    _tell(config, trainer, index.source)
+    _announce(config, trainer, index.source)
     with followed(
         tracking,
         work,
@@ -194,7 +194,7 @@ STAGE = Stage(
     scope="fold",
     image="train",
     run=run,
-    code=("data", "inference", "io", "models", "training"),
+    code=("data", "inference", "models", "training"),
     files=("initial_weights",),
     facts=facts,
     distributed=True,

@@ -129,7 +129,7 @@ STAGE = Stage(
     scope="data",
     image="data",
     run=run,
-    code=("data", "io", "validation"),
+    code=("data", "io", "report", "validation"),
     files=("suite",),
     facts=facts,
 )

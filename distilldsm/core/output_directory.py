@@ -23,7 +23,7 @@ SCHEMA_VERSION = 1
 EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
 """Parameters of any stage that say where and how it computes, not what: work begun with others goes on."""
 _FULL_BYTES = 64 << 10
-"""An error with so little space left is taken for one of the full disk."""
+"""With so little space left, an error counts as one of a full disk."""
 _FINISH_S = 60.0
 """How long to wait for another process that puts the same output in its place."""
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp[.\w]*")
@@ -277,7 +277,7 @@ def _put_in_place(work: Path, path: Path) -> None:
 
 
 def _disk_is_full(error: Exception, work: Path) -> bool:
-    """Whether an error comes from a full disk: NumPy, safetensors and OpenVINO each tell it in another way."""
+    """Whether an error comes from a full disk: NumPy, safetensors and OpenVINO each report it differently."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno in FULL_DISK
     text = str(error)

@@ -81,7 +81,7 @@ class Output:
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A path that may be given several times, beside the inputs."""
+    """A path beside the inputs; it may be repeated."""
 
     name: str
     """Keyword of `run`, and the option of the command line."""

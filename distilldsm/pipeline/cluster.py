@@ -267,7 +267,7 @@ def apply(
     kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
-    # All of a security context that kfp-kubernetes lets a pipeline say; docs/security.md tells of the rest.
+    # All of a security context that kfp-kubernetes lets a pipeline say; the rest stands in docs/security.md.
     kubernetes.set_security_context(task, run_as_non_root=True)
     if profile.timeout_s:
         kubernetes.set_timeout(task, profile.timeout_s)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -190,38 +189,3 @@ def test_dvc_yaml_names_existing_code():
         for dep in stage.get("do", stage)["deps"]:
             if dep.startswith(("distilldsm", "conf")):
                 assert (ROOT / dep).exists(), dep
-
-
-SHAPING = {"io", "data", "validation", "models", "training", "inference", "evaluation", "export", "drift"}
-"""Packages whose code decides what a stage writes; the others read parameters, show progress, track."""
-
-
-def imported(path: Path) -> set[Path]:
-    """Files that a module imports, now or when it is called, and not only for its types."""
-    names = set()
-    todo = list(ast.parse(path.read_text()).body)
-    while todo:
-        node = todo.pop()
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            continue
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-        todo += ast.iter_child_nodes(node)
-    files = {ROOT / f"{name.replace('.', '/')}.py" for name in names}
-    return {file for file in files if file.is_file() and file.parent.name in SHAPING}
-
-
-@pytest.mark.parametrize(
-    "name", ["download", "validate", "preprocess", "train", "evaluate", "export", "cross_validate"]
-)
-def test_a_stage_runs_again_when_code_it_imports_changes(name):
-    stage = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][name]
-    deps = {ROOT / dep for dep in stage.get("do", stage)["deps"]}
-    seen, todo = set(), {ROOT / "distilldsm" / "components" / f"{name}.py"}
-    while todo:
-        seen |= todo
-        todo = set().union(*map(imported, todo)) - seen
-    missing = {file.relative_to(ROOT).as_posix() for file in seen if not deps & {file, *file.parents}}
-    assert missing == set()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -109,6 +110,35 @@ def test_a_new_stage_is_run_for_each_fold_by_cross_validate(tmp_path):
     assert [stage.name for stage in folds.of_scope(2)] == ["train", "evaluate", "count"]
     options = ["--fold", "2", "--evaluation", f"{tmp_path}/evaluation/fold2", "--output", f"{tmp_path}/counts/fold2"]
     assert folds.command(COUNT, 2)[3:] == options
+
+
+SHAPING = {"io", "data", "report", "validation", "models", "training", "inference", "evaluation", "export", "drift"}
+"""Rooms whose code decides what a stage writes; the others read parameters, show progress, track."""
+
+
+def imported(path: Path) -> set[Path]:
+    """Files that a module imports, now or when it is called, and not only for its types."""
+    names = set()
+    todo: list[ast.AST] = list(ast.parse(path.read_text()).body)
+    while todo:
+        node = todo.pop()
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            continue
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+        todo += ast.iter_child_nodes(node)
+    places = {ROOT / name.replace(".", "/") for name in names}
+    files = {file for place in places for file in (place.with_suffix(".py"), place / "__init__.py")}
+    return {file for file in files if file.is_file() and file.parent.name in SHAPING}
+
+
+@pytest.mark.parametrize("stage", registry.STAGES, ids=lambda stage: stage.name)
+def test_a_stage_runs_again_when_code_it_imports_changes(stage):
+    seen, todo = set(), {ROOT / "distilldsm" / "components" / f"{stage.name}.py"}
+    while todo:
+        seen |= todo
+        todo = set().union(*map(imported, todo)) - seen
+    assert {file.parent.name for file in seen} - {"components"} == set(stage.code)
 
 
 def test_a_component_loads_only_what_describes_it():
