@@ -106,15 +106,15 @@ def test_networks_of_known_packages(name, options):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"builder": "tests.models.small"}, ["'builder'", "package.module:function"]),
+        ({"builder": "tests.models.small"}, ["options.builder: ", "package.module:function"]),
         ({"builder": "tests.no_such:thing"}, ["cannot be imported", "ModuleNotFoundError", "PYTHONPATH"]),
         ({"builder": "tests.models.small:Nothing"}, ["cannot be imported", "Nothing"]),
         ({"builder": "tests.models.small:OWN"}, ["cannot be called"]),
         ({"in_argument": "in_channels"}, ["failed", "TypeError", "in_channels=2", "in_argument"]),
         ({"arguments": {"depth": 3}}, ["failed", "depth=3"]),
-        ({"stride": 0}, ["'stride'", "from 1"]),
+        ({"stride": 0}, ["options.stride: ", "at least 1"]),
         ({"stride": 2}, ["cannot compute", "sizes multiples of the stride 2", "hint"]),
-        ({"arguments": [1]}, ["'arguments'", "a mapping"]),
+        ({"arguments": [1]}, ["options.arguments: ", "a mapping"]),
         ({"alpha": 3}, ["alpha"]),
         ({"where": ["layer9"]}, ["names no 2-D convolution", "layer9"]),
     ],
@@ -150,5 +150,5 @@ def test_parameters_hold_the_arguments():
     assert type(config.options["arguments"]["width"]) is int
     assert from_mapping(ModelConfig, json.loads(json.dumps(to_mapping(config)))) == config
     for builder in (None, "", "os", ":x", "os:"):
-        with pytest.raises(ConfigError, match=r"'options.builder'(.|\n)*package.module:function"):
+        with pytest.raises(ConfigError, match=r"options.builder: (.|\n)*package.module:function"):
             ModelConfig(name="inserted", options={"builder": builder} if builder is not None else {})
