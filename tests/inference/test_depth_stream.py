@@ -206,10 +206,10 @@ def test_what_is_kept_is_what_a_slice_must_wait_for(engines):
     expected += sum(c * size // r**2 for c, r in passing)
     for count in (1, 8):
         assert engines("distill_dsm").stream_bytes((1, 2, count, 64, 32)) == 4 * expected
-    # PyTorch keeps what passes by as it comes in, with its channels before the block's second convolution.
-    assert TorchEngine(random_network("distill_dsm")).stream_bytes((1, 2, 8, 64, 32)) == pytest.approx(
-        4 * expected, rel=0.05
-    )
+    engine = TorchEngine(random_network("distill_dsm"))
+    stream = engine.open_stream((1, 2, 4, 64, 32))
+    stream(np.zeros((1, 2, 4, 64, 32), dtype=np.float32), 0, 4)
+    assert engine.stream_bytes((1, 2, 4, 64, 32)) == sum(4 * kept.numel() for kept in stream._kept)
 
 
 class Slices(SegmentationNetwork):
