@@ -103,7 +103,8 @@ class Viewer:
 @pytest.fixture(scope="module", params=WHERE)
 def opened(request, browser, html, tmp_path_factory) -> Iterator[Viewer]:
     """One page for all tests, as most of their time is the start of NiiVue."""
-    context = browser.new_context(viewport={"width": 620, "height": 420}, offline=True)
+    # High enough for the slices: what is taller is put together from several parts.
+    context = browser.new_context(viewport={"width": 620, "height": 700}, offline=True)
     page = context.new_page()
     requests: list[str] = []
     errors: list[str] = []
@@ -251,7 +252,7 @@ def test_cases(viewer):
     viewer.shows(0)
     assert viewer.control("message").inner_text() == ""
     viewer.frame.get_by_role("button", name="shell").click()
-    # On a busy machine the graphics are some frames behind.
+    # On a busy machine the graphics may be some frames behind.
     assert any(np.array_equal(viewer.pixels(), grey) for _ in range(20))
 
 
