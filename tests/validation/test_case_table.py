@@ -176,6 +176,10 @@ def test_units_channels_and_padding(tmp_path):
     assert [d.file for d in row.details["read_error"]] == ["rgb.nii.gz"]
     assert "no plain numbers" in row.values["read_error"]
     assert row.values["padding_fraction"] == pytest.approx(200 / 480)
+    (told,) = row.details["padding_fraction"]
+    assert (told.file, told.seen) == ("m.nii.gz", "42% of the voxels are -3.5")
+    plain = measured(tmp_path / "plain", image, label)  # the corner is 0
+    assert (plain.values["padding_fraction"], "padding_fraction" in plain.details) == (0.0, False)
     ct = measure_case(
         tmp_path,
         Case(id="a", patient="a", images=("m.nii.gz",), label="l.nii.gz"),
