@@ -88,15 +88,16 @@ def _module(name: str) -> ModuleType:
 
 
 def _overview() -> argparse.ArgumentParser:
+    table = {**{name: f"stage: {stage.help}" for name, stage in stages().items()}, **COMMANDS}
+    width = max(map(len, table)) + 2
     made = argparse.ArgumentParser(
         prog="distilldsm",
-        description="Volumetric segmentation with Distill DSM. Not a medical device.",
+        usage="%(prog)s [-h] [--version] COMMAND ...",
+        description="Volumetric segmentation with Distill DSM. Not a medical device.\n\ncommands:\n"
+        + "\n".join(f"  {name:{width}}{text}" for name, text in table.items()),
         epilog="exit codes: 0 done, 1 data or environment, 2 usage or parameters",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     made.add_argument("--version", action="version", version=f"distilldsm {__version__}")
-    commands = made.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    for stage in stages().values():
-        commands.add_parser(stage.name, help=f"stage: {stage.help}", add_help=False)
-    for name, text in COMMANDS.items():
-        commands.add_parser(name, help=text, add_help=False)
+    made.add_argument("command", metavar="COMMAND", choices=list(table), help="its options: distilldsm COMMAND --help")
     return made
