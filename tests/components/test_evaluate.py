@@ -7,6 +7,7 @@ import re
 import shutil
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -49,10 +50,13 @@ class Oracle:
         self.dataset = dataset
         self.seen: list[str] = []
 
-    def predict(self, volume) -> np.ndarray:
-        self.seen.append(volume.path.name)
-        label = self.dataset / "labelsTr" / volume.path.name.replace("_0000", "")
+    def mask(self, scan) -> np.ndarray:
+        label = self.dataset / "labelsTr" / scan.path.name.replace("_0000", "")
         return np.roll(np.asarray(nib.load(label).dataobj), 1, axis=0).astype(np.uint8)
+
+    def predict(self, scan) -> SimpleNamespace:
+        self.seen.append(scan.path.name)
+        return SimpleNamespace(mask=self.mask(scan))
 
 
 def without(page: str, *sections: str) -> str:
@@ -97,8 +101,8 @@ def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
 
 def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_path, monkeypatch, capsys):
     class Specks(Oracle):
-        def predict(self, volume):
-            mask = super().predict(volume)
+        def mask(self, scan):
+            mask = super().mask(scan)
             core = mask == 2
             mask[:2, :2, :2] = 2  # in a corner, far from the ellipsoid
             assert core.sum() > 8
