@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import json
@@ -18,7 +17,7 @@ from typing import Any
 
 from distilldsm.config.networks import MODELS
 from distilldsm.config.params import Params
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, did_you_mean
 from distilldsm.core.mapping import Range, field_types, to_mapping
 
 _COMMENT_COLUMN, _WIDTH = 34, 120
@@ -64,12 +63,12 @@ def matching(wanted: Sequence[str]) -> list[Parameter]:
         if not any(_below(p.key, name) for p in known):
             sections = {p.key.rpartition(".")[0] for p in known} | {p.key for p in known}
             last = [key for key in sections if key.rpartition(".")[2] == name.rpartition(".")[2]]
-            close = last or difflib.get_close_matches(name, sections, n=3)
             raise ConfigError(
                 "no such parameter or section",
                 where="distilldsm params",
                 seen=name,
-                hint=f"did you mean {' or '.join(sorted(close))}?" if close else "see distilldsm params",
+                hint=(f"did you mean {' or '.join(sorted(last))}?" if last else did_you_mean(name, sections))
+                or "see distilldsm params",
             )
     return [p for p in known if not wanted or any(_below(p.key, name) for name in wanted)]
 

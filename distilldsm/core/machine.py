@@ -17,6 +17,13 @@ except ImportError:  # Windows has no such module
     resource = None  # type: ignore[assignment]
 
 _PROC = Path("/proc")
+_CGROUP = Path("/sys/fs/cgroup")
+_MEMORY_GROUPS = (
+    ("memory.max", "memory.current", "memory.stat", "file"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
+)
+"""Files that tell a container's limit, its use and parts of the use, and the part that is the cache of files: of cgroup
+version 2 and 1."""
 _largest_peak: dict[int, float] = {}
 """Process id to the largest peak measured so far. A forked process has another id, so it starts anew."""
 
@@ -57,6 +64,52 @@ def _measured_peak_gb() -> float | None:
         return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def total_memory_bytes() -> int | None:
+    """Memory of this machine; None where nothing tells."""
+    return _memory_of_machine("MemTotal")
+
+
+def memory_limit_bytes() -> int | None:
+    """Limit of the container that this process runs in; None for none."""
+    for limit, *_ in _MEMORY_GROUPS:
+        text = _read(_CGROUP / limit).strip()
+        if text.isdigit() and int(text) < 1 << 60:  # what version 1 calls no limit is a huge number
+            return int(text)
+    return None
+
+
+def available_memory_bytes() -> int | None:
+    """Memory that is free on this machine or in this container; None where nothing tells."""
+    free = _memory_of_machine("MemAvailable")
+    found = [] if free is None else [free]
+    for limit, used, parts, cache in _MEMORY_GROUPS:
+        try:
+            left = int(_read(_CGROUP / limit)) - int(_read(_CGROUP / used))
+        except ValueError:  # no such group, or no limit ("max")
+            continue
+        # Files in the cache count as used, but make room when memory is asked for.
+        stat = dict(line.split() for line in _read(_CGROUP / parts).splitlines())
+        found.append(left + int(stat.get(cache, 0)))
+    return max(min(found), 0) if found else None
+
+
+def _memory_of_machine(field: str) -> int | None:
+    found = re.search(rf"^{field}:\s+(\d+) kB", _read(_PROC / "meminfo"), flags=re.MULTILINE)
+    return int(found[1]) * 1024 if found else None
+
+
+def core_quota() -> float | None:
+    """Cores' worth of time that a container may use; None for no limit."""
+    quota, period = (_read(_CGROUP / "cpu.max").split() or ["max", "100000"])[:2]
+    if quota == "max":  # cgroup version 1, or none
+        quota = _read(_CGROUP / "cpu/cpu.cfs_quota_us").strip() or "-1"
+        period = _read(_CGROUP / "cpu/cpu.cfs_period_us").strip() or "100000"
+    try:
+        return int(quota) / int(period) if int(quota) > 0 else None
+    except (ValueError, ZeroDivisionError):
+        return None
 
 
 def held_memory_bytes() -> int:

@@ -15,7 +15,14 @@ from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
 
-from distilldsm.core.machine import cpu_name, usable_cores
+from distilldsm.core.machine import (
+    available_memory_bytes,
+    core_quota,
+    cpu_name,
+    memory_limit_bytes,
+    total_memory_bytes,
+    usable_cores,
+)
 from distilldsm.doctor.checks import Finding, Status, clean, in_child
 from distilldsm.doctor.services import is_installed
 
@@ -120,7 +127,7 @@ def _version(name: str) -> str | None:
 
 def check_cpu(limit_s: float) -> list[Finding]:
     """Cores that may be used, and what the CPU can."""
-    name, cores, quota = "cpu", usable_cores(), cpu_quota()
+    name, cores, quota = "cpu", usable_cores(), core_quota()
     flags = _cpu_field("flags").split() or _cpu_field("Features").split()
     able = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
     limited = f", limited to the time of {quota:g} (cgroup)" if quota is not None else ""
@@ -132,17 +139,6 @@ def check_cpu(limit_s: float) -> list[Finding]:
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
         return [Finding(name=name, status="warn", seen=seen, hint="works, but slowly: take a CPU with AVX2")]
     return [Finding(name=name, status="ok", seen=seen)]
-
-
-def cpu_quota(root: Path = Path("/sys/fs/cgroup")) -> float | None:
-    """Cores' worth of time that a container may use; None for no limit."""
-    quota, period = (_read(root / "cpu.max").split() or ["max", "100000"])[:2]
-    if quota == "max":  # cgroup v1, or none
-        quota = _read(root / "cpu/cpu.cfs_quota_us").strip() or "-1"
-        period = _read(root / "cpu/cpu.cfs_period_us").strip() or "100000"
-    with contextlib.suppress(ValueError, ZeroDivisionError):
-        return int(quota) / int(period) if int(quota) > 0 else None
-    return None
 
 
 def _cpu_field(key: str) -> str:
@@ -185,12 +181,12 @@ def driver_version() -> str:
 
 def check_memory(limit_s: float) -> list[Finding]:
     """Memory, and the largest scan that prediction takes in it by its own estimate."""
-    from distilldsm.inference.memory import available_bytes, budget_bytes
+    from distilldsm.inference.memory import budget_bytes
 
-    name, free, total = "memory", available_bytes(), _total_memory()
+    name, free, total = "memory", available_memory_bytes(), total_memory_bytes()
     if free is None:
         return [Finding(name=name, status="skip", seen="this system does not tell")]
-    limit = cgroup_memory()
+    limit = memory_limit_bytes()
     of = f" of {total / 1e9:.1f}" if total else ""
     limited = f", limit of the container {limit / 1e9:.1f} GB" if limit is not None else ""
     budget = budget_bytes(None)
@@ -229,20 +225,6 @@ def largest_scan(budget: int) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
-
-
-def _total_memory() -> int:
-    found = re.search(r"^MemTotal:\s+(\d+)", _read(Path("/proc/meminfo")), re.M)
-    return int(found[1]) * 1024 if found else 0
-
-
-def cgroup_memory(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Limit of a container, bytes; None for none."""
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        text = _read(root / name).strip()
-        if text.isdigit() and int(text) < 1 << 60:  # what version 1 calls no limit is a huge number
-            return int(text)
-    return None
 
 
 def check_disk(limit_s: float) -> list[Finding]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from distilldsm.core.errors import did_you_mean
 from distilldsm.core.progress import VARIABLE, Mode
 from distilldsm.doctor.checks import Finding
 
@@ -49,9 +49,8 @@ def check_environment(limit_s: float) -> list[Finding]:
     found = []
     for variable in given:
         if variable not in VARIABLES:
-            ends = [known.removeprefix(PREFIX) for known in VARIABLES]  # the beginning is what all have in common
-            near = difflib.get_close_matches(variable.removeprefix(PREFIX), ends, n=1, cutoff=0.7)
-            hint = f"did you mean {PREFIX}{near[0]}?" if near else f"known are {', '.join(VARIABLES)}"
+            # The prefix is what all have in common: it makes any name look close.
+            hint = did_you_mean(variable, VARIABLES, cutoff=0.85) or f"known are {', '.join(VARIABLES)}"
             found.append(Finding(name=name, status="warn", seen=f"{variable} has no effect", hint=hint))
     allowed = Mode.__args__  # type: ignore[attr-defined]
     if os.environ.get(VARIABLE, allowed[0]) not in ("", *allowed):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from distilldsm.config.networks import MODELS
 from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.machine import available_memory_bytes
 from distilldsm.inference.windows import STREAM_SLICES, Pieces, smallest_window
 
 DEFAULT_GB = 3.0
@@ -45,33 +46,6 @@ class StreamCost:
     per_voxel: float
 
 
-def available_bytes() -> int | None:
-    """Memory that is free on this machine or in this container; None where nothing tells."""
-    found = []
-    lines = _read("/proc/meminfo").splitlines()
-    found += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable")]
-    for root, limit, used, cache in (
-        ("/sys/fs/cgroup", "memory.max", "memory.current", "file"),
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
-    ):
-        try:
-            free = int(_read(f"{root}/{limit}")) - int(_read(f"{root}/{used}"))
-        except ValueError:  # no such group, or no limit ("max")
-            continue
-        # Files in the cache count as used, but make room when memory is asked for.
-        stat = dict(line.split() for line in _read(f"{root}/memory.stat").splitlines())
-        found.append(free + int(stat.get(cache, 0)))
-    return max(min(found), 0) if found else None
-
-
-def _read(path: str) -> str:
-    try:
-        with open(path) as stream:
-            return stream.read()
-    except OSError:
-        return ""
-
-
 def budget_bytes(max_memory_gb: float | None) -> int:
     """The budget: what was asked for, else DEFAULT_GB or half of what is available, whichever is less.
 
@@ -84,7 +58,7 @@ def budget_bytes(max_memory_gb: float | None) -> int:
                 "has an impossible value", where="--max-memory", seen=max_memory_gb, rule="above 0, in GB"
             )
         return int(max_memory_gb * 1e9)
-    free = available_bytes()
+    free = available_memory_bytes()
     return int(DEFAULT_GB * 1e9) if free is None else min(int(DEFAULT_GB * 1e9), free // 2)
 
 

@@ -98,3 +98,42 @@ def test_space_that_is_missing(monkeypatch, tmp_path):
     check_space(tmp_path, 1000, hint="free space")
     with pytest.raises(DataError, match=r"not enough space\n  seen: 1,000 bytes free\n  rule: 1,001 needed"):
         check_space(tmp_path, 1001, hint="free space")
+
+
+@pytest.fixture
+def system(tmp_path, monkeypatch):
+    """Writes files of a made-up /sys/fs/cgroup; /proc/meminfo says 9.2 GB are free."""
+    (tmp_path / "meminfo").write_text("MemTotal:       10000000 kB\nMemAvailable:    9000000 kB\n")
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+
+    def write(files: dict[str, object]) -> None:
+        for name, text in files.items():
+            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).write_text(f"{text}\n")
+
+    return write
+
+
+def test_limits_of_a_container(system):
+    def limits() -> tuple:
+        return machine.core_quota(), machine.memory_limit_bytes(), machine.available_memory_bytes()
+
+    assert machine.total_memory_bytes() == 10_240_000_000
+    assert limits() == (None, None, 9_216_000_000)
+    system({"cpu/cpu.cfs_quota_us": -1, "memory/memory.limit_in_bytes": (1 << 63) - 4096})
+    assert limits() == (None, None, 9_216_000_000)
+    used = {"memory/memory.usage_in_bytes": 3_500_000_000, "memory/memory.stat": "total_rss 1\ntotal_cache 3000000000"}
+    system({"cpu/cpu.cfs_quota_us": 150_000, "memory/memory.limit_in_bytes": 4_000_000_000, **used})
+    assert limits() == (1.5, 4_000_000_000, 3_500_000_000), "the cache of files makes room"
+    system({"cpu.max": "max 100000", "memory.max": "max"})
+    assert limits() == (1.5, 4_000_000_000, 3_500_000_000), "of version 1, where version 2 has none"
+    system({"memory.current": 1_900_000_000, "memory.stat": "anon 1\nfile 300000000"})
+    system({"cpu.max": "50000 100000", "memory.max": 2_000_000_000})
+    assert limits() == (0.5, 2_000_000_000, 400_000_000)
+
+
+def test_memory_where_nothing_tells(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "_PROC", tmp_path)
+    monkeypatch.setattr(machine, "_CGROUP", tmp_path)
+    assert (machine.total_memory_bytes(), machine.available_memory_bytes()) == (None, None)

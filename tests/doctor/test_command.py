@@ -84,7 +84,7 @@ def test_variables_that_have_no_effect(place, monkeypatch):
     monkeypatch.setenv("DISTILLDSM_PROGRESS", "colourful")
     monkeypatch.setenv("DISTILLDSM_SCANS", "/not/there")
     found = {one.seen: one.hint for one in settings.check_environment(1)}
-    assert found["DISTILLDSM_DOWNLOAD_PASWORD has no effect"] == "did you mean DISTILLDSM_DOWNLOAD_PASSWORD?"
+    assert found["DISTILLDSM_DOWNLOAD_PASWORD has no effect"] == "did you mean 'DISTILLDSM_DOWNLOAD_PASSWORD'?"
     assert found["DISTILLDSM_NONSENSE has no effect"].startswith("known are DISTILLDSM_BUILDER, DISTILLDSM_DEBUG, ")
     assert found["DISTILLDSM_PROGRESS is none of its values"] == "set it to bar, plain, off"
     assert "DISTILLDSM_SCANS names no folder" in found

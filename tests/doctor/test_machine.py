@@ -80,42 +80,23 @@ def test_requirements_of_an_installed_package(monkeypatch, tmp_path):
     assert machine.requirements() == {"": ["numpy>=2.0"], "train": ["torch>=2.6", "mlflow"], "pipeline": ["dvc>=3"]}
 
 
-def test_limits_of_a_container(tmp_path):
-    assert machine.cpu_quota(tmp_path) is None
-    assert machine.cgroup_memory(tmp_path) is None
-    (tmp_path / "cpu").mkdir()
-    (tmp_path / "memory").mkdir()
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("-1\n")
-    (tmp_path / "memory/memory.limit_in_bytes").write_text(f"{(1 << 63) - 4096}\n")
-    assert (machine.cpu_quota(tmp_path), machine.cgroup_memory(tmp_path)) == (None, None)
-    (tmp_path / "cpu/cpu.cfs_quota_us").write_text("150000\n")
-    (tmp_path / "memory/memory.limit_in_bytes").write_text("4000000000\n")
-    assert (machine.cpu_quota(tmp_path), machine.cgroup_memory(tmp_path)) == (1.5, 4_000_000_000)
-    (tmp_path / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert machine.cpu_quota(tmp_path) == 1.5, "of version 1, where version 2 has none"
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    (tmp_path / "memory.max").write_text("2000000000\n")
-    assert (machine.cpu_quota(tmp_path), machine.cgroup_memory(tmp_path)) == (0.5, 2_000_000_000)
-
-
 def test_cpu(monkeypatch):
     fields = {"flags": "fpu avx2 avx512f amx_tile"}
     monkeypatch.setattr(machine, "_cpu_field", lambda key: fields.get(key, ""))
     monkeypatch.setattr(machine, "cpu_name", lambda: "Model 7")
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
-    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    monkeypatch.setattr(machine, "core_quota", lambda: None)
     (found,) = machine.check_cpu(1)
     assert found.status == "ok"
     assert found.seen.startswith("Model 7; 8 cores usable of ")
     assert found.seen.endswith("; AVX2, AVX-512, AMX")
-    monkeypatch.setattr(machine, "cpu_quota", lambda: 2.5)
+    monkeypatch.setattr(machine, "core_quota", lambda: 2.5)
     (found,) = machine.check_cpu(1)
     assert found.status == "warn"
     assert "limited to the time of 2.5 (cgroup)" in found.seen
     assert found.hint.startswith("set OMP_NUM_THREADS=2, and 2 for preprocess.workers")
-    monkeypatch.setattr(machine, "cpu_quota", lambda: None)
+    monkeypatch.setattr(machine, "core_quota", lambda: None)
     fields["flags"] = "fpu sse2"
     assert statuses(machine.check_cpu(1)) == {"cpu": "warn"}
 
@@ -137,16 +118,18 @@ def test_memory_and_the_largest_scan(monkeypatch):
             budget=3_000_000_000,
             where=None,
         )
-    monkeypatch.setattr(memory, "available_bytes", lambda: 8_000_000_000)
-    monkeypatch.setattr(machine, "cgroup_memory", lambda: 9_000_000_000)
+    free = {"bytes": 8_000_000_000}
+    for module in (memory, machine):
+        monkeypatch.setattr(module, "available_memory_bytes", lambda: free["bytes"])
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 9_000_000_000)
     (found,) = machine.check_memory(1)
     assert found.status == "ok"
     assert f"limit of the container 9.0 GB; predict takes up to 3.0 GB: a CT of 512 x 512 x {slices}" in found.seen
-    monkeypatch.setattr(memory, "available_bytes", lambda: 600_000_000)
+    free["bytes"] = 600_000_000
     (found,) = machine.check_memory(1)
     assert found.status == "warn"
     assert "no CT of 512 x 512 slices" in found.seen
-    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    free["bytes"] = None
     assert statuses(machine.check_memory(1)) == {"memory": "skip"}
 
 

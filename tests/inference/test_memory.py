@@ -8,31 +8,17 @@ from hypothesis import strategies as st
 
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.inference import memory
-from distilldsm.inference.memory import DEFAULT_GB, activation_bytes, available_bytes, budget_bytes, plan_pieces
+from distilldsm.inference.memory import DEFAULT_GB, activation_bytes, budget_bytes, plan_pieces
 
 
 def test_the_default_budget_is_a_number_or_half_of_what_is_free(monkeypatch):
-    assert available_bytes() is None or available_bytes() >= 0
     for free, expected in ((None, DEFAULT_GB * 1e9), (10**12, DEFAULT_GB * 1e9), (2 * 10**9, 10**9)):
-        monkeypatch.setattr(memory, "available_bytes", lambda free=free: free)
+        monkeypatch.setattr(memory, "available_memory_bytes", lambda free=free: free)
         assert budget_bytes(None) == expected
     assert budget_bytes(1.5) == 1_500_000_000
     for wrong in (0, -1, float("nan"), float("inf")):
         with pytest.raises(ConfigError):
             budget_bytes(wrong)
-
-
-def test_a_containers_limit_counts_without_its_file_cache(monkeypatch):
-    texts = {
-        "/proc/meminfo": "MemTotal: 9 kB\nMemAvailable: 9000000 kB\n",
-        "/sys/fs/cgroup/memory.max": "4000000000\n",
-        "/sys/fs/cgroup/memory.current": "3500000000\n",
-        "/sys/fs/cgroup/memory.stat": "anon 500000000\nfile 3000000000\n",
-    }
-    monkeypatch.setattr(memory, "_read", lambda path: texts.get(path, ""))
-    assert available_bytes() == 3_500_000_000
-    texts["/sys/fs/cgroup/memory.max"] = "max\n"
-    assert available_bytes() == 9_216_000_000
 
 
 @given(
