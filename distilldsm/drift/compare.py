@@ -1,9 +1,9 @@
 """New scans against the training distribution: each scan by itself, and several together.
 
-A scan is outside in a measure where it lies beyond the range of the training cases by more than a margin: a quarter of
-that range, and what is rounding. Of a normal distribution's values about 1 in 3,000 are with 100 training cases; the
-real rates are in docs/drift.md. From five scans on the two distributions are also compared (Kolmogorov-Smirnov, two
-samples), corrected for the number of measures (Holm 1979).
+A scan is outside in a measure if it lies beyond the range of the training cases by more than a margin. The margin is a
+quarter of that range plus a floor for rounding. With 100 training cases, about 1 in 3,000 values of a normal
+distribution is outside; docs/drift.md has measured rates. With five scans or more, the two distributions are also
+compared (two-sample Kolmogorov-Smirnov test), corrected for the number of measures (Holm 1979).
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from distilldsm.data.training_distribution import TrainingDistribution
 from distilldsm.evaluation.statistics import holm
 
 MARGIN = 0.25
-"""Of the training range, added at both ends."""
+"""Share of the training range that is added at both ends."""
 FEW = 20
-"""With fewer training cases the range is narrower than the distribution: the margin grows by FEW over their number."""
+"""With fewer training cases their range is too narrow. The margin is then multiplied by FEW / number of cases."""
 MAD_TO_SD = 1.4826
 SET_SIZE = 5
-"""Scans from which on distributions are compared."""
+"""Distributions are compared if there are at least this many scans."""
 ALPHA = 0.01
 SET_EFFECT = 0.4
-"""Smallest Kolmogorov-Smirnov statistic that counts: with many scans the smallest difference would be significant."""
+"""Smallest Kolmogorov-Smirnov statistic that counts. With many scans even a tiny difference would be significant."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class Reference:
         )
 
     def distance(self, value: float) -> float:
-        """Robust z-score: from the median, in units of 1.4826 times the median absolute deviation, or of the floor."""
+        """Robust z-score: difference to the median over 1.4826 times the median absolute deviation (or the floor)."""
         scaled = np.array([self.measure.scaled(v) for v in self.values])
         median = float(np.median(scaled))
         spread = max(MAD_TO_SD * float(np.median(np.abs(scaled - median))), self.measure.floor)
@@ -94,13 +94,13 @@ class SetFinding:
 
 
 def references(distribution: TrainingDistribution, measures: Sequence[Measure]) -> dict[str, Reference]:
-    """The training distributions of the measures that there are."""
+    """The training distribution of every measure that the model's file holds."""
     return {m.name: Reference.of(m, distribution.measures[m.name]) for m in measures if m.name in distribution.measures}
 
 
 def check_scan(values: Mapping[str, float], known: Mapping[str, Reference]) -> tuple[Outside, ...]:
-    """Where one scan is outside; the farthest first, those that preprocessing undoes last."""
-    found = [
+    """The measures in which one scan is outside: largest |z| first, those that preprocessing undoes last."""
+    outside = [
         Outside(
             measure=name,
             value=values[name],
@@ -114,13 +114,13 @@ def check_scan(values: Mapping[str, float], known: Mapping[str, Reference]) -> t
         for name, reference in known.items()
         if name in values and reference.outside(values[name])
     ]
-    return tuple(sorted(found, key=lambda o: (o.undone, -abs(o.z))))
+    return tuple(sorted(outside, key=lambda o: (o.undone, -abs(o.z))))
 
 
 def check_set(scans: Sequence[Mapping[str, float]], known: Mapping[str, Reference]) -> tuple[SetFinding, ...]:
-    """Measures whose distribution differs; none with fewer than SET_SIZE scans.
+    """The measures with a different distribution; none if there are fewer than SET_SIZE scans.
 
-    Differences below a measure's floor are taken out before the test, which would find any rounding otherwise.
+    Values are rounded to a quarter of a measure's floor before the test. Otherwise the test would detect rounding.
     """
     from scipy.stats import ks_2samp
 
@@ -132,10 +132,10 @@ def check_set(scans: Sequence[Mapping[str, float]], known: Mapping[str, Referenc
         a, b = (_without_rounding(reference.measure, v) for v in (new, reference.values))
         result = ks_2samp(a, b, method="auto")
         tested.append((reference, float(result.statistic), float(result.pvalue), float(np.median(new))))
-    found = []
+    findings = []
     for (reference, statistic, _, median), p in zip(tested, holm([t[2] for t in tested]), strict=True):
         if p < ALPHA and statistic >= SET_EFFECT:
-            found.append(
+            findings.append(
                 SetFinding(
                     measure=reference.measure.name,
                     statistic=round(statistic, 4),
@@ -146,7 +146,7 @@ def check_set(scans: Sequence[Mapping[str, float]], known: Mapping[str, Referenc
                     meaning=reference.measure.meaning,
                 )
             )
-    return tuple(sorted(found, key=lambda f: (f.undone, f.p, -f.statistic)))
+    return tuple(sorted(findings, key=lambda f: (f.undone, f.p, -f.statistic)))
 
 
 def _without_rounding(measure: Measure, values: Sequence[float]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Findings of drift in words, and as one page with a strip of points for each measure."""
+"""Drift findings as sentences, and as one page with a strip of points for each measure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distilldsm.drift.compare import SET_SIZE, Reference, references
 from distilldsm.report import page
 
 WIDTH, MARGIN = 520, 8
-"""Of a strip, in its own units."""
+"""Width and margin of a strip, in SVG units."""
 
 
 def number(value: float, unit: str = "") -> str:
@@ -21,7 +21,7 @@ def number(value: float, unit: str = "") -> str:
 
 
 def sentence(finding: Mapping[str, Any], measures: Mapping[str, Mapping[str, Any]]) -> str:
-    """One scan's finding: what was seen, what the model was trained on, how far, what it may mean."""
+    """A finding about one scan: its value, the range in training, the distance, and what it may mean."""
     m = measures[finding["measure"]]
     unit = m["unit"]
     text = (
@@ -43,7 +43,7 @@ def set_sentence(finding: Mapping[str, Any], measures: Mapping[str, Mapping[str,
 
 
 def verdict(report: Mapping[str, Any]) -> str:
-    """The whole in one sentence."""
+    """The result in one sentence."""
     trained, scans = report["trained_on"], report["scans"]
     out = [row["scan"] for row in scans if any(not o["undone"] for o in row["outside"])]
     together = sorted({f["measure"] for f in report["together"] if not f["undone"]})
@@ -51,7 +51,7 @@ def verdict(report: Mapping[str, Any]) -> str:
     if not scans:
         return "no scan could be compared"
     if not report["drift"]:
-        extra = "" if len(scans) >= SET_SIZE else f"; from {SET_SIZE} scans on, distributions are compared too"
+        extra = "" if len(scans) >= SET_SIZE else f"; with at least {SET_SIZE} scans, distributions are compared too"
         return f"{len(scans)} of {len(scans)} scans lie within {base}{extra}"
     parts = []
     if out:
@@ -62,7 +62,7 @@ def verdict(report: Mapping[str, Any]) -> str:
 
 
 def render(report: Mapping[str, Any], distribution: TrainingDistribution, plan: Plan) -> str:
-    """The page of a report of `drift_of_files`."""
+    """The HTML page of a report from `drift_of_files`."""
     measures = report["measures"]
     scans = [
         {
@@ -91,10 +91,10 @@ def render(report: Mapping[str, Any], distribution: TrainingDistribution, plan: 
 
 
 def _strip(reference: Reference, scans: Sequence[tuple[str, float | None]]) -> dict[str, Any]:
-    """Training values and new ones as points along one axis, in the measure's own scale; positions in WIDTH.
+    """The points of one strip: training values and new values, scaled as the measure says, from 0 to WIDTH.
 
     Args:
-        scans: name and value; None where it has none.
+        scans: name and value of each scan; the value is None if the scan has none.
     """
     m = reference.measure
     known = [(scan, value) for scan, value in scans if value is not None]
@@ -126,5 +126,5 @@ def _strip(reference: Reference, scans: Sequence[tuple[str, float | None]]) -> d
 
 
 def _height(name: str, top: float) -> float:
-    """From `top` to 10 below it, so that points lie apart; the same in every run."""
+    """A vertical position from `top` to 10 below it. It spreads the points and is the same in every run."""
     return round(top + hashlib.sha256(name.encode()).digest()[0] / 25.5, 1)

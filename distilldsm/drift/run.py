@@ -1,4 +1,4 @@
-"""All scans of a call against a model's training cases, one at a time; what cannot be read is told with the rest."""
+"""Compare scans with a model's training cases, one at a time. Scans that cannot be read are listed in the report."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ def drift_of_files(
     """Compare scans with what an exported model was trained on.
 
     Args:
-        model: the model's directory; of it `plan.json` and `training_distribution.json` are read.
-        inputs: files and folders, as `distilldsm predict` takes them.
-        masks: a folder with a mask per scan, called as the scan.
-        name: of the model, for the report.
-        budget: bytes that a scan may take.
+        model: the model's directory with `plan.json` and `training_distribution.json`.
+        inputs: files and folders, as for `distilldsm predict`.
+        masks: a folder with one mask per scan, named like the scan.
+        name: the name of the model in the report.
+        budget: bytes of memory that a scan may use.
 
     Returns:
-        The report as plain JSON types; `drift` is true where a measure is outside that preprocessing does not undo.
+        The report as plain JSON types. `drift` is true if a measure is outside and preprocessing does not undo it.
 
     Raises:
-        UserError: the model, or an input path, cannot be used. Scans that cannot be read are in `failures`.
+        UserError: the model or an input path cannot be used. Scans that cannot be read are listed in `failures`.
     """
     distribution = load_distribution(model)
     plan = Plan.load(model / "plan.json")
     if masks is not None and not masks.is_dir():
         raise DataError("no such directory", where=masks, hint="give the folder that `distilldsm predict -o` wrote")
     known = references(distribution, measures_of(plan))
-    found, _ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
+    scans, _ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
-    for one in progress(found, total=len(found), title="drift", unit="scan"):
+    for one in progress(scans, total=len(scans), title="drift", unit="scan"):
         try:
             rows.append(_measure(one, plan, masks, budget))
         except (UserError, OSError, MemoryError) as error:
@@ -76,24 +76,24 @@ def drift_of_files(
 
 def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[str, Any]:
     scan = one.read(len(plan.channels), budget, [channel.name for channel in plan.channels])
-    found = None if masks is None else _find_mask(masks, one)
-    classes = None if found is None else _classes(found, scan, plan)
+    mask = None if masks is None else _find_mask(masks, one)
+    classes = None if mask is None else _classes(mask, scan, plan)
     measured = measure_scan(scan, plan.channels, plan.class_names, classes)
     return {
         "scan": one.name,
-        "mask": None if found is None else found.name,
+        "mask": None if mask is None else mask.name,
         "orientation": measured.orientation,
         "values": {name: float(f"{v:.6g}") for name, v in values_of(measured, plan).items()},
     }
 
 
 def _find_mask(folder: Path, one: Input) -> Path | None:
-    """The mask of a scan: NAME.nii.gz or NAME.nii, as `distilldsm predict -o FOLDER` names it."""
+    """The mask of a scan: NAME.nii.gz or NAME.nii, the names that `distilldsm predict -o FOLDER` writes."""
     return next((p for p in (folder / f"{one.name}.nii.gz", folder / f"{one.name}.nii") if p.is_file()), None)
 
 
 def _classes(mask: Path, scan: Scan, plan: Plan) -> npt.NDArray[np.uint8]:
-    """The class indices (X, Y, Z) of a mask on the scan's grid; DataError where the model does not know its labels."""
+    """The class indices (X, Y, Z) of a mask on the scan's grid; DataError if the model does not know a label."""
     return classes_from_values(read_labels(mask, on=scan).values, plan.class_values, mask)
 
 

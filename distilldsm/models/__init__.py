@@ -16,7 +16,7 @@ def build_model(name: str, *, in_channels: int, out_channels: int, **options: An
     """Build the network `name`; input and output are (B, C, D, H, W).
 
     Raises:
-        ConfigError: unknown name or option, or an impossible value; what is wrong with a builder of the user's.
+        ConfigError: an unknown name or option, an impossible value, or an error in the user's own builder.
     """
     options = checked_options(name, options)
     entry = MODELS[name]

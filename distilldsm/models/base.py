@@ -19,7 +19,7 @@ class Cost:
 
     parameters: int
     macs_per_voxel: float
-    """Multiply-accumulates of all convolutions, transposed ones too, per voxel of the input."""
+    """Multiply-accumulate operations of all convolutions (transposed ones included) per voxel of the input."""
 
     def __str__(self) -> str:
         return f"{self.parameters:,} parameters, {self.macs_per_voxel:,.0f} convolution MACs per voxel"
@@ -28,9 +28,9 @@ class Cost:
 class SegmentationNetwork(nn.Module):
     """A network from (B, C, D, H, W) images to (B, K, D, H, W) logits, for any B and D.
 
-    stride: what D, H and W must be multiples of; depth_halo: how many slices beyond a slice its logits depend on
-    (None where the whole depth takes part). `forward` takes the image and, in training, a list that it fills with the
-    decoder's outputs (B, decoder_widths[k], d, h, w), from the coarsest to the finest.
+    stride: D, H and W must be multiples of these numbers. depth_halo: the logits of a slice depend on this many slices
+    on each side (None: on the whole depth). `forward` takes the image. In training it also takes a list and fills it
+    with the decoder's outputs (B, decoder_widths[k], d, h, w), from the coarsest to the finest.
     """
 
     stride: tuple[int, int, int] = (1, 1, 1)
@@ -43,18 +43,18 @@ class SegmentationNetwork(nn.Module):
         self.out_channels = out_channels
 
     def check_input(self, x: Tensor) -> None:
-        """Raise ValueError unless x is (B, in_channels, D, H, W) with sizes the stride divides."""
+        """Raise ValueError unless x is (B, in_channels, D, H, W) and D, H and W are multiples of the stride."""
         if x.ndim != 5 or x.shape[1] != self.in_channels:
             raise ValueError(f"expected (B, {self.in_channels}, D, H, W), got {tuple(x.shape)}")
         if any(n % s for n, s in zip(x.shape[2:], self.stride, strict=True)):
             raise ValueError(f"sizes {tuple(x.shape[2:])} must be multiples of {self.stride}")
 
     def flat_names(self) -> dict[str, str]:
-        """Tensors as the network without depth shift modules names them, with their names in `state_dict` here."""
+        """Map tensor names of the same network without depth shift modules to the names in this `state_dict`."""
         return {name: name for name in self.state_dict()}
 
     def cost(self) -> Cost:
-        """Count parameters, and the convolutions' MACs by one forward pass on a small volume."""
+        """Count the parameters. Count the MACs of the convolutions in one forward pass on a small volume."""
         size = tuple(max(s * 2, 2) for s in self.stride)
         macs = 0
 
@@ -62,7 +62,7 @@ class SegmentationNetwork(nn.Module):
             nonlocal macs
             weight = module.weight
             assert isinstance(weight, Tensor)
-            # A convolution uses each weight once for each place of its output, a transposed one of its input.
+            # A convolution uses each weight once per output position; a transposed one, once per input position.
             places = inputs[0] if isinstance(module, _TRANSPOSED) else output
             macs += places.numel() // places.shape[1] * weight.numel()
 
@@ -84,7 +84,7 @@ class SegmentationNetwork(nn.Module):
 
 @contextmanager
 def evaluating(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards every module has its mode again: frozen parts stay frozen."""
+    """Evaluation mode without gradients. Afterwards each module has its earlier mode again, frozen parts too."""
     modes = {module: module.training for module in network.modules()}
     try:
         with torch.no_grad():

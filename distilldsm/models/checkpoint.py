@@ -1,4 +1,4 @@
-"""Checkpoints: tensors in safetensors, everything else as JSON in its header. No pickle, one file, whole or absent."""
+"""Checkpoints: one safetensors file with JSON in its header. No pickle. The file is complete or it does not exist."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.inserted import require_trusted
 
 MAX_SIZE = 4096
-"""Channels, or a multiple of widths, beyond which a model's description is taken for damaged."""
+"""Upper limit for channels and for every number in a network's options. A larger one means a damaged file."""
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and JSON-able metadata into one safetensors file; an existing one is replaced at once."""
+    """Write tensors and JSON metadata into one safetensors file. An existing file is replaced in one step."""
     from safetensors.torch import save_file
 
     with whole_file(path) as temporary:
-        # Shared storage is not allowed in the file; clones also free it from a GPU and from odd memory formats.
+        # safetensors refuses tensors that share memory. The copies are also on the CPU and contiguous.
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
         save_file(plain, temporary, metadata={"json": json.dumps(meta, sort_keys=True, allow_nan=False)})
         with open(temporary, "rb") as stream:
@@ -52,7 +52,7 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise DataError("checkpoint not found", where=path, hint="train the model first (dvc repro)") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise DataError(
-            "is no readable checkpoint",
+            "is not a readable checkpoint",
             where=path,
             seen=str(error),
             rule="safetensors; a pickle (.pt, .pth) is never loaded",
@@ -61,10 +61,10 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
-    """Load weights strictly.
+    """Load weights; every name and shape must match.
 
     Raises:
-        DataError: names or shapes that differ from the network's.
+        DataError: the names or shapes differ from the network's.
     """
     try:
         network.load_state_dict(tensors, strict=True)
@@ -73,7 +73,7 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
 
 
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as named tensors and plain JSON."""
+    """Split an optimizer's state into named tensors and plain JSON."""
     state = optimizer.state_dict()
     tensors, plain = {}, {}
     for index, entries in state["state"].items():
@@ -107,7 +107,7 @@ def load_network(model_dir: Path, checkpoint: str = "last") -> SegmentationNetwo
         checkpoint: `last` or `best`.
 
     Raises:
-        DataError: a missing, damaged or unfitting file; a network with random weights is never returned.
+        DataError: a file is missing or damaged, or does not fit. A network with random weights is never returned.
     """
     spec = read_model_spec(model_dir)
     path = model_dir / f"{checkpoint}.safetensors"
@@ -121,7 +121,7 @@ def load_network(model_dir: Path, checkpoint: str = "last") -> SegmentationNetwo
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """What `model.json` must say for the network to be built again; it says more."""
+    """The entries of `model.json` that are needed to build the network again. The file holds more."""
 
     name: str
     options: Options
@@ -133,16 +133,16 @@ def read_model_spec(model_dir: Path) -> ModelSpec:
     """Read `model.json` of a training directory.
 
     Raises:
-        UserError: it is missing or no JSON.
-        DataError: it says something else than a network.
+        UserError: the file is missing or is not valid JSON.
+        DataError: the file does not describe a network.
     """
     path = model_dir / "model.json"
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise DataError("describes no network", where=path, seen=type(found).__name__, rule="a mapping")
-    known = {field.name for field in fields(ModelSpec)}
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise DataError("does not describe a network", where=path, seen=type(content).__name__, rule="a mapping")
+    names = {field.name for field in fields(ModelSpec)}
     try:
-        return from_mapping(ModelSpec, {key: value for key, value in found.items() if key in known}, where=str(path))
+        return from_mapping(ModelSpec, {key: value for key, value in content.items() if key in names}, where=str(path))
     except ConfigError as error:
         raise DataError(
             error.problem, where=error.where, seen=error.seen, rule=error.rule, hint="train the model again"
@@ -152,11 +152,11 @@ def read_model_spec(model_dir: Path) -> ModelSpec:
 def described_network(
     name: str, options: Mapping[str, Any], in_channels: int, out_channels: int, *, where: Path
 ) -> SegmentationNetwork:
-    """The network that the file `where` describes, whatever it says.
+    """Build the network that the file `where` describes. The content of the file is not trusted.
 
     Raises:
-        DataError: there is no such network, it would be larger than any that is trained, or code that is not trusted
-            makes it (models/inserted.py).
+        DataError: the network is unknown, it is larger than MAX_SIZE allows, or code that is not trusted
+            builds it (models/inserted.py).
     """
     if name in MODELS and MODELS[name].family == "inserted":
         require_trusted(options, where)
@@ -165,11 +165,11 @@ def described_network(
         if max(sizes) > MAX_SIZE:
             raise ValueError(f"{max(sizes)} is more than {MAX_SIZE}")
         if {"name", "in_channels", "out_channels"} & set(options):
-            raise ValueError("an option that is none")
+            raise ValueError("'name', 'in_channels' and 'out_channels' are not options")
         return build_model(name, in_channels=in_channels, out_channels=out_channels, **options)
     except (ConfigError, ValueError, TypeError, RuntimeError, ArithmeticError) as error:
         raise DataError(
-            "describes no network of this version",
+            "does not describe a network of this version",
             where=where,
             seen=str(error)[:500],
             rule="a name and options of `distilldsm info --models`",

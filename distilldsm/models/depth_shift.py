@@ -2,9 +2,9 @@
 
 Paper: H. Maheshwari, V. Goel, R. Sethuraman, D. Sheet, "Distill DSM: Computationally efficient method for
 segmentation of medical imaging volumes", MIDL 2021, https://openreview.net/forum?id=_n48l6YKc6d.
-The paper's: the distilled shift (retain, forward, backward) and the residual shift it is compared with.
-Ours: the three convolutions are one with stacked filters (same function, same parameters), volumes of a batch are
-isolated from each other, and the number of slices may differ from call to call.
+From the paper: the distilled shift (retain, forward, backward) and the residual shift it is compared with.
+Ours: one convolution with stacked filters replaces three (same function, same parameters). The volumes of a batch do
+not mix. The number of slices may differ from call to call.
 
 A slice batch has shape (B*D, C, H, W): the D slices of the first volume, then those of the second, and so on.
 """
@@ -22,7 +22,7 @@ from distilldsm.core.errors import ConfigError
 
 
 def shift_slices(x: Tensor, depth: int, offset: int) -> Tensor:
-    """Give every slice the features of the slice `offset` before it in the same volume, zeros at the ends.
+    """Give every slice the features of the slice `offset` positions before it in its volume. The ends get zeros.
 
     Args:
         x: (B*D, C, H, W).
@@ -33,14 +33,14 @@ def shift_slices(x: Tensor, depth: int, offset: int) -> Tensor:
         (B*D, C, H, W), a new tensor.
 
     Raises:
-        ValueError: the batch is no whole number of volumes.
+        ValueError: the number of slices is not a multiple of `depth`.
     """
     if not torch.compiler.is_compiling():
         _require_whole_volumes(x, depth)
     if offset == 0:
         return x
     steps = abs(offset)
-    # Volumes are told apart on an own axis, so that nothing crosses from one to the next.
+    # Volumes get an axis of their own. So no features cross from one volume to the next.
     volumes = x.unflatten(0, (-1, depth))
     padding = torch.zeros_like(volumes[:, :1]).expand(-1, min(steps, depth), -1, -1, -1)
     if offset > 0:
@@ -52,13 +52,13 @@ def shift_slices(x: Tensor, depth: int, offset: int) -> Tensor:
 
 def _require_whole_volumes(x: Tensor, depth: int) -> None:
     if depth < 1 or x.shape[0] % depth:
-        raise ValueError(f"{x.shape[0]} slices are no whole number of volumes of {depth} slices")
+        raise ValueError(f"{x.shape[0]} slices cannot be divided into volumes of {depth} slices")
 
 
 def depth_shift(x: Tensor, depth: int, forward: int, backward: int) -> Tensor:
     """Shift the last `backward + forward` channels to the neighbouring slices; the others stay.
 
-    The last `forward` channels of slice i come from slice i-1, the `backward` ones before them from slice i+1.
+    The last `forward` channels of slice i come from slice i-1. The `backward` channels before them come from slice i+1.
 
     Args:
         x: (B*D, C, H, W).
@@ -69,7 +69,7 @@ def depth_shift(x: Tensor, depth: int, forward: int, backward: int) -> Tensor:
         (B*D, C, H, W).
 
     Raises:
-        ValueError: more channels to shift than there are, or no whole number of volumes.
+        ValueError: `forward + backward` exceeds C, or the number of slices is not a multiple of `depth`.
     """
     channels = x.shape[1]
     stay = channels - forward - backward
@@ -83,9 +83,9 @@ def depth_shift(x: Tensor, depth: int, forward: int, backward: int) -> Tensor:
 
 
 class _Shift(torch.autograd.Function):
-    """`depth_shift` without splitting and joining: one copy in the memory layout of `x`, then the slices that move.
+    """`depth_shift` in place of split and concatenation: copy `x` in its memory layout, then overwrite what moves.
 
-    Its gradient is the shift the other way. (A compiler fuses the plain form by itself.)
+    Its gradient is the shift in the other direction. (A compiler needs no such help: it fuses the plain form.)
     """
 
     @staticmethod
@@ -115,41 +115,41 @@ def _move(x: Tensor, depth: int, forward: int, backward: int, direction: int) ->
 
 
 def masked_depth_shift(x: Tensor, depth: int, forward: int, backward: int) -> Tensor:
-    """`depth_shift` of one volume, (D, C, H, W), in the form that runtimes are fastest with.
+    """`depth_shift` of one volume, (D, C, H, W), in the form that runtimes execute fastest.
 
-    Each channel is chosen from the volume or from the volume moved by a slice. That reads all channels three times, but
-    one pass over memory costs OpenVINO less than its split and concatenation of a few channels do
+    Each channel is chosen from the volume or from the volume moved by one slice. This reads all channels three times,
+    but in OpenVINO one pass over memory is faster than splitting and concatenating a few channels
     (`python -m benchmarks.latency`).
 
     Raises:
-        ValueError: as `depth_shift`.
+        ValueError: as in `depth_shift`.
     """
     channels = x.shape[1]
     stay = channels - forward - backward
     if stay < 0 or forward < 0 or backward < 0:
         raise ValueError(f"cannot shift {forward} + {backward} of {channels} channels")
     channel = torch.arange(channels, device=x.device).view(1, channels, 1, 1)
-    # A negative padding crops: the slices move by one and zeros come in at the other end.
+    # Negative padding crops: the slices move by one, and the other end is filled with zeros.
     from_next = F.pad(x, (0, 0, 0, 0, 0, 0, -1, 1))
     from_previous = F.pad(x, (0, 0, 0, 0, 0, 0, 1, -1))
     return torch.where(channel < stay, x, torch.where(channel < stay + backward, from_next, from_previous))
 
 
 class DepthModule(nn.Module):
-    """A module of a 2-D network that also needs to know how many slices a volume has."""
+    """A module of a 2-D network that also needs the number of slices of a volume."""
 
     shift = staticmethod(depth_shift)
-    """Exported networks have `masked_depth_shift` here."""
+    """The shift function. Exported networks use `masked_depth_shift`."""
 
     def forward(self, x: Tensor, depth: int) -> Tensor:
         raise NotImplementedError
 
 
 class ResidualDepthShift(DepthModule):
-    """A parameter-free shift of `fraction` of the channels, half of them each way.
+    """A shift without parameters of `fraction` of the channels, half of them in each direction.
 
-    With `add`, the unshifted features are added back (the paper's form); without, it only shifts (the form of the
-    temporal shift module, Lin et al., ICCV 2019).
+    With `add`, the unshifted features are added (the paper's form). Without it, the module only shifts (the form of
+    the temporal shift module, Lin et al., ICCV 2019).
     """
 
     def __init__(self, channels: int, *, fraction: float = 0.5, add: bool = True) -> None:
@@ -169,8 +169,8 @@ class ResidualDepthShift(DepthModule):
 class DistillDepthShift(DepthModule):
     """The distilled depth shift: the last alpha*C channels are distilled by 3x3 convolutions into R, B and F.
 
-    R (half of them) stays in its slice, F (a quarter) goes to the next, B (a quarter) to the previous slice. The first
-    (1-alpha)*C channels pass unchanged. Where the numbers do not divide, B = F = a quarter rounded down, R the rest.
+    R (half of them) stays in its slice, F (a quarter) goes to the next slice, B (a quarter) to the previous one. The
+    first (1-alpha)*C channels pass unchanged. If a quarter is not a whole number, B and F are rounded down.
     """
 
     def __init__(self, channels: int, *, alpha: float = 0.5) -> None:

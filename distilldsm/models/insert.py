@@ -1,8 +1,8 @@
-"""Any 2-D CNN as a network of volumes: depth shift modules in front of its convolutions.
+"""Turn any 2-D CNN into a network for volumes: put depth shift modules in front of its convolutions.
 
-Paper: see depth_shift.py; it claims that its module fits any 2-D CNN, and puts one between the two convolutions of each
-block but the first. Ours: the rule that finds such places in a network that was not made for them (`auto_places`), and
-an initialisation with which a pretrained network computes at first what it computed before.
+Paper: see depth_shift.py. It says that its module fits any 2-D CNN, and puts one between the two convolutions of each
+block except the first. Ours: the rule that finds such places in any network (`auto_places`), and an initialisation that
+leaves the output of a pretrained network unchanged at first.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Where = Literal["auto"] | Iterable[str] | Callable[[str, nn.Conv2d], bool]
 
 
 class AddedDistillDepthShift(DepthModule):
-    """The distilled depth shift, added to the features it is computed from instead of put in their place.
+    """The distilled depth shift, added to its input features instead of replacing them.
 
-    With its convolution at zero, as it is made, it changes nothing; the convolution's gradient is not zero, so that it
-    learns from the first step on.
+    The convolution starts at zero, so the module changes nothing at first. The convolution's gradient is not zero, so
+    the module learns from the first step.
     """
 
     def __init__(self, channels: int, *, alpha: float = 0.5) -> None:
@@ -49,9 +49,9 @@ class AddedDistillDepthShift(DepthModule):
 
 
 class GatedDepthShift(DepthModule):
-    """x + gate * shift(x), or x + gate * (shift(x) - x) without `add`; a gate per shifted channel, zero as it is made.
+    """x + gate * shift(x), or x + gate * (shift(x) - x) without `add`. Each shifted channel has a gate; it starts at 0.
 
-    The gate's gradient is not zero. At 1 the shifted channels are those of a `ResidualDepthShift`.
+    The gate's gradient is not zero. With all gates at 1, the module equals `ResidualDepthShift`.
     """
 
     def __init__(self, channels: int, *, fraction: float = 0.5, add: bool = True) -> None:
@@ -69,10 +69,10 @@ class GatedDepthShift(DepthModule):
 
 
 class _Slices:
-    """How many slices the volumes have that are going through the network: its own code hands on only tensors.
+    """The number of slices of the volumes in the current forward pass. The 2-D network's own code cannot pass it on.
 
-    Every thread has its own number. Gradient checkpointing runs modules once more in the backward pass, on a GPU in
-    another thread: outside of the forward pass the number is that of the latest one with gradients.
+    Every thread has its own number. Gradient checkpointing runs modules again in the backward pass (on a GPU, in
+    another thread). Outside a forward pass, the number is therefore that of the latest forward pass with gradients.
     """
 
     def __init__(self) -> None:
@@ -80,11 +80,11 @@ class _Slices:
         self._latest: int | None = None
 
     def __reduce__(self) -> tuple[type[_Slices], tuple[()]]:
-        return _Slices, ()  # a copied or pickled network has its own
+        return _Slices, ()  # a copied or pickled network gets a new object
 
     def begin(self, count: int) -> None:
         if torch.compiler.is_compiling():
-            self._latest = count  # one trace sees it set and read; it may be symbolic, and there are no threads
+            self._latest = count  # set and read within one trace, without threads; the count may be symbolic
             return
         self._thread.count = count
         if torch.is_grad_enabled():
@@ -104,7 +104,7 @@ class _Slices:
         return count
 
     def require_volumes(self, network: nn.Module, inputs: tuple[Any, ...]) -> None:
-        """Pre-hook of the 2-D network: slices that nobody said the volumes of must not take those of another call."""
+        """Pre-hook of the 2-D network: a call without a number of slices must not use that of an earlier call."""
         if not torch.compiler.is_compiling() and getattr(self._thread, "count", None) is None:
             raise RuntimeError(_ALONE)
 
@@ -113,10 +113,9 @@ _ALONE = "the number of slices of a volume is not known: call the VolumetricNetw
 
 
 class _BeforeConvolution:
-    """Lets a depth shift module change what a convolution reads. A class, so that copies of a network copy it, too.
+    """A hook: a depth shift module changes the input of a convolution. It is a class, so copies of a network copy it.
 
-    A hook leaves the convolution where it is: code that reads its attributes, and weights that go by its name, do not
-    notice.
+    The convolution stays in its place. So its attributes and the names of its weights stay the same.
     """
 
     def __init__(self, module: DepthModule, slices: _Slices) -> None:
@@ -127,10 +126,10 @@ class _BeforeConvolution:
 
 
 class VolumetricNetwork(SegmentationNetwork):
-    """A 2-D network that runs on the slices of volumes, and the modules through which these exchange features.
+    """A 2-D network that runs on the slices of volumes, with modules that exchange features between the slices.
 
-    network: the 2-D network, its weights under their own names; it cannot be called by itself.
-    inserted: the convolutions that have a module in front of them.
+    network: the 2-D network. Its weights keep their names. It cannot be called by itself.
+    inserted: the names of the convolutions that have a module in front of them.
     shifts: these modules, in the same order.
     """
 
@@ -146,23 +145,23 @@ class VolumetricNetwork(SegmentationNetwork):
         for name, module in modules.items():
             network.get_submodule(name).register_forward_pre_hook(_BeforeConvolution(module, self._slices))
         self.stride = (1, stride, stride)
-        # Each module looks one slice further; where some lie on parallel branches, this is more than is needed, and
-        # where a convolution is used more than once in a pass, too little: see `measure_halo`.
+        # Each module looks one slice further. This is too much if modules lie on parallel branches, and too little if
+        # a convolution is used more than once in a pass: see `measure_halo`.
         self.depth_halo = len(modules)
         self._frozen = _frozen(network)
 
     def train(self, mode: bool = True) -> Self:
-        """See `nn.Module.train`; what was frozen when the modules were put in stays in evaluation mode."""
+        """See `nn.Module.train`. Modules that were frozen at the insertion stay in evaluation mode."""
         super().train(mode)
         for name in self._frozen:
             self.network.get_submodule(name).training = False
         return self
 
     def measure_halo(self, x: Tensor) -> Any:
-        """`forward`, which also sets `depth_halo` to the number of shifts in the pass, counting every use of a module.
+        """Run `forward` and set `depth_halo` to the number of shifts in this pass. Every use of a module counts.
 
-        Building it does not tell how often the 2-D network uses a convolution, such as one of a recurrent block. A
-        module that is not used counts as one: other passes may use it.
+        Only a pass shows how often the 2-D network uses a convolution, for example in a recurrent block. A module that
+        this pass does not use counts once, because other passes may use it.
         """
         uses = [0] * len(self.shifts)
 
@@ -186,13 +185,13 @@ class VolumetricNetwork(SegmentationNetwork):
         return {name: f"network.{name}" for name in self.network.state_dict()}
 
     def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Any:
-        """(B, C, D, H, W) volumes to what the network gives for slices, each tensor (N, K, ...) as (B, K, D, ...).
+        """Run the 2-D network on (B, C, D, H, W) volumes; each output tensor (N, K, ...) is returned as (B, K, D, ...).
 
-        A U-Net's logits become (B, K, D, H, W), a classifier's (B, K, D), feature maps (B, K, D, h, w); lists, tuples
-        and dictionaries stay such. `features` is left empty: where the network's decoder is, nobody knows.
+        A U-Net's logits become (B, K, D, H, W), a classifier's (B, K, D), feature maps (B, K, D, h, w). Lists, tuples
+        and dictionaries keep their type. `features` stays empty, because the network's decoder is not known.
 
         Raises:
-            ValueError: x is no batch of volumes of `in_channels`, or its sizes are no multiples of the stride.
+            ValueError: x is not (B, in_channels, D, H, W), or its sizes are not multiples of the stride.
         """
         if not torch.compiler.is_compiling():
             self.check_input(x)
@@ -207,7 +206,7 @@ class VolumetricNetwork(SegmentationNetwork):
 
 
 def _frozen(network: nn.Module) -> tuple[str, ...]:
-    """Modules in evaluation mode within a network in training mode, and BatchNorm whose weights are not trained."""
+    """Modules in evaluation mode inside a network in training mode, and BatchNorm layers without trainable weights."""
 
     def is_frozen(module: nn.Module) -> bool:
         weights = list(module.parameters(recurse=False)) if isinstance(module, _BatchNorm) else []
@@ -243,28 +242,28 @@ def insert_depth_shift(
     """Turn a 2-D CNN into a network of volumes.
 
     Args:
-        network: takes (N, C, H, W), whatever its weights; it is copied, and stays as it is.
-        kind: `distill` (learned), `residual` (moved as they are and added, the paper's baseline) or `shift` (moved as
-            they are in the place of the others; Lin et al., "TSM", ICCV 2019).
-        alpha: share of a convolution's input channels that take part.
+        network: a network for (N, C, H, W) with any weights. It is copied; the original does not change.
+        kind: `distill` (learned shift), `residual` (shifted features are added; the paper's baseline) or `shift`
+            (shifted features replace the originals; Lin et al., "TSM", ICCV 2019).
+        alpha: share of a convolution's input channels that take part, from 0 to 1.
         where: `auto` (`auto_places`), patterns of module names (`*` and `?` as in file names), e.g.
             `["layer3.*.conv2"]`, or a function of a convolution's name and the convolution.
-        initialisation: `identity`: at first the output is that of the 2-D network, slice by slice; for a network with
-            weights worth keeping. `paper`: the modules of the paper, which change the features from the start.
-        stride: what height and width must be multiples of: the network's downsampling in all.
-        out_channels: of a segmentation network; written into exports, not otherwise used.
-        in_place: give the network itself its modules, not a copy.
+        initialisation: `identity`: at first the output is that of the 2-D network, slice by slice; use it for a
+            pretrained network. `paper`: the modules of the paper, which change the features from the start.
+        stride: height and width must be multiples of it. It is the total downsampling of the network.
+        out_channels: number of classes of a segmentation network; written into exports, not used otherwise.
+        in_place: change the network itself, not a copy.
 
     Raises:
-        ConfigError: an unknown kind or initialisation, an alpha that is no share, nowhere to put a module, a pattern
-            that names no convolution, or a network that has modules already.
+        ConfigError: an unknown kind or initialisation, an alpha outside 0 to 1, no place for a module, a pattern
+            that matches no convolution, or a network that already has modules.
     """
-    for key, value, known in (
+    for key, value, allowed in (
         ("kind", kind, ("distill", "residual", "shift")),
         ("initialisation", initialisation, ("identity", "paper")),
     ):
-        if value not in known:
-            raise ConfigError(f"'{key}' has an unknown value", seen=repr(value), rule=" or ".join(known))
+        if value not in allowed:
+            raise ConfigError(f"'{key}' has an unknown value", seen=repr(value), rule=" or ".join(allowed))
     if any(
         isinstance(m, DepthModule)
         or any(isinstance(hook, _BeforeConvolution) for hook in m._forward_pre_hooks.values())
@@ -281,7 +280,7 @@ def insert_depth_shift(
             modules[name] = module
     if not modules:
         raise ConfigError(
-            "no convolution has channels enough to pass one each way", seen=f"alpha={alpha}", hint="a larger alpha"
+            "no convolution has enough channels to shift one each way", seen=f"alpha={alpha}", hint="a larger alpha"
         )
     first = next(iter(convolutions.values()))
     volumetric = VolumetricNetwork(
@@ -300,20 +299,20 @@ def insert_depth_shift(
 def auto_places(network: nn.Module) -> tuple[str, ...]:
     """Names of the convolutions that get a depth shift module in front with `where="auto"`.
 
-    The rule, layers being in the order in which the network registers them:
+    The rule goes through the layers in the order in which the network registers them:
 
-    - a *layer* is a 2-D convolution or a linear layer, a *spatial* one a convolution with a kernel above 1;
-    - a *block* is a smallest module that holds two layers or more, a spatial one among them;
-    - in every block, each spatial layer of stride 1 gets a module, but not the block's first layer if a spatial one
-      follows;
-    - the network's first convolution, which reads the image, gets none, nor does anything in its block unless that is
-      the only one.
+    - A *layer* is a 2-D convolution or a linear layer. A *spatial* layer is a convolution with a kernel above 1.
+    - A *block* is a smallest module that holds at least two layers, at least one of them spatial.
+    - In every block, each spatial layer of stride 1 gets a module. The block's first layer gets none if another
+      spatial layer follows.
+    - The network's first convolution, which reads the image, gets none. The other layers of its block get none either,
+      unless it is the only block.
 
-    In the paper's U-Net that is the paper's place, between the convolutions of every block but the first. In a ResNet
-    it is on the residual branch, between its convolutions; in a ConvNeXt in front of the depthwise one; in a DenseNet
-    in front of the 3x3 one. Shortcuts have 1x1 convolutions or strides, and so no modules.
+    In the paper's U-Net these are the paper's places: between the convolutions of every block except the first. In a
+    ResNet they are on the residual branch, between its convolutions; in a ConvNeXt in front of the depthwise
+    convolution; in a DenseNet in front of the 3x3 convolution. Shortcuts have 1x1 kernels or strides: no modules.
     """
-    names = {name for name, _ in network.named_modules()}  # of a module that has two, the first
+    names = {name for name, _ in network.named_modules()}  # a module with two names is listed under the first
     image = next((name for name, m in network.named_modules() if isinstance(m, nn.Conv2d)), None)
     blocks = _blocks(network, "")
     places: list[str] = []
@@ -352,7 +351,7 @@ def _places(network: nn.Module, convolutions: dict[str, nn.Conv2d], where: Where
         places = _matching(convolutions, list(where))
     if not places:
         raise ConfigError(
-            "no place for a depth shift was found",
+            "has no place for a depth shift",
             seen=type(network).__name__,
             rule="a convolution with a kernel above 1 and stride 1 that is not the first layer",
             hint="name convolutions in 'where'",
@@ -363,20 +362,20 @@ def _places(network: nn.Module, convolutions: dict[str, nn.Conv2d], where: Where
 def _matching(convolutions: dict[str, nn.Conv2d], patterns: list[str]) -> tuple[str, ...]:
     chosen: set[str] = set()
     for pattern in patterns:
-        found = fnmatch.filter(convolutions, pattern)
-        if not found:
+        matches = fnmatch.filter(convolutions, pattern)
+        if not matches:
             raise ConfigError(
-                "names no 2-D convolution of the network",
+                "matches no 2-D convolution of the network",
                 where="where",
                 seen=repr(pattern),
                 rule="such as " + ", ".join(list(convolutions)[:3]),
             )
-        chosen.update(found)
+        chosen.update(matches)
     return tuple(name for name in convolutions if name in chosen)
 
 
 def _module(convolution: nn.Conv2d, kind: Kind, alpha: float, initialisation: Initialisation) -> DepthModule | None:
-    """What goes in front of a convolution; None where it has too few channels to pass one each way."""
+    """The module for the input of a convolution; None if there are too few channels to shift one each way."""
     channels = convolution.in_channels
     module: DepthModule
     if kind == "distill":

@@ -1,7 +1,7 @@
-"""A 2-D CNN of one's own as a network of the pipeline: depth shifts are put into what a function of the user's returns.
+"""The user's own 2-D CNN in the pipeline: call the user's function and put depth shifts into the network it returns.
 
-Importing this module loads no torch. Building imports and calls code: that which the user's own params.yaml names. What
-a file of a model names (`model.json`, `metadata.json`) is imported only if it was trusted before: `require_trusted`.
+Importing this module loads no torch. Building a network imports and calls the code that the user's params.yaml names.
+Code that a model's file names (`model.json`, `metadata.json`) runs only if the user trusts it: `require_trusted`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from distilldsm.models.insert import VolumetricNetwork
 
 TRUST_VARIABLE = "DISTILLDSM_BUILDER"
-"""Environment variable: builders, separated by commas, that files of models may name, with any arguments."""
+"""Environment variable: a comma-separated list of builders that model files may name, with any arguments."""
 WHERE = "train.model.options"
 _trusted: set[str] = set()
 
@@ -30,22 +30,22 @@ def _code(options: Mapping[str, Any]) -> str:
 
 
 def trust_builder(options: Mapping[str, Any]) -> None:
-    """Let files of models name the builder and arguments of one's own `options`, in this process."""
+    """Trust the builder and arguments of the user's own `options`: model files may name them in this process."""
     if options.get("builder"):
         _trusted.add(_code(options))
 
 
 def require_trusted(options: Mapping[str, Any], where: object) -> None:
-    """Raise DataError unless a file's builder was trusted by `trust_builder` or the environment."""
+    """Raise DataError unless the file's builder is trusted, by `trust_builder` or by the environment variable."""
     builder = str(options.get("builder", ""))
-    named = [name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")]
-    if _code(options) not in _trusted and not (builder and builder in named):
+    trusted = [name.strip() for name in os.environ.get(TRUST_VARIABLE, "").split(",")]
+    if _code(options) not in _trusted and not (builder and builder in trusted):
         raise DataError(
-            "names code that builds its network, which is not carried out unasked",
+            "names code that builds its network; code that you did not allow is not run",
             where=str(where),
             seen=f"{builder!r} with {json.dumps(options.get('arguments') or {}, default=str)}"[:300],
             rule="the builder and arguments of train.model.options in your params.yaml",
-            hint=f"set {TRUST_VARIABLE}={builder} if you trust that code; the OpenVINO and ONNX of an export need none",
+            hint=f"set {TRUST_VARIABLE}={builder} if you trust that code; OpenVINO and ONNX models do not need it",
         )
 
 
@@ -53,25 +53,25 @@ def find_builder(name: str) -> Callable[..., Any]:
     """The function or class that `package.module:name` names.
 
     Raises:
-        ConfigError: no such form, module or name, or nothing to call.
+        ConfigError: the text has another form, the import fails, or the object cannot be called.
     """
     module, _, attribute = name.partition(":")
     if not (module and attribute):
-        raise _wrong("names no code", name, "package.module:function, e.g. monai.networks.nets:BasicUNet")
+        raise _wrong("does not name code", name, "package.module:function, e.g. monai.networks.nets:BasicUNet")
     try:
-        found: Any = importlib.import_module(module)
+        builder: Any = importlib.import_module(module)
         for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # a module may do anything while it is imported
+            builder = getattr(builder, part)
+    except Exception as error:  # an import may raise anything
         raise _wrong(
             "cannot be imported",
             f"{name}: {type(error).__name__}: {error}",
             "importable by the stage's Python",
             "install the package, or put the module's folder on PYTHONPATH",
         ) from error
-    if not callable(found):
+    if not callable(builder):
         raise _wrong("cannot be called", name, "a function or class that returns a torch.nn.Module")
-    return found
+    return builder
 
 
 def build(
@@ -89,41 +89,41 @@ def build(
 
     Args:
         builder: `package.module:function`; returns a network from (N, C, H, W) to (N, K, H, W).
-        arguments: what it is called with, besides the numbers of channels.
-        in_argument, out_argument: what it calls C and K.
-        stride: what height and width must be multiples of.
+        arguments: arguments of the builder, without the numbers of channels.
+        in_argument, out_argument: the names of the builder's arguments for C and K.
+        stride: height and width must be multiples of it.
         insertion: `kind`, `alpha`, `where`, `initialisation` of `insert_depth_shift`.
 
     Raises:
-        ConfigError: the builder cannot be imported or called, returns no such network, or has no place for a module.
+        ConfigError: the builder cannot be imported or called, or the network does not fit or has no place for a module.
     """
     from torch import nn
 
     from distilldsm.models.insert import insert_depth_shift
 
     call = find_builder(builder)
-    given = {**arguments, in_argument: in_channels, out_argument: out_channels}
+    all_arguments = {**arguments, in_argument: in_channels, out_argument: out_channels}
     try:
-        flat = call(**given)
+        flat = call(**all_arguments)
     except Exception as error:
-        shown = ", ".join(f"{key}={value!r}" for key, value in given.items())
+        shown = ", ".join(f"{key}={value!r}" for key, value in all_arguments.items())
         raise _wrong(
             f"failed: {type(error).__name__}: {error}",
             f"{builder}({shown})",
-            "arguments it takes; 'in_argument' and 'out_argument' say what it calls the numbers of channels",
+            "arguments of the builder; 'in_argument' and 'out_argument' name its arguments for the numbers of channels",
         ) from error
     if not isinstance(flat, nn.Module):
-        raise _wrong("returns no network", type(flat).__name__, "a torch.nn.Module")
+        raise _wrong("does not return a network", type(flat).__name__, "a torch.nn.Module")
     network = insert_depth_shift(flat, stride=stride, out_channels=out_channels, in_place=True, **insertion)
-    network.in_channels = in_channels  # the layer that is registered first need not be the one that reads the image
+    network.in_channels = in_channels  # the first registered layer may be another than the one that reads the image
     _check(network, in_channels, builder)
     return network
 
 
 def _check(network: VolumetricNetwork, in_channels: int, builder: str) -> None:
-    """Raise ConfigError unless the network takes images of its stride and gives logits of their size.
+    """Raise ConfigError unless the network accepts multiples of its stride and returns logits of the image's size.
 
-    The same pass tells how many slices away its logits reach.
+    The same forward pass measures the depth halo.
     """
     import torch
 
@@ -134,15 +134,16 @@ def _check(network: VolumetricNetwork, in_channels: int, builder: str) -> None:
     rule = f"(N, {in_channels}, H, W) to (N, {network.out_channels}, H, W), sizes multiples of the stride {stride}"
     try:
         with evaluating(network):
-            found = network.measure_halo(torch.zeros(1, in_channels, *expected[2:]))
+            logits = network.measure_halo(torch.zeros(1, in_channels, *expected[2:]))
     except Exception as error:
-        raise _wrong("cannot compute", f"{builder}: {type(error).__name__}: {error}"[:500], rule, _MEND) from error
-    if not isinstance(found, torch.Tensor) or tuple(found.shape) != expected:
-        seen = tuple(found.shape[1:2] + found.shape[3:]) if isinstance(found, torch.Tensor) else type(found).__name__
-        raise _wrong("gives something else than logits", f"{builder}: {seen}", rule, _MEND)
+        raise _wrong("cannot compute", f"{builder}: {type(error).__name__}: {error}"[:500], rule, _HINT) from error
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != expected:
+        is_tensor = isinstance(logits, torch.Tensor)
+        seen = tuple(logits.shape[1:2] + logits.shape[3:]) if is_tensor else type(logits).__name__
+        raise _wrong("does not return logits", f"{builder}: {seen}", rule, _HINT)
 
 
-_MEND = "set 'stride' or the builder's arguments, or name a function of your own that returns such a network"
+_HINT = "set 'stride' or the builder's arguments, or name a function of your own that returns such a network"
 
 
 def _wrong(problem: str, seen: str, rule: str, hint: str | None = None) -> ConfigError:

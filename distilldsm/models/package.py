@@ -1,8 +1,8 @@
-"""The exported model directory: its metadata, and the check that no file in it has changed. Imports no runtime.
+"""The directory of an exported model: its metadata, and the check that no file has changed. Imports no runtime.
 
 Files: `model.onnx`, `model.xml` and `model.bin` (OpenVINO IR), `model.safetensors`, `plan.json`, `metadata.json`,
 `training_distribution.json` (for `distilldsm drift`), `README.md` (model card), `parity.json`, `metrics.json`,
-`manifest.json`, the folders `int8` (what was decided, and where it is worth it another IR) and `monai_bundle`.
+`manifest.json`, and the folders `int8` (the decision about INT8, and the INT8 IR if it is shipped) and `monai_bundle`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RUNTIME_FILES: Mapping[str, tuple[str, ...]] = {
     "onnx": ("plan.json", "model.onnx"),
     "torch": ("plan.json", "model.safetensors"),
 }
-"""What prediction with a runtime reads."""
+"""The files that prediction with a runtime reads."""
 MONAI_BUNDLE = "monai_bundle"
 INT8_DECISION = "int8/decision.json"
 INT8_FILES = ("int8/model.bin", "int8/model.xml")
@@ -45,7 +45,7 @@ HASHED_FILES = (
     "plan.json",
     "training_distribution.json",
 )
-"""Files whose SHA-256 is in the metadata."""
+"""The metadata hold the SHA-256 of these files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,10 +55,10 @@ class TensorInfo:
     name: str
     dtype: str = "float32"
     shape: tuple[int | None, ...]
-    """null: any size, as far as `multiple_of` allows."""
+    """null: any size that `multiple_of` allows."""
     axes: tuple[str, ...] = ("batch", "channel", "depth", "height", "width")
     multiple_of: tuple[int, int, int]
-    """What depth, height and width must be multiples of; prediction pads to it."""
+    """Depth, height and width must be multiples of these numbers; prediction pads to them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,22 +68,22 @@ class ChannelInfo:
     name: str
     modality: Modality
     normalisation: str
-    """In words; the numbers stand in plan.json."""
+    """In words; the numbers are in plan.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class NetworkInfo:
-    """What the network is, and what prediction must know of it besides its weights."""
+    """What the network is, and what prediction must know about it besides its weights."""
 
     name: str
     options: Options
     stride: tuple[int, int, int]
     depth_halo: int | None
-    """Slices beyond a slice that take part in its logits; null: the whole depth."""
+    """The logits of a slice depend on this many slices on each side; null: on the whole depth."""
     parameters: int
     macs_per_voxel: float
     mirror_axes: tuple[MirrorAxis, ...] = ()
-    """Axes along which it was trained with random flips."""
+    """Axes of the random flips in training."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,19 +99,19 @@ class DataInfo:
 
 @dataclass(frozen=True, kw_only=True)
 class Int8Report:
-    """What came of the quantisation; in `parity.json` and `metadata.json`."""
+    """Result of the quantisation; in `parity.json` and `metadata.json`."""
 
     shipped: bool
     reason: str
     """In words, with the numbers."""
     speedup: float | None = None
-    """Time of the IR as OpenVINO runs it by default (bf16 where the CPU has it) over the time of the INT8 IR."""
+    """Time of the IR in OpenVINO's default precision (bf16 if the CPU has it) divided by the time of the INT8 IR."""
     speedup_f32: float | None = None
-    """The same against the IR in float32."""
+    """The same for the IR in float32."""
     dice_loss: float | None = None
     """Mean Dice over labels and held-out cases of the float32 IR minus that of the INT8 IR."""
     cases: int = 0
-    """Held-out cases it was measured on."""
+    """Number of held-out cases in this measurement."""
     calibration_cases: tuple[str, ...] = ()
 
 
@@ -128,15 +128,15 @@ class ModelMetadata:
     labels: Mapping[str, int]
     """Label name to value in the masks, ascending from background."""
     regions: tuple[Region, ...] = ()
-    """What the output channels stand for (with a sigmoid each); where there are none, the labels (with a softmax)."""
+    """The regions of the output channels (sigmoid each). Without regions the channels are the labels (softmax)."""
     network: NetworkInfo
     openvino_weights: Literal["FP16", "FP32"]
     """How model.bin stores the weights."""
     int8: Int8Report = Int8Report(shipped=False, reason="not made")
-    """Whether there is an IR in `int8`, and why, or why not."""
+    """Whether there is an IR in `int8`, and the reason."""
     postprocessing: tuple[str, ...] | None = None
-    """Labels or regions of which `distilldsm predict --postprocess` keeps the largest component only, decided on the
-    held-out cases; null: not decided, the fold was not evaluated."""
+    """`distilldsm predict --postprocess` keeps only the largest component of these labels or regions. The held-out
+    cases decide; null: not decided, because the fold was not evaluated."""
     data: DataInfo
     fold: int
     """The fold that was held out from training."""
@@ -144,15 +144,15 @@ class ModelMetadata:
     files: Mapping[str, str]
     """SHA-256 (hex) of each file beside this one."""
     versions: Mapping[str, str]
-    """Packages it was exported with."""
+    """Packages used for the export, with their versions."""
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the metadata", seen=self.schema_version, rule="1")
-        largest = self.targets.largest  # regions must fit the labels
+        largest = self.targets.largest  # also checks that the regions fit the labels
         if not set(self.postprocessing or ()) <= largest.keys():
             raise ConfigError(
-                "'postprocessing' names no label or region of which only the largest component can be kept",
+                "'postprocessing' names an unknown label or region, or one that cannot be post-processed",
                 seen=self.postprocessing,
                 rule=", ".join(largest) or LARGEST_NOT_TRIED,
             )
@@ -164,20 +164,20 @@ class ModelMetadata:
 
 
 def model_name(dataset: str) -> str:
-    """The name a model of this data set is registered under: lower case, digits and hyphens only."""
+    """The registry name of a model of this data set: lower case, digits and hyphens only."""
     return "distilldsm-" + (re.sub(r"[^a-z0-9]+", "-", dataset.lower()).strip("-") or "model")
 
 
 def load_metadata(model_dir: str | os.PathLike[str]) -> ModelMetadata:
-    """Read `metadata.json` of an exported model; the other files are not looked at (see `verify`).
+    """Read `metadata.json` of an exported model. The other files are not checked (see `verify`).
 
     Raises:
-        DataError: no exported model there, or metadata that are damaged or of an unknown version.
+        DataError: there is not an exported model, or its metadata are damaged or of an unknown version.
     """
     path = Path(model_dir) / METADATA
     if not path.is_file():
         raise DataError(
-            "is no exported model",
+            "is not an exported model",
             where=model_dir,
             seen=f"no {METADATA}" if Path(model_dir).is_dir() else "no such directory",
             hint="give the directory that the export stage wrote, e.g. export/fold0",
@@ -186,11 +186,11 @@ def load_metadata(model_dir: str | os.PathLike[str]) -> ModelMetadata:
 
 
 def verify(model_dir: str | os.PathLike[str], names: Iterable[str] | None = None) -> ModelMetadata:
-    """Check files of an exported model against the hashes of its metadata, and those against the manifest.
+    """Check files of an exported model against the hashes in its metadata, and the metadata against the manifest.
 
     Args:
-        model_dir: what the export stage wrote.
-        names: the files to check; by default all that the metadata list.
+        model_dir: the directory that the export stage wrote.
+        names: the files to check; by default all files in the metadata.
 
     Raises:
         DataError: names the first file that is missing or has changed.
@@ -202,14 +202,14 @@ def verify(model_dir: str | os.PathLike[str], names: Iterable[str] | None = None
         manifest = read_json(root / MANIFEST)
         files = manifest.get("files") if isinstance(manifest, dict) else None
         if not isinstance(files, dict) or METADATA not in files:
-            raise DataError("lists no file hashes", where=root / MANIFEST, hint="export the model again")
+            raise DataError("has no file hashes", where=root / MANIFEST, hint="export the model again")
         _check(root / METADATA, files[METADATA])
     for name in expected:
         if PurePosixPath(name).is_absolute() or {"..", ""} & set(name.split("/")) or "\\" in name:
             raise DataError("names a file outside the model", where=root / METADATA, seen=name, rule="a file beside it")
     for name in expected if names is None else names:
         if name not in expected:
-            raise DataError(f"lists no hash of {name}", where=root / METADATA, hint="export the model again")
+            raise DataError(f"has no hash of {name}", where=root / METADATA, hint="export the model again")
         _check(root / name, expected[name])
     return metadata
 

@@ -1,10 +1,10 @@
 """The 2-D U-Net of the Distill DSM paper, with or without depth shift modules.
 
-Paper: see depth_shift.py. The paper's: five levels, two 3x3 convolutions with BatchNorm a block, max-pooling in plane,
-bilinear upsampling with aligned corners, a depth shift module between the two convolutions of every block but the
-first.
-Ours: any number of slices per call, a volume interface, widths as a parameter, other places and another start of the
-modules.
+Paper: see depth_shift.py. From the paper: five levels, two 3x3 convolutions with BatchNorm per block, max-pooling in
+plane, bilinear upsampling with aligned corners, a depth shift module between the two convolutions of every block except
+the first.
+Ours: any number of slices per call, a volume interface, widths as a parameter, other places and another initialisation
+of the modules.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class ConvNormReLU(nn.Sequential):
 
 
 class Block(nn.Module):
-    """Two convolutions with, between them, an optional depth shift."""
+    """Two convolutions with an optional depth shift between them."""
 
     def __init__(self, in_channels: int, middle: int, out_channels: int, shift: DepthModule | None) -> None:
         super().__init__()
@@ -60,15 +60,15 @@ class Block(nn.Module):
 
 
 class UNet2D(SegmentationNetwork):
-    """U-Net on slices whose blocks may exchange features between slices.
+    """U-Net on slices; its blocks may exchange features between slices.
 
     Args:
-        in_channels, out_channels: of the volume.
+        in_channels, out_channels: channels of the volume and of the logits.
         widths: channels of the levels, from full resolution down.
         shift: `none`, `residual` or `distill`; further arguments go to that module.
-        shift_at: the blocks that have a module: `all` but the first, those of the `encoder` (the lowest is one of them)
-            or of the `decoder`, or those of some levels, from 0 at full resolution to 4.
-        initialisation: of the modules, `paper` or `identity`: at first the network computes what it would without them.
+        shift_at: the blocks that have a module: `all` (except the first), `encoder` (with the lowest block), `decoder`,
+            or a list of levels, from 0 at full resolution to 4.
+        initialisation: `paper`, or `identity`: at first the modules do not change what the network computes.
 
     Raises:
         ConfigError: an impossible `shift_at`, `initialisation` or share of channels.
@@ -104,7 +104,7 @@ class UNet2D(SegmentationNetwork):
         decoder = []
         below = widths[-1]
         for level in range(len(widths) - 2, -1, -1):
-            # A level's output has the width of the level above it, so that the next concatenation is balanced.
+            # A level's output has the width of the level above it. So both inputs of the next block are equally wide.
             joined, out = widths[level] + below, widths[max(level - 1, 0)]
             decoder.append(Block(joined, joined // 2, out, make_shift("decoder", level, joined // 2)))
             below = out
@@ -113,8 +113,8 @@ class UNet2D(SegmentationNetwork):
         self.head = nn.Conv2d(below, out_channels, kernel_size=1)
         in_plane = 2 ** (len(widths) - 1)
         self.stride = (1, in_plane, in_plane)
-        # Each module looks one slice further, so that many slices beyond a slice take part in its logits: the way
-        # through the lowest block meets all of them, wherever they are.
+        # Each module looks one slice further. The path through the lowest block passes all modules, so the halo is
+        # their number.
         self.depth_halo = sum(isinstance(m, Block) and m.shift is not None for m in self.modules())
 
     def flat_names(self) -> dict[str, str]:

@@ -1,8 +1,8 @@
 """The 3-D U-Net the paper compares with: residual blocks, pre-activation, GroupNorm, trilinear upsampling.
 
 Structure and sizes: the UNet of ellisdg/3DUnetCNN with base width 8 (after Myronenko, "3D MRI brain tumor
-segmentation using autoencoder regularization", BrainLes 2018); two residual blocks a level in the encoder, one in the
-decoder. The code here is our own.
+segmentation using autoencoder regularization", BrainLes 2018). Each level has two residual blocks in the encoder and
+one in the decoder. The code here is our own.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ GROUPS = 8
 
 
 class Conv3d(nn.Conv3d):
-    """3x3x3 convolution whose weight gradient is right for two slices in bf16 on a CPU, too.
+    """3x3x3 convolution with a correct weight gradient for two slices in bf16 on a CPU.
 
-    There oneDNN (torch 2.13) reads memory nobody wrote when the depth is 2 and the kernel and padding are 3 and 1: the
-    gradient is garbage, at times NaN. A third slice of zeros is what the padding would have been; it avoids that.
+    oneDNN (torch 2.13) reads uninitialised memory in bf16 if the depth is 2, the kernel 3 and the padding 1: the
+    gradient is wrong, sometimes NaN. A third slice of zeros avoids this; the result is the same, as padding is zero.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -43,7 +43,7 @@ class PreActivationConv(nn.Sequential):
 
 
 class ResidualBlock(nn.Module):
-    """Two pre-activation convolutions and a shortcut, projected where the width changes."""
+    """Two pre-activation convolutions and a shortcut. A 1x1x1 convolution adapts the shortcut if the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()

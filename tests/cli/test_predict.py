@@ -275,7 +275,7 @@ def test_what_is_wrong_with_scan_and_model_is_named(made, scan, tmp_path, capsys
         assert predict(made.export, scans, out) in (1, 2), words
         assert words in capsys.readouterr().err
     assert main(["predict", str(tmp_path / "gone"), *map(str, scan), "-o", str(out)]) == 1
-    assert "is no exported model" in capsys.readouterr().err
+    assert "is not an exported model" in capsys.readouterr().err
     for name, engine in (("model.bin", "openvino"), ("model.onnx", "onnx"), ("model.safetensors", "torch")):
         damaged = tmp_path / engine
         shutil.copytree(made.export, damaged)

@@ -171,7 +171,7 @@ def test_what_does_not_fit_together_is_refused(folds, tmp_path, tmp_path_factory
     assert refused(made, "--mirror", "up").startswith("2 error: --mirror: names no axes")
     assert f"{made}: carries no decision" in refused(made, "--postprocess")
     assert f"{made}: carries no decision" in refused(folds[0], "--postprocess", "--ensemble", made)
-    assert "is no exported model" in refused(made, "--ensemble", tmp_path / "nowhere")
+    assert "is not an exported model" in refused(made, "--ensemble", tmp_path / "nowhere")
 
 
 def test_no_label_gained(folds, predicted, tmp_path):

@@ -158,7 +158,7 @@ def test_what_is_no_volume_is_refused(files, tmp_path, capsys):
         ([files["image"], "--labels", "shell"], 2, "NAME=VALUE"),
         ([files["image"], "--labels", "shell=300"], 2, "NAME=VALUE"),
         ([files["image"], "--labels", "a=1,b=1"], 2, "names a value twice"),
-        ([files["image"], "--model", str(tmp_path)], 1, "is no exported model"),
+        ([files["image"], "--model", str(tmp_path)], 1, "is not an exported model"),
         ([files["image"], "--max-voxels", "0"], 2, "--max-voxels"),
     ):
         assert main(["view", *arguments, "-o", page, "--no-open"]) == code, arguments

@@ -203,5 +203,5 @@ def test_the_command_tells_exit_codes_and_never_loads_torch(made, tmp_path):
         capture_output=True, text=True, check=False, timeout=120,
     )  # fmt: skip
     assert done.stdout.splitlines()[-1] == "[] 1"
-    assert "is no exported model" in done.stderr
+    assert "is not an exported model" in done.stderr
     assert main(["drift", str(broken), "x.nii.gz", "-o", str(tmp_path / "report.pdf")]) == 2

@@ -67,7 +67,9 @@ def test_the_payloads_are_real(tmp_path, kind):
 @pytest.mark.parametrize("name", ["last.safetensors", "last.pt", "resume.safetensors"])
 def test_a_pickle_by_any_name_is_no_checkpoint(tmp_path, canary, kind, name):
     (tmp_path / name).write_bytes(canary.pickled(kind))
-    with pytest.raises(DataError, match=r"no readable checkpoint(.|\n)*seen(.|\n)*never loaded(.|\n)*hint") as caught:
+    with pytest.raises(
+        DataError, match=r"not a readable checkpoint(.|\n)*seen(.|\n)*never loaded(.|\n)*hint"
+    ) as caught:
         load_tensors(tmp_path / name)
     assert name in str(caught.value)
 
@@ -76,7 +78,7 @@ def test_a_training_does_not_go_on_from_a_pickle(made, tmp_path, canary):
     settings = TrainConfig(model=ModelConfig(options={"width": 0.25}), epochs=1, batch_size=2)
     for name in (RESUME, "best.pt", "checkpoint.pth"):
         (tmp_path / name).write_bytes(canary.pickled("torch"))
-    with pytest.raises(DataError, match=r"resume\.safetensors: is no readable checkpoint"):
+    with pytest.raises(DataError, match=r"resume\.safetensors: is not a readable checkpoint"):
         Trainer(settings, preprocessed=made.preprocessed, work=tmp_path, fold=FOLD)
 
 
@@ -102,7 +104,7 @@ def test_prediction_refuses_pickled_weights(package, scan, canary, capsys):
     told(capsys.readouterr().err, "model.safetensors", "has changed since the export", "hint: ")
     rehash(package)
     assert predict(package, scan, "--engine", "torch") == 1
-    told(capsys.readouterr().err, "model.safetensors", "no readable checkpoint", "never loaded", "hint: ")
+    told(capsys.readouterr().err, "model.safetensors", "not a readable checkpoint", "never loaded", "hint: ")
 
 
 @pytest.mark.parametrize(

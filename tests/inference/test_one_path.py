@@ -90,7 +90,7 @@ def test_every_source_of_the_python_interface_gives_the_mask_of_predict(made, sc
         model.predict(scan[0])
     with pytest.raises(DataError, match="sheared"):
         model.predict(array, affine=affine() + 0.3 * np.eye(4, k=1))
-    with pytest.raises(DataError, match="is no exported model"):
+    with pytest.raises(DataError, match="is not an exported model"):
         distilldsm.load_model(tmp_path)
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = distilldsm.nothing

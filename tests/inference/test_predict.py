@@ -188,5 +188,5 @@ def test_from_training_and_export_agree(tmp_path_factory, tmp_path):
         assert (engine.stride, engine.depth_halo) == ((1, 16, 16), 8)
     with pytest.raises(DataError, match=r"best\.safetensors: checkpoint not found"):
         Predictor.from_training(made.model, "best")
-    with pytest.raises(DataError, match="is no exported model"):
+    with pytest.raises(DataError, match="is not an exported model"):
         Predictor.from_export(tmp_path)

@@ -345,7 +345,7 @@ def test_what_cannot_be_is_refused():
         insert_depth_shift(nn.Sequential(nn.Conv2d(1, 8, 3), nn.Conv2d(8, 2, 1)))
     with pytest.raises(ConfigError, match="no place"):
         insert_depth_shift(Small(), where=lambda name, convolution: False)
-    with pytest.raises(ConfigError, match=r"channels enough(.|\n)*alpha"):
+    with pytest.raises(ConfigError, match=r"enough channels(.|\n)*alpha"):
         insert_depth_shift(nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3)))
     with pytest.raises(ConfigError, match="already"):
         insert_depth_shift(insert_depth_shift(Small()).network)
@@ -353,7 +353,7 @@ def test_what_cannot_be_is_refused():
         insert_depth_shift(UNet2D(1, 2, shift="distill"))
     with pytest.raises(RuntimeError, match="call the VolumetricNetwork"):
         insert_depth_shift(Small()).network(torch.zeros(2, 1, 8, 8))
-    with pytest.raises(ConfigError, match=r"names no 2-D convolution(.|\n)*layer9"):
+    with pytest.raises(ConfigError, match=r"matches no 2-D convolution(.|\n)*layer9"):
         insert_depth_shift(Small(), where=["first", "layer9.*"])
     with pytest.raises(ConfigError, match="kind"):
         insert_depth_shift(Small(), kind="both")

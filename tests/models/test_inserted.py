@@ -116,7 +116,7 @@ def test_networks_of_known_packages(name, options):
         ({"stride": 2}, ["cannot compute", "sizes multiples of the stride 2", "hint"]),
         ({"arguments": [1]}, ["options.arguments: ", "a mapping"]),
         ({"alpha": 3}, ["alpha"]),
-        ({"where": ["layer9"]}, ["names no 2-D convolution", "layer9"]),
+        ({"where": ["layer9"]}, ["matches no 2-D convolution", "layer9"]),
     ],
     ids=str,
 )
@@ -130,10 +130,10 @@ def test_what_is_wrong_is_told(options, words):
 @pytest.mark.parametrize(
     ("function", "words"),
     [
-        ("many_outputs", ["gives something else than logits", "list", "(N, 3, H, W)", "a function of your own"]),
-        ("of_fixed_classes", ["gives something else than logits", "(7,"]),
-        ("not_a_network", ["returns no network", "int"]),
-        ("without_a_place", ["no place for a depth shift was found"]),
+        ("many_outputs", ["does not return logits", "list", "(N, 3, H, W)", "a function of your own"]),
+        ("of_fixed_classes", ["does not return logits", "(7,"]),
+        ("not_a_network", ["does not return a network", "int"]),
+        ("without_a_place", ["has no place for a depth shift"]),
     ],
 )
 def test_what_a_builder_must_return(function, words):

@@ -151,7 +151,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path):
     with pytest.raises(DataError, match="not found"):
         load_tensors(path)
     path.write_bytes(b"\x80\x04not safetensors")
-    with pytest.raises(DataError, match="no readable checkpoint"):
+    with pytest.raises(DataError, match="not a readable checkpoint"):
         load_tensors(path)
     network = build_model("unet2d", in_channels=1, out_channels=2, width=0.25)
     other = build_model("unet2d", in_channels=2, out_channels=2, width=0.25)
