@@ -1,7 +1,7 @@
-"""The parameters of every stage: a frozen dataclass a section of `params.yaml`, a file each.
+"""The parameters of every stage: one frozen dataclass, in a file of its own, for each section of `params.yaml`.
 
-A field's default, range and text stand at the field and nowhere else. The reference, the JSON schema, the comments of
-`params.yaml` and the checks come from there. Checks across fields stand in `__post_init__`.
+A field's default, range and text stand at the field only. The reference, the JSON schema, the comments of
+`params.yaml` and the checks are made from them. Checks across fields stand in `__post_init__`.
 """
 
 from distilldsm.config.cross_validation import CrossValidationConfig as CrossValidationConfig

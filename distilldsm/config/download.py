@@ -16,17 +16,17 @@ Modality = Literal["MRI", "CT", "PET", "US", "other"]
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """The embedded sample cohort, drawn from the MNI152 template of nilearn's wheel."""
+    """The synthetic sample data set, made from the MNI152 template in the nilearn package."""
 
     subjects: Annotated[int, Range(5)] = 24
-    """Number of synthetic subjects, one per fold at least."""
+    """Number of synthetic subjects, at least one per fold."""
     seed: Natural = 0
     """Seed of every random draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PatternConfig:
-    """A folder layout of your own, described by file name patterns relative to the data set's root."""
+    """Your own folder layout, described by file name patterns relative to the data set's root."""
 
     images: tuple[str, ...]
     """One pattern per channel. `{case}` stands for the case id, `*` for anything, e.g. `*/{case}/flair.nii.gz`."""
@@ -44,7 +44,7 @@ class PatternConfig:
             len(self.images) == len(self.channels) > 0,
             "channels",
             dict(self.channels),
-            f"as many as image patterns ({len(self.images)}), at least one",
+            f"one per image pattern ({len(self.images)}), at least one",
         )
         require(self.labels.get("background") == 0, "labels", dict(self.labels), "must hold 'background: 0'")
         values = set(self.labels.values())
@@ -52,7 +52,7 @@ class PatternConfig:
             len(values) == len(self.labels) >= 2 and min(values) >= 0 and max(values) <= 255,
             "labels",
             dict(self.labels),
-            "distinct values from 0 to 255, one at least besides background",
+            "distinct values from 0 to 255, at least one besides background",
         )
 
 
@@ -61,29 +61,29 @@ class DownloadConfig:
     """Where labelled volumes come from."""
 
     source: str = "sample"
-    """`sample`, `msd:Task04_Hippocampus`, or address or path of an archive or folder. `sample` is embedded; an MSD task
-    is downloaded; an address begins with http(s):// or file://."""
+    """`sample`, `msd:Task04_Hippocampus`, or the path or address of an archive or folder. `sample` needs no download;
+    an MSD task is downloaded. An address begins with http(s):// or file://."""
     layout: Literal["auto", "msd", "nnunet", "brats2020", "pattern"] = "auto"
-    """How the files are laid out. `auto` recognises the next three; `pattern` is described in `download.pattern`."""
+    """Folder layout. `auto` detects msd, nnunet and brats2020; `pattern` uses `download.pattern`."""
     name: str | None = None
-    """Name of the data set in reports. null: what its dataset.json says, else the file's name."""
+    """Name of the data set in reports. null: the name in its dataset.json, else the file's name."""
     sha256: str | None = None
-    """Expected SHA-256 of the archive, hex. A mismatch stops the stage. MSD tasks carry MD5 sums of their own."""
+    """Expected SHA-256 of the archive, hex. A mismatch stops the stage. MSD tasks are checked by known MD5 sums."""
     mirrors: tuple[str, ...] = ()
     """Further addresses of the same archive, tried in order when the first fails."""
     archive_dir: str = "data/archives"
-    """Where downloaded archives are kept, so that another run need not fetch them again."""
+    """Folder where downloaded archives are kept for the next run."""
     patient_pattern: str | None = None
-    """Regular expression on the case id whose first group is the patient. E.g. `(patient\\d+)_frame\\d+`; null: every
-    case is a patient of its own."""
+    """Regular expression for the case id. Its first group is the patient, e.g. `(patient\\d+)_frame\\d+`. null: every
+    case is another patient."""
     pattern: PatternConfig | None = None
     """For `layout: pattern` only."""
     licence: str | None = None
-    """Licence of the data. null: what its dataset.json says."""
+    """Licence of the data. null: the licence in its dataset.json."""
     reference: str | None = None
-    """Who made the data. null: what its dataset.json says."""
+    """Who made the data. null: the reference in its dataset.json."""
     modalities: Mapping[str, Modality] = field(default_factory=dict)
-    """Channel name to modality, where the data set does not say or is wrong."""
+    """Channel name to modality, if the data set does not say it or is wrong."""
     sample: SampleConfig = SampleConfig()
 
     def __post_init__(self) -> None:
@@ -104,13 +104,13 @@ class DownloadConfig:
                 groups = re.compile(self.patient_pattern).groups
             except re.error as error:
                 raise ConfigError(
-                    "'patient_pattern' is no regular expression", seen=f"{self.patient_pattern!r}: {error}"
+                    "'patient_pattern' is not a regular expression", seen=f"{self.patient_pattern!r}: {error}"
                 ) from None
-            require(groups >= 1, "patient_pattern", self.patient_pattern, "holds one (group): the patient")
+            require(groups >= 1, "patient_pattern", self.patient_pattern, "must hold one (group): the patient")
 
 
 def _refuse_secret(key: str, address: str) -> None:
-    """Parameters are written to manifests, dvc.lock, MLflow and the compiled pipeline: no place for a password."""
+    """Refuse passwords: parameters are written to manifests, dvc.lock, MLflow and the compiled pipeline."""
     found = secret_in_address(address)
     if found is not None:
         raise ConfigError(

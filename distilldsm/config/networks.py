@@ -1,6 +1,6 @@
 """The networks as data: names, options with defaults and rules. Nothing here imports a network.
 
-A new network is an entry of `MODELS` and a module `distilldsm/models/FAMILY.py` whose function `build` makes it.
+To add a network, add an entry to `MODELS` and a module `distilldsm/models/FAMILY.py` with a function `build`.
 """
 
 from __future__ import annotations
@@ -14,28 +14,28 @@ from distilldsm.core.mapping import Count, Natural, Positive, Rule, Share, conve
 
 Scalar = bool | int | float | str
 Options = Mapping[str, Scalar | tuple[Scalar, ...] | Mapping[str, Scalar | tuple[Scalar, ...] | None]]
-"""Options of a network as `params.yaml` and the files of a model hold them."""
+"""Options of a network, as stored in `params.yaml` and in the files of a model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelEntry:
-    """What is known of a network before it is built."""
+    """What is known about a network before it is built."""
 
     summary: str
     family: str
     """The module of `distilldsm.models` that builds it: `unet2d` (slices, with or without depth shift), `unet3d`, or
     `inserted` (a 2-D network of the user's)."""
     fixed: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments that make the variant what it is."""
+    """Arguments that define the variant; a user cannot change them."""
     options: Mapping[str, Any]
-    """Options a user may set, with their defaults."""
+    """Options that a user may set, with their defaults."""
 
 
 _SHIFT = {"shift_at": "all", "initialisation": "paper"}
 
 MODELS: Mapping[str, ModelEntry] = {
     "unet2d": ModelEntry(
-        summary="2-D U-Net: every slice on its own",
+        summary="2-D U-Net: each slice is segmented by itself",
         family="unet2d",
         fixed={"shift": "none"},
         options={"width": 1.0},
@@ -70,7 +70,7 @@ MODELS: Mapping[str, ModelEntry] = {
         options={"base_width": 8},
     ),
     "inserted": ModelEntry(
-        summary="a 2-D network of your own, 'builder' package.module:function, with depth shifts put into it",
+        summary="your own 2-D network ('builder': package.module:function) with inserted depth shifts",
         family="inserted",
         options={
             "builder": "",
@@ -109,18 +109,18 @@ OPTION_TYPES: Mapping[str, Any] = {
     "in_argument": Annotated[str, Rule("a name", pattern=r".+")],
     "out_argument": Annotated[str, Rule("a name", pattern=r".+")],
 }
-"""Option to its type, as of the fields of parameters."""
+"""Option to its type; types are annotated as in the parameter dataclasses."""
 
 
 def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The options of a network as it wants them: whole numbers, tuples ... Nothing is built, so no torch is loaded.
+    """The options of a network, converted to their types. Nothing is built, so torch is not imported.
 
     Raises:
         ConfigError: unknown network or option, impossible value, or a missing option that must be given.
     """
     if name not in MODELS:
         raise ConfigError(
-            "'name' is no known network",
+            "'name' is not a known network",
             seen=repr(name),
             rule="one of " + ", ".join(MODELS),
             hint=did_you_mean(name, MODELS),
@@ -132,7 +132,7 @@ def checked_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
                 f"unknown parameter '{key}' of network '{name}'",
                 where="options",
                 rule="allowed: " + ", ".join(known),
-                hint=f"take it out; `distilldsm compose --keep model={name}` sets network and options together",
+                hint=f"remove it; `distilldsm compose --keep model={name}` sets network and options together",
             )
     needed = {"builder": ""} if "builder" in known else {}
     return {key: convert(OPTION_TYPES[key], value, f"options.{key}") for key, value in {**needed, **options}.items()}

@@ -29,7 +29,7 @@ class Params:
     tracking: TrackingConfig = TrackingConfig()
 
     def __post_init__(self) -> None:
-        if self.preprocess.splits:  # how many folds it holds is known when it is read
+        if self.preprocess.splits:  # the number of folds is known only when that file is read
             return
         require(
             max(self.cv.folds) < self.preprocess.folds,

@@ -18,36 +18,36 @@ class PreprocessConfig:
     """From raw volumes to arrays for training: geometry, normalisation, splits."""
 
     depth_axis: Literal["auto", "x", "y", "z"] = "auto"
-    """Scanner axis (RAS) along which slices exchange features. `auto`: the coarsest spacing, among equals the smallest
-    extent."""
+    """Scanner axis (RAS) along which slices exchange features. `auto`: the axis with the coarsest spacing; of equal
+    ones, the axis with the smallest extent."""
     target_spacing_mm: tuple[Positive, Positive, Positive] | None = None
     """Spacing (x, y, z) to resample to, mm. null: the median of the data set."""
     crop_to_nonzero: bool = True
-    """Cut away the margin that is zero in every channel."""
+    """Remove the outer margin where every channel is zero."""
     normalisation: Literal["auto", "zscore", "zscore_foreground", "ct", "none"] = "auto"
     """How intensities are scaled. `auto`: CT is clipped to the foreground's 0.5 and 99.5 percentiles (HU) and
     standardised by the data set's mean and sd; everything else is z-scored per case."""
     regions: Regions | None = None
-    """Overlapping regions to segment instead of the labels, e.g. {TC: [core, enhancing]}. Each gets a sigmoid; a name
-    stands for the labels in it. A mask shows a region as the one label that no smaller region holds. null: the data
-    set's own (BraTS 2020, nnU-Net with regions); {}: none; labels: the data set's own, else each label by itself."""
+    """Overlapping regions to segment instead of the labels, e.g. {TC: [core, enhancing]}. Each region lists its labels
+    and gets a sigmoid. A mask shows a region as its one label that is in no smaller region. null: the regions of the
+    data set (BraTS 2020, nnU-Net with regions); {}: none; labels: those of the data set, else each label by itself."""
     max_patch_voxels: Annotated[int, Range(4096)] = 655_360
-    """Upper bound of a training patch, in voxels, which bounds the memory."""
+    """Largest number of voxels in a training patch. It limits the memory."""
     patch_size: tuple[int, int, int] | None = None
-    """Training patch (depth, height, width), voxels. null: decided by the plan. Height and width are multiples
-    of 16."""
+    """Training patch (depth, height, width), voxels. null: the plan decides. Height and width are multiples of 16."""
     plan: str | None = None
-    """Path of a plan.json to use as it is, instead of deciding a new one."""
+    """Path of a plan.json to use unchanged, instead of making a new one."""
     folds: Annotated[int, Range(2)] = 5
     """Number of cross-validation folds, split by patient."""
     split_seed: Natural = 0
     """Seed of the split."""
     splits: str | None = None
-    """Path of your own folds instead of these two: nnU-Net's splits_final.json, or a splits.json."""
+    """Path of a file with your own folds, instead of `folds` and `split_seed`. nnU-Net's splits_final.json, or a
+    splits.json."""
     workers: Natural = 0
-    """Processes. 0 takes one per core, within the memory budget."""
+    """Processes. 0: one per core, within the memory budget."""
     memory_gb: float = 2.5
-    """Memory that all workers together may take, GB."""
+    """Memory that all workers together may use, GB."""
 
     def __post_init__(self) -> None:
         size = self.patch_size

@@ -1,4 +1,4 @@
-"""Defaults, `params.yaml`, presets in `conf/` and `KEY=VALUE`, merged by one function."""
+"""Merges defaults, `params.yaml`, presets in `conf/` and `KEY=VALUE`, with one function."""
 
 from __future__ import annotations
 
@@ -18,36 +18,36 @@ from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import field_types, from_mapping, load_yaml, to_mapping
 
 DEFAULTS = {"dataset": "sample", "model": "distill_dsm"}
-"""Presets that apply where a command line names no other of their group, in the order in which groups apply."""
+"""Group to the preset that applies if the command line names none of the group. The groups apply in this order."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Overlay:
-    """What one place sets; later overlays win."""
+    """The values that one file or one assignment sets. A later overlay replaces the values of an earlier one."""
 
     name: str
-    """The file, as the user would name it; empty for the command line."""
+    """Path of the file; empty for the command line."""
     values: Mapping[str, Any]
 
 
 def load_params(path: str | os.PathLike[str] = "params.yaml", assignments: Iterable[str] = ()) -> Params:
-    """Read and check `params.yaml`, after assignments such as `train.epochs=3`.
+    """Read `params.yaml`, apply assignments such as `train.epochs=3`, and check the result.
 
     Raises:
-        ConfigError: names the file, the section and key, the value and what is allowed.
+        ConfigError: a value is not allowed. Names the file, the section and key, the value and the rule.
     """
-    hint = "run this where params.yaml lies, write one by `distilldsm compose`, or name another by --params"
+    hint = "run this where params.yaml is, write one with `distilldsm compose`, or name another with --params"
     return from_mapping(Params, set_values(load_yaml(path, hint=hint), assignments), where=os.fspath(path))
 
 
 def merge(base: dict[str, Any], overlay: Mapping[str, Any], section: Any = Params) -> None:
     """Put the values of `overlay` over those of `base`, in place.
 
-    Sections are merged key by key. A mapping whose names are free is replaced as a whole: the options of one network
-    mean nothing to another.
+    Sections are merged key by key. Other mappings are replaced as a whole: the options of one network do not fit
+    another.
 
     Args:
-        section: the dataclass that `base` is to become.
+        section: the dataclass that describes `base`.
     """
     types = field_types(section) if dataclasses.is_dataclass(section) else {}
     for key, value in overlay.items():
@@ -59,10 +59,10 @@ def merge(base: dict[str, Any], overlay: Mapping[str, Any], section: Any = Param
 
 
 def assign(values: dict[str, Any], assignment: str, *, where: str) -> Overlay:
-    """Carry out one `section.key=value` on `values`, see `read_assignment` and `merge`.
+    """Apply one `section.key=value` to `values`, see `read_assignment` and `merge`.
 
     Raises:
-        ConfigError: it is no assignment, or leads through something that is no mapping.
+        ConfigError: it is not an assignment, or `section` is not a mapping.
     """
     keys, value = read_assignment(assignment, where=where)
     inner, section = values, Params
@@ -80,10 +80,10 @@ def assign(values: dict[str, Any], assignment: str, *, where: str) -> Overlay:
 
 
 def set_values(values: Mapping[str, Any], assignments: Iterable[str], *, where: str = "--set") -> dict[str, Any]:
-    """A copy of nested `values` with assignments carried out.
+    """A copy of nested `values` with the assignments applied.
 
     Raises:
-        ConfigError: as `assign`.
+        ConfigError: see `assign`.
     """
     changed: dict[str, Any] = copy.deepcopy(dict(values))
     for assignment in assignments:
@@ -92,16 +92,16 @@ def set_values(values: Mapping[str, Any], assignments: Iterable[str], *, where: 
 
 
 def compose(conf: Path, overrides: Sequence[str], *, kept: Overlay | None = None) -> dict[str, Any]:
-    """The checked values of presets and assignments over the defaults, or over what is `kept`.
+    """Put presets and assignments over the defaults, or over `kept`, and check the values.
 
     Args:
-        conf: the folder of the presets, a folder a group.
+        conf: the folder of the presets; it has one folder per group.
         overrides: `GROUP=NAME`, `GROUP=[NAME,NAME]` and `KEY=VALUE`.
 
     Raises:
         ConfigError: a preset or value cannot be used; names the file or the assignment.
     """
-    presets, assignments = _parted(conf, overrides)
+    presets, assignments = _split_overrides(conf, overrides)
     if kept is None:
         presets = {**{group: [name] for group, name in DEFAULTS.items()}, **presets}
         kept = Overlay(name="", values=to_mapping(Params()))
@@ -120,10 +120,10 @@ def compose(conf: Path, overrides: Sequence[str], *, kept: Overlay | None = None
 
 
 def preset(conf: Path, group: str, name: str) -> Overlay:
-    """A preset: the file `conf/GROUP/NAME.yaml`, or a network of that name with its options' defaults.
+    """A preset: the file `conf/GROUP/NAME.yaml`, or the network of that name with its default options.
 
     Raises:
-        ConfigError: there is none, or it refers to other values.
+        ConfigError: the preset does not exist, or it refers to other values.
     """
     path = conf / group / f"{name}.yaml"
     if path.is_file():
@@ -139,8 +139,8 @@ def preset(conf: Path, group: str, name: str) -> Overlay:
     raise ConfigError("no such preset", where=conf / group, seen=name, rule=", ".join(sorted(names)))
 
 
-def _parted(conf: Path, overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
-    """Names of the presets by group, and the assignments."""
+def _split_overrides(conf: Path, overrides: Sequence[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Split `overrides` into preset names by group, and assignments."""
     if not any(conf.glob("*/*.yaml")):
         raise ConfigError("holds no presets", where=conf, hint="run this where conf/ is, or give --conf")
     presets, assignments = {}, []
@@ -153,7 +153,7 @@ def _parted(conf: Path, overrides: Sequence[str]) -> tuple[dict[str, list[str]],
                 where="compose",
                 seen=override,
                 rule="KEY=VALUE",
-                hint=f"{bare}={value or 'VALUE'}" if sign == "+" else "leave it out, or set it to another value",
+                hint=f"{bare}={value or 'VALUE'}" if sign == "+" else "leave it out, or set another value",
             )
         if re.fullmatch(r"\w[\w-]*", key) and (key in DEFAULTS or (conf / key).is_dir()):
             presets[key] = [name.strip() for name in value.strip("[]").split(",")]
@@ -164,7 +164,7 @@ def _parted(conf: Path, overrides: Sequence[str]) -> tuple[dict[str, list[str]],
 
 
 def _refuse_references(value: Any, where: str | Path) -> None:
-    """`${...}` could bring a variable of the environment, such as a password, into params.yaml."""
+    """Refuse `${...}`: it could copy an environment variable, such as a password, into params.yaml."""
     if isinstance(value, Mapping | list):
         for inner in value.values() if isinstance(value, Mapping) else value:
             _refuse_references(inner, where)
@@ -173,13 +173,13 @@ def _refuse_references(value: Any, where: str | Path) -> None:
             "a value refers to another one, or to the environment",
             where=where,
             seen=value,
-            rule="no ${...}: what params.yaml holds is written to many files",
-            hint="write the value itself; secrets stay in the environment",
+            rule="no ${...}: the values in params.yaml are written to many files",
+            hint="write the value itself; keep secrets in the environment",
         )
 
 
 def _with_file(error: ConfigError, overlays: Sequence[Overlay]) -> ConfigError:
-    """The error, with the file that set what it is about in front of the key."""
+    """The same error; its place begins with the file that set the wrong value."""
     section = (error.where or "").lstrip(".")
     named = re.match(r"(?:unknown )?(?:parameter )?'([\w.]+)'", error.problem)
     key = ".".join(filter(None, [section, named.group(1) if named else ""]))

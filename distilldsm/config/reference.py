@@ -1,4 +1,4 @@
-"""Every parameter as people and editors read it: as table, JSON schema and commented `params.yaml`."""
+"""Shows every parameter to people and editors: as a table, a JSON schema and a commented `params.yaml`."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class Parameter:
     """One key of `params.yaml`."""
 
     key: str
-    """With its section, e.g. `train.epochs`."""
+    """Key with its section, e.g. `train.epochs`."""
     kind: str
-    """Its type."""
+    """Type of the value."""
     default: str
-    """As JSON; empty where a value must be given."""
+    """Default as JSON; empty if the user must give a value."""
     text: str
-    """What it is, with its unit and range."""
+    """What the parameter means, with unit and range."""
 
 
 def parameters(cls: Any = Params, prefix: str = "") -> Iterator[Parameter]:
-    """All parameters of a dataclass and of those in it, in their order."""
+    """All parameters of a dataclass and of its inner dataclasses, in order."""
     plain, texts = typing.get_type_hints(cls), field_texts(cls)
     for field in dataclasses.fields(cls):
         key, kind = f"{prefix}{field.name}", plain[field.name]
@@ -53,10 +53,10 @@ def parameters(cls: Any = Params, prefix: str = "") -> Iterator[Parameter]:
 
 
 def matching(wanted: Sequence[str]) -> list[Parameter]:
-    """The parameters that `wanted` names, by key or section; all where it names none.
+    """The parameters that `wanted` names, by key or section. If `wanted` is empty: all.
 
     Raises:
-        ConfigError: there is no such parameter or section.
+        ConfigError: a parameter or section does not exist.
     """
     known = list(parameters())
     for name in wanted:
@@ -73,20 +73,20 @@ def matching(wanted: Sequence[str]) -> list[Parameter]:
     return [p for p in known if not wanted or any(_below(p.key, name) for name in wanted)]
 
 
-def as_text(found: Sequence[Parameter]) -> str:
-    """For the terminal: a parameter a paragraph."""
+def as_text(shown: Sequence[Parameter]) -> str:
+    """Text for the terminal: one paragraph per parameter."""
     return "\n".join(
         f"{p.key}: {p.kind}{f' = {p.default}' if p.default else ''}\n"
         + textwrap.fill(p.text, 100, initial_indent="    ", subsequent_indent="    ")
-        for p in found
+        for p in shown
     )
 
 
-def as_markdown(found: Sequence[Parameter]) -> str:
-    """A table a section."""
+def as_markdown(shown: Sequence[Parameter]) -> str:
+    """Markdown text: one table per section."""
     lines = ["# Parameters", "", "The keys of `params.yaml`. Presets in `conf/` change the defaults."]
     section = None
-    for p in found:
+    for p in shown:
         top = p.key.partition(".")[0]
         if top != section:
             section = top
@@ -97,10 +97,10 @@ def as_markdown(found: Sequence[Parameter]) -> str:
 
 
 def as_yaml(values: Mapping[str, Any], cls: Any = Params, indent: str = "") -> str:
-    """`params.yaml`: a line per parameter, with its text as comment: the first sentence where there is no room.
+    """`params.yaml`: one line per parameter, with its text as a comment. A long text is cut to its first sentence.
 
     Args:
-        values: of every field of `cls`.
+        values: the value of every field of `cls`.
     """
     lines, hints, texts = [], typing.get_type_hints(cls), field_texts(cls)
     for field in dataclasses.fields(cls):
@@ -123,7 +123,7 @@ def as_yaml(values: Mapping[str, Any], cls: Any = Params, indent: str = "") -> s
 
 
 def flow_yaml(value: Any) -> str:
-    """A value as YAML in one line, e.g. `{a: [1, 2]}`."""
+    """A value as YAML on one line, e.g. `{a: [1, 2]}`."""
     import yaml
 
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
@@ -131,7 +131,7 @@ def flow_yaml(value: Any) -> str:
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON schema of `params.yaml` and of the presets, from which an editor completes and checks them."""
+    """JSON schema of `params.yaml` and of the presets. Editors use it to complete and check these files."""
     schema = _schema(Params)
     options = {"enum": list(MODELS)}
     schema["properties"]["train"]["properties"]["model"]["properties"]["name"] |= options
@@ -159,7 +159,7 @@ def _schema(hint: Any) -> dict[str, Any]:
         }
     if origin is not None:
         return {"type": "object", "additionalProperties": _schema(args[1])}
-    # YAML 1.1 reads 1e-3 (no dot) as text, which the converter takes for a number.
+    # YAML 1.1 reads 1e-3 (no dot) as text; our converter accepts it as a number.
     number = {"type": ["number", "string"], "pattern": r"^[-+]?[\d.]+([eE][-+]?\d+)?$"}
     scalars: dict[Any, dict[str, Any]] = {bool: {"type": "boolean"}, int: {"type": "integer"}, float: number}
     return scalars.get(hint, {"type": "string" if hint is str else "null"})
@@ -205,15 +205,15 @@ def _below(key: str, name: str) -> bool:
 
 @functools.cache
 def field_texts(cls: Any) -> dict[str, str]:
-    """Field to the text that stands under it; of a section, empty."""
+    """Field name to the text under the field; empty for a section."""
     body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for node, following in zip(body.body, [*body.body[1:], None], strict=True):
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             described = isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant)
-            found[node.target.id] = " ".join(str(following.value.value).split()) if described else ""  # type: ignore
-    return found
+            texts[node.target.id] = " ".join(str(following.value.value).split()) if described else ""  # type: ignore
+    return texts
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

@@ -15,12 +15,12 @@ BelowOne = Annotated[float, Range(0, 1, below=True)]
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Which network."""
+    """The network."""
 
     name: str = "distill_dsm"
-    """A network, see `distilldsm info --models`."""
+    """Name of the network; `distilldsm info --models` lists them."""
     options: Options = field(default_factory=dict)
-    """Options of that network, e.g. {alpha: 0.5}. For `inserted`, the code that makes it: docs/any-2d-network.md."""
+    """Options of that network, e.g. {alpha: 0.5}. For `inserted`, see docs/any-2d-network.md."""
 
     def __post_init__(self) -> None:
         checked_options(self.name, self.options)
@@ -28,30 +28,31 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class AugmentConfig:
-    """Random changes of a training patch; each is drawn anew per sample."""
+    """Random changes of a training patch, drawn again for each sample."""
 
     spatial_probability: Share = 0.5
     """Share of samples that are rotated and scaled."""
     rotation_deg: Degrees = 15.0
     """Largest rotation about the depth axis, degrees."""
     tilt_deg: Degrees | None = None
-    """Largest rotation about the two in-plane axes, degrees. null: 10, and 0 where the plan calls the slices coarse."""
+    """Largest rotation about the two in-plane axes, degrees. null: 10, or 0 if the plan says that slices are coarse."""
     scale: Annotated[float, Range(0, 0.9, below=True)] = 0.2
     """Largest relative change of size. 0.2 draws factors from 0.8 to 1.2."""
     elastic_probability: Share = 0.0
-    """Share of samples that are bent."""
+    """Share of samples that are deformed elastically."""
     elastic_mm: NotNegative = 2.0
     """Standard deviation of the displacement at five control points along each axis of a patch, mm."""
     intensity_probability: Share = 0.2
-    """Share of samples whose contrast, brightness, gamma, noise and blur change, each on its own."""
+    """Share of samples with changed contrast, brightness, gamma, noise or blur. Each of the five is drawn by itself."""
     low_resolution_probability: Share = 0.0
-    """Share of samples, channel by channel, that are coarsened by up to a factor of two and brought back."""
+    """Share of samples, drawn for each channel, that are resampled to a lower resolution (down to half) and back."""
     mirror_axes: tuple[MirrorAxis, ...] = ()
-    """Axes to flip at random (depth, height, width), only where anatomy allows. Depth is the plan's depth axis; height
-    and width are the other two in the order x (left to right), y (back to front), z (bottom to top)."""
+    """Axes to flip at random (depth, height, width). Use only axes along which the anatomy is symmetric. Depth is the
+    plan's depth axis; height and width are the others, in the order x (left to right), y (back to front), z (bottom to
+    top)."""
 
     def largest_tilt(self, *, coarse_slices: bool) -> float:
-        """`tilt_deg`; where it is null, what fits the plan: tilted, coarse slices would be mixtures of several."""
+        """`tilt_deg`; if it is null, 10 or 0. Coarse slices are not tilted: that would mix several slices in one."""
         if self.tilt_deg is not None:
             return self.tilt_deg
         return 0.0 if coarse_slices else 10.0
@@ -64,19 +65,19 @@ class TrainConfig:
     model: ModelConfig = ModelConfig()
     augment: AugmentConfig = AugmentConfig()
     initial_weights: str | None = None
-    """Path of a .safetensors to start from. Weights of an earlier training, or of the 2-D network alone. If they were
-    trained on cases that are held out here, the scores look better than they are."""
+    """Path of a .safetensors file to start from. It holds weights of an earlier training, or of the 2-D network alone.
+    If they were trained on cases that are held out here, the scores look better than they are."""
     initial_weights_strict: bool = True
-    """Whether every tensor must fit. `false`: tensors that the file lacks, or has in another shape (another number of
+    """Whether every tensor must fit. `false`: missing tensors, and those of another shape (e.g. another number of
     classes), are listed and keep their random initial values."""
     epochs: Count = 30
     """Passes over the training cases."""
     samples_per_case: Count = 1
     """Patches drawn from each case in one epoch."""
     batch_size: Count | None = None
-    """Patches per optimizer step over all processes. null: the plan's."""
+    """Patches per optimizer step over all processes. null: the plan decides."""
     accumulate: Count = 1
-    """Splits each step's batch into this many smaller ones, to save memory. Must divide `batch_size`."""
+    """Number of smaller batches that each step's batch is split into, to save memory. Must divide `batch_size`."""
     foreground_oversampling: Share = 0.33
     """Share of patches centred on a voxel of a foreground label."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
@@ -84,9 +85,9 @@ class TrainConfig:
     learning_rate: Positive = 4e-3
     """Peak learning rate."""
     weight_decay: NotNegative = 1e-2
-    """Decoupled for adamw, else an L2 penalty. Biases and normalisation layers have none."""
+    """Weight decay: decoupled for adamw, else an L2 penalty. Biases and normalisation layers have none."""
     momentum: float = 0.99
-    """For sgd (Nesterov)."""
+    """Momentum of sgd (Nesterov)."""
     schedule: Literal["one_cycle", "cosine", "poly", "plateau", "constant"] = "one_cycle"
     """How the learning rate changes over the steps."""
     warmup_fraction: BelowOne = 0.2
@@ -96,16 +97,16 @@ class TrainConfig:
     cross_entropy_weight: NotNegative = 1.0
     """Weight of the cross-entropy, binary where regions overlap."""
     deep_supervision: Annotated[int, Range(0, 3)] = 2
-    """Lower decoder levels that are trained with a head and a loss of their own. Each has half the weight of the one
-    above; the heads are not part of the model."""
+    """Number of lower decoder levels that get their own head and loss in training. Each level has half the weight of
+    the one above; these heads are not part of the final model."""
     gradient_clip_norm: NotNegative = 12.0
     """Largest norm of the gradient. 0 switches clipping off."""
     ema_decay: BelowOne = 0.98
-    """Decay per step of the averaged weights, which are validated and exported. 0 switches averaging off."""
+    """Decay per step of the averaged weights. They are validated and exported; 0 switches averaging off."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """Number format of the forward pass. `auto`: bf16 autocast where the hardware has it (GPU, AVX-512 BF16, AMX)."""
+    """Number format of the forward pass. `auto`: bf16 autocast if the hardware has it (GPU, AVX-512 BF16, AMX)."""
     channels_last: bool = True
-    """Memory layout of the 2-D networks: faster on CPUs and GPUs."""
+    """Use the channels-last memory layout for 2-D networks. It is faster on CPUs and GPUs."""
     compile: bool = False
     """Use torch.compile. Worth it on GPUs for long runs."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -115,11 +116,12 @@ class TrainConfig:
     validate_every: Count = 5
     """Epochs between validations on the fold's held-out volumes. The last epoch is always validated."""
     early_stopping: Natural = 0
-    """Stop after this many validations without a better mean Dice; 0 never stops. Chooses on the held-out fold."""
+    """Stop after this many validations without a better mean Dice. 0: never; otherwise the held-out fold decides, which
+    makes scores optimistic."""
     checkpoint_minutes: NotNegative = 2.0
-    """Least time between two checkpoints to resume from, minutes. They are written at the end of an epoch."""
+    """Least time between two checkpoints for resuming, minutes. They are written at the end of an epoch."""
     deterministic: bool = True
-    """Same seed, same machine, same weights."""
+    """Same seed and same machine give the same weights."""
     seed: Natural = 0
     """Seed of weights, patches and augmentation."""
 
@@ -128,7 +130,7 @@ class TrainConfig:
             self.batch_size is None or self.batch_size % self.accumulate == 0,
             "accumulate",
             self.accumulate,
-            f"divides batch_size ({self.batch_size})",
+            f"must divide batch_size ({self.batch_size})",
         )
         require(
             self.dice_weight + self.cross_entropy_weight > 0,

@@ -1,4 +1,4 @@
-"""YAML as a person gives it, in a file or as `train.epochs=3`: no key twice, no tag carried out."""
+"""Read YAML from a file or from `train.epochs=3`. A key may stand once only, and no tag is executed."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) 
     """Plain mappings, lists and values of a YAML document.
 
     Args:
-        where: told in the error.
-        loader: a class of PyYAML; by default its safe one.
+        where: the place that an error names.
+        loader: a loader class of PyYAML; the safe one by default.
 
     Raises:
-        ConfigError: a mapping holds a key twice: PyYAML would silently take the last, DVC refuses the file.
-        yaml.YAMLError, ValueError, RecursionError: as of PyYAML.
+        ConfigError: a mapping holds a key twice. PyYAML would silently use the last one; DVC refuses such a file.
+        yaml.YAMLError, ValueError, RecursionError: raised by PyYAML.
     """
     import yaml
 
@@ -28,16 +28,16 @@ def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) 
         node = reader.get_single_node()
         if node is None:
             return None
-        _refuse_twice(node, where)
+        _refuse_duplicate_keys(node, where)
         return reader.construct_document(node)
     finally:
         reader.dispose()
 
 
-def _refuse_twice(root: Any, where: str | os.PathLike[str]) -> None:
+def _refuse_duplicate_keys(root: Any, where: str | os.PathLike[str]) -> None:
     import yaml
 
-    visited: set[int] = set()  # an alias leads to the same node, even from within it
+    visited: set[int] = set()  # an alias leads to the same node again, even from inside that node
     todo = [(root, "")]
     while todo:
         node, path = todo.pop()
@@ -65,42 +65,44 @@ def _refuse_twice(root: Any, where: str | os.PathLike[str]) -> None:
 
 
 def read_assignment(assignment: str, *, where: str) -> tuple[list[str], Any]:
-    """Keys and value of `section.key=value`. The value is YAML; `{a:1}` needs no space, 1e-3 is a number.
+    """Keys and value of `section.key=value`. The value is YAML. `{a:1}` needs no space; 1e-3 is a number.
 
     Raises:
-        ConfigError: it is no assignment, or the value no YAML.
+        ConfigError: this is not an assignment, or the value is not valid YAML.
     """
     import yaml
 
     path, sign, text = assignment.partition("=")
     keys = path.strip().split(".")
     if not (sign and all(keys)):
-        raise ConfigError("is no assignment", where=where, seen=assignment[:500], rule="KEY=VALUE, e.g. train.epochs=3")
+        raise ConfigError(
+            "is not an assignment", where=where, seen=assignment[:500], rule="KEY=VALUE, e.g. train.epochs=3"
+        )
     try:
         return keys, parse_yaml(text, where=f"{where}: {path}", loader=_value_loader())
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(
-            "the value is no YAML",
+            "the value is not valid YAML",
             where=where,
             seen=assignment[:500],
             rule=" ".join(str(error).split())[:500],
-            hint=f"put text in quotes within those of the shell: {path}='\"TEXT\"'",
+            hint=f"put text in quotes inside the quotes of the shell: {path}='\"TEXT\"'",
         ) from None
 
 
 @cache
 def _value_loader() -> Any:
-    """The safe loader, as people type values: no dates, a mapping without spaces, a power of ten without a dot."""
+    """The safe loader for values that people type: no dates, mappings without spaces, powers of ten without a dot."""
     import yaml
 
     class Loader(yaml.SafeLoader):
         def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
             node = super().compose_mapping_node(anchor)
-            node.value = [_apart(key, value) for key, value in node.value]
+            node.value = [_split_pair(key, value) for key, value in node.value]
             return node
 
-    def _apart(key: Any, value: Any) -> tuple[Any, Any]:
-        """`a:1` within {}, which YAML takes for a key without a value, as the two that it was meant as."""
+    def _split_pair(key: Any, value: Any) -> tuple[Any, Any]:
+        """Split `a:1` inside {} into key and value. YAML reads it as a key without a value."""
         plain = isinstance(key, yaml.ScalarNode) and key.style is None and value.value == "" and value.style is None
         name, sign, text = key.value.partition(":") if plain else ("", "", "")
         if not (name and sign and text):

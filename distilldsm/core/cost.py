@@ -1,4 +1,4 @@
-"""What a training and its predictions took: seconds, memory, and the machine they were measured on."""
+"""Cost of a training and of its predictions: seconds, memory, and the machine on which they were measured."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from distilldsm.core.files import read_json, write_json
 from distilldsm.core.machine import cpu_name, peak_memory_gb
 
 COST = "cost.json"
-"""In a model directory: what the training took."""
+"""File in a model directory: the cost of the training."""
 TIMING = "timing.json"
-"""In an evaluation directory: what the predictions took, and the model's `cost.json`."""
+"""File in an evaluation directory: the cost of the predictions, and the model's `cost.json`."""
 
 
 def peak_gpu_memory_gb() -> float | None:
-    """The most memory that torch has given out on this process's GPU, 10^9 bytes; None where it has used none."""
+    """Largest memory that torch has allocated on this process's GPU, 10^9 bytes; None if torch has not used a GPU."""
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
@@ -28,7 +28,7 @@ def peak_gpu_memory_gb() -> float | None:
 
 
 def machine(device: str | None = None) -> dict[str, Any]:
-    """The device (`cpu` or `cuda`, by default the GPU if there is one), its name, torch's threads and version."""
+    """The device (`cpu` or `cuda`; the GPU by default if there is one), its name, torch's threads and version."""
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -42,7 +42,7 @@ def machine(device: str | None = None) -> dict[str, Any]:
 
 
 def _peaks(*others: Mapping[str, Any]) -> dict[str, float | None]:
-    """The largest of this process's peaks and those that others have measured."""
+    """For each kind of memory, the largest peak of this process and of the measurements in `others`."""
     peaks: dict[str, float | None] = {}
     for key, own in (("peak_memory_gb", peak_memory_gb()), ("peak_gpu_memory_gb", peak_gpu_memory_gb())):
         known = [value for value in (own, *(other.get(key) for other in others)) if value is not None]
@@ -51,11 +51,11 @@ def _peaks(*others: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 class TrainingCost:
-    """Keeps `cost.json` of a training up to date, over all processes that it was resumed in.
+    """Keeps `cost.json` of a training up to date, also when the training is resumed in another process.
 
     Args:
         work: the training's work directory.
-        facts: what does not change: parameters, device, precision ...
+        facts: values that do not change: parameters, device, precision ...
     """
 
     def __init__(self, work: Path, facts: Mapping[str, Any]) -> None:
@@ -63,7 +63,7 @@ class TrainingCost:
         self._before: dict[str, Any] = read_json(self._path) if self._path.is_file() else {}
 
     def write(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write what the epochs in `history` took; the seconds are those of training, without validation."""
+        """Write the cost of the epochs in `history`. The seconds count training, without validation."""
         seconds = [float(record["seconds"]) for record in history]
         cost = {
             "schema_version": 1,
@@ -78,7 +78,7 @@ class TrainingCost:
 
 
 def training_cost(model: Path) -> dict[str, Any]:
-    """What `cost.json` of a model directory says; of a model without it, what can be told from its other files.
+    """The content of `cost.json` in a model directory. Without that file: what the other files of the model say.
 
     Raises:
         UserError: the directory holds no model.
@@ -97,10 +97,10 @@ def training_cost(model: Path) -> dict[str, Any]:
 
 
 def ensemble_cost(models: Sequence[Path]) -> dict[str, Any]:
-    """What the trainings of several model directories took, named as in `training_cost`.
+    """Cost of the trainings of several model directories, with the keys of `training_cost`.
 
-    Sizes, operations, seconds and epochs are sums, seconds an epoch and memory those of the largest; of what was the
-    same (the device ...) the value, of what was not nothing.
+    Sizes, operations, seconds and epochs are added. Seconds per epoch and memory are the largest value. Any other key
+    (the device ...) stays only if all models have the same value.
 
     Raises:
         UserError: a directory holds no model.
@@ -120,7 +120,7 @@ def ensemble_cost(models: Sequence[Path]) -> dict[str, Any]:
 
 @contextmanager
 def measured(path: Path) -> Iterator[None]:
-    """Write to `path` what the block took: seconds, and the process's peaks of memory until then."""
+    """Measure the block; write its seconds, and the process's peak memory so far, to `path`."""
     started = time.perf_counter()
     yield
     seconds = time.perf_counter() - started
@@ -132,7 +132,7 @@ def prediction_cost(folder: Path) -> dict[str, Any]:
     """Sum up what `measured` wrote for each case into `folder`.
 
     Returns:
-        median (`seconds_per_volume`) and sum of the seconds, those of each case, peaks of memory, and the machine.
+        median (`seconds_per_volume`) and sum of the seconds, the seconds of each case, peak memory, and the machine.
     """
     cases = {path.stem: read_json(path) for path in sorted(folder.glob("*.json"))}
     seconds = {case: one["seconds"] for case, one in cases.items()}

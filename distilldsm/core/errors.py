@@ -9,10 +9,10 @@ from distilldsm.core.redaction import redact
 
 
 class UserError(Exception):
-    """Something the user gave (data, file, environment) cannot be used.
+    """Something from the user (data, file, environment) cannot be used.
 
-    The message always tells the place, the value seen, the rule it broke and the hint, each where known; never a
-    password of the environment or of an address.
+    The message names the place, the value seen, the rule it breaks and a hint, where these are known. It never shows
+    a password from the environment or from an address.
     """
 
     exit_code = 1
@@ -42,7 +42,7 @@ class UserError(Exception):
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """A hint at the known name that comes closest, in any case; None where none is as close as `cutoff`, 0 to 1."""
+    """A hint with the closest known name, upper or lower case; None if no name reaches similarity `cutoff`, 0 to 1."""
     import difflib
 
     by_lower = {one.lower(): one for one in known}

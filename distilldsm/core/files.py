@@ -1,4 +1,4 @@
-"""Files that are whole or absent, and what names their contents: JSON, hashes, folders put in place of others."""
+"""Writes files completely or not at all; reads and writes JSON, hashes files, replaces folders."""
 
 from __future__ import annotations
 
@@ -40,27 +40,27 @@ def sha256_json(value: Any) -> str:
 def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
     """Yield a temporary path beside `path` that becomes `path` when the block ends without an error.
 
-    A process that is killed leaves the temporary file; `output_directory` keeps it out of what it makes.
+    A process that is killed leaves the temporary file behind; `output_directory` removes it from its output.
 
     Args:
-        suffix: how the temporary name has to end, where the writer goes by it.
+        suffix: ending of the temporary name, for a writer that derives the format from the name.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # of a folder that is none; the error is that of the writing
+        with suppress(OSError):  # the folder may not exist; report the original write error
             temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def writes(path: Path) -> Iterator[None]:
-    """Around writing to `path` by way of a temporary or a lock file, which no error shall name.
+    """Put around code that writes `path` through a temporary or lock file: errors then name `path` itself.
 
     Raises:
-        OSError: the disk is full, which `output_directory` and the shell tell.
-        UserError: it cannot be written.
+        OSError: the disk is full; `output_directory` and the shell report it.
+        UserError: `path` cannot be written.
     """
     try:
         yield
@@ -72,7 +72,7 @@ def writes(path: Path) -> Iterator[None]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file so that it is either the old or the whole new one.
+    """Write a text file. Readers see either the old file or the complete new one.
 
     Raises:
         OSError, UserError: as `writes`.
@@ -82,7 +82,7 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Write JSON so that the file is either the old or the whole new one.
+    """Write a JSON file. Readers see either the old file or the complete new one.
 
     Raises:
         OSError, UserError: as `writes`.
@@ -96,16 +96,16 @@ def read_record(cls: type[T], path: str | os.PathLike[str], *, hint: str) -> T:
     """Read a JSON file that holds the dataclass `cls`.
 
     Args:
-        hint: what to do where it is damaged.
+        hint: what the user should do if the file is damaged.
 
     Raises:
-        UserError: the file is missing, is no JSON or holds something else.
+        UserError: the file is missing, is not valid JSON or holds something else.
     """
     from distilldsm.core.mapping import from_mapping
 
     try:
         return from_mapping(cls, read_json(path), where=os.fspath(path))
-    except ConfigError as error:  # what a stage wrote is no parameter of the user's
+    except ConfigError as error:  # a stage wrote this file, so the error is not in the user's parameters
         raise DataError(error.problem, where=error.where, seen=error.seen, rule=error.rule, hint=hint) from None
 
 
@@ -113,7 +113,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """Read a JSON file.
 
     Raises:
-        UserError: the file is missing or no JSON.
+        UserError: the file is missing or is not valid JSON.
     """
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
@@ -126,7 +126,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
 
 
 def replace_directory(source: Path, target: Path) -> None:
-    """Move `source` to `target`, replacing what is there; `target` is at no time a mixture of both."""
+    """Move `source` to `target` and replace what is there. `target` is never a mixture of both."""
     old = target.with_name(f".{target.name}.old")
     if old.exists():
         shutil.rmtree(old)

@@ -1,4 +1,4 @@
-"""What an interrupted command tells: which part of its work is kept, and the command that goes on."""
+"""The message of an interrupted command: which part of its work is kept, and the command that continues it."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from pathlib import Path
 from distilldsm.core.redaction import redact
 
 RESUME_VARIABLE = "DISTILLDSM_RESUME"
-"""Set by a command that starts others: what its user has to type to go on."""
+"""Environment variable, set by a command that starts other commands: what the user types to continue."""
 
 
 @contextmanager
 def explains_interrupt(kept: Callable[[], str]) -> Iterator[None]:
-    """An interrupt that comes inside the block takes along a note of what is kept, for `run_shell` to tell."""
+    """Add a note of what is kept to an interrupt inside the block. `run_shell` prints the note."""
     try:
         yield
     except KeyboardInterrupt as error:
-        with suppress(Exception):  # whatever the note: the interrupt is what counts
+        with suppress(Exception):  # an error in the note must not hide the interrupt
             error.add_note(kept())
         raise
 
 
 def notes_of(error: BaseException) -> list[str]:
-    """The notes of an interrupt, and of those before it: a second one may come while the first is being dealt with."""
+    """The notes of an interrupt and of earlier ones: a second interrupt may come while the first is being handled."""
     earlier = notes_of(error.__context__) if error.__context__ is not None else []
     return [*earlier, *getattr(error, "__notes__", ())]
 
 
 def describe(error: KeyboardInterrupt) -> str:
-    """What to tell of an interrupt: the notes, and how to go on."""
+    """The message of an interrupt: its notes, and how to continue."""
     notes = [f"  {note}" for note in dict.fromkeys(notes_of(error))]
-    return redact("\n".join(["interrupted", *notes, f"  go on with: {command_again()}"]))
+    return redact("\n".join(["interrupted", *notes, f"  continue with: {command_again()}"]))
 
 
 def command_again() -> str:
-    """The command that goes on where this one stopped."""
-    if given := os.environ.get(RESUME_VARIABLE):
-        return given
+    """The command that continues where this one stopped."""
+    if command := os.environ.get(RESUME_VARIABLE):
+        return command
     if os.environ.get("DVC_STAGE"):  # DVC sets it for the commands of its stages
         return "dvc repro"
     if os.environ.get("KFP_RUN_ID"):

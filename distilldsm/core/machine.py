@@ -1,4 +1,4 @@
-"""What this machine has and what this process takes of it: cores, memory, disk space."""
+"""Cores, memory and disk space: what this machine has, and what this process uses."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from distilldsm.core.errors import DataError
 
 try:
     import resource
-except ImportError:  # Windows has no such module
+except ImportError:  # Windows does not have this module
     resource = None  # type: ignore[assignment]
 
 _PROC = Path("/proc")
@@ -25,7 +25,7 @@ _MEMORY_GROUPS = (
 """Files that tell a container's limit, its use and parts of the use, and the part that is the cache of files: of cgroup
 version 2 and 1."""
 _largest_peak: dict[int, float] = {}
-"""Process id to the largest peak measured so far. A forked process has another id, so it starts anew."""
+"""Process id to the largest peak measured so far. A forked process has another id, so it begins at zero."""
 
 
 def usable_cores() -> int:
@@ -34,7 +34,7 @@ def usable_cores() -> int:
 
 
 def cpu_name() -> str:
-    """The CPU's model, e.g. `AMD EPYC 9575F`; the architecture where the system does not name it."""
+    """The CPU's model, e.g. `AMD EPYC 9575F`; the architecture if the system does not name the model."""
     found = re.search(r"^model name\s*:\s*(.+)$", _read(_PROC / "cpuinfo"), flags=re.MULTILINE)
     import platform
 
@@ -42,10 +42,10 @@ def cpu_name() -> str:
 
 
 def peak_memory_gb() -> float | None:
-    """The most memory that this process has held (resident, 10^9 bytes), without its children; it never falls.
+    """Largest resident memory of this process so far, 10^9 bytes, without its children. The value never falls.
 
-    None where the system does not tell. Linux counts resident pages by CPU and adds them up roughly: its own peak can
-    be some pages lower a moment later.
+    None if the system does not report it. Linux adds up the pages per CPU only roughly, so its own peak can be some
+    pages lower a moment later.
     """
     peak = _measured_peak_gb()
     if peak is None:
@@ -56,7 +56,7 @@ def peak_memory_gb() -> float | None:
 
 
 def _measured_peak_gb() -> float | None:
-    # Not getrusage where there is a choice: it gives the peak of the process that started this one, if that was larger.
+    # getrusage is the last choice: it returns the peak of the parent process if that one was larger.
     found = re.search(r"^VmHWM:\s+(\d+) kB", _read(_PROC / "self/status"), flags=re.MULTILINE)
     if found:
         return int(found[1]) * 1024 / 1e9
@@ -113,9 +113,9 @@ def core_quota() -> float | None:
 
 
 def held_memory_bytes() -> int:
-    """Memory that this process and those it started hold now; pages they share are counted once where Linux tells.
+    """Memory in bytes that this process and its child processes hold now. Shared pages count once if Linux reports it.
 
-    Elsewhere the peak of this process alone, and 0 where nothing is known.
+    On other systems: the peak of this process alone, or 0 if it is unknown.
     """
     if not (_PROC / "self/statm").exists():
         return round((peak_memory_gb() or 0.0) * 1e9)
@@ -131,7 +131,7 @@ def _family(pid: int) -> Iterator[int]:
 
 def _held(pid: int) -> int:
     for line in _read(_PROC / f"{pid}/smaps_rollup").splitlines():
-        if line.startswith("Pss:"):  # a page that n processes share is an n-th of each
+        if line.startswith("Pss:"):  # a page shared by n processes counts 1/n in each of them
             return int(line.split()[1]) * 1024
     numbers = _read(_PROC / f"{pid}/statm").split()
     return int(numbers[1]) * os.sysconf("SC_PAGE_SIZE") if len(numbers) > 1 else 0
@@ -141,7 +141,7 @@ def check_space(folder: Path, needed: int, *, hint: str) -> None:
     """Check that the disk of `folder` has `needed` bytes free.
 
     Raises:
-        DataError: it has less; `hint` says what to do.
+        DataError: the disk has less space; `hint` says what to do.
     """
     free = shutil.disk_usage(folder).free
     if needed > free:
@@ -153,5 +153,5 @@ def check_space(folder: Path, needed: int, *, hint: str) -> None:
 def _read(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):  # no such file on this system, a process that ended, or not ours to see
+    except (OSError, UnicodeDecodeError):  # another system, a process that has ended, or no permission
         return ""

@@ -1,4 +1,4 @@
-"""Turns a mapping from YAML into frozen dataclasses, strictly, with errors a person can act on."""
+"""Converts a mapping from YAML to frozen dataclasses. The checks are strict, and an error says what to correct."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The numbers that a field may have, as an annotation of its type: `Annotated[int, Range(1)]`."""
+    """The numbers that are allowed for a field. It annotates the field's type: `Annotated[int, Range(1)]`."""
 
     low: float = -math.inf
     high: float = math.inf
     above: bool = False
-    """Without `low` itself."""
+    """`low` itself is not allowed."""
     below: bool = False
-    """Without `high` itself."""
+    """`high` itself is not allowed."""
 
     def holds(self, value: float) -> bool:
-        """Whether a number lies in it."""
+        """Whether a number lies in the range."""
         return (value > self.low if self.above else value >= self.low) and (
             value < self.high if self.below else value <= self.high
         )
@@ -48,11 +48,11 @@ class Range:
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What an error says of a type, as an annotation of it, where the names of its parts say too little."""
+    """Annotates a type with the rule that an error shows, where the type's own name says too little."""
 
     text: str
     pattern: str | None = None
-    """Regular expression that a text must match as a whole."""
+    """Regular expression that the whole text must match."""
 
 
 Count = typing.Annotated[int, Range(1)]
@@ -63,13 +63,13 @@ Share = typing.Annotated[float, Range(0, 1)]
 
 
 def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing file") -> dict[str, Any]:
-    """Read a YAML file that holds one mapping; one of `conf/` may be the package's own, see `shipped`.
+    """Read a YAML file that holds one mapping. A file of `conf/` may come from the package, see `shipped`.
 
     Args:
-        hint: what to do where it cannot be read.
+        hint: what the user should do if the file cannot be read.
 
     Raises:
-        ConfigError: the file is missing, is no YAML, holds something other than a mapping or a key twice.
+        ConfigError: the file is missing, is not valid YAML, does not hold a mapping, or holds a key twice.
     """
     import yaml
 
@@ -79,7 +79,7 @@ def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing fil
     except OSError as error:
         raise ConfigError("cannot be read", where=path, seen=error.strerror, hint=hint) from None
     except UnicodeDecodeError as error:
-        raise ConfigError("is no text", where=path, seen=str(error), rule="UTF-8", hint=hint) from None
+        raise ConfigError("is not a text file", where=path, seen=str(error), rule="UTF-8", hint=hint) from None
     try:
         loaded = parse_yaml(text, where=path)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date such as 2001-99-99
@@ -87,8 +87,8 @@ def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing fil
             "is not valid YAML",
             where=path,
             seen=str(error).replace("\n", " ")[:500],
-            rule="plain mappings, lists and values; tags such as !!python/object are never carried out",
-            hint="correct the file at the place told",
+            rule="plain mappings, lists and values; tags such as !!python/object are never executed",
+            hint="correct the file at that line",
         ) from None
     if loaded is None:
         return {}
@@ -98,7 +98,7 @@ def load_yaml(path: str | os.PathLike[str], *, hint: str = "give an existing fil
 
 
 def field_types(cls: Any) -> dict[str, Any]:
-    """Field to type of a dataclass, with their annotations (`Range`, `Rule`)."""
+    """Field name to type of a dataclass, with annotations (`Range`, `Rule`)."""
     return _field_types(cls)
 
 
@@ -110,8 +110,11 @@ def _field_types(cls: Any) -> dict[str, Any]:
 def from_mapping(cls: type[T], values: object, *, where: str = "") -> T:
     """Build the dataclass `cls` from nested mappings and lists.
 
-    Unknown keys, wrong types and values refused by `__post_init__` raise `ConfigError` whose message starts with
-    `where` (file and section) and names the key. A missing key takes the field's default.
+    A missing key gets the field's default.
+
+    Raises:
+        ConfigError: a key is unknown, or a value has a wrong type or is refused by `__post_init__`. The message starts
+            with `where` (file and section) and names the key.
     """
     if not isinstance(values, Mapping):
         raise ConfigError("must be a mapping of parameters", where=where, seen=_show(values))
@@ -160,7 +163,7 @@ def to_mapping(value: Any) -> Any:
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Nested mappings as one flat mapping with dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
@@ -179,10 +182,10 @@ def _wrong(value: object, where: str, rule: str) -> ConfigError:
 
 
 def convert(hint: Any, value: object, where: str) -> Any:
-    """`value` as the type `hint` wants it: dataclass, Literal, union, tuple, mapping, scalar, or one of them annotated.
+    """Convert `value` to the type `hint`: dataclass, Literal, union, tuple, mapping or scalar, annotated or not.
 
     Raises:
-        ConfigError: it is none; names `where`.
+        ConfigError: the value does not fit the type; the error names `where`.
     """
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin is typing.Annotated:
@@ -206,7 +209,7 @@ def convert(hint: Any, value: object, where: str) -> Any:
             raise _wrong(value, where, "a mapping")
         for k, v in value.items():
             if args[0] is str and not isinstance(k, str):
-                raise _no_name(args[1], k, v, where)
+                raise _not_a_name(args[1], k, v, where)
         return {convert(args[0], k, f"{where} key"): convert(args[1], v, f"{where}.{k}") for k, v in value.items()}
     if dataclasses.is_dataclass(hint):
         return from_mapping(hint, value, where=where)  # type: ignore[arg-type]
@@ -227,13 +230,13 @@ def _convert_annotated(hint: Any, note: Range | Rule, value: object, where: str)
     return converted
 
 
-def _no_name(kind: Any, key: object, value: object, where: str) -> ConfigError:
+def _not_a_name(kind: Any, key: object, value: object, where: str) -> ConfigError:
     hint = "put the name in quotes"
     if isinstance(value, str):
         with contextlib.suppress(ConfigError):
             convert(kind, key, where)
             hint = f"did you mean '{value}: {key}'?"
-    return ConfigError("holds something other than names", where=where, seen=_show(key), rule="NAME: VALUE", hint=hint)
+    return ConfigError("a key is not a name", where=where, seen=_show(key), rule="NAME: VALUE", hint=hint)
 
 
 def _convert_union(args: tuple[Any, ...], value: object, where: str) -> Any:

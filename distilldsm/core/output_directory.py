@@ -1,4 +1,4 @@
-"""What every stage shares: outputs that are whole or absent, manifests, hashes, locks."""
+"""The output directory of a stage: complete or absent, with manifest, hashes and lock."""
 
 from __future__ import annotations
 
@@ -21,18 +21,19 @@ if TYPE_CHECKING:
 MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
-"""Parameters of any stage that say where and how it computes, not what: work begun with others goes on."""
+"""Parameters that say where and how a stage computes, but do not change its result. A stage continues work that was
+begun with other values of them."""
 _FULL_BYTES = 64 << 10
-"""With so little space left, an error counts as one of a full disk."""
+"""With less free space than this, any error counts as "the disk is full"."""
 _FINISH_S = 60.0
-"""How long to wait for another process that puts the same output in its place."""
+"""How long to wait for another process that is renaming the same output, seconds."""
 _TEMPORARY = re.compile(r"\..+\.\d+\.tmp[.\w]*")
-"""Names of `whole_file`."""
+"""Temporary names that `whole_file` makes."""
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
 
 
 def content_hash(path: str | os.PathLike[str]) -> str:
-    """Hash that names a stage's input: a file's SHA-256, or for a directory that of its manifest's file hashes."""
+    """Hash of a stage's input: the SHA-256 of a file; for a directory, the hash of the file hashes in its manifest."""
     path = Path(path)
     if path.is_file():
         return sha256_file(path)
@@ -45,7 +46,7 @@ def content_hash(path: str | os.PathLike[str]) -> str:
 
 
 def file_hashes(root: Path) -> dict[str, str]:
-    """SHA-256 of every file below `root`, by relative POSIX path, without the manifest."""
+    """Relative POSIX path to SHA-256 of every file below `root` but the manifest."""
     files = [file for file in sorted(root.rglob("*")) if file.is_file() and file != root / MANIFEST]
     from distilldsm.core.progress import progress
 
@@ -54,7 +55,7 @@ def file_hashes(root: Path) -> dict[str, str]:
 
 
 def package_versions() -> dict[str, str]:
-    """Versions of the packages that shape a result, those that are installed."""
+    """Versions of the installed packages that can change a result."""
     import importlib.metadata
 
     found = {}
@@ -79,22 +80,22 @@ def output_directory(
     kept: Callable[[Path], str] | None = None,
     until_done: Sequence[str] = (),
 ) -> Iterator[Path]:
-    """Yield a sibling work directory that becomes `path` when the block ends without an error.
+    """Yield a work directory beside `path`. It becomes `path` when the block ends without an error.
 
-    The manifest (schema version, stage, config, hashes of inputs, code and files, package versions, and what `extra`
-    adds) is written at the end. With `resumable`, an interrupted block leaves its work directory, and the next
-    call with the same stage, config (EXECUTION_PARAMETERS apart), inputs and code yields it again with what is in it;
-    otherwise it starts empty, and a line on stderr says so. A lock keeps a second process from the same output.
+    The manifest is written at the end: schema version, stage, config, hashes of inputs, code and files, package
+    versions, and the entries of `extra`. With `resumable`, an interrupted block leaves its work directory. The next
+    call with the same stage, config (EXECUTION_PARAMETERS may differ), inputs and code continues in it. With others
+    it starts empty, and a line on stderr says so. A lock stops a second process from writing the same output.
 
     Args:
-        code: files and folders of this package that shape the output.
-        kept: says of the work directory how much is done, for a person who interrupts it.
-        until_done: files of the work directory that only serve to go on with it: they do not become part of the output,
-            and are there until all the rest is written.
+        code: files and folders of this package that can change the output.
+        kept: returns a message on how much work is done, shown to a person who interrupts the stage.
+        until_done: files of the work directory that are needed only to resume. They are deleted after everything else
+            is written, and are not part of the output.
 
     Raises:
-        UserError: another process writes the same output, it cannot be written, the disk is full, or an input is
-            another at the end than it was at the start.
+        UserError: another process writes the same output, it cannot be written, the disk is full, or an input changed
+            while the stage was running.
     """
     from distilldsm.core.interruption import notes_of
     from distilldsm.core.mapping import to_mapping
@@ -152,22 +153,22 @@ def output_directory(
 
 
 def _drop_unfinished(work: Path) -> None:
-    """Remove what processes that were killed while they wrote here have left: it is part of no output."""
+    """Remove temporary files that killed processes left here. They do not belong to the output."""
     for path in work.rglob(".*.tmp*"):
         if _TEMPORARY.fullmatch(path.name):
             path.unlink(missing_ok=True)
 
 
 def _check_unchanged(stage: str, inputs: Mapping[str, str | os.PathLike[str]], hashes: Mapping[str, str]) -> None:
-    """A stage opens its inputs as it goes: one that was replaced meanwhile makes a mixture of both."""
+    """A stage opens its inputs one after another. If an input was replaced meanwhile, the output mixes old and new."""
     for name, path in inputs.items():
         if content_hash(path) != hashes[name]:
             raise UserError(
                 f"was replaced while {stage} was reading it",
                 where=Path(path),
-                seen="other contents than at the start",
-                rule="one state of the data for one output",
-                hint="run the same command again, and no stage that writes there beside it",
+                seen="contents changed since the start",
+                rule="inputs stay the same while a stage runs",
+                hint="run the same command again, and no stage that writes there at the same time",
             )
 
 
@@ -181,7 +182,7 @@ def result_config(config: Any) -> dict[str, Any]:
 def _kept(work: Path, kept: Callable[[Path], str] | None) -> str:
     try:
         return kept(work) if kept else "what is done is kept"
-    except Exception:  # whatever the count: the interrupt is what counts
+    except Exception:  # an error in the message must not hide the interrupt
         return "what is done is kept"
 
 
@@ -194,10 +195,10 @@ def is_current(
     extra: Mapping[str, Any] | None = None,
     code: Sequence[str] = (),
 ) -> bool:
-    """Whether `output_directory`, called with the same arguments, has made what lies in `path`.
+    """Whether `path` holds the output that `output_directory` would make with the same arguments.
 
-    EXECUTION_PARAMETERS may differ. A work directory that is complete, because its process was killed just before the
-    end, is put in its place first.
+    EXECUTION_PARAMETERS may differ. If a process was killed just before the end, its work directory is complete; it is
+    renamed to `path` first.
 
     Raises:
         UserError: an input is missing, or the manifest cannot be read.
@@ -218,7 +219,7 @@ def _key(
     extra: Mapping[str, Any] | None,
     code: Sequence[str],
 ) -> dict[str, Any]:
-    """What decides an output."""
+    """Everything that decides an output."""
     return {
         "stage": stage,
         "config": result_config(config),
@@ -230,7 +231,7 @@ def _key(
 
 @cache
 def code_hash(paths: tuple[str, ...]) -> str:
-    """SHA-256 of files and folders of this package, by their paths below it; bytecode is left out."""
+    """SHA-256 of files and folders of this package, with paths relative to it. Bytecode is left out."""
     package = Path(__file__).parents[1]
     files = sorted(file for path in paths for file in (package / path, *(package / path).rglob("*")) if file.is_file())
     return sha256_json(
@@ -249,10 +250,10 @@ def _made_with(path: Path, key: Mapping[str, Any]) -> bool:
 
 
 def _finish(work: Path, path: Path, key: Mapping[str, Any]) -> None:
-    """Put a complete work directory in its place."""
+    """Rename a complete work directory to the output."""
     if not (work / MANIFEST).is_file():
         return
-    lock = _locked(path, timeout_s=_FINISH_S)  # who has it is at the same step: a process of the same training
+    lock = _locked(path, timeout_s=_FINISH_S)  # another process of the same training may be at this step too
     if lock is None:
         return
     try:
@@ -264,7 +265,7 @@ def _finish(work: Path, path: Path, key: Mapping[str, Any]) -> None:
 
 
 def _put_in_place(work: Path, path: Path) -> None:
-    """The end of all work: the manifest is written. What it does not name only served to go on after an interrupt.
+    """Delete the files that the manifest does not name (they were needed only to resume), then rename.
 
     A process that is killed in here leaves either the output or a complete work directory, see `is_current`.
     """
@@ -291,7 +292,7 @@ def _work(path: Path) -> Path:
 
 
 def _locked(path: Path, timeout_s: float) -> FileLock | None:
-    """The lock of an output, held; None where another process holds it for longer than the timeout."""
+    """The acquired lock of an output; None if another process holds it for longer than the timeout."""
     from filelock import FileLock, Timeout
 
     lock = FileLock(path.with_name(f".{path.name}.lock"))
@@ -303,7 +304,7 @@ def _locked(path: Path, timeout_s: float) -> FileLock | None:
 
 
 def _stamp(work: Path) -> Path:
-    """Says what a work directory is the work of. It lies beside it, for what lies in it becomes the output."""
+    """File with the key of a work directory. It lies beside the directory, as all files inside become output."""
     return work.with_name(f"{work.name}.json")
 
 
@@ -313,8 +314,8 @@ def _prepare(work: Path, key: str, resumable: bool) -> None:
         same = resumable and stamp.is_file() and read_json(stamp).get("key") == key
         if not same:
             if resumable and stamp.is_file():
-                print(f"{work}: begun with other parameters, inputs or code, starts anew", file=sys.stderr)
+                print(f"{work}: begun with other parameters, inputs or code; starting again", file=sys.stderr)
             shutil.rmtree(work)
     write_json(stamp, {"key": key})
     work.mkdir(exist_ok=True)
-    (work / MANIFEST).unlink(missing_ok=True)  # of an end that was not whole
+    (work / MANIFEST).unlink(missing_ok=True)  # a process was killed while it finished

@@ -1,7 +1,7 @@
-"""How far a long loop is: one line with rate, time left and memory on a terminal, plain lines now and then elsewhere.
+"""Progress of a long loop: on a terminal one line with rate, time left and memory; elsewhere a plain line at times.
 
-DISTILLDSM_PROGRESS chooses: `bar`, `plain` or `off`. Nothing here writes a colour or moves the cursor but by `\\r`, and
-`plain` not even that: it is what a log of Kubernetes or a file gets.
+DISTILLDSM_PROGRESS selects `bar`, `plain` or `off`. `bar` moves the cursor with `\\r` only and writes no colours.
+`plain` writes text lines only, for a log of Kubernetes or a file.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _DRAW_EVERY_SECONDS = 0.1
 
 
 def mode(stream: TextIO | None = None) -> Mode:
-    """How progress is shown: what DISTILLDSM_PROGRESS says, else a bar on a terminal that can, else plain lines."""
+    """How progress is shown: as DISTILLDSM_PROGRESS says, else a bar on a capable terminal, else plain lines."""
     asked = os.environ.get(VARIABLE, "")
     if asked in get_args(Mode):
         return asked  # type: ignore[return-value]
@@ -35,13 +35,14 @@ def mode(stream: TextIO | None = None) -> Mode:
 def progress(
     items: Iterable[T], *, total: int | None, title: str, unit: str, brief: bool = False, file: TextIO | None = None
 ) -> Iterator[T]:
-    """Iterate over `items` and tell how far it is, on stderr.
+    """Iterate over `items` and show the progress on stderr.
 
     Args:
-        total: how many there are; None where nobody knows.
-        title, unit: what is done, and the word for one item.
-        brief: tell nothing of a loop that ends before the first line is due, e.g. one of many.
-        file: instead of stderr.
+        total: number of items; None if it is unknown.
+        title: name of the work.
+        unit: word for one item.
+        brief: show nothing for a loop that ends before the first line is due, e.g. one of many loops.
+        file: stream to write to instead of stderr.
     """
     with meter(total=total, title=title, unit=unit, brief=brief, file=file) as shown:
         for item in items:
@@ -60,12 +61,12 @@ def meter(
     shown: bool = True,
     file: TextIO | None = None,
 ) -> Iterator[Meter]:
-    """Yield what is told of each step. Where the block ends by an error, no closing line is written.
+    """Yield a meter to advance at each step. If the block ends with an error, no closing line is written.
 
     Args:
-        unit: `B` counts bytes.
-        initial: what was done before.
-        shown: False tells nothing, e.g. in all processes of a training but the first.
+        unit: word for one step; `B` counts bytes.
+        initial: steps done before.
+        shown: False shows nothing, e.g. in all processes of a training but the first.
     """
     file = file or sys.stderr
     kind = {"bar": _Bar, "plain": _Plain, "off": Meter}[mode(file) if shown else "off"]
@@ -79,7 +80,7 @@ def meter(
 
 
 class Meter:
-    """Counts, and shows nothing."""
+    """Counts steps and shows nothing."""
 
     def __init__(self, *, total: int | None, title: str, unit: str, brief: bool, initial: int, file: TextIO) -> None:
         self.total, self.title, self.unit, self.brief, self.file = total, title, unit, brief, file
@@ -87,11 +88,11 @@ class Meter:
         self.begun = self.told = time.monotonic()
 
     def advance(self, count: int = 1, note: str = "") -> None:
-        """`count` more are done; `note`: what else the line says now, e.g. the loss."""
+        """Count `count` more steps; `note` is added to the line, e.g. the loss."""
         self.done += count
 
     def close(self, *, whole: bool) -> None:
-        """Nothing more follows; `whole`: all is done."""
+        """End the progress line; `whole` says that all steps are done."""
 
     def _say(self, *words: str) -> None:
         print(f"{self.title}: {', '.join(filter(None, words))}", file=self.file, flush=True)
@@ -137,7 +138,7 @@ class _Bar(Meter):
         super().__init__(**settings)
         from tqdm import tqdm
 
-        tqdm.monitor_interval = 0  # no thread of its own: processes are forked while a bar is shown
+        tqdm.monitor_interval = 0  # no monitor thread: processes are forked while a bar is shown
         self._memory, self._memory_told = "", 0.0
         _open_bars.append(self)
         self._bar = tqdm(
@@ -172,14 +173,14 @@ _open_bars: list[_Bar] = []
 
 
 def close_bars() -> None:
-    """End all progress lines, so that an error is told on a line of its own: a traceback keeps the loops alive."""
+    """End all progress lines, so that an error starts on a new line. A traceback would keep the loops alive."""
     for bar in list(_open_bars):
         bar.close(whole=False)
 
 
 @contextmanager
 def beside_the_bar() -> Iterator[None]:
-    """What is printed in the block does not tear the progress line."""
+    """Print inside this block without breaking the progress line."""
     if not _open_bars:
         yield
         return
@@ -188,7 +189,7 @@ def beside_the_bar() -> Iterator[None]:
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours and minutes, as one says them."""
+    """A duration for people: in seconds, in minutes, or in hours and minutes."""
     if seconds < 99.5:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -196,13 +197,13 @@ def duration(seconds: float) -> str:
 
 
 def memory_text() -> str:
-    """E.g. `1.2 GB`; nothing where the system does not tell."""
+    """Memory held now, e.g. `1.2 GB`; empty if the system does not report it."""
     held = held_memory_bytes()
     return f"{held / 1e9:.1f} GB" if held >= 1e8 else f"{held / 1e6:.0f} MB" if held else ""
 
 
 def _columns(stream: TextIO) -> int:
-    """Width of a terminal; 0 for one that does not know it, e.g. of a container."""
+    """Width of a terminal; 0 if it is unknown, e.g. in a container."""
     try:
         return os.get_terminal_size(stream.fileno()).columns
     except (OSError, ValueError):

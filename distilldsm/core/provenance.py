@@ -1,4 +1,4 @@
-"""What leads from a result back to the code and the data that made it."""
+"""Versions of the code and the data that made a result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from distilldsm.core.files import sha256_file
 
 
 def provenance() -> dict[str, str]:
-    """`git_commit`, `git_dirty`, `dvc_lock_sha256` and `kfp_run_id`, as far as they are known here."""
+    """`git_commit`, `git_dirty`, `dvc_lock_sha256` and `kfp_run_id`; unknown ones are left out."""
     facts = {}
     commit = _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")
     if commit:

@@ -1,4 +1,4 @@
-"""What keeps passwords out of whatever is printed, logged or written."""
+"""Removes passwords from text before it is printed, logged or written."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ _SECRET_KEY = re.compile(
 _USER_INFO = re.compile(r"://[^/@\s'\"]*@")
 _QUERY_VALUE = re.compile(r"([?&;])([^=&;?\s'\"]+)=([^&;\s'\")]+)")
 _SHORTEST = 6
-"""Shorter values are not looked for: `true` or `1` would be struck out everywhere."""
+"""Shorter values are not hidden: otherwise every `true` or `1` in a text would be."""
 
 
 def public_address(url: str) -> str:
-    """The address without user, password, query and fragment, which may be secrets (signed addresses)."""
+    """The address without user, password, query and fragment: they may hold secrets (signed addresses)."""
     parts = urlsplit(url)
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def secret_in_address(text: str) -> str | None:
-    """What in an address is a secret: `user` (or password), the name of a signed query's part; None for none."""
+    """The secret part of an address: `user` (user or password), or the name of a query field; None without a secret."""
     try:
         parts = urlsplit(text)
     except ValueError:  # e.g. a bracket that is not closed
@@ -37,15 +37,15 @@ def secret_in_address(text: str) -> str | None:
 
 
 def is_secret_name(variable: str) -> bool:
-    """Whether an environment variable of that name is taken to hold a secret."""
+    """Whether the name of an environment variable suggests that it holds a secret."""
     return bool(_SECRET_VARIABLE.search(variable)) and not _NO_SECRET_VARIABLE.search(variable)
 
 
 def redact(text: str, environment: Mapping[str, str] | None = None) -> str:
-    """The text without the secrets of addresses in it, and without values of variables whose names say "secret".
+    """The text without secrets: those in addresses, and the values of variables that `is_secret_name` finds.
 
     Args:
-        environment: by default this process' own.
+        environment: variables; by default those of this process.
     """
     text = _USER_INFO.sub("://", text)
     text = _QUERY_VALUE.sub(

@@ -1,4 +1,4 @@
-"""What every command line shares: errors a person can act on, and exit codes. Imports nothing heavy."""
+"""Error messages and exit codes of every command. Imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ EXTRAS = {
     "pydicom": "dicom",
     "highdicom": "dicom",
 }
-"""Package to the optional dependency group that brings it."""
+"""Package to the optional dependency group that installs it."""
 
 _FULL, _REFUSED = "free space, then run the same command again", "use a place that you may read and write"
-MENDS = {
-    errno.ENOENT: "make it, or correct the path",
+SYSTEM_HINTS = {
+    errno.ENOENT: "create it, or correct the path",
     errno.EACCES: _REFUSED,
     errno.EPERM: _REFUSED,
     errno.EROFS: _REFUSED,
     errno.ENOSPC: _FULL,
     errno.EDQUOT: _FULL,
 }
-"""Of errors of the operating system that no command tells better."""
+"""Error number of the operating system to the hint, for errors that no command explains better."""
 
 
 def interrupt(number: int, frame: object) -> None:
-    """SIGTERM ends like Ctrl-C, so that what was started is cleaned up."""
+    """End on SIGTERM as on Ctrl-C, with the same cleaning up."""
     raise KeyboardInterrupt
 
 
 @contextmanager
 def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
-    """Other signal handlers for a while; only the main thread can have any."""
+    """Use other signal handlers inside the block. Only the main thread can set them."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -69,12 +69,12 @@ def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
 
 
 def run_shell(run: Callable[[], int | None]) -> int:
-    """Run a command; print what the user must fix to stderr and return the exit code, the command's own if it has one.
+    """Run a command; print errors that the user must fix to stderr. Returns the exit code, the command's own if any.
 
-    0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. Everything that is not the
-    user's to fix keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM
-    interrupts like Ctrl-C: it is what a pod that is deleted gets, and a job of a batch system. An interrupt tells
-    what is kept and the command that goes on, see `interruption`.
+    0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. An error that the user cannot fix
+    keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM, which Kubernetes
+    and batch systems send, acts like Ctrl-C. After an interrupt, the message says what is kept and how to continue, see
+    `interruption`.
     """
     try:
         try:
@@ -82,7 +82,7 @@ def run_shell(run: Callable[[], int | None]) -> int:
                 code = run() or 0
         finally:
             close_bars()
-        # A closed pipe shows when the buffer is written, which would otherwise be after the exit code is decided.
+        # A closed pipe is noticed only when the buffer is written. Write it before the exit code is decided.
         sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -91,7 +91,7 @@ def run_shell(run: Callable[[], int | None]) -> int:
         print(describe(error), file=sys.stderr)
         return 130
     except BrokenPipeError:
-        # The reader (head, less) has seen enough. What is still buffered must not raise again at exit.
+        # The reader (head, less) has stopped reading. Text that is still buffered must not raise again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except ModuleNotFoundError as error:
@@ -110,10 +110,10 @@ def run_shell(run: Callable[[], int | None]) -> int:
 
 
 def _of_system(error: OSError) -> UserError:
-    """An error of the operating system as one a person can act on; of a temporary or lock file, what it stands for."""
+    """Convert an error of the operating system. It names the user's file, not our temporary or lock file."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     if path is not None and (
         hidden := re.fullmatch(r"\.(.+?)\.(\d+\.tmp[.\w]*|lock|partial|partial\.json)", path.name)
     ):
         path = path.with_name(hidden.group(1))
-    return UserError(error.strerror or str(error), where=path, hint=MENDS.get(error.errno or 0))
+    return UserError(error.strerror or str(error), where=path, hint=SYSTEM_HINTS.get(error.errno or 0))

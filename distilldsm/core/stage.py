@@ -1,6 +1,6 @@
 """A stage of the pipeline as a record.
 
-From it come the stage's command line, its part of dvc.yaml, its Kubeflow step and its place in `cross-validate`.
+The record gives the stage's command line, its part of dvc.yaml, its Kubeflow step and its place in `cross-validate`.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from distilldsm.core.errors import ConfigError
 from distilldsm.core.shipped import shipped
 
 Scope = Literal["data", "fold", "folds", "model"]
-"""How often a stage runs: once for the data, once a fold, once over all folds, or once for each model that passed the
+"""How often a stage runs: once for the data, once per fold, once over all folds, or once per model that passed the
 gate."""
 Kind = Literal["Dataset", "Model", "HTML", "Markdown", "Metrics", "ClassificationMetrics"]
 """Type of an artifact in Kubeflow Pipelines."""
 
 WORK_VARIABLE = "DISTILLDSM_WORK_DIR"
-"""Environment variable that names a folder which outlives a pod: there an interrupted training goes on."""
+"""Environment variable: a folder that remains after a pod ends. An interrupted training resumes from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plot:
-    """A table of numbers that DVC draws. Other fields than these are not used by us."""
+    """A table of numbers that DVC draws. Only these of DVC's fields are used."""
 
     template: str
-    """A template of DVC, or one of ours in `.dvc/plots`."""
+    """A template of DVC, or one in `.dvc/plots`."""
     x: str
     y: str
     title: str
@@ -46,14 +46,14 @@ class Input:
     path: str
     """Where it lies by default; `{fold}` stands for the fold's number."""
     files: Mapping[str, str] = field(default_factory=dict)
-    """Name in the manifest to the file of it that is read; empty: all of the directory is."""
+    """Name in the manifest to the file that is read; empty: the stage reads the whole directory."""
     optional: bool = False
-    """The stage does without it where it is missing."""
+    """The stage also runs without this input."""
     per_fold: bool = False
-    """The directory holds `fold0`, `fold1` ..., of which the configured folds are read."""
+    """The directory holds `fold0`, `fold1` ...; the stage reads the configured folds."""
 
     def hashed(self, place: Path, folds: Iterable[int]) -> dict[str, Path]:
-        """Name in the manifest to what is hashed there."""
+        """Name in the manifest to the file or directory to hash."""
         if self.per_fold:
             return {f"{self.name}{fold}": place / f"fold{fold}" for fold in folds}
         found = {name: place / file for name, file in self.files.items()} or {self.name: place}
@@ -62,26 +62,26 @@ class Input:
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
-    """What a stage writes: the first output is its directory, the others are files in it that are shown."""
+    """An output of a stage. The first one is the directory; the others are files in it that DVC or Kubeflow shows."""
 
     name: str
     path: str
     """Where it lies by default; `{fold}` stands for the fold's number."""
     kind: Kind | None
-    """None: Kubeflow does not show it by itself."""
+    """None: Kubeflow does not show it as a separate artifact."""
     parts: tuple[str, ...] = ()
-    """Of a directory: its files and folders that neither are metrics nor plots, for DVC must see those apart."""
+    """Files and folders of a directory that are not metrics or plots. DVC needs metrics and plots listed separately."""
     metric: bool = False
     """DVC shows it as metrics."""
     plot: Plot | None = None
-    """DVC draws it so."""
+    """How DVC draws it."""
     keys: tuple[str, ...] = ()
-    """Of metrics: those that Kubeflow shows; empty: all numbers."""
+    """Metrics that Kubeflow shows; empty: all numbers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """A path beside the inputs; it may be repeated."""
+    """A path on the command line, in addition to the inputs. The option may be repeated."""
 
     name: str
     """Keyword of `run`, and the option of the command line."""
@@ -91,13 +91,13 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """All that is known of a stage before it runs."""
+    """Everything known about a stage before it runs."""
 
     name: str
     help: str
     """One line, for `--help`, dvc.yaml and Kubeflow."""
     section: str
-    """Section of params.yaml that is its config."""
+    """Section of params.yaml with the stage's parameters."""
     inputs: tuple[Input, ...] = ()
     outputs: tuple[Output, ...]
     options: tuple[Option, ...] = ()
@@ -105,22 +105,22 @@ class Stage:
     image: Literal["data", "train", "export"]
     """Role of the container image that runs it."""
     run: Callable[..., None]
-    """`run(config, inputs, outputs)`; `fold=` too for the scopes fold and model, `tracking=` too for all but data, and
-    the options by name."""
+    """`run(config, inputs, outputs)`, and the options by name. Also `fold=` for the scopes fold and model, and
+    `tracking=` for every scope but data."""
     code: tuple[str, ...]
-    """Rooms of the package that shape the output; a change there runs the stage again."""
+    """Folders of the package that can change the output. If code there changes, the stage runs again."""
     files: tuple[str, ...] = ()
-    """Parameters of the config that name a file, or null."""
+    """Parameters of the config that hold the path of a file, or null."""
     facts: Callable[[Mapping[str, Path], Path], Mapping[str, Any]] | None = None
-    """`facts(inputs, output)`: what Kubeflow's page of the output says of it."""
+    """`facts(inputs, output)`: values that Kubeflow shows on the page of the output."""
     outdated: Callable[[Any, Path], bool] | None = None
     """`outdated(config, output)`: whether something outside the pipeline changed since the output was made."""
     distributed: bool = False
-    """It may run on several processes and machines, and goes on where it was interrupted."""
+    """The stage may run on several processes and machines, and resumes where it was interrupted."""
 
     @property
     def output(self) -> Output:
-        """The directory it writes."""
+        """The directory that the stage writes."""
         return self.outputs[0]
 
     @property
@@ -130,20 +130,20 @@ class Stage:
 
     @property
     def code_paths(self) -> tuple[str, ...]:
-        """Its file and `code`, relative to the package."""
+        """The stage's own file and `code`, relative to the package."""
         return (f"components/{self.name}.py", *self.code)
 
     def shown(self) -> dict[str, Output]:
-        """File in the output's directory to what it is shown as."""
+        """File name in the output directory to its record."""
         return {one.path.removeprefix(f"{self.output.path}/"): one for one in self.outputs[1:]}
 
     def key(
         self, config: Any, inputs: Mapping[str, Path], fold: int | None = None, **options: Iterable[Path]
     ) -> dict[str, Any]:
-        """What decides the output, for `output_directory` and `is_current`.
+        """Everything that decides the output, for `output_directory` and `is_current`.
 
         Raises:
-            ConfigError: a parameter of `files` names no file.
+            ConfigError: a parameter of `files` names a file that does not exist.
         """
         folds = getattr(config, "folds", ()) if self.scope == "folds" else ()
         hashed: dict[str, Path] = {}
@@ -160,5 +160,5 @@ class Stage:
     def _file(self, name: str, path: str | None) -> dict[str, Path]:
         if path and not shipped(path).is_file():
             where = f"{self.section}.{name}"
-            raise ConfigError("names no file", where=where, seen=path, hint="correct it, or leave it out")
+            raise ConfigError("no such file", where=where, seen=path, hint="correct the path, or leave it out")
         return {name: shipped(path)} if path else {}

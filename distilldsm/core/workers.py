@@ -1,4 +1,4 @@
-"""Worker processes of a stage: they end with their parent, and the death of one is a clear error."""
+"""Worker processes of a stage. They end with their parent; if one is killed, the user gets a clear error."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
         setting: the parameter that sets the number of workers, for the error's hint.
 
     Raises:
-        UserError: a worker was killed, most likely for want of memory.
+        UserError: a worker was killed, most likely because memory ran out.
     """
-    # spawn: forking a process that holds threads (BLAS, torch) may hang.
+    # spawn: forking a process with threads (BLAS, torch) may hang.
     context = multiprocessing.get_context("spawn")
     pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin)
     try:
@@ -34,27 +34,27 @@ def worker_pool(workers: int, *, setting: str) -> Iterator[ProcessPoolExecutor]:
         yield pool
     except BrokenProcessPool:
         raise UserError(
-            "a worker process was killed, most likely for want of memory",
+            "a worker process was killed, most likely because memory ran out",
             where=setting,
             seen=f"{workers} workers",
             hint="set it to a smaller number, then run the same command again",
         ) from None
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error, what has not begun is not wanted any more
+        pool.shutdown(cancel_futures=True)  # after an error, tasks that have not begun are dropped
 
 
 def _start(pool: ProcessPoolExecutor, workers: int) -> None:
-    # Ctrl-C reaches every process of a terminal. The parent decides what it means: workers finish what they have begun
-    # (a case that is done is kept). They inherit that, for they load Python and packages before any code of ours runs.
+    # Ctrl-C reaches every process of a terminal, but the parent alone handles it: workers finish the case they have
+    # begun. They inherit the ignored signal, because they load Python and packages before any of our code runs.
     with handled({signal.SIGINT: signal.SIG_IGN}):
         for _ in range(workers):
             pool.submit(os.getpid)
 
 
 def end_with_parent() -> None:
-    """To be called in a worker process: when its parent is gone, it ends at once.
+    """Call this in a worker process: it then ends as soon as its parent is gone.
 
-    Otherwise it waits for ever, for work or for its results to be taken: it holds an end of each pipe itself.
+    Without it, the worker would wait for ever on its pipes, because it holds both ends of them.
     """
     threading.Thread(target=_wait_for_the_end, daemon=True).start()
 
@@ -72,5 +72,5 @@ def _wait_for_the_end() -> None:
 
 
 def worker_count(requested: int, tasks: int) -> int:
-    """Processes to use: `requested`, or one per available core for 0, and never more than there are tasks."""
+    """Number of processes: `requested`, or one per available core if it is 0; never more than there are tasks."""
     return max(1, min(requested or usable_cores(), tasks))

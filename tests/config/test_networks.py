@@ -45,7 +45,7 @@ def test_a_network_is_an_entry_and_a_module(monkeypatch, repository):
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("distildsm", {}, "'name' is no known network(.|\n)*did you mean 'distill_dsm'"),
+        ("distildsm", {}, "'name' is not a known network(.|\n)*did you mean 'distill_dsm'"),
         ("unet2d", {"alpha": 0.5}, "options: unknown parameter 'alpha' of network 'unet2d'\n  rule: allowed: width"),
         ("distill_dsm", {"alpha": 1.5}, "options.alpha: has an impossible value\n  seen: 1.5\n  rule: from 0 to 1"),
         ("distill_dsm", {"shift_at": "top"}, "options.shift_at(.|\n)*rule: all, encoder, decoder, or a list of levels"),

@@ -33,7 +33,7 @@ def test_defaults_survive_the_round_trip():
         ({"train": {"model": {"name": "distildsm"}}}, ["train.model", "distildsm", "distill_dsm"]),
         ({"train": {"deterministic": 1}}, ["train.deterministic", "true or false"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "finite"]),
-        ({"train": {"batch_size": 3, "accumulate": 2}}, ["accumulate", "divides batch_size (3)"]),
+        ({"train": {"batch_size": 3, "accumulate": 2}}, ["accumulate", "must divide batch_size (3)"]),
         ({"train": []}, ["train", "mapping"]),
         ({"preprocess": {"target_spacing_mm": [1, 1]}}, ["target_spacing_mm", "3 values"]),
         ({"preprocess": {"target_spacing_mm": [1, 1, -1]}}, ["target_spacing_mm", "above 0"]),

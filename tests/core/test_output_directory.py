@@ -115,7 +115,7 @@ def test_resume_only_with_the_same_key(tmp_path: Path, capsys):
     assert interrupted({"a": 1, "workers": 2, "device": "cpu", "memory_gb": 9.0}) == ["done.txt"]  # how, not what
     assert capsys.readouterr().err == ""
     assert interrupted({"a": 2}) == []
-    assert "begun with other parameters, inputs or code, starts anew" in capsys.readouterr().err
+    assert "begun with other parameters, inputs or code; starting again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

@@ -227,7 +227,7 @@ def test_ctrl_c_on_a_terminal_ends_all_processes_and_says_how_to_go_on(tmp_path,
     told = shown.rpartition("\r \r")[2].splitlines()[-3:]
     assert told[0].rpartition("\r")[2] == "interrupted"
     assert told[1] == f"  preprocess: {done} of 40 cases are kept"
-    assert told[2].startswith("  go on with: python")
+    assert told[2].startswith("  continue with: python")
     assert told[2].endswith(" script.py --fold 2")
 
 
@@ -246,7 +246,7 @@ def test_dvc_passes_the_terminal_and_ctrl_c_through(tmp_path, monkeypatch):
     assert terminal.code() != 0
     assert "Traceback" not in shown
     assert re.search(r"preprocess: +\d+%\|.*/40 \[.*case.*, \d+ MB\]", shown), "DVC's stages have the terminal"
-    assert re.search(r"interrupted\r\n  preprocess: \d+ of 40 cases are kept\r\n  go on with: dvc repro\r\n", shown)
+    assert re.search(r"interrupted\r\n  preprocess: \d+ of 40 cases are kept\r\n  continue with: dvc repro\r\n", shown)
     assert list((tmp_path / ".out.partial").glob("*.done")), "DVC leaves the unfinished output alone"
 
 
@@ -296,10 +296,10 @@ def test_a_second_interrupt_loses_no_note_and_no_secret_is_told(capsys, monkeypa
     assert run_shell(command) == 130
     text = capsys.readouterr().err
     assert text == (
-        "interrupted\n  train: 2 of 4 epochs are kept\n  go on with: distilldsm train --set x=https://host/a\n"
+        "interrupted\n  train: 2 of 4 epochs are kept\n  continue with: distilldsm train --set x=https://host/a\n"
     )
     assert run_shell(lambda: (_ for _ in ()).throw(KeyboardInterrupt())) == 130
-    assert "  go on with: distilldsm train" in capsys.readouterr().err
+    assert "  continue with: distilldsm train" in capsys.readouterr().err
 
 
 def test_a_note_that_fails_does_not_stop_the_interrupt():

@@ -136,5 +136,5 @@ def test_the_stage_takes_them_and_does_anew_when_the_file_changes(tmp_path, caps
     assert load_fold(tmp_path / "out" / "splits.json", 0) == ([names[0]], [names[2]])
 
     path.unlink()
-    with pytest.raises(ConfigError, match="names no file"):
+    with pytest.raises(ConfigError, match="no such file"):
         preprocess.run(config, inputs, outputs)

@@ -137,7 +137,7 @@ def test_a_training_starts_from_an_earlier_one(preprocessed, tmp_path, monkeypat
 
 def test_no_such_file(preprocessed, tmp_path):
     settings = config(initial_weights="nothing.safetensors")
-    message = r"train.initial_weights: names no file(.|\n)*nothing.safetensors(.|\n)*leave it out"
+    message = r"train.initial_weights: no such file(.|\n)*nothing.safetensors(.|\n)*leave it out"
     with pytest.raises(ConfigError, match=message):
         run(settings, {"preprocessed": preprocessed}, {"model": tmp_path / "m"}, fold=0)
     assert not list(tmp_path.iterdir())
