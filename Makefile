@@ -1,9 +1,9 @@
 # make demo   install, run the pipeline on the embedded sample, print Dice per label
 # make test   install, lint, types, all tests with coverage
-# make docs   the reference of parameters and commands into build/docs
-# make audit  constraints.txt against the databases of known vulnerabilities (SECURITY.md)
-# make viewer the page's script from viewer/package-lock.json, after a change of its version (docs/viewer.md)
-# make images distilldsm/{data,train,export}:VERSION; ENGINE=podman, WHEELHOUSE=dir, PIP_CONFIG=file, ... (docs/images.md)
+# make docs   write the reference of parameters and commands to build/docs
+# make audit  check constraints.txt against the databases of known vulnerabilities (SECURITY.md)
+# make viewer build the viewer's script after a change of viewer/package-lock.json (docs/viewer.md)
+# make images build distilldsm/{data,train,export}:VERSION; ENGINE=podman, WHEELHOUSE=dir, PIP_CONFIG=file, ... (docs/images.md)
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -41,7 +41,7 @@ audit:
 
 install: $(VENV)/.installed
 
-# PyTorch first and alone: so that pip takes the build this machine is set up for, and nothing pulls in another.
+# PyTorch first and alone: pip then takes the build that this machine is set up for, and no package pulls in another build.
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "error: $$($(PYTHON) --version) found, Python 3.11 or newer is needed; run make PYTHON=python3.12"; exit 1; }
@@ -58,7 +58,7 @@ images:
 		$(if $(PIP_CONFIG),--pip-config $(PIP_CONFIG)) $(if $(CA_BUNDLE),--ca-bundle $(CA_BUNDLE)) \
 		$(if $(BUILD_NETWORK),--network $(BUILD_NETWORK)) $(ROLES)
 
-# NiiVue into the package: needs Node.js and npm, and changes distilldsm/report/viewer/niivue.* (docs/viewer.md).
+# Builds NiiVue into distilldsm/report/viewer/niivue.*; needs Node.js and npm (docs/viewer.md).
 viewer:
 	cd viewer && npm ci --ignore-scripts && npm run build
 
