@@ -29,14 +29,14 @@ PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
 """Environment variables of the caller that every container gets, and all that begin with PASSED_ON_PREFIXES."""
 PASSED_ON_PREFIXES = ("MLFLOW_TRACKING_", "DISTILLDSM_DOWNLOAD_")
 _PROBE_TIMEOUT_S, _TIMEOUT_S = 10, 120
+_SHARED_MEMORY = "1g"
+"""Size of `/dev/shm`, through which a training's processes exchange arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerSettings:
     """How the containers run: always with a read-only root, a `/tmp` in memory, and no privilege."""
 
-    engine: str | None = None
-    """Address of the engine, e.g. `unix:///run/podman/podman.sock`; None: DOCKER_HOST, else Docker's own."""
     volumes: tuple[Path, ...] = ()
     """Folders and files that containers may write, each at its own path."""
     read_only_volumes: tuple[Path, ...] = ()
@@ -44,12 +44,6 @@ class ContainerSettings:
     environment: Mapping[str, str] = field(default_factory=dict)
     network: str | None = None
     """`host`, `none` or a network's name; None: the engine's default."""
-    user: str | None = None
-    """`UID:GID`; None: the caller's, so that the caller owns the outputs (of root only the id: no capability)."""
-    gpus: bool = False
-    """Hand all NVIDIA GPUs to the containers."""
-    shm_size: str = "1g"
-    """Size of `/dev/shm`, through which a training's processes exchange arrays."""
 
 
 @contextlib.contextmanager
@@ -64,31 +58,21 @@ def container_runner(
     Args:
         images: what will run; checked before anything does. No image is ever pulled.
         root: parent of, or the same as, the `pipeline_root` of `kfp.local.init`.
-        engine: overrides `settings.engine`.
+        engine: its address, e.g. `unix:///run/podman/podman.sock`; None: DOCKER_HOST, else Docker's own.
 
     Raises:
         UserError: the engine does not answer, an image is missing, or was built from another version.
     """
+    import kfp.local
+    from kfp.local import docker_task_handler, status
+
     settings = settings or ContainerSettings()
-    settings = replace(settings, engine=engine or settings.engine)
     settings = _with_tracking(replace(settings, volumes=(*settings.volumes, root)))
-    client = connect(settings.engine)
-    try:
+    with contextlib.closing(connect(engine)) as client:
         check_images(client, images)
-    finally:
-        client.close()
     for path in settings.volumes:
         if not path.exists():
             path.mkdir(parents=True)  # else the engine would make it, owned by root
-    with patched_docker_runner(settings) as runner:
-        yield runner
-
-
-@contextlib.contextmanager
-def patched_docker_runner(settings: ContainerSettings) -> Iterator[Any]:
-    """Yield a `kfp.local.DockerRunner` whose tasks run as `run_container` says, as long as the context lasts."""
-    import kfp.local
-    from kfp.local import docker_task_handler, status
 
     class TaskHandler:
         """What kfp makes for each task, by keyword."""
@@ -101,17 +85,11 @@ def patched_docker_runner(settings: ContainerSettings) -> Iterator[Any]:
             runner: Any,
             env_vars: Mapping[str, str] | None = None,
         ) -> None:
-            self._image, self._command = image, full_command
-            self._root, self._environment = Path(pipeline_root), dict(env_vars or {})
+            self._image, self._command, self._environment = image, full_command, dict(env_vars or {})
 
         def run(self) -> Any:
-            client = connect(settings.engine)
-            try:
-                code = run_container(
-                    client, self._image, self._command, settings, environment=self._environment, volumes=[self._root]
-                )
-            finally:
-                client.close()
+            with contextlib.closing(connect(engine)) as client:  # several tasks run at once
+                code = run_container(client, self._image, self._command, settings, environment=self._environment)
             return status.Status.SUCCESS if code == 0 else status.Status.FAILURE
 
     # kfp finds the handler by the runner's exact type: a subclass of DockerRunner would not be known to it.
@@ -185,22 +163,19 @@ def run_container(
     settings: ContainerSettings,
     *,
     environment: Mapping[str, str] | None = None,
-    volumes: Sequence[Path] = (),
 ) -> int:
     """Run a command in a new container, print its log as it comes, and return its exit code; the container is removed.
 
     Args:
         environment: comes before that of `settings`.
-        volumes: folders to mount writable, beside those of `settings`.
 
     Raises:
-        UserError: the image is missing or of another version, the engine refuses the container, or goes away.
+        UserError: the image is missing, the engine refuses the container, or goes away.
     """
     from docker.errors import APIError, DockerException
 
-    check_images(client, [image])
     try:
-        options = _options(client, settings, environment or {}, volumes)
+        options = _options(client, settings, environment or {})
         container = client.containers.create(image, list(command), entrypoint="", detach=True, **options)
         try:
             container.start()
@@ -234,30 +209,26 @@ def _print_log(container: Any) -> None:
 
 
 def _options(
-    client: docker.DockerClient, settings: ContainerSettings, environment: Mapping[str, str], volumes: Sequence[Path]
+    client: docker.DockerClient, settings: ContainerSettings, environment: Mapping[str, str]
 ) -> dict[str, Any]:
     passed = {k: v for k, v in os.environ.items() if k in PASSED_ON or k.startswith(PASSED_ON_PREFIXES)}
     security = client.info().get("SecurityOptions") or []
     label = ",z" if any("selinux" in option for option in security) else ""
     mounts = {str(p.absolute()): "ro" for p in settings.read_only_volumes}
-    mounts |= {str(p.absolute()): "rw" for p in (*settings.volumes, *volumes)}
-    options: dict[str, Any] = {
+    mounts |= {str(p.absolute()): "rw" for p in settings.volumes}
+    return {
         "environment": {**passed, **environment, **settings.environment},
         "volumes": {path: {"bind": path, "mode": mode + label} for path, mode in mounts.items()},
-        "user": settings.user or f"{os.getuid()}:{os.getgid()}",
+        # The caller owns the outputs; of root only the id: it has no capability.
+        "user": f"{os.getuid()}:{os.getgid()}",
         "labels": {CALLER_LABEL: str(os.getpid())},
         "read_only": True,
         "tmpfs": {"/tmp": "rw,mode=1777"},  # noqa: S108 - the container's own
         "cap_drop": ["ALL"],
         "security_opt": ["no-new-privileges"],
-        "shm_size": settings.shm_size,
+        "shm_size": _SHARED_MEMORY,
         "network_mode": settings.network,
     }
-    if settings.gpus:
-        from docker.types import DeviceRequest
-
-        options["device_requests"] = [DeviceRequest(count=-1, capabilities=[["gpu"]])]
-    return options
 
 
 def _with_tracking(settings: ContainerSettings) -> ContainerSettings:
@@ -265,18 +236,12 @@ def _with_tracking(settings: ContainerSettings) -> ContainerSettings:
     from distilldsm.tracking import default_uri, sqlite_path
 
     uri = settings.environment.get("MLFLOW_TRACKING_URI") or default_uri()
-    environment = {"MLFLOW_TRACKING_URI": uri}
-    volumes: list[Path] = []
-    network = settings.network
+    volumes, network = settings.volumes, settings.network
     database = sqlite_path(uri)
     if database is not None:
         # The folder, not the file: SQLite writes its journal beside the database, MLflow its artifacts.
-        volumes.append(database.parent.absolute())
+        volumes = (*volumes, database.parent.absolute())
     elif network is None and urlsplit(uri).hostname in ("localhost", "127.0.0.1", "::1"):
         network = "host"
-    return replace(
-        settings,
-        environment={**environment, **settings.environment},
-        volumes=(*settings.volumes, *volumes),
-        network=network,
-    )
+    environment = {"MLFLOW_TRACKING_URI": uri, **settings.environment}
+    return replace(settings, environment=environment, volumes=volumes, network=network)

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import docker
 import kfp.local
@@ -61,14 +62,10 @@ class TestRunContainer:
         values = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
         assert values == ["0000000000000000", "0000000000000000", "1"]
 
-    def test_outputs_belong_to_the_user_asked_for(self, client, images, tmp_path) -> None:
-        for user, uid in ((None, os.getuid()), ("4321:4321", 4321)):
-            folder = tmp_path / str(uid)
-            folder.mkdir()
-            os.chown(folder, uid, uid)
-            settings = ContainerSettings(network="none", volumes=(folder,), user=user)
-            assert shell(client, images, settings, f"echo x >{folder}/file") == 0
-            assert (folder / "file").stat().st_uid == uid
+    def test_outputs_belong_to_the_caller(self, client, images, tmp_path) -> None:
+        settings = ContainerSettings(network="none", volumes=(tmp_path,))
+        assert shell(client, images, settings, f"echo x >{tmp_path}/file") == 0
+        assert (tmp_path / "file").stat().st_uid == os.getuid()
 
     def test_a_read_only_volume(self, client, images, tmp_path, capsys) -> None:
         (tmp_path / "scan").write_text("voxels\n")
@@ -89,8 +86,11 @@ class TestRunContainer:
         with pytest.raises(UserError, match=r"could not run the container(.|\n)*no-such-command"):
             run_container(client, images.data, ["no-such-command"], settings)
 
-    def test_a_missing_image_is_not_pulled(self, client, settings) -> None:
+    def test_a_missing_image_is_not_pulled(self, client, images, settings, tmp_path) -> None:
         with pytest.raises(UserError, match=r"absent/image:1: image not found(.|\n)*make images"):
+            with container_runner(images=["absent/image:1"], root=tmp_path, engine=images.host):
+                pytest.fail("the image was taken")
+        with pytest.raises(UserError, match="could not run the container"):
             run_container(client, "absent/image:1", ["true"], settings)
 
     def test_an_image_of_another_version(self, client, images, settings, tmp_path) -> None:
@@ -158,13 +158,61 @@ class TestUnderKfp:
             assert run_container(client, image, ["python", "-c", code, store], settings) == 0
 
 
-def test_kfps_own_handler_is_back_afterwards() -> None:
-    from kfp.local import docker_task_handler
+class FakeEngine:
+    """What the runner asks of Docker's client; the container ends with `code`."""
 
+    def __init__(self, code: int = 0) -> None:
+        self.images = SimpleNamespace(get=lambda name: SimpleNamespace(labels={containers.VERSION_LABEL: __version__}))
+        self.containers = SimpleNamespace(create=self.create)
+        self.code, self.closed, self.removed, self.options = code, 0, 0, {}
+
+    def create(self, image: str, command: list[str], **options) -> SimpleNamespace:
+        self.options = options
+        return SimpleNamespace(
+            start=lambda: None,
+            logs=lambda **_: [b"Gr\xc3", b"\xbc\xc3\x9fe\n"],
+            wait=lambda: {"StatusCode": self.code},
+            reload=lambda: None,
+            attrs={"State": {"OOMKilled": True}},
+            remove=self.remove,
+        )
+
+    def remove(self, **_: object) -> None:
+        self.removed += 1
+
+    def info(self) -> dict:
+        return {"SecurityOptions": ["name=selinux"]}
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+def test_tasks_of_kfp_end_as_their_containers_and_its_own_handler_is_back_afterwards(tmp_path, monkeypatch, capsys):
+    from kfp.local import docker_task_handler, status
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/store/mlflow.db")
     before = docker_task_handler.DockerTaskHandler
-    with containers.patched_docker_runner(ContainerSettings()):
-        assert docker_task_handler.DockerTaskHandler is not before
-    assert docker_task_handler.DockerTaskHandler is before
+    for code, expected in ((0, status.Status.SUCCESS), (137, status.Status.FAILURE)):
+        engine = FakeEngine(code)
+        monkeypatch.setattr(containers, "connect", lambda address, engine=engine: engine)
+        with container_runner(images=["i:1"], root=tmp_path / "runs") as runner:
+            task = docker_task_handler.DockerTaskHandler(
+                image="i:1",
+                full_command=["true"],
+                pipeline_root=f"{tmp_path}/runs/1",
+                runner=runner,
+                env_vars={"A": "b"},
+            )
+            assert task.run() == expected
+        assert docker_task_handler.DockerTaskHandler is before
+        assert (engine.closed, engine.removed) == (2, 1)
+        mounted = {str(tmp_path / name): {"bind": str(tmp_path / name), "mode": "rw,z"} for name in ("runs", "store")}
+        assert engine.options["volumes"] == mounted
+        assert all(Path(path).is_dir() for path in mounted)
+        assert engine.options["environment"]["A"] == "b"
+    out = capsys.readouterr().out
+    assert out.startswith("Grüße\n")
+    assert out.endswith("ended with exit code 137: it used more memory than it may\n")
 
 
 def test_a_socket_that_is_not_there(tmp_path) -> None:

@@ -103,7 +103,7 @@ def test_local_containers_have_no_privilege():
         def info(self) -> dict:
             return {}
 
-    options = _options(Client(), ContainerSettings(), {}, ())
+    options = _options(Client(), ContainerSettings(), {})
     assert options["read_only"] is True
     assert options["cap_drop"] == ["ALL"]
     assert options["security_opt"] == ["no-new-privileges"]
