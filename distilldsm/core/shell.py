@@ -68,6 +68,13 @@ def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def environment_of_modules() -> dict[str, str]:
+    """This process's environment, in which `python -m distilldsm.MODULE` finds this package from every folder."""
+    package_root = str(Path(__file__).resolve().parents[2])
+    paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+
+
 def run_shell(run: Callable[[], int | None]) -> int:
     """Run a command; print errors that the user must fix to stderr. Returns the exit code, the command's own if any.
 

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.redaction import redact
+from distilldsm.core.shell import environment_of_modules
 
 Status = Literal["ok", "warn", "fail", "skip"]
 STATUSES: tuple[Status, ...] = get_args(Status)
@@ -105,7 +106,7 @@ def in_child(name: str, function: str, limit_s: float, environment: Mapping[str,
         stderr=subprocess.PIPE,
         text=True,
         errors="replace",
-        env={**os.environ, "PYTHONPATH": _paths(), **(environment or {})},
+        env={**environment_of_modules(), **(environment or {})},
         start_new_session=True,
     )
     try:
@@ -123,9 +124,16 @@ def in_child(name: str, function: str, limit_s: float, environment: Mapping[str,
         return [Finding(name=name, status="fail", seen=clean(told))]
 
 
-def _paths() -> str:
-    root = str(Path(__file__).resolve().parents[2])
-    return os.pathsep.join([root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))])
+@contextlib.contextmanager
+def leaving_no_folder(path: Path) -> Iterator[None]:
+    """Remove afterwards, where it is empty, the folder and those above it that are not there yet."""
+    missing = [one for one in (path, *path.parents) if not one.exists()]
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            for one in missing:
+                one.rmdir()
 
 
 def _end(process: subprocess.Popen[str]) -> None:
@@ -135,8 +143,3 @@ def _end(process: subprocess.Popen[str]) -> None:
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=_LAST_WORDS_S)
-
-
-def as_json(findings: Sequence[Finding]) -> str:
-    """For a pipe between processes: one line."""
-    return json.dumps([asdict(one) for one in findings])

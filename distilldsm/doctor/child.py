@@ -3,40 +3,34 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import sys
-import threading
+from dataclasses import asdict
 
-from distilldsm.doctor.checks import Finding, as_json, failure, no_answer
-from distilldsm.doctor.services import mends_missing
+from distilldsm.core.shell import EXTRAS
+from distilldsm.doctor.checks import Check, Finding, run_checks
 
 
 def main() -> None:
     """Print the findings as the last line of stdout. The limit of time begins when all is imported."""
     name, function, limit = sys.argv[1:]
     module_name, _, attribute = function.partition(":")
-    found: list[Finding] = []
     try:
         run = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        _answer([mends_missing(name, error)])
-        return
-
-    def check() -> None:
-        try:
-            found.extend(run(float(limit)))
-        except BaseException as error:
-            found.append(failure(name, error))
-
-    thread = threading.Thread(target=check, daemon=True)
-    thread.start()
-    thread.join(float(limit))
-    _answer(found or [no_answer(name, float(limit))])
-
-
-def _answer(found: list[Finding]) -> None:
-    print(f"\n{as_json(found)}", flush=True)
+        found = [_missing(name, error)]
+    else:
+        found = run_checks([Check(name=name, about="", run=run)], float(limit))
+    print(f"\n{json.dumps([asdict(one) for one in found])}", flush=True)
     os._exit(0)  # a thread that hangs in native code would keep the process
+
+
+def _missing(name: str, error: ModuleNotFoundError) -> Finding:
+    package = (error.name or "").partition(".")[0]
+    extra = EXTRAS.get(package)
+    hint = f"pip install '.[{extra}]' in the repository" if extra else None
+    return Finding(name=name, status="fail", seen=f"the package '{package}' is not installed", hint=hint)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from dvc.fs import get_cloud_fs
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.redaction import public_address
-from distilldsm.doctor.checks import Finding, clean
+from distilldsm.doctor.checks import Finding, clean, leaving_no_folder
 
 NAME = "dvc remote"
 _READ_ONLY = ("http", "https")
@@ -40,8 +40,12 @@ def check(limit_s: float) -> list[Finding]:
         if cls.protocol in _READ_ONLY:
             fs.exists(path)
             return [Finding(name=NAME, status="ok", seen=f"{remote}: {url}: answers (only reading was tried)")]
-        with _folder(fs, path) as folder:
-            _round_trip(fs, folder)
+        if fs.protocol != "local":  # nothing is made: for an object store that would be the bucket
+            _round_trip(fs, path)
+        else:
+            with leaving_no_folder(Path(path)):
+                Path(path).mkdir(parents=True, exist_ok=True)  # as `dvc push` would
+                _round_trip(fs, path)
     return [Finding(name=NAME, status="ok", seen=f"{remote}: {url}: an object was written, read back and deleted")]
 
 
@@ -54,25 +58,6 @@ def _round_trip(fs: Any, folder: str) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(path)
-
-
-@contextlib.contextmanager
-def _folder(fs: Any, path: str) -> Iterator[str]:
-    """The remote's folder; on this machine's disks it is made as `dvc push` would, and is gone afterwards.
-
-    Elsewhere nothing is made: for an object store that would be the bucket.
-    """
-    made: list[Path] = []
-    if fs.protocol == "local":
-        made = [one for one in (Path(path), *Path(path).parents) if not one.exists()]
-    try:
-        for one in reversed(made):
-            one.mkdir()
-        yield path
-    finally:
-        for one in made:
-            with contextlib.suppress(OSError):
-                one.rmdir()
 
 
 def _public(url: str) -> str:

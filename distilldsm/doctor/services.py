@@ -5,21 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 
-from distilldsm.core.shell import EXTRAS
 from distilldsm.doctor.checks import Finding, in_child
 
 
 def is_installed(package: str) -> bool:
     """Whether a top-level package can be imported, without importing it."""
     return importlib.util.find_spec(package) is not None
-
-
-def mends_missing(name: str, error: ModuleNotFoundError) -> Finding:
-    """A check that found a package missing."""
-    package = (error.name or "").partition(".")[0]
-    extra = EXTRAS.get(package)
-    hint = f"pip install '.[{extra}]' in the repository" if extra else None
-    return Finding(name=name, status="fail", seen=f"the package '{package}' is not installed", hint=hint)
 
 
 def check_mlflow(limit_s: float) -> list[Finding]:

@@ -18,7 +18,7 @@ from mlflow import MlflowClient
 from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
 from distilldsm.core.errors import UserError
-from distilldsm.doctor.checks import Finding
+from distilldsm.doctor.checks import Finding, leaving_no_folder
 from distilldsm.tracking import default_uri, redact_uri, sqlite_path
 from distilldsm.tracking.publish import Publisher, known_outputs
 from distilldsm.tracking.store import explain
@@ -67,8 +67,10 @@ def probe_store(uri: str) -> None:
     with contextlib.ExitStack() as stack:
         artifacts = None
         if database is not None:
-            artifacts = stack.enter_context(_folder(database.parent.absolute() / "mlartifacts" / EXPERIMENT))
-            stack.enter_context(_nothing_new(Path("mlruns")))  # MLflow makes it, whether or not it is used
+            artifacts = database.parent.absolute() / "mlartifacts" / EXPERIMENT
+            stack.enter_context(leaving_no_folder(artifacts.parent))
+            stack.callback(shutil.rmtree, artifacts, ignore_errors=True)
+            stack.enter_context(leaving_no_folder(Path("mlruns")))  # MLflow makes it, whether or not it is used
         with _explained(uri, "asking for the experiments"):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
@@ -128,30 +130,6 @@ def _take_away(client: MlflowClient, experiment: str, run_id: str | None, *, per
                 if store.get_run(deleted).info.experiment_id == experiment:
                     store._hard_delete_run(deleted)
             store._hard_delete_experiment(experiment)
-
-
-@contextlib.contextmanager
-def _folder(path: Path) -> Iterator[Path]:
-    """A folder that MLflow makes when it needs it, and that is gone afterwards, with its parent if that is new."""
-    had_parent = path.parent.exists()
-    try:
-        yield path
-    finally:
-        shutil.rmtree(path, ignore_errors=True)
-        if not had_parent:
-            with contextlib.suppress(OSError):
-                path.parent.rmdir()
-
-
-@contextlib.contextmanager
-def _nothing_new(path: Path) -> Iterator[None]:
-    had = path.exists()
-    try:
-        yield
-    finally:
-        if not had:
-            with contextlib.suppress(OSError):
-                path.rmdir()
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import write_json
+from distilldsm.core.shell import environment_of_modules
 from distilldsm.tracking.addresses import default_uri, live_uri, sqlite_path
 from distilldsm.tracking.record import FILE, Status, describe, forgiving, is_tracked, load, logger
 
@@ -34,20 +35,13 @@ class Sender:
         arguments = [*map(str, directories), "--parent", str(os.getpid())]
         if follow:
             arguments += ["--follow", "--system", str(_interval_s())]
-        package_root = str(Path(__file__).resolve().parents[2])
-        paths = [package_root, *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
         self._process = subprocess.Popen(
             [sys.executable, "-m", "distilldsm.tracking.follower", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env={
-                **os.environ,
-                "MLFLOW_TRACKING_URI": default_uri(),
-                "PYTHONPATH": os.pathsep.join(paths),
-                "OMP_NUM_THREADS": "1",
-            },
+            env={**environment_of_modules(), "MLFLOW_TRACKING_URI": default_uri(), "OMP_NUM_THREADS": "1"},
             start_new_session=True,  # an interrupt from the keyboard must not take the last records along
         )
         self._reader = threading.Thread(target=self._read, name="mlflow", daemon=True)
