@@ -66,11 +66,11 @@ def container_runner(
     import kfp.local
     from kfp.local import docker_task_handler, status
 
-    settings = settings or ContainerSettings()
-    settings = _with_tracking(replace(settings, volumes=(*settings.volumes, root)))
+    given = settings or ContainerSettings()
+    complete = _with_tracking(replace(given, volumes=(*given.volumes, root)))
     with contextlib.closing(connect(engine)) as client:
         check_images(client, images)
-    for path in settings.volumes:
+    for path in complete.volumes:
         if not path.exists():
             path.mkdir(parents=True)  # else the engine would make it, owned by root
 
@@ -89,7 +89,7 @@ def container_runner(
 
         def run(self) -> Any:
             with contextlib.closing(connect(engine)) as client:  # several tasks run at once
-                code = run_container(client, self._image, self._command, settings, environment=self._environment)
+                code = run_container(client, self._image, self._command, complete, environment=self._environment)
             return status.Status.SUCCESS if code == 0 else status.Status.FAILURE
 
     # kfp finds the handler by the runner's exact type: a subclass of DockerRunner would not be known to it.
