@@ -1,7 +1,7 @@
 """The only readers and writers of scans and labels.
 
-`read_scan`, `read_labels` and `write_mask` are the interface. formats.py lists the formats, header_rules.py says what a
-header may hold. Names are imported when they are first used, because nibabel takes a while.
+The interface is `read_scan`, `read_labels` and `write_mask`. formats.py lists the formats; header_rules.py says which
+headers are allowed. Names are imported at their first use, because the import of nibabel is slow.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The format DICOM: series to scans, and masks to DICOM segmentations.
+"""The format DICOM: reads series as scans, and writes masks as DICOM segmentations.
 
-pydicom and highdicom are the optional dependency group `dicom`; they are imported when a DICOM file is met.
+pydicom and highdicom are in the optional dependency group `dicom`. They are imported only for DICOM files.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ _MAY_BE_EMPTY = (
     "StudyID",
     "StudyTime",
 )
-"""Attributes that must be in a DICOM object, empty if unknown; anonymised series often lack them altogether."""
+"""Attributes that a DICOM object must have; they may be empty. Anonymised series often lack them."""
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a path is a file whose content says that it is DICOM: `DICM` after the preamble."""
+    """Whether a path is a DICOM file: `DICM` stands after the preamble."""
     if not path.is_file():
         return False
     with suppress(OSError), open(path, "rb") as stream:
@@ -51,7 +51,7 @@ def is_dicom(path: Path) -> bool:
 
 
 class Dicom:
-    """A DICOM series in a folder of its own, masks as DICOM SEG; see `formats.Format`."""
+    """Scans: one DICOM series per folder. Masks: DICOM SEG. See `formats.Format`."""
 
     name = "dicom"
     endings: tuple[str, ...] = ()
@@ -60,16 +60,16 @@ class Dicom:
     mask_of_any_scan = False
 
     def can_read(self, path: Path) -> bool:
-        """Whether the path is a folder that holds DICOM files, whatever they are called."""
+        """Whether the path is a folder with DICOM files; their names do not matter."""
         return path.is_dir() and any(map(is_dicom, path.iterdir()))
 
     def read(self, path: Path, *, refuse: Refuse = raise_error) -> Scan:
-        """The one series in a folder as a scan of one channel, rescaled (slope, intercept), slices in order.
+        """Read the series in a folder as a scan of one channel: slices sorted, intensities rescaled (slope, intercept).
 
-        Array axes are (columns, rows, slices), as other readers of series have them. Voxels are read later.
+        Array axes are (columns, rows, slices), as in other readers of series. Voxels are read later.
 
         Raises:
-            DataError: no, several or mixed series, missing or duplicate slices, tilted stacks.
+            DataError: not exactly one series, mixed slices, missing or duplicate slices, or a tilted stack.
         """
         headers = [_header(file) for file in sorted(path.iterdir()) if is_dicom(file)]
         headers = [h for h in headers if h.file_meta.MediaStorageSOPClassUID.keyword != "MediaStorageDirectoryStorage"]
@@ -86,13 +86,13 @@ class Dicom:
     def write(
         self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
     ) -> None:
-        """Write a mask as DICOM SEG (one binary segment per label, empty frames left out) that refers to its series.
+        """Write a mask as DICOM SEG that refers to its series: one binary segment per label, without empty frames.
 
         Args:
-            labels: name to value; segments are numbered in this order, without background.
+            labels: name to value. Segments are numbered in this order, without background.
 
         Raises:
-            DataError: the series' headers do not allow it.
+            DataError: the headers of the series do not allow it.
             UserError: the disk is full, or the file cannot be written.
         """
         with replacing(path) as temporary:
@@ -107,7 +107,7 @@ def _header(path: Path) -> Any:
         _ = header.file_meta.TransferSyntaxUID, header.file_meta.MediaStorageSOPClassUID
         return header
     except Exception as error:  # pydicom raises many kinds for broken files
-        raise DataError("is no readable DICOM file", where=path, seen=first_line(error)) from None
+        raise DataError("is not a readable DICOM file", where=path, seen=first_line(error)) from None
 
 
 def _check_image(header: Any) -> None:
@@ -128,7 +128,7 @@ def _check_image(header: Any) -> None:
                 where=path,
                 seen=str(header.get("SOPClassUID", "")) or None,
                 rule="an image slice with position, orientation and spacing",
-                hint="take files that are no slices (reports, localisers, presentation states) out of the folder",
+                hint="remove files that are not slices (reports, localisers, presentation states) from the folder",
             )
     if int(header.get("SamplesPerPixel", 1)) != 1:
         raise DataError("is a colour image", where=path, seen=f"{header.SamplesPerPixel} samples", rule="one sample")
@@ -143,7 +143,7 @@ def _check_image(header: Any) -> None:
 
 
 def _numbers(header: Any, *names: str) -> npt.NDArray[np.float64]:
-    """The numbers in some attributes of a slice, one after the other."""
+    """The numbers in the named attributes of a slice, joined in order."""
     return np.hstack([np.array(header.get(name), dtype=np.float64) for name in names])
 
 
@@ -154,7 +154,7 @@ def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
     if len(series) > 1:
         listed = "; ".join(f"{uid}: {len(names)} files, e.g. {names[0]}" for uid, names in series.items())
         raise DataError(
-            f"holds {len(series)} series", where=folder, seen=listed, rule="one series", hint="a folder for each series"
+            f"holds {len(series)} series", where=folder, seen=listed, rule="one series", hint="one folder per series"
         )
     compared = (
         ("size", ("Rows", "Columns"), 0.0),
@@ -166,16 +166,16 @@ def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
             expected, found = _numbers(headers[0], *attributes), _numbers(header, *attributes)
             if np.abs(found - expected).max() > tolerance:
                 raise DataError(
-                    f"has another {what} than the other slices",
+                    f"the {what} differs from the other slices",
                     where=header.filename,
                     seen=found.tolist(),
                     rule=f"{expected.tolist()}, as {Path(headers[0].filename).name}",
-                    hint="take slices of other kinds (localisers) out of the folder",
+                    hint="remove other kinds of slices (localisers) from the folder",
                 )
 
 
 def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], Affine]:
-    """Slices in order along their normal, and the affine (RAS, mm) of an array (columns, rows, slices)."""
+    """Sort slices along their normal; also return the affine (RAS, mm) of an array (columns, rows, slices)."""
     orientation = _numbers(headers[0], "ImageOrientationPatient")
     directions = orientation.reshape(2, 3)
     if np.abs(np.linalg.norm(directions, axis=1) - 1).max() > 1e-3:
@@ -198,7 +198,7 @@ def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], Affine]:
         if away.max() > max(0.05, SPACING_TOLERANCE * float(np.linalg.norm(step))):
             worst = int(away.argmax())
             raise DataError(
-                "lies beside the line of the other slices",
+                "does not lie on one line with the other slices",
                 where=ordered[worst].filename,
                 seen=f"position {positions[worst].tolist()}, {away[worst]:.3g} mm away",
                 rule="slices of one regular stack",
@@ -231,7 +231,7 @@ def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder:
             where=folder,
             seen=f"{names[k]} and {names[k + 1]} at {along[k]:.3f} mm along the normal",
             rule="one slice per position",
-            hint="take the duplicate out; several echoes, phases or times each need a folder of their own",
+            hint="remove the duplicate; put each echo, phase or time point into its own folder",
         )
     odd = np.flatnonzero(np.abs(steps - usual) > max(0.01, SPACING_TOLERANCE * usual))
     if odd.size:
@@ -248,7 +248,7 @@ def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder:
 
 
 def _channel(ordered: Sequence[Any]) -> Channel:
-    """Voxels as stored where one rescaling holds for all slices, else float32 intensities."""
+    """A channel with voxels as stored if all slices have one rescaling, else with float32 intensities."""
     scalings = [_scaling(header) for header in ordered]
     slope, intercept = scalings[0]
     shape = (int(ordered[0].Columns), int(ordered[0].Rows), len(ordered))
@@ -266,7 +266,7 @@ def _channel(ordered: Sequence[Any]) -> Channel:
 
 
 def _scaling(header: Any) -> tuple[float, float]:
-    """Slope and intercept of a slice; 1 and 0 where it has none."""
+    """Slope and intercept of a slice; 1 and 0 if it has none."""
     slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
     if not (np.isfinite(slope) and np.isfinite(intercept)):
         raise DataError(
@@ -279,7 +279,7 @@ def _scaling(header: Any) -> tuple[float, float]:
 
 
 def _voxels(ordered: Sequence[Any], scalings: Sequence[tuple[float, float]] | None = None) -> npt.NDArray:
-    """Voxels slice by slice: as stored, or with `scalings`, a slope and intercept for each slice, as float32."""
+    """Read the voxels slice by slice: as stored, or as float32 with one slope and intercept per slice (`scalings`)."""
     array: npt.NDArray | None = None
     for k, header in enumerate(ordered):
         pixels = _pixels(header)
@@ -289,7 +289,7 @@ def _voxels(ordered: Sequence[Any], scalings: Sequence[tuple[float, float]] | No
         if not np.isfinite(pixels).all():
             raise DataError("holds voxels that are not finite", where=header.filename)
         if array is None:
-            # Signed and unsigned slices may be mixed in one series; only then does the type not hold them all.
+            # A series may mix signed and unsigned slices; then the type of the first slice does not fit all of them.
             array = np.empty((pixels.shape[1], pixels.shape[0], len(ordered)), dtype=pixels.dtype, order="F")
         elif not np.can_cast(pixels.dtype, array.dtype):
             array = array.astype(np.promote_types(pixels.dtype, array.dtype), order="F")
@@ -306,14 +306,14 @@ def _pixels(header: Any) -> npt.NDArray:
         pixels: npt.NDArray = pydicom.dcmread(header.filename).pixel_array
     except Exception as error:  # missing decoders, truncated or corrupt data
         raise DataError(
-            "holds no readable voxels",
+            "the voxels cannot be read",
             where=header.filename,
             seen=first_line(error),
             hint="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
         ) from None
     if pixels.shape != (int(header.Rows), int(header.Columns)):
         raise DataError(
-            "holds another number of voxels than it says",
+            "the number of voxels differs from the header",
             where=header.filename,
             seen=pixels.shape,
             rule=f"{header.Rows} rows, {header.Columns} columns",
@@ -346,7 +346,7 @@ def _segmentation(
     table = np.zeros(256, dtype=np.uint8)
     table[list(foreground.values())] = np.arange(1, len(foreground) + 1)
     frames = np.ascontiguousarray(table[mask].transpose(2, 1, 0))
-    for header in headers:  # in memory; the files stay as they are
+    for header in headers:  # in memory only; the files do not change
         for name in _MAY_BE_EMPTY:
             if name not in header:
                 setattr(header, name, "")
@@ -373,6 +373,6 @@ def _segmentation(
             "cannot be written as DICOM SEG",
             where=path,
             seen=first_line(error),
-            rule="headers as the standard demands them of an image",
+            rule="headers as the DICOM standard requires for an image",
             hint="write NIfTI instead: --format nifti",
         ) from None

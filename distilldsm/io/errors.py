@@ -1,4 +1,4 @@
-"""What readers say of a file that they cannot use."""
+"""Errors of readers about files that cannot be used."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from distilldsm.core.errors import DataError
 
 Refuse = Callable[[DataError], object]
-"""Called with each finding that spoils a scan though it can be read. Readers raise it, validation collects."""
+"""Called with each error in a scan that could still be read. Readers raise the error, validation collects it."""
 
 
 def raise_error(error: DataError) -> None:
@@ -17,15 +17,15 @@ def raise_error(error: DataError) -> None:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception in at most 200 characters."""
+    """The first line of an exception, at most 200 characters."""
     return f"{type(error).__name__}: {error}".splitlines()[0][:200]
 
 
 def damaged(path: Path, error: BaseException) -> DataError:
-    """The error to raise for a file whose bytes cannot be read: the system refuses them, or they are damaged.
+    """The error to raise for an unreadable file: the system refuses to read it, or its bytes are damaged.
 
     Args:
-        error: what reading it raised; libraries hide the system's answer behind answers of their own.
+        error: exception from reading the file. Libraries often hide the system's error behind their own.
     """
     if not (isinstance(error, OSError) and error.errno is not None):  # gzip's and nibabel's own carry no number
         try:
@@ -41,7 +41,7 @@ def damaged(path: Path, error: BaseException) -> DataError:
         "cannot be read",
         where=path,
         seen=first_line(error),
-        hint="get the right to read it (its owner: chmod u+r)"
+        hint="get permission to read it (the owner can run chmod u+r)"
         if isinstance(error, PermissionError)
-        else "look after the disk or the network it lies on",
+        else "check the disk or the network that holds it",
     )

@@ -1,6 +1,6 @@
-"""The formats of scans, and the one way to read and write them.
+"""The formats of scans, and how to read and write them.
 
-A new format is a class like `Nifti` in a file of its own, and an entry in FORMATS.
+To add a format, write a class like `Nifti` in a new file and add it to FORMATS.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from distilldsm.io.scan import Channel, Labels, Scan, check_same_grid, check_siz
 __all__ = ["FORMATS", "Channel", "Format", "Labels", "Scan", "read_labels", "read_scan", "write_mask"]
 
 LABEL_TOLERANCE = 1e-3
-"""Labels stored as floats may differ by this much from a whole number (rounding of a scale factor)."""
+"""Largest difference of a label stored as float from a whole number (rounding of a scale factor)."""
 
 
 class Format(Protocol):
     """A format of scans.
 
     Attributes:
-        name: in reports.
-        endings: of file names, the longest first; empty where a scan is a folder.
-        mask_format: what `distilldsm predict --format` calls masks of this format.
-        mask_endings: of their file names; the first one is taken where the user names only a folder.
-        mask_of_any_scan: whether a mask can be written for scans of other formats too.
+        name: name in reports.
+        endings: endings of file names, the longest first; empty if a scan is a folder.
+        mask_format: name of the mask format for `distilldsm predict --format`.
+        mask_endings: endings of mask file names. The first one is used if the user names only a folder.
+        mask_of_any_scan: whether masks can be written for scans of other formats too.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Format(Protocol):
         """Read and check the header of a scan with all its channels. Voxels are read when they are first needed.
 
         Args:
-            refuse: called with what spoils the scan though it can be read: a broken rule of the header, voxels that are
+            refuse: called with each error in a scan that can still be read: a broken header rule, or voxels that are
                 not finite.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: the scan cannot be read.
         """
 
     def write(
@@ -73,22 +73,22 @@ FORMATS: tuple[Format, ...] = (Nifti(), Dicom())
 
 
 def format_of(path: Path) -> Format | None:
-    """The format of a scan; None where it is in none of FORMATS."""
+    """The format of a scan; None if no entry of FORMATS can read it."""
     return next((one for one in FORMATS if one.can_read(path)), None)
 
 
 def is_scan_file(path: Path) -> bool:
-    """Whether a file's name is that of a scan in one file."""
+    """Whether the file name has the ending of a scan."""
     return path.name.endswith(tuple(ending for one in FORMATS for ending in one.endings))
 
 
 def is_series(folder: Path) -> bool:
-    """Whether a folder is a scan."""
+    """Whether a folder is one scan, e.g. a DICOM series."""
     return any(one.can_read(folder) for one in FORMATS if not one.endings)
 
 
 def stem(path: Path) -> str:
-    """A file's name without the ending of a scan's or a mask's format."""
+    """The file name without the ending of its scan or mask format."""
     for one in FORMATS:
         for ending in (*one.endings, *one.mask_endings):
             if path.name.endswith(ending):
@@ -97,7 +97,7 @@ def stem(path: Path) -> str:
 
 
 def unknown_format(path: Path) -> DataError:
-    """The error to raise for a path that is in none of FORMATS."""
+    """The error to raise for a path that no entry of FORMATS can read."""
     files = " or ".join(ending for one in FORMATS for ending in reversed(one.endings))
     if path.is_dir():
         return DataError("holds no scan", where=path, rule=f"{files} files, or DICOM series")
@@ -112,10 +112,10 @@ def unknown_format(path: Path) -> DataError:
 
 
 def read_file(path: Path, *, refuse: Refuse = raise_error) -> Scan:
-    """The scan in one file or series folder, with all its channels; see `Format.read`.
+    """Read the scan in one file or series folder, with all its channels; see `Format.read`.
 
     Raises:
-        DataError: missing, in no known format, or unreadable.
+        DataError: the file is missing, has an unknown format, or cannot be read.
     """
     one = format_of(path)
     if one is None:
@@ -126,17 +126,17 @@ def read_file(path: Path, *, refuse: Refuse = raise_error) -> Scan:
 def read_scan(
     paths: Sequence[Path], channels: int, *, limit_bytes: float = float("inf"), names: Sequence[str] = ()
 ) -> Scan:
-    """One scan: `channels` files or series of one channel on one grid, or one file with `channels` channels.
+    """Read one scan: `channels` files or series of one channel on one grid, or one file with `channels` channels.
 
     Headers are read and checked now, voxels when they are first needed (`Scan.load`).
 
     Args:
-        limit_bytes: memory that voxels and mask may take.
-        names: of the channels, for errors.
+        limit_bytes: largest memory for voxels and mask.
+        names: channel names for error messages.
 
     Raises:
-        DataError: an unreadable file, the wrong number of channels, grids that differ, or voxels that need more than
-            `limit_bytes`.
+        DataError: a file cannot be read, the number of channels is wrong, the grids differ, or voxels and mask need
+            more than `limit_bytes`.
     """
     scans = [read_file(path) for path in paths]
     base = scans[0]
@@ -147,7 +147,7 @@ def read_scan(
             where=base.path,
             seen=f"{len(scans)}: {', '.join(path.name for path in paths)}",
             rule=wanted,
-            hint="give a file for each of them, in this order",
+            hint="give one file per channel, in this order",
         )
     for scan in scans:
         if len(scan.channels) != channels // len(scans):
@@ -156,7 +156,7 @@ def read_scan(
                 where=scan.path,
                 seen=f"{len(scan.channels)} (shape {scan.stored_shape})",
                 rule=f"{wanted}: one 3-D file or series each, or one 4-D file" if channels > 1 else "one volume",
-                hint="give a file for each of them, in this order" if channels > 1 else None,
+                hint="give one file per channel, in this order" if channels > 1 else None,
             )
         check_same_grid(base, scan)
     check_size(scans, limit_bytes)
@@ -170,10 +170,11 @@ def read_labels(path: Path, *, on: Scan | None = None) -> Labels:
     """Read a label map.
 
     Args:
-        on: the scan on whose grid it must lie.
+        on: the scan that must have the same grid.
 
     Raises:
-        DataError: an unreadable file, values that are not whole numbers from 0 to 255, or another grid than the scan's.
+        DataError: the file cannot be read, values are not whole numbers from 0 to 255, or the grid differs from the
+            scan's grid.
     """
     scan = read_scan([path], 1)
     if on is not None:
@@ -204,18 +205,18 @@ def read_labels(path: Path, *, on: Scan | None = None) -> Labels:
 def write_mask(
     path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int] | None = None, model: str = ""
 ) -> None:
-    """Write label values (X, Y, Z) on the scan's grid, in the format that the file's name says.
+    """Write label values (X, Y, Z) on the scan's grid. The ending of the file name selects the format.
 
     Args:
-        labels: name to value, background (0) included; a format that names labels (DICOM SEG) needs them.
-        model: name of the model, for formats that hold it.
+        labels: name to value, background (0) included. DICOM SEG needs them, because it stores label names.
+        model: name of the model, for formats that store it.
 
     Raises:
-        DataError: no format has such names, or the scan's headers do not allow it.
+        DataError: no format has this ending, or the scan's headers do not allow it.
         UserError: the disk is full, or the file cannot be written.
     """
     one = next((one for one in FORMATS if path.name.endswith(one.mask_endings)), None)
     if one is None:
         endings = [ending for one in FORMATS for ending in one.mask_endings]
-        raise DataError("is no name of a mask", where=path, rule=f"ends with {' or '.join(endings)}")
+        raise DataError("is not a file name for a mask", where=path, rule=f"ends with {' or '.join(endings)}")
     one.write(path, mask, scan, labels=labels or {}, model=model)

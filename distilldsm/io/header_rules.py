@@ -1,6 +1,6 @@
-"""What a header may say: one table of rules for every command.
+"""Rules for the headers of scans: one table for every command.
 
-Readers refuse a scan at the first rule that it breaks. `distilldsm validate` asks the same table and collects.
+Readers refuse a scan at the first broken rule. `distilldsm validate` checks the same table and lists all broken rules.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from distilldsm.io.orientation import Affine, spacing_of
 MAX_SHEAR = 0.01
 """Largest cosine between two axes that still counts as a right angle (0.6 degrees)."""
 ROUNDING = 1e-6
-"""Cosines up to this come from the rounding of a header's float32 and are left as they are."""
+"""Smaller cosines between axes come from float32 rounding in the header. Such an affine is not changed."""
 SPACING_MM = (0.005, 500.0)
-"""Smallest and largest voxel size."""
+"""Smallest and largest allowed voxel size, mm."""
 UNITS = {0: "unknown", 1: "meter", 2: "mm", 3: "micron"}
 """Units of length by the code in a NIfTI header."""
 MM_PER_UNIT = {"unknown": 1.0, "meter": 1000.0, "mm": 1.0, "micron": 0.001}
@@ -28,7 +28,7 @@ MM_PER_UNIT = {"unknown": 1.0, "meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 @dataclass(frozen=True)
 class HeaderRule:
-    """One rule. `seen` looks at a header (or an affine) and says what breaks the rule; None where it is kept."""
+    """One rule. `seen` checks a header (or an affine) and returns the wrong value as text, or None if all is right."""
 
     name: str
     seen: Callable[[Any], str | None]
@@ -37,7 +37,7 @@ class HeaderRule:
     hint: str | None = None
 
     def error(self, header: Any, path: Path) -> DataError | None:
-        """What to raise of this header; None where it keeps the rule."""
+        """The error for this header; None if the header follows the rule."""
         seen = self.seen(header)
         if seen is None:
             return None
@@ -53,7 +53,7 @@ def broken(rules: Sequence[HeaderRule], header: Any, path: Path) -> Iterator[Dat
 
 
 def stored_shape(header: Any) -> tuple[int, ...]:
-    """The shape in a NIfTI header: three axes or more, without further axes of length 1 at the end."""
+    """The shape in a NIfTI header. Axes of length 1 at the end are dropped, down to three axes."""
     dimensions = [int(n) for n in header["dim"]]
     shape = dimensions[1 : max(dimensions[0], 0) + 1]
     while len(shape) > 3 and shape[-1] == 1:
@@ -62,14 +62,14 @@ def stored_shape(header: Any) -> tuple[int, ...]:
 
 
 def length_unit(header: Any) -> str | None:
-    """The unit of length in a NIfTI header; None where the code has no meaning. The upper bits speak of time."""
+    """The unit of length in a NIfTI header; None for an unknown code. The upper bits hold the unit of time."""
     return UNITS.get(int(header["xyzt_units"]) & 7)
 
 
 def orthogonal(affine: Affine) -> Affine:
-    """The affine with its axes at right angles: the nearest rotation (by SVD), the voxel sizes and the origin kept.
+    """The affine with its axes turned to right angles (nearest rotation by SVD). Voxel sizes and origin stay.
 
-    An affine whose angles are right but for rounding comes back as it is.
+    If the axes are at right angles up to rounding, the affine is returned unchanged.
     """
     if _impossible_affine(affine) or _largest_cosine(affine) <= ROUNDING:
         return affine
@@ -98,7 +98,7 @@ def _other_axes(header: Any) -> str | None:
 def _other_numbers(header: Any) -> str | None:
     try:
         dtype = header.get_data_dtype()
-    except Exception:  # nibabel knows no such type
+    except Exception:  # nibabel does not know this type
         return f"datatype {int(header['datatype'])}"
     return None if dtype.kind in "iuf" else str(dtype)
 
@@ -150,15 +150,15 @@ LAYOUT_RULES = (
         "three axes, or four with the channels last",
         "a single slice needs a third axis of length 1",
     ),
-    HeaderRule("number_type", _other_numbers, "holds no plain numbers", "integers or floats, no colours"),
+    HeaderRule("number_type", _other_numbers, "has an unsupported number type", "integers or floats, not colours"),
     HeaderRule(
         "voxel_offset",
         _wrong_offset,
-        "has an impossible start of the voxels",
+        "has an impossible position of the first voxel",
         "vox_offset: a whole number from 352 (NIfTI-1) or 544 (NIfTI-2)",
     ),
 )
-"""On a NIfTI header as stored. Voxels cannot be read where one of these is broken; each presupposes those before it."""
+"""Rules for a NIfTI header as stored. If one is broken, voxels cannot be read. Each needs the rules before it."""
 
 VALUE_RULES = (
     HeaderRule(
@@ -166,7 +166,7 @@ VALUE_RULES = (
         _wrong_voxel_size,
         "has an impossible voxel size",
         "three numbers above 0 (mm)",
-        "write the voxel size into the header; libraries would silently take 1 mm or drop the sign",
+        "write the voxel size into the header; other programs would silently use 1 mm or drop the sign",
     ),
     HeaderRule(
         "scaling",
@@ -183,7 +183,7 @@ VALUE_RULES = (
         "set xyzt_units to 2 (mm), if lengths are in mm",
     ),
 )
-"""On a NIfTI header as stored."""
+"""Further rules for a NIfTI header as stored."""
 
 AFFINE_RULES = (
     HeaderRule(
@@ -198,7 +198,7 @@ AFFINE_RULES = (
         _sheared,
         "has sheared axes",
         f"axes at right angles (cosine at most {MAX_SHEAR:g})",
-        "resample it to a rectangular grid (a tilted CT gantry needs that too)",
+        "resample it to a rectangular grid (also for CT with a tilted gantry)",
     ),
 )
-"""On an affine (4, 4) in mm, of any format."""
+"""Rules for an affine (4, 4) in mm, for all formats."""

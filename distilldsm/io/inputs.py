@@ -1,4 +1,4 @@
-"""From the arguments of `distilldsm predict` to scans and the files they become."""
+"""Finds the scans that the arguments of `distilldsm predict` name, and their output files."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 @dataclass(frozen=True)
 class Input:
-    """One scan: what it is called, and its files, or its series folders."""
+    """One scan: its name, and its files or series folders."""
 
     name: str
     paths: tuple[Path, ...]
 
     @property
     def format(self) -> Format:
-        """The format of its first file."""
-        found = format_of(self.paths[0])
-        if found is None:
+        """The format of the first file."""
+        scan_format = format_of(self.paths[0])
+        if scan_format is None:
             raise unknown_format(self.paths[0])
-        return found
+        return scan_format
 
     def read(self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = ()) -> Scan:
-        """Read it, if image and mask take no more than `limit_bytes`; `names` of the channels are for errors.
+        """Read the scan. Image and mask may take `limit_bytes` of memory; `names` are channel names for errors.
 
         Raises:
             DataError: see `read_scan` and `Scan.load`.
@@ -53,7 +53,7 @@ class Input:
 
 
 def tell_on_stderr(remark: str) -> None:
-    """Print a remark beside what the command prints."""
+    """Print a remark to stderr, apart from the command's output."""
     print(remark, file=sys.stderr)
 
 
@@ -63,21 +63,21 @@ def find_inputs(
     names: Sequence[str] = (),
     tell: Callable[[str], object] = tell_on_stderr,
 ) -> tuple[list[Input], bool]:
-    """The scans that the arguments stand for. Of folders, files called after a scan as its mask are left out.
+    """Find the scans that the arguments name. In folders, masks such as `CASE_seg.nii.gz` are left out.
 
     Args:
         arguments: files and folders.
-        channels: of the model.
-        names: of the channels: where there are several, `CASE_<name>.nii.gz` of all names, in whatever order, are one
-            scan, and what else is called after that case (its `_seg`) is left alone. So are BraTS cases laid out.
-        tell: is given remarks on what may not be what was meant.
+        channels: number of channels of the model.
+        names: names of the channels. With several, the files `CASE_<name>.nii.gz`, in any order, are one scan, and
+            other files of that case (its `_seg`) are left out. BraTS is laid out in this way.
+        tell: called with remarks about files that the user may have meant differently.
 
     Returns:
-        The scans by name, and whether the output is a directory: for several scans, or a folder of scans.
+        The scans sorted by name, and whether the output is a directory (for several scans, or a folder of scans).
 
     Raises:
-        DataError: a path that does not exist, or holds nothing to predict.
-        ConfigError: two scans of one name, or files whose names number the channels in another order.
+        DataError: a path does not exist, or holds nothing to predict.
+        ConfigError: two scans have one name, or the channel numbers in the file names have another order.
     """
     files: list[Path] = []
     series: list[Path] = []
@@ -108,7 +108,7 @@ def find_inputs(
                 where=one.paths[0],
                 seen=str(named[one.name].paths[0]),
                 rule="one output file per name",
-                hint="give the folder of the scans alone, predict them one by one, or rename one",
+                hint="name only the folder of the scans, predict them one by one, or rename one",
             )
         named[one.name] = one
     if channels == 1:
@@ -123,7 +123,7 @@ def _series(folders: Sequence[Path], channels: int) -> list[Input]:
 
 
 def _files(files: Sequence[Path], channels: int) -> list[Input]:
-    """Single files: one scan each; for several channels a set named as nnU-Net does, or one scan in the given order."""
+    """Scans from single files: one scan per file. With several channels: files named as in nnU-Net, or one scan."""
     for path in files:
         if not is_scan_file(path):
             raise unknown_format(path)
@@ -140,12 +140,12 @@ def _files(files: Sequence[Path], channels: int) -> list[Input]:
 
 
 def _refuse_other_order(files: Sequence[Path]) -> None:
-    """Raise ConfigError where the names of one scan's files number its channels in another order."""
+    """Raise ConfigError if the channel numbers in the file names of one scan are not in order."""
     numbers = [match["channel"] for path in files if (match := _CHANNEL.match(stem(path)))]
     if len(numbers) == len(files) and numbers != sorted(numbers):
         right = [path for _, path in sorted(zip(numbers, files, strict=True))]
         raise ConfigError(
-            "the channels are in another order than their names say",
+            "the order of the channels does not match their names",
             where=files[0].parent,
             seen=" ".join(path.name for path in files),
             rule="_0000, _0001, ...: the model's order",
@@ -166,9 +166,9 @@ def _key(path: Path) -> tuple[Path, str]:
 
 
 def _group(files: Sequence[Path], channels: int) -> list[Input]:
-    """Files of a folder: `case_0000.nii.gz` and so on belong together; all else is one scan per file.
+    """Group the files of a folder: `case_0000.nii.gz`, `case_0001.nii.gz` ... are one scan. Any other file is one scan.
 
-    For a model of one channel, `case_0000.nii.gz` is a scan called `case` where no `case_0001` stands beside it.
+    For a model of one channel, `case_0000.nii.gz` is a scan named `case` if there is no `case_0001`.
     """
     cases: dict[tuple[Path, str], list[Path]] = {}
     for path in sorted(files):
@@ -183,41 +183,41 @@ def _group(files: Sequence[Path], channels: int) -> list[Input]:
 
 
 def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], object]) -> list[Input]:
-    """All but those called after another scan as its mask, e.g. `CASE_seg`."""
+    """The scans without masks, e.g. without `CASE_seg` if there is a scan `CASE`."""
     cases = {name for one in found for name in (one.name, _key(one.paths[0])[1])}
 
     def is_mask(one: Input) -> bool:
         match = _MASK.match(one.name)
-        numbered = _CHANNEL.match(stem(one.paths[0]))  # as an image, whatever else its name says
+        numbered = _CHANNEL.match(stem(one.paths[0]))  # a channel number marks an image
         return match is not None and match["case"] in cases and not numbered
 
     masks = [one.name for one in found if is_mask(one)]
     if masks:
-        tell(f"{folder}: left out, as their names are those of masks: {listed(masks)}")
+        tell(f"{folder}: left out, because they are named like masks: {listed(masks)}")
     return [one for one in found if not is_mask(one)]
 
 
 def _remark_on_channels(found: Sequence[Input], tell: Callable[[str], object]) -> None:
-    """Say that `CASE_0001` beside `CASE_0000` is taken for a scan of its own."""
+    """Remark that `CASE_0001` beside `CASE_0000` is read as a separate scan."""
     cases: dict[tuple[Path, str], list[Path]] = {}
     for path in sorted(one.paths[0] for one in found):
         if _CHANNEL.match(stem(path)):
             cases.setdefault(_key(path), []).append(path)
     further = [stem(path) for members in cases.values() for path in members[1:]]
     if further:
-        tell(f"named as further channels, but there is only one, so each is taken for a scan: {listed(further)}")
+        tell(f"named like further channels, but the model has one channel; each is read as a scan: {listed(further)}")
 
 
 def listed(names: Sequence[str], shown: int = 3) -> str:
-    """The first of the names, and how many more there are."""
+    """The first names as text, and how many more there are."""
     more = f" and {len(names) - shown} more" if len(names) > shown else ""
     return ", ".join(names[:shown]) + more
 
 
 def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]:
-    """Scans whose files end in the channels' names; nothing where the files are named in another way.
+    """Scans from files that end in the channels' names; an empty list if the files are named in another way.
 
-    Of a case that lacks a file the others are kept: reading it tells that a channel is missing.
+    If a case lacks a file, its other files stay. Reading the case then reports the missing channel.
     """
     if len(names) < 2:
         return []
@@ -234,11 +234,11 @@ def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]
 
 
 def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Scans in files directly in a folder, or in its folders, else the series folders at or below it."""
+    """Scan files in a folder or in its direct subfolders; or else the series folders at or below it."""
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
     scans = [path for path in files if is_scan_file(path)]
     if scans and any(is_dicom(path) for path in files):
-        raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", hint="give the files one by one")
+        raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", hint="name the files one by one")
     if scans:
         return scans, []
     folders = []
@@ -260,7 +260,7 @@ def _series_name(folder: Path, root: Path) -> str:
 
 
 def output_path(one: Input, output: Path, many: bool, chosen: str | None) -> tuple[Path, Format]:
-    """Where a scan's mask goes, and in which format: as asked for, else as the name says, else as the input is.
+    """Path and format of a scan's mask. The format is `chosen`, else that of the file name, else that of the input.
 
     Args:
         chosen: the name of a mask format.
@@ -274,7 +274,7 @@ def output_path(one: Input, output: Path, many: bool, chosen: str | None) -> tup
 
 
 def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -> None:
-    """Refuse an output that cannot be written, or would overwrite an input.
+    """Refuse an output path that cannot be written or would overwrite an input.
 
     Raises:
         ConfigError: names the path, the rule and the hint.
@@ -286,7 +286,7 @@ def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -
     endings = " or ".join(reversed(kind.mask_endings))
     if not path.name.endswith(kind.mask_endings) or path.name.startswith(kind.mask_endings):
         raise ConfigError(
-            f"is no {'NIfTI' if kind.name == 'nifti' else 'DICOM'} file name",
+            f"is not a {'NIfTI' if kind.name == 'nifti' else 'DICOM'} file name",
             where=path,
             rule=f"ends with {endings}",
             hint="rename it",
@@ -299,7 +299,7 @@ def check_output(one: Input, path: Path, kind: Format, inputs: Sequence[Path]) -
 def refuse_input(path: Path, inputs: Sequence[Path], problem: str) -> None:
     """Raise ConfigError if writing `path` would overwrite one of the inputs, or a file in one of their folders."""
     for given in inputs:
-        # samefile sees through links; resolve covers an input that does not exist either.
+        # samefile follows links; resolve also covers paths that do not exist.
         same = path.samefile(given) if path.exists() and given.exists() else path.resolve() == given.resolve()
         if not same and given.is_dir() and path.exists():
             same = any(path.samefile(file) for file in given.iterdir() if file.is_file())

@@ -1,6 +1,6 @@
-"""The format NIfTI: one file, .nii or .nii.gz, of one or several channels.
+"""The format NIfTI: one file, .nii or .nii.gz, with one or several channels.
 
-Headers are read as they are on disk: what a library would silently repair is refused.
+Headers are checked as they are on disk. A fault that a library would silently repair is refused.
 """
 
 from __future__ import annotations
@@ -38,17 +38,17 @@ from distilldsm.io.scan import Channel, Scan
 
 BLOCK_BYTES = 16_000_000
 MAX_COMPRESSION = 1_100
-"""gzip shrinks by no more than 1032; a header that claims more voxels than that is wrong."""
+"""gzip compresses by a factor of 1032 at most. A header that needs a larger factor is wrong."""
 _GEOMETRY = (
     *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
     *("sform_code", "srow_x", "srow_y", "srow_z"),
 )
 _SILENT = logging.Logger("distilldsm.nifti", logging.CRITICAL + 1)
-"""nibabel reports here what it repairs in a header. The rules judge the header as it was."""
+"""Discards nibabel's messages about repaired headers. Our rules check the header before the repair."""
 
 
 class Nifti:
-    """NIfTI-1 and NIfTI-2 in one file; see `formats.Format`."""
+    """NIfTI-1 and NIfTI-2 with header and voxels in one file; see `formats.Format`."""
 
     name = "nifti"
     endings: tuple[str, ...] = (".nii.gz", ".nii")
@@ -57,14 +57,14 @@ class Nifti:
     mask_of_any_scan = True
 
     def can_read(self, path: Path) -> bool:
-        """Whether the name is that of a NIfTI file."""
+        """Whether the file name ends like a NIfTI file."""
         return path.name.endswith(self.endings)
 
     def read(self, path: Path, *, refuse: Refuse = raise_error) -> Scan:
-        """The scan in a file: its header is read and checked now, its voxels later.
+        """Read a scan. Its header is read and checked now, its voxels later.
 
         Raises:
-            DataError: missing, unreadable, or a header that breaks a rule.
+            DataError: the file is missing or cannot be read, or its header breaks a rule.
         """
         file = NiftiFile(path, refuse)
         for error in (*broken(VALUE_RULES, file.raw_header, path), *broken(AFFINE_RULES, file.affine, path)):
@@ -79,20 +79,20 @@ class Nifti:
     def write(
         self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
     ) -> None:
-        """Write a mask (X, Y, Z) on the scan's grid. NIfTI has no place for the names of labels and model."""
+        """Write a mask (X, Y, Z) on the scan's grid. NIfTI does not store the names of labels and model."""
         write_nifti(path, mask, scan)
 
 
 class NiftiFile:
-    """An open file.
+    """One NIfTI file: its header, and its voxels when they are needed.
 
     Attributes:
-        raw_header: as stored; header: as nibabel repairs it.
-        shape: (X, Y, Z); volumes: how many of them; dtype: stored number type.
-        affine: (4, 4) in mm, NaN where the header holds none.
-        kept_type: number type of the voxels in memory. Small integers stay as they are, and float32 without scaling.
-        kept_scale: turns voxels in memory into intensities; None where they are intensities.
-        surplus_bytes: bytes behind the last voxel; known when the voxels were read.
+        raw_header: header as stored; header: after nibabel's repairs.
+        shape: (X, Y, Z); volumes: number of volumes; dtype: stored number type.
+        affine: (4, 4) in mm, NaN if the header has no valid one.
+        kept_type: number type of the voxels in memory: the stored type for integers of up to 16 bits, else float32.
+        kept_scale: converts voxels in memory to intensities; None if they are intensities already.
+        surplus_bytes: number of bytes after the last voxel; None until the voxels are read.
     """
 
     def __init__(self, path: Path, refuse: Refuse) -> None:
@@ -128,7 +128,7 @@ class NiftiFile:
         self.kept_scale = self._scale if keep else None
 
     def volume(self, k: int) -> npt.NDArray:
-        """Voxels (X, Y, Z) of volume `k`. All volumes are read at once, from front to back.
+        """Voxels (X, Y, Z) of volume `k`. The first call reads all volumes, from the start of the file to its end.
 
         Raises:
             DataError: the file is truncated or damaged, or voxels are not finite.
@@ -141,7 +141,7 @@ class NiftiFile:
             with _open(self.path) as stream:
                 stream.seek(self._offset)
                 volumes = [self._read_volume(stream) for _ in range(self.volumes)]
-                # To the end, as gzip's checksum stands there.
+                # Read to the end, where gzip stores its checksum.
                 self.surplus_bytes = 0
                 while rest := len(stream.read(BLOCK_BYTES)):
                     self.surplus_bytes += rest
@@ -164,7 +164,7 @@ class NiftiFile:
         return array
 
     def _slabs(self) -> Iterator[tuple[int, int]]:
-        """First and last slice of pieces of about BLOCK_BYTES."""
+        """Start and stop slice of pieces of about BLOCK_BYTES."""
         x, y, z = self.shape
         step = max(1, BLOCK_BYTES // (x * y * self.dtype.itemsize))
         return ((start, min(start + step, z)) for start in range(0, z, step))
@@ -178,9 +178,9 @@ class NiftiFile:
                 DataError(
                     "holds voxels that are not finite",
                     where=self.path,
-                    seen=f"{int((~finite).sum())} voxels NaN, infinite or beyond float32, at the first place found",
+                    seen=f"{int((~finite).sum())} voxels NaN, infinite or beyond float32 in the first affected block",
                     rule="finite numbers",
-                    hint="replace them, e.g. by the value of air",
+                    hint="replace them, e.g. with the value of air",
                 )
             )
 
@@ -189,7 +189,7 @@ def _first_bytes(path: Path) -> tuple[Any, bytes, int]:
     """nibabel's class for the header, the header's bytes, and the size of the file.
 
     Raises:
-        DataError: missing, unreadable, or neither NIfTI-1 nor NIfTI-2.
+        DataError: the file is missing, cannot be read, or is neither NIfTI-1 nor NIfTI-2.
     """
     if not path.is_file():
         raise DataError("is a directory" if path.is_dir() else "file not found", where=path)
@@ -231,9 +231,9 @@ def _open(path: Path) -> BinaryIO:
 
 
 def _mask_header(scan: Scan) -> Any:
-    """A header for arrays on the scan's grid: geometry, form codes and unit of its own header, nothing else of it.
+    """A header for arrays on the scan's grid. It copies geometry, form codes and unit from the scan, nothing else.
 
-    A scan of another format gets its affine as qform and sform, both of code 1 (scanner).
+    For a scan of another format, qform and sform are its affine, both with code 1 (scanner).
     """
     if not isinstance(scan.source, NiftiFile):
         header = nib.Nifti1Header()
@@ -253,7 +253,7 @@ def _mask_header(scan: Scan) -> Any:
 
 
 def write_nifti(path: Path, array: npt.NDArray[np.uint8], scan: Scan, *, slope: float | None = None) -> None:
-    """Write a uint8 array (X, Y, Z) or (X, Y, Z, K) on the scan's grid; `slope` goes into the header.
+    """Write a uint8 array (X, Y, Z) or (X, Y, Z, K) on the scan's grid, with `slope` as scaling in the header.
 
     Raises:
         UserError: the disk is full, or the file cannot be written.
@@ -271,7 +271,7 @@ def write_nifti(path: Path, array: npt.NDArray[np.uint8], scan: Scan, *, slope: 
 
 
 def _write_scaled(image: Any, array: npt.NDArray[np.uint8], slope: float, path: Path) -> None:
-    # Plane by plane: nibabel would copy a whole volume of the array, which may be larger than the memory.
+    # Plane by plane: nibabel would copy the whole array, which may be larger than the memory.
     header = image.header.copy()
     header.set_slope_inter(slope, 0)
     header.set_data_offset(header.single_vox_offset)

@@ -1,4 +1,4 @@
-"""Array axes and scanner axes: RAS directions from an affine, and arrays turned into them and back."""
+"""Converts between array axes and scanner axes (RAS), as the affine defines them."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ Affine = npt.NDArray[np.float64]
 
 
 def ras_orientation(affine: Affine) -> npt.NDArray[np.float64]:
-    """nibabel's orientation (axis, flip) of each array axis; sheared axes go to their closest scanner axis.
+    """nibabel's orientation (axis, flip) of each array axis. An oblique axis gets the closest scanner axis.
 
     Raises:
-        DataError: an axis without a direction.
+        DataError: an axis has no direction (a zero column in the affine).
     """
     orientation = nib.orientations.io_orientation(affine)
     if np.isnan(orientation).any():
-        raise DataError("has an axis of no direction", seen=np.round(affine, 3).tolist())
+        raise DataError("has an axis without a direction", seen=np.round(affine, 3).tolist())
     return orientation
 
 
 def reorient(array: npt.NDArray, affine: Affine, axis_order: Sequence[int]) -> npt.NDArray:
-    """A view (C, D, H, W) of the array (C, X, Y, Z) of a file: RAS axes, in the order `axis_order`."""
+    """View an array (C, X, Y, Z) of a file as (C, D, H, W): along the RAS axes, in the order `axis_order`."""
     orientation = ras_orientation(affine)
     ras = np.moveaxis(nib.orientations.apply_orientation(np.moveaxis(array, 0, -1), orientation), -1, 0)
     return ras.transpose(0, *(k + 1 for k in axis_order))

@@ -1,4 +1,4 @@
-"""Files to disk, each whole or absent; errors that name the file."""
+"""Writes files completely or not at all; errors name the file."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
                 "no space left to write",
                 where=path,
                 seen=error.strerror,
-                rule="nothing of it was kept",
+                rule="the incomplete file was deleted",
                 hint="free space or choose another place, then run the same command again",
             ) from None
         raise UserError("cannot be written", where=path, seen=error.strerror or str(error)) from None
@@ -41,7 +41,7 @@ def replacing(path: Path, suffix: str = "") -> Iterator[Path]:
 
 @contextmanager
 def scratch_array(path: Path, shape: Sequence[int]) -> Iterator[npt.NDArray[np.uint8]]:
-    """A uint8 array, zeros, in a temporary file beside `path`: on disk, as it may be larger than the memory.
+    """Yield a uint8 array of zeros in a temporary file beside `path`, because it may be larger than the memory.
 
     Raises:
         UserError: the disk is full.
@@ -51,7 +51,7 @@ def scratch_array(path: Path, shape: Sequence[int]) -> Iterator[npt.NDArray[np.u
     try:
         try:
             with open(temporary, "wb") as stream:
-                # Reserved now: a full disk found while writing through a memory map would kill the process.
+                # Reserve the space now: if the disk fills up while a memory map is written, the process is killed.
                 os.posix_fallocate(stream.fileno(), 0, size)
         except OSError as error:
             raise UserError(
@@ -66,7 +66,7 @@ def scratch_array(path: Path, shape: Sequence[int]) -> Iterator[npt.NDArray[np.u
 
 
 def write_volumes(path: Path, volumes_ml: Mapping[str, Mapping[str, float]]) -> None:
-    """Volume per label and region, ml, per scan: .csv (a row per scan and label) or .json ({scan: {label: ml}})."""
+    """Write the volume (ml) of each label and region: .csv (a row per scan and label), .json ({scan: {label: ml}})."""
     if path.suffix == ".csv":
         import csv
         import io

@@ -1,4 +1,4 @@
-"""A scan as it is stored: voxels in the file's own type and axes, turned into float32 a slice at a time."""
+"""A scan as it is stored: voxels in the file's type and axes, converted to float32 slice by slice."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.io.orientation import Affine, reorient, spacing_of
 
 SAME_GRID_MM = 1e-2
-"""Two grids are the same if no corner of the volume moves further than this."""
+"""Two grids are the same if the corners of the volume are not further apart than this."""
 
 
 class Channel:
@@ -24,9 +24,9 @@ class Channel:
 
     Args:
         raw: voxels (X, Y, Z) in the file's type, or a function that reads them when they are first needed.
-        scale: turns a piece of `raw` into intensities; None where they are stored as they are.
-        shape: (X, Y, Z); needed only where `raw` is a function.
-        nbytes: memory that `raw` will take; needed only where it is a function.
+        scale: converts a part of `raw` to intensities; None if the stored values are intensities.
+        shape: (X, Y, Z); needed only if `raw` is a function.
+        nbytes: memory that `raw` will take, bytes; needed only if `raw` is a function.
     """
 
     def __init__(
@@ -48,18 +48,18 @@ class Channel:
         """The voxels (X, Y, Z) in the file's type. Read once, then kept.
 
         Raises:
-            DataError: they cannot be read, or are not finite.
+            DataError: the voxels cannot be read, or are not finite.
         """
         return self._stored if isinstance(self._stored, np.ndarray) else self._stored()
 
     @property
     def nbytes(self) -> int:
-        """Memory of the stored voxels; an estimate for a DICOM series that was not read yet."""
+        """Memory of the stored voxels, bytes. An estimate for a DICOM series that is not read yet."""
         known = self._stored if isinstance(self._stored, np.ndarray) else self.__dict__.get("raw")
         return self._nbytes if known is None else int(known.nbytes)
 
     def values(self, piece: npt.NDArray) -> npt.NDArray[np.float32]:
-        """Intensities of a piece of `raw`, float32."""
+        """Intensities of a part of `raw`, float32."""
         scaled = piece if self.scale is None else self.scale(piece)
         return np.asarray(scaled, dtype=np.float32)
 
@@ -68,7 +68,7 @@ class Channel:
 class Labels:
     """A label map.
 
-    values: (X, Y, Z) uint8; affine: (4, 4), voxel to scanner mm (RAS+); path: where it was read from.
+    values: (X, Y, Z) uint8; affine: (4, 4), voxel to scanner mm (RAS+); path: its file.
     """
 
     values: npt.NDArray[np.uint8]
@@ -88,10 +88,10 @@ class Labels:
 
 @dataclass(frozen=True)
 class Scan:
-    """One scan on one grid, its header read and checked; voxels are read when they are first needed.
+    """One scan on one grid. Its header is read and checked; voxels are read when they are first needed.
 
-    channels: in the model's order; affine: (4, 4), voxel to scanner mm (RAS+), its axes at right angles; source: what
-    the writer needs to put a mask into the scan's own geometry (the NIfTI file, DICOM headers).
+    channels: in the model's order; affine: (4, 4), voxel to scanner mm (RAS+), with axes at right angles; source: the
+    NIfTI file or DICOM headers, from which the writer takes the geometry of a mask.
     """
 
     channels: tuple[Channel, ...]
@@ -111,33 +111,33 @@ class Scan:
 
     @property
     def nbytes(self) -> int:
-        """Memory of the stored voxels."""
+        """Memory of the stored voxels, bytes."""
         return sum(channel.nbytes for channel in self.channels)
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
-        """(X, Y, Z), or (X, Y, Z, C) of several channels."""
+        """(X, Y, Z), or (X, Y, Z, C) for several channels."""
         return (*self.shape, len(self.channels)) if len(self.channels) > 1 else self.shape
 
     def load(self) -> Scan:
-        """The scan itself, once all its voxels are in memory.
+        """Read all voxels into memory and return the scan itself.
 
         Raises:
-            DataError: they cannot be read, or are not finite.
+            DataError: voxels cannot be read, or are not finite.
         """
         for channel in self.channels:
             _ = channel.raw
         return self
 
     def intensities(self) -> npt.NDArray[np.float32]:
-        """All intensities at once, (C, X, Y, Z); raises as `load`."""
+        """All intensities, (C, X, Y, Z); raises the errors of `load`."""
         data = np.empty((len(self.channels), *self.shape), dtype=np.float32)
         for k, channel in enumerate(self.channels):
             data[k] = channel.values(channel.raw)
         return data
 
     def planes(self, axis_order: Sequence[int]) -> tuple[list[npt.NDArray], Callable[[int, int], npt.NDArray]]:
-        """Views (D, H, W) of the raw channels in network axes, and a function to slice k of channel c as float32."""
+        """Views (D, H, W) of the raw channels in network axes, and a function `read(c, k)`: slice k of channel c."""
         views = [reorient(channel.raw[None], self.affine, axis_order)[0] for channel in self.channels]
 
         def read(channel: int, k: int) -> npt.NDArray[np.float32]:
@@ -147,15 +147,15 @@ class Scan:
 
 
 def corner_distance_mm(a: Affine, b: Affine, shape: Sequence[int]) -> float:
-    """Largest distance, mm, between where two affines put the corners of a volume of this shape."""
+    """Largest distance, mm, between corresponding corners of a volume of this shape under two affines."""
     corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
     homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
-    with np.errstate(all="ignore"):  # a broken header may hold infinity; the distance then is no number
+    with np.errstate(all="ignore"):  # a broken header may hold infinity; then the distance is NaN
         return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())
 
 
 def check_same_grid(base: Scan, other: Scan | Labels, hint: str = "resample all channels to one grid") -> None:
-    """Raise DataError, printing both geometries, unless two channels, or a scan and its mask, share a grid."""
+    """Raise DataError, with both geometries, if two channels (or a scan and its mask) have different grids."""
     same_shape = base.shape == other.shape
     if same_shape and corner_distance_mm(base.affine, other.affine, base.shape) <= SAME_GRID_MM:
         return
@@ -169,7 +169,7 @@ def check_same_grid(base: Scan, other: Scan | Labels, hint: str = "resample all 
 
 
 def check_size(scans: Sequence[Scan], limit_bytes: float) -> None:
-    """Raise DataError where voxels and mask alone take more than `limit_bytes`."""
+    """Raise DataError if voxels and mask alone take more than `limit_bytes`."""
     held_bytes = sum(scan.nbytes for scan in scans) + math.prod(scans[0].shape)
     if held_bytes > limit_bytes:
         raise DataError(

@@ -79,7 +79,7 @@ def test_what_is_in_no_format_is_named(tmp_path):
         assert caught.value.where == str(tmp_path / name)
         assert bool(caught.value.hint) == (name == "slice")
     scan = read_scan([write(tmp_path / "a.nii", np.zeros((2, 3, 4), np.uint8))], 1)
-    with pytest.raises(DataError, match="is no name of a mask"):
+    with pytest.raises(DataError, match="is not a file name for a mask"):
         write_mask(tmp_path / "mask.txt", np.zeros((2, 3, 4), np.uint8), scan)
 
 

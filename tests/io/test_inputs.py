@@ -31,7 +31,7 @@ def found(arguments: list[Path], channels: int, *names: str) -> tuple[list[str],
 
 def test_channels_whose_names_number_them_in_another_order_are_refused(tmp_path):
     first, second = touch(tmp_path, "th_090_0000.nii.gz", "th_090_0001.nii.gz")
-    with pytest.raises(ConfigError, match="another order") as caught:
+    with pytest.raises(ConfigError, match="order of the channels does not match") as caught:
         find_inputs([second, first], 2)
     assert f"hint: give {first} {second}" in str(caught.value)
     assert found([first, second], 2) == (["th_090_0000"], [])
@@ -43,7 +43,7 @@ def test_further_channels_for_a_model_of_one_are_remarked_on(tmp_path):
     touch(tmp_path, "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "b_0001.nii.gz")
     scans, (remark,) = found([tmp_path], 1)
     assert scans == ["a_0000", "a_0001", "b_0000", "b_0001"]
-    assert remark.endswith("each is taken for a scan: a_0001, b_0001")
+    assert remark.endswith("each is read as a scan: a_0001, b_0001")
     assert found(sorted(tmp_path.iterdir()), 1)[1] == [remark]
     assert found([tmp_path], 2) == (["a", "b"], [])
     assert found(touch(tmp_path / "one", "a_0000.nii.gz", "b_0001.nii.gz"), 1)[1] == []
@@ -74,7 +74,7 @@ def test_a_missing_channel_is_told_with_the_names_of_all(tmp_path):
     with pytest.raises(DataError) as caught:
         one.read(2, names=("T1", "FLAIR"))
     told = str(caught.value)
-    for words in ("seen: 1 (shape (4, 5, 6))", "rule: 2 channels (T1, FLAIR)", "hint: give a file for each of them"):
+    for words in ("seen: 1 (shape (4, 5, 6))", "rule: 2 channels (T1, FLAIR)", "hint: give one file per channel"):
         assert words in told
     (one,), _ = find_inputs([path] * 3, 2)
     with pytest.raises(DataError, match=r"seen: 3: a\.nii, a\.nii, a\.nii\n  rule: 2 channels \(T1, FLAIR\)"):
