@@ -1,4 +1,4 @@
-"""A training directory to an exported model directory (see package.py for what is in it)."""
+"""Turn a training directory into the directory of an exported model (models/package.py lists its files)."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from distilldsm.models.package import (
 )
 
 PARITY_SIZES = 3
-"""Different sizes that the exported models are compared on, at least."""
+"""The exported models are compared on volumes of at least this many different sizes."""
 _SCHEMES: Mapping[str, str] = {
     "zscore": "z-score of the non-zero voxels",
     "zscore_foreground": "z-score of the non-zero voxels, zero stays zero",
@@ -50,7 +50,7 @@ _SCHEMES: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Built:
-    """What `build_package` made."""
+    """The result of `build_package`."""
 
     metadata: ModelMetadata
     summary: Mapping[str, Mapping[str, float]]
@@ -69,14 +69,14 @@ def build_package(
     int8: Int8Config | None = None,
     postprocessing: tuple[str, ...] | None = None,
 ) -> Built:
-    """Export a trained network into the empty directory `output`, and compare it with the network.
+    """Export a trained network into the empty directory `output`, and compare the export with the network.
 
-    The IR stores its weights in half precision; where that alone changes more voxels than allowed, in float32. An IR in
-    INT8 comes with it where it is worth it, see int8.py; by default none is made. `postprocessing` goes into the
-    metadata as it is.
+    The IR stores its weights in half precision, or in float32 if half precision alone changes more voxels than
+    allowed. An INT8 IR is added if it is clearly faster and as accurate (see int8.py); by default none is made.
+    `postprocessing` is copied into the metadata.
 
     Raises:
-        DataError: an input is missing, damaged, or of another fold or plan than the model.
+        DataError: an input is missing or damaged, or belongs to another fold or plan than the model.
         UserError: an exported model differs from the network in more voxels than `max_voxel_difference` allows.
     """
     from distilldsm.models.checkpoint import load_network
@@ -87,7 +87,7 @@ def build_package(
     index = DatasetIndex.load(preprocessed)
     training, held_out = load_fold(preprocessed / "splits.json", fold)
     network = load_network(model_dir, checkpoint)
-    spec = {**spec, "depth_halo": network.depth_halo}  # what is built counts, whatever the file says
+    spec = {**spec, "depth_halo": network.depth_halo}  # the value of the built network, not of the file
 
     export_onnx(network, output / "model.onnx")
     export_openvino(output / "model.onnx", output / "model.xml", fp16=True)
@@ -135,7 +135,7 @@ def build_package(
         targets=plan.targets,
     )
     write_json(output / INT8_DECISION, quantised)
-    # Faster, and not the same: what they differ by is reported, Dice decides.
+    # These are faster, but some labels differ. The differences are reported; Dice decides.
     faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, network, precision="auto")}
     if quantised.shipped:
         faster["openvino-int8"] = OpenVINOEngine(output / "int8" / "model.xml", network, precision="auto")

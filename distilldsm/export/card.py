@@ -15,8 +15,8 @@ def model_card(
     """The card as Markdown.
 
     Args:
-        metadata: of the model (its file hashes are not needed).
-        plan_spacing_mm: (depth, height, width) that scans are resampled to.
+        metadata: the model's metadata (file hashes are not needed).
+        plan_spacing_mm: the plan's voxel size (depth, height, width); scans are resampled to it.
         summary: parity per runtime, see `parity.summary`.
     """
     network = metadata.network
@@ -34,17 +34,17 @@ def model_card(
 
 
 def _options(metadata: ModelMetadata) -> str:
-    """What `distilldsm predict` can do besides with this model; empty where it can do nothing."""
+    """Further options of `distilldsm predict` for this model; empty if there are none."""
     axes, labels = metadata.network.mirror_axes, metadata.postprocessing
     changed = metadata.targets.changed_with
-    together = " (what is cut off is lost to all regions)" if any(len(changed[x]) > 1 for x in labels or ()) else ""
+    together = " (removed voxels leave all regions)" if any(len(changed[x]) > 1 for x in labels or ()) else ""
     sentences = []
     if axes:
         along = ", ".join(axes)
         sentences.append(f"`--mirror trained` averages over flips along {along}, in {2 ** len(axes)} times the time.")
     if labels:
         sentences.append(
-            f"`--postprocess` keeps only the largest connected component of {', '.join(labels)}{together}, which "
-            "raised Dice on the held-out cases: no proof that it does on others."
+            f"`--postprocess` keeps only the largest connected component of {', '.join(labels)}{together}. This "
+            "raised Dice on the held-out cases. It may not raise Dice on other cases."
         )
     return " ".join(sentences)

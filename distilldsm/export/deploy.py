@@ -1,8 +1,8 @@
-"""A trained network as runtimes are fastest with it: the same function, another arrangement of its convolutions.
+"""Rearrange a trained network so that runtimes execute it fastest. The computed function stays the same.
 
-Measured by `python -m benchmarks.latency`. BatchNorm is folded into the convolution before it. The convolution after a
-distilled shift is linear, so it is split by its input channels into two that are added up: the channels that pass by
-and those that were shifted need not be concatenated. The shift itself is `masked_depth_shift`.
+Measured with `python -m benchmarks.latency`. BatchNorm is folded into the convolution before it. The convolution after
+a distilled shift is split by its input channels into two convolutions, and their outputs are added. So the shifted and
+the other channels are not concatenated. The shift itself is `masked_depth_shift`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from distilldsm.models.unet2d import Block, ConvNormReLU
 
 
 def deployed(network: SegmentationNetwork) -> SegmentationNetwork:
-    """A copy on the CPU, in evaluation mode, for one volume at a time; `network` stays as it is."""
+    """A copy on the CPU, in evaluation mode, for one volume at a time. `network` does not change."""
     network = copy.deepcopy(network).cpu().eval()
     for module in network.modules():
         if isinstance(module, DepthModule):
@@ -61,7 +61,7 @@ def _folded(layers: ConvNormReLU) -> nn.Conv2d:
 
 
 def _part(convolution: nn.Conv2d, channels: slice, *, bias: bool) -> nn.Conv2d:
-    """The part of a 3x3 convolution that reads some of its input channels."""
+    """A 3x3 convolution with the weights of some of the input channels."""
     weight = convolution.weight[:, channels]
     part = nn.Conv2d(weight.shape[1], weight.shape[0], kernel_size=3, padding=1, bias=bias)
     with torch.no_grad():

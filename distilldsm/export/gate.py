@@ -1,6 +1,6 @@
-"""Whether a newly registered model takes the champion's place: both compared on the same cases, case by case.
+"""Decide whether a newly registered model becomes champion: compare both models on the same cases, case by case.
 
-The test takes its pairs for independent: of several cases of a patient the mean difference is one pair.
+The test assumes independent pairs. So each patient gives one pair: the mean difference over the patient's cases.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from distilldsm.evaluation.statistics import by_patient, wilcoxon_p
 from distilldsm.export.scores import Scores
 
 Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable"]
-_DECIMALS = 9  # a difference that should equal the margin must not pass by a rounding error
+_DECIMALS = 9  # a rounding error must not lift a difference that equals the margin above it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """What a challenger must fulfil; see `ExportConfig.gate_metric`, `gate_margin` and `gate_p`."""
+    """The conditions for a challenger; see `ExportConfig.gate_metric`, `gate_margin` and `gate_p`."""
 
     metric: str = "dice"
     """One of the main metrics, see `distilldsm.evaluation.metrics`."""
@@ -44,19 +44,19 @@ class Gate:
 
 @dataclass(frozen=True, kw_only=True)
 class Decision:
-    """What became of a challenger, and why."""
+    """The decision about a challenger, and the reason."""
 
     outcome: Outcome
     reason: str
-    """In words, one line."""
+    """The reason in one line."""
     metric: str
     margin: float
     champion: str | None = None
-    """Version that was compared with; None where there was none."""
+    """The version of the champion in the comparison; None if there was no champion."""
     difference: float | None = None
-    """Mean over the cases of challenger minus champion, turned so that above 0 is better; None: not compared."""
+    """Mean over the cases of challenger minus champion; above 0: the challenger is better; None: not compared."""
     p: float | None = None
-    """Of the one-sided Wilcoxon signed-rank test over the patients that the difference is above the margin."""
+    """p of the one-sided Wilcoxon signed-rank test over the patients: is the difference above the margin?"""
     cases: int | None = None
 
     @property
@@ -77,18 +77,18 @@ class Decision:
             "gate.p": None if self.p is None else f"{self.p:.3g}",
             "gate.cases": self.cases,
         }
-        # All of them each time: a tag left over from an interrupted attempt would tell of another comparison.
+        # Write all tags each time. Otherwise a tag of an interrupted attempt could belong to another comparison.
         return {key: "-" if value is None else str(value) for key, value in values.items()}
 
 
 def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, version: str | None) -> Decision:
     """Compare a challenger with the champion.
 
-    Never promotes both of two models over each other, and neither of two equal ones.
+    Two models can never both replace each other. Of two equal models, neither replaces the other.
 
     Args:
-        challenger, champion: their scores per case; None where a model carries none.
-        version: the champion's; None: there is no champion.
+        challenger, champion: scores per case; None if a model has none.
+        version: the champion's version; None: there is no champion.
     """
     decided = partial(Decision, metric=gate.metric, margin=gate.margin, champion=version)
     if version is None:
@@ -121,15 +121,14 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
 
 
 def why_not_comparable(challenger: Scores | None, champion: Scores | None, metric: str, version: str) -> str | None:
-    """What keeps two models from being compared and how to fix it; None where nothing does."""
+    """Why two models cannot be compared and how to fix it; None if they can be compared."""
     by_hand = "or set the alias champion by hand"
     if challenger is None or not challenger.cases:
-        note = challenger.note if challenger is not None else "the model carries no scores"
+        note = challenger.note if challenger is not None else "the model has no scores"
         return f"not comparable with version {version}: {note}; evaluate this fold, then export again, {by_hand}"
     if champion is None or not champion.cases:
         return (
-            f"not comparable: version {version} carries no scores per case; "
-            f"evaluate and export that model again, {by_hand}"
+            f"not comparable: version {version} has no scores per case; evaluate and export that model again, {by_hand}"
         )
     again = f"train, evaluate and export both on the same data and fold, {by_hand}"
     for key, name in (("fold", "fold"), ("data_hash", "data"), ("labels", "labels")):
@@ -158,9 +157,9 @@ def why_not_comparable(challenger: Scores | None, champion: Scores | None, metri
 
 
 def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.ndarray:
-    """(cases,) challenger minus champion of each case's mean over labels, turned so that above 0 is better, by name.
+    """(cases,) mean over labels of challenger minus champion, cases sorted by name; above 0: the challenger is better.
 
-    The scores must be of the same cases (see `why_not_comparable`).
+    Both must have scores of the same cases (see `why_not_comparable`).
     """
     ours, theirs = challenger.per_case(metric), champion.per_case(metric)
     differences = np.array([ours[case] - theirs[case] for case in sorted(challenger.cases)])
@@ -168,7 +167,7 @@ def paired_differences(challenger: Scores, champion: Scores, metric: str) -> np.
 
 
 def gate_from(values: Mapping[str, Any] | None) -> Gate:
-    """The gate of a tracking record; the default where it has none or one of another version."""
+    """The gate of a tracking record; the default if the record has none, or has one of another version."""
     try:
         return from_mapping(Gate, values or {}, where="gate")
     except ConfigError:

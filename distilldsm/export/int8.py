@@ -1,6 +1,6 @@
-"""INT8 by NNCF's post-training quantisation, shipped only where it is worth it: clearly faster, and as good.
+"""INT8 by NNCF's post-training quantisation. It is shipped only if it is clearly faster and as accurate.
 
-Calibrated, and its accuracy controlled, on volumes of the training part; judged on the held-out fold.
+NNCF calibrates and controls the accuracy on training volumes. The decision uses the held-out fold.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from distilldsm.models.package import Int8Report
 from distilldsm.training.patches import open_array
 
 WINDOW_VOXELS = 1_000_000
-"""Largest part of a volume that calibration takes: a block of slices around its middle."""
+"""Calibration reads at most this many voxels of a volume: a block of slices around its middle."""
 TIMED_RUNS = 5
 SCORED_CASES, SCORED_VOXELS = 8, 250_000_000
-"""Dice is compared on all held-out cases, but on no more voxels than this, unless that were fewer than eight cases."""
+"""Dice is compared on held-out cases with at most this many voxels together, but on at least eight cases."""
 
 Float32 = npt.NDArray[np.float32]
 
@@ -47,13 +47,13 @@ def make_int8(
     network: NetworkFacts,
     targets: Targets,
 ) -> Int8Report:
-    """Quantise an IR; `target` (.xml, .bin beside it) stays only where the report says `shipped`.
+    """Quantise an IR. `target` (.xml with its .bin) is kept only if the report says `shipped`.
 
     Args:
-        source: the IR to quantise, and to compare with.
-        preprocessed: holds `images/<case>.npy` (C, D, H, W) and `labels/<case>.npy` (D, H, W).
-        network: what it is, see there.
-        targets: what the logits stand for.
+        source: the IR to quantise; the result is compared with it.
+        preprocessed: the directory with `images/<case>.npy` (C, D, H, W) and `labels/<case>.npy` (D, H, W).
+        network: stride and depth halo, see `NetworkFacts`.
+        targets: classes or regions of the logits.
     """
     if not config.enabled:
         return Int8Report(shipped=False, reason="not asked for (export.int8.enabled)")
@@ -83,7 +83,7 @@ def make_int8(
     )
     shipped = speedup >= config.min_speedup and loss <= config.max_dice_loss
     if not shipped:
-        words += f"; asked are at least {config.min_speedup:g} times and at most {config.max_dice_loss:g} less"
+        words += f"; the limits are {config.min_speedup:g} times as fast and {config.max_dice_loss:g} less Dice"
         for path in (target, target.with_suffix(".bin")):
             path.unlink(missing_ok=True)
     return Int8Report(
@@ -98,7 +98,7 @@ def make_int8(
 
 
 def scored_cases(preprocessed: Path, held_out: Sequence[str]) -> list[str]:
-    """The cases that INT8 is judged on: all, or so many spread over the sizes as `SCORED_VOXELS` allows."""
+    """The cases that decide about INT8: all, or as many as `SCORED_VOXELS` allows, spread evenly over the sizes."""
     voxels = [open_array(preprocessed / "labels" / f"{case}.npy").size for case in held_out]
     fit = int(len(held_out) * SCORED_VOXELS / max(sum(voxels), 1))
     return choose_cases(preprocessed, held_out, min(max(fit, SCORED_CASES), len(held_out)))
@@ -107,7 +107,7 @@ def scored_cases(preprocessed: Path, held_out: Sequence[str]) -> list[str]:
 def _window(
     preprocessed: Path, case: str, stride: Sequence[int], voxels: int = WINDOW_VOXELS
 ) -> tuple[Float32, npt.NDArray[np.integer]]:
-    """Image (1, C, D, H, W) and labels (D, H, W) of the slices around a volume's middle, cut down to the stride."""
+    """Image (1, C, D, H, W) and labels (D, H, W) of slices around a volume's middle, padded to the stride."""
     image, labels = (open_array(preprocessed / kind / f"{case}.npy") for kind in ("images", "labels"))
     size = image.shape[1:]
     depth = max(voxels // (size[1] * size[2]), stride[0])
@@ -121,9 +121,9 @@ def _window(
 def _quantise(
     source: Path, windows: Sequence[tuple[Float32, npt.NDArray[np.integer]]], max_loss: float, targets: Targets
 ) -> Any:
-    """The quantised model; layers that cost accuracy on the calibration volumes stay as they are."""
+    """The quantised model. Layers that lose accuracy on the calibration volumes are not quantised."""
     os.environ.setdefault("NNCF_CI", "1")  # no telemetry
-    # How many passes NNCF makes nobody knows before.
+    # The number of NNCF's passes is not known in advance.
     with meter(total=None, title="INT8 calibration", unit="volume") as shown, _quiet():
         import nncf
 
@@ -157,7 +157,7 @@ def _quantise(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """NNCF's progress bars and remarks stay out of the log; its errors are raised."""
+    """Keep NNCF's progress bars and messages out of the log. Its errors are still raised."""
     logger = logging.getLogger("nncf")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -191,7 +191,7 @@ def _dice_loss(
 
 
 def _seconds(source: Path, target: Path, network: NetworkFacts, image: Float32) -> Mapping[str, float]:
-    """Medians of interleaved runs, as prediction runs them: compiled for the size of the image."""
+    """Median seconds of interleaved runs. As in prediction, the network is compiled for the size of the image."""
     engines: dict[str, Callable[[Float32], Float32]] = {
         "f32": OpenVINOEngine(source, network, precision="f32", fixed_size=True),
         "auto": OpenVINOEngine(source, network, precision="auto", fixed_size=True),

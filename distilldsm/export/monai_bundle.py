@@ -1,7 +1,7 @@
 """The exported model as a MONAI bundle: a folder that MONAI's own bundle runner executes.
 
 Layout and metadata follow MONAI's bundle specification (configs/, models/, docs/, LICENSE). Pre- and post-processing
-are those of the plan (distilldsm/inference/monai.py), so that the masks are those of `distilldsm predict`.
+follow the plan (distilldsm/inference/monai.py), so the masks are the same as those of `distilldsm predict`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distilldsm.data.plan import Plan
 from distilldsm.models.package import MONAI_BUNDLE, ModelMetadata
 
 MONAI_VERSION = "1.5.0"
-"""The oldest MONAI it is meant for."""
+"""The oldest supported version of MONAI."""
 SCHEMA = "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json"
 RUN = (
     "python -m monai.bundle run --bundle_root . --meta_file configs/metadata.json --config_file configs/inference.json "
@@ -25,7 +25,7 @@ RUN = (
 
 
 def write_monai_bundle(export: Path, metadata: ModelMetadata, plan: Plan) -> list[str]:
-    """Write `monai_bundle/` into an exported model directory; returns its files, relative to `export`."""
+    """Write `monai_bundle/` into an exported model's directory; return the paths of its files, relative to `export`."""
     root = export / MONAI_BUNDLE
     for folder in ("configs", "models", "docs"):
         (root / folder).mkdir(parents=True)
@@ -39,9 +39,9 @@ def write_monai_bundle(export: Path, metadata: ModelMetadata, plan: Plan) -> lis
 
 
 def _inert(value: Any) -> Any:
-    """The value with no text that MONAI would evaluate ($), look up (@) or read a file for (%).
+    """Return the value without text that MONAI would evaluate ($), look up (@) or read from a file (%).
 
-    Names, licence and reference come from the data set, that is from whoever made it.
+    Names, licence and reference come from the data set, so its author could put such text there.
     """
     if isinstance(value, dict):
         return {key: _inert(inner) for key, inner in value.items()}
@@ -51,7 +51,7 @@ def _inert(value: Any) -> Any:
 
 
 def _metadata(model: ModelMetadata) -> dict[str, Any]:
-    """Bundle metadata as MONAI's schema asks for it."""
+    """Bundle metadata in the form of MONAI's schema."""
     versions = dict(model.versions)
     d, h, w = model.network.stride
     image: dict[str, Any] = {
@@ -84,7 +84,7 @@ def _metadata(model: ModelMetadata) -> dict[str, Any]:
         "task": f"segmentation of {', '.join(name for name, value in model.labels.items() if value)}",
         "description": f"{model.network.name}, {model.network.parameters:,} parameters, trained on {model.data.name}",
         "authors": "",
-        "copyright": f"weights: bound by the licence of the data, {model.data.licence}",
+        "copyright": f"weights: the licence of the data applies, {model.data.licence}",
         "data_source": model.data.source,
         "data_type": "nifti",
         "image_classes": ", ".join(c.name for c in model.channels),
@@ -154,7 +154,7 @@ def _readme(model: ModelMetadata) -> str:
         f"Intended use: **{model.intended_use}**. With `distilldsm[monai]` installed, in "
         f"this folder:\n\n    {RUN}\n\n"
         "SCANS holds NIfTI files (NAME.nii.gz, or NAME_0000.nii.gz and so on for several channels); the masks lie on "
-        "the scans' own grids. The model card stands in the directory above.\n"
+        "the scans' own grids. The model card is in the directory above.\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""A network to one self-contained ONNX file whose depth, height and width are free."""
+"""Write a network into one self-contained ONNX file. Depth, height and width may vary."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ SPATIAL_AXES = ("depth", "height", "width")
 def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> None:
     """Write a network as ONNX: `image` (1, C, D, H, W) float32 to `logits` (1, K, D, H, W) float32.
 
-    Depth, height and width are free (multiples of the network's stride); the batch is 1, as prediction goes volume
-    by volume. A `VolumetricNetwork` around a classifier gives (1, K, D), one that gives several tensors `logits`,
-    `logits_1` and so on. The network is traced on the CPU, in evaluation mode.
+    Depth, height and width may vary (multiples of the network's stride). The batch is 1, because prediction runs
+    volume by volume. A `VolumetricNetwork` around a classifier returns (1, K, D). Several output tensors are named
+    `logits`, `logits_1` and so on. The network is traced on the CPU, in evaluation mode.
 
     Raises:
-        UserError: the file is not valid, has a fixed size or keeps weights outside.
-        torch's own error: the network's code fixes a size; no user can fix that.
+        UserError: the file is not valid, has a fixed size or stores weights in another file.
+        torch's own error: the network's code fixes a size; only a change of that code helps.
     """
     import onnx
     import torch
@@ -43,8 +43,8 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
     }
     network = deployed(network)
     with _quiet():
-        # Exported in two steps: asked for both at once, torch.onnx.export would try looser ways of tracing when a size
-        # gets fixed, instead of saying so.
+        # Two steps, because torch.onnx.export alone does not fail when a size gets fixed: it silently tries other ways
+        # of tracing.
         program = torch.export.export(network, (image,), dynamic_shapes=(dynamic,), strict=False)
         outputs = [f"{OUTPUT}_{k}" if k else OUTPUT for k in range(len(program.graph_signature.user_outputs))]
         exported = torch.onnx.export(
@@ -58,17 +58,17 @@ def export_onnx(network: SegmentationNetwork, path: str | os.PathLike[str]) -> N
 
 
 def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
-    """Check an ONNX model: valid, free spatial sizes at both ends, all weights inside.
+    """Check an ONNX model: it is valid, the spatial sizes of input and output may vary, all weights are inside.
 
     Raises:
-        UserError: says what is wrong with the file meant for `path`.
+        UserError: a check fails; the message names `path`.
     """
     import onnx
 
     try:
         onnx.checker.check_model(model, full_check=True)
     except onnx.checker.ValidationError as error:
-        raise UserError("is no valid ONNX model", where=path, seen=str(error)[:300]) from None
+        raise UserError("is not a valid ONNX model", where=path, seen=str(error)[:300]) from None
     for value in (*model.graph.input, *model.graph.output):
         sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
         free = all(size in (axis, f"{value.name}_{axis}") for size, axis in zip(sizes[2:], SPATIAL_AXES, strict=False))
@@ -81,26 +81,26 @@ def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
             )
     outside = [t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     if outside:
-        raise UserError("keeps weights in another file", where=path, seen=outside[0], rule="one file")
+        raise UserError("stores weights in another file", where=path, seen=outside[0], rule="one file")
 
 
 def _example_sizes(stride: tuple[int, int, int]) -> list[int]:
-    """Sizes to trace with: all different, none of them 1, which tracing would take for a constant."""
+    """Sizes for tracing: all different, and none is 1, because tracing treats a 1 as a constant."""
     return [max(step * factor, factor + 2) for step, factor in zip(stride, (3, 4, 5), strict=True)]
 
 
 def _tidy(model: Any) -> None:
-    """Name the free sizes, and drop what the exporter noted of the source code (paths of the machine, stack traces)."""
+    """Name the free sizes. Remove the exporter's notes on the source code (paths of this machine, stack traces)."""
     import onnx
 
     image = [size.dim_param for size in model.graph.input[0].type.tensor_type.shape.dim]
     for value in (*model.graph.input, *model.graph.output):
         for axis, name in zip(range(2, len(value.type.tensor_type.shape.dim)), SPATIAL_AXES, strict=False):
             size = value.type.tensor_type.shape.dim[axis]
-            # The exporter calls them s53, 16*height or worse. A fixed size stays as it is, for the check to find.
+            # The exporter's names are like s53 or 16*height. A fixed size stays fixed, so that the check finds it.
             if size.HasField("dim_param"):
                 size.dim_param = name if size.dim_param == image[axis] else f"{value.name}_{name}"
-    # Shapes of what lies between hold the names replaced above; runtimes infer them anyhow.
+    # Shapes of inner tensors still use the old names. Runtimes infer these shapes anyway.
     del model.graph.value_info[:]
     for item in (model, model.graph, *model.graph.node, *model.graph.initializer):
         item.doc_string = ""
@@ -113,7 +113,7 @@ def _tidy(model: Any) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks on packages that are not needed; errors still show."""
+    """Silence the exporter's messages about packages that are not needed. Errors are still shown."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "torch.onnx._internal.exporter._registration")]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

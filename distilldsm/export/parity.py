@@ -1,4 +1,4 @@
-"""Do the exported models say what the network says? Compared on real volumes, of large ones on a part."""
+"""Compare the exported models with the network, on real volumes (on a part of large volumes)."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from distilldsm.training.patches import open_array
 NETWORK = "torch"
 """Name of the network itself among the runtimes."""
 EXACT = ("onnx", "openvino")
-"""Runtimes that must give the network's labels; the others trade some for speed."""
+"""Runtimes that must give the network's labels. The others are faster, and some labels may differ."""
 MAX_VOXELS = 4_000_000
-"""Of a larger volume a part is compared: what a whole CT takes in four runtimes is minutes each, and gigabytes."""
+"""Of a larger volume only a part is compared. A whole CT would take minutes and gigabytes in each runtime."""
 
 Remembered = dict[tuple[str, tuple[int, ...]], tuple[Float32, float]]
-"""By case and shape: the network's logits, and the seconds they took."""
+"""Case and shape to the network's logits and the seconds of the forward pass."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaseParity:
-    """One runtime against the network on one case, in network space."""
+    """Comparison of one runtime with the network on one case, on the network's grid."""
 
     case: str
     runtime: str
@@ -43,14 +43,14 @@ class CaseParity:
     """(D, H, W)."""
     max_logit_difference: float
     differing_voxels: int
-    """Voxels whose label (largest logit) differs."""
+    """Number of voxels with another label (largest logit)."""
     voxel_difference: float
     """The same as a fraction of all voxels."""
     dice_network: Mapping[str, float]
-    """Per label, against the truth."""
+    """Dice of each label against the truth."""
     dice_runtime: Mapping[str, float]
     seconds: float
-    """One pass over the volume."""
+    """Time of one pass over the volume."""
     seconds_network: float
 
     @property
@@ -60,9 +60,9 @@ class CaseParity:
 
 
 def choose_cases(preprocessed: Path, case_ids: Sequence[str], count: int) -> list[str]:
-    """`count` cases spread evenly over the sizes, from the smallest to the largest volume; different sizes first.
+    """Choose `count` cases spread evenly from the smallest to the largest volume. Different sizes come first.
 
-    The sizes come from the cases' geometry records; equal sizes are ordered by id, so the choice is repeatable.
+    The sizes come from the cases' geometry records. Equal sizes are ordered by case id, so the choice is repeatable.
     """
     sizes = {
         case: tuple(read_json(preprocessed / "cases" / f"{case}.json")["geometry"]["resampled"]) for case in case_ids
@@ -83,9 +83,9 @@ def _spread(ordered: Sequence[str], count: int) -> list[str]:
 
 
 def compared_part(labels: npt.NDArray[np.integer], max_voxels: int = MAX_VOXELS) -> Box:
-    """What of a volume (D, H, W) is compared: all of it, or slices around the middle of the structures.
+    """The part of a volume (D, H, W) that is compared: the whole volume, or slices around the middle of the structures.
 
-    Whole slices if 16 of them are no more than `max_voxels`; otherwise those are cut in plane, too.
+    The slices are whole if 16 of them have at most `max_voxels`. Otherwise they are also cropped in plane.
     """
     if labels.size <= max_voxels:
         return WHOLE
@@ -114,19 +114,19 @@ def compare(
     sizes: int = 1,
     remembered: Remembered | None = None,
 ) -> list[CaseParity]:
-    """Run network and runtimes over cases, of large volumes over `compared_part`; one case at a time.
+    """Run the network and the runtimes on each case (on `compared_part` of large volumes) and compare them.
 
     Args:
         network: the reference.
         runtimes: name to engine.
-        preprocessed: holds `images/<case>.npy` and `labels/<case>.npy`.
-        targets: what the logits stand for.
-        sizes: how many different sizes at least; where the cases have fewer, the last one is compared again with
+        preprocessed: the directory with `images/<case>.npy` and `labels/<case>.npy`.
+        targets: classes or regions of the logits.
+        sizes: smallest number of different sizes. If the cases have fewer, the last case is compared again with
             slices, rows and columns cut off.
-        remembered: what the network said before, and says now.
+        remembered: cache of the network's logits; it is read and filled.
 
     Raises:
-        UserError: the network or a runtime gives values that are not finite.
+        UserError: logits of the network or of a runtime are not finite.
     """
     from distilldsm.training.validation import structure_dice
 
@@ -182,12 +182,12 @@ def compare(
 
 
 def beyond_limit(rows: Sequence[CaseParity], limit: float) -> list[CaseParity]:
-    """The comparisons in which a larger fraction of voxels differs than `limit`, worst first."""
+    """The comparisons in which the fraction of differing voxels is above `limit`, worst first."""
     return sorted((r for r in rows if r.voxel_difference > limit), key=lambda r: -r.voxel_difference)
 
 
 def require_parity(rows: Sequence[CaseParity], limit: float) -> None:
-    """Raise UserError, naming runtime and case, where a larger fraction of voxels differs than `limit`."""
+    """Raise UserError with runtime and case if the fraction of differing voxels is above `limit`."""
     beyond = beyond_limit(rows, limit)
     if beyond:
         worst = beyond[0]
@@ -197,8 +197,8 @@ def require_parity(rows: Sequence[CaseParity], limit: float) -> None:
             seen=f"{worst.differing_voxels} voxels differ, a fraction of {worst.voxel_difference:.3g}; "
             f"logits differ by up to {worst.max_logit_difference:.3g}",
             rule=f"a fraction of at most {limit:g} (export.max_voxel_difference)",
-            hint="look at the logit differences: large ones are a fault of the export; small ones mean a network that "
-            "is undecided in many voxels (train longer, or raise the limit)",
+            hint="look at the logit differences: large ones mean an error in the export; small ones mean that the "
+            "network is undecided in many voxels (train longer, or raise the limit)",
         )
 
 
@@ -207,8 +207,8 @@ def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str, int8
     return {
         "schema_version": 1,
         "reference": "the PyTorch network in float32 on the CPU",
-        "space": "network space (spacing of the plan), volumes of the held-out fold; of one with more than "
-        f"{MAX_VOXELS:,} voxels the slices around the middle of its structures",
+        "space": "network space (spacing of the plan), volumes of the held-out fold; from volumes with more than "
+        f"{MAX_VOXELS:,} voxels only slices around the middle of the structures",
         "openvino_weights": openvino_weights,
         "max_voxel_difference_allowed": limit,
         "held_to_it": list(EXACT),
@@ -219,7 +219,7 @@ def report(rows: Sequence[CaseParity], limit: float, openvino_weights: str, int8
 
 
 def summary(rows: Sequence[CaseParity]) -> dict[str, dict[str, float]]:
-    """Per runtime the worst difference of any case, and the speed on the largest volume."""
+    """For each runtime the worst difference over all cases, and the speed on the largest volume."""
     out: dict[str, dict[str, float]] = {}
     for name in dict.fromkeys(row.runtime for row in rows):
         own = [row for row in rows if row.runtime == name]

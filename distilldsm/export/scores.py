@@ -1,4 +1,4 @@
-"""`scores.json`: what an exported model scored on the held-out cases, each by itself, so that two can be compared."""
+"""`scores.json`: the scores of an exported model on each held-out case. The gate compares two models with them."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ class Scores:
 
     schema_version: int = 1
     source: Literal["evaluation", "validation"]
-    """`evaluation`: whole cases in the scan's own geometry; `validation`: only the means seen while training."""
+    """`evaluation`: whole cases in the scan's own geometry; `validation`: only the means measured during training."""
     note: str = ""
     """Why there is no evaluation."""
     fold: int
     checkpoint: str
     data_hash: str
-    """Of the data set's directory, see `distilldsm.core.output_directory.content_hash`."""
+    """Hash of the data set's directory, see `distilldsm.core.output_directory.content_hash`."""
     split_hash: str
     """SHA-256 of splits.json."""
     nsd_tolerance_mm: float | None = None
     mirror: bool = False
-    """Whether the predictions that were scored were averaged over flips."""
+    """Whether the scored predictions were averaged over flips."""
     labels: tuple[str, ...] = ()
     mean: Mapping[str, float] = field(default_factory=dict)
-    """Under the names of the run's metrics, e.g. `test_dice_mean`."""
+    """The run's metrics by name, e.g. `test_dice_mean`."""
     cases: Mapping[str, Mapping[str, Mapping[str, float]]] = field(default_factory=dict)
-    """Case to label to the main metrics, `dice` and so on; empty without an evaluation."""
+    """Case to label to main metrics (`dice` and so on); empty without an evaluation."""
     patients: Mapping[str, str] = field(default_factory=dict)
-    """Case to patient; cases that are missing are taken for patients of their own."""
+    """Case to patient. A case that is not listed is its own patient."""
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
@@ -51,15 +51,15 @@ class Scores:
         for case, rows in self.cases.items():
             values = [row.get(name, math.nan) for row in rows.values() for name in needed]
             if set(rows) != set(self.labels) or not all(map(math.isfinite, values)):
-                raise ConfigError(f"case '{case}' lacks finite scores of every label", rule=", ".join(needed))
+                raise ConfigError(f"case '{case}' needs finite scores for every label", rule=", ".join(needed))
 
     def per_case(self, metric: str) -> dict[str, float]:
-        """Case to the mean of a metric over the labels."""
+        """Map each case to the mean of a metric over the labels."""
         return {c: math.fsum(row[metric] for row in rows.values()) / len(rows) for c, rows in self.cases.items()}
 
 
 def load_scores(path: Path) -> Scores | None:
-    """Read `scores.json`; None where it is missing or not what this version knows: such a model is not comparable."""
+    """Read `scores.json`; None if it is missing or of another version. Such a model cannot be compared."""
     try:
         return from_mapping(Scores, read_json(path), where=str(path))
     except UserError:
@@ -69,11 +69,11 @@ def load_scores(path: Path) -> Scores | None:
 def collect_scores(
     model_dir: Path, preprocessed: Path, evaluation: Path | None, *, fold: int, checkpoint: str
 ) -> Scores:
-    """The scores of a trained fold: of its evaluation, else what was seen while training.
+    """The scores of a trained fold: from its evaluation, or else the means measured during training.
 
     Args:
-        evaluation: what the evaluate stage wrote; None or missing: the fold was not evaluated. One of another model,
-            fold or checkpoint is not used; `note` says so.
+        evaluation: the directory from the evaluate stage; None or missing: the fold was not evaluated. An evaluation
+            of another model, fold or checkpoint is not used, and `note` says so.
 
     Raises:
         DataError: the evaluation is damaged.
@@ -84,7 +84,7 @@ def collect_scores(
         "data_hash": _data_hash(preprocessed),
         "split_hash": sha256_file(preprocessed / "splits.json"),
     }
-    note = "it was not evaluated"
+    note = "this model was not evaluated"
     try:
         if evaluation is not None and (evaluation / MANIFEST).is_file():
             manifest = read_json(evaluation / MANIFEST)
@@ -93,7 +93,7 @@ def collect_scores(
                 return Scores(**facts | _evaluated(evaluation, manifest))
     except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise DataError(
-            "is no evaluation that can be read",
+            "is not a readable evaluation",
             where=evaluation,
             seen=" ".join(f"{type(error).__name__}: {error}".split()),
             hint="evaluate the fold again (dvc repro evaluate)",
@@ -102,7 +102,7 @@ def collect_scores(
 
 
 def _not_of_this(manifest: Mapping[str, Any], model_hash: str, *, fold: int, checkpoint: str) -> str:
-    """Why an evaluation's scores are not those of the exported model; empty where they are."""
+    """Why an evaluation does not belong to the exported model; empty if it does."""
     if manifest["fold"] != fold:
         return f"the evaluation is of fold {manifest['fold']}"
     if manifest["inputs"]["model"] != model_hash:
@@ -115,7 +115,7 @@ def _not_of_this(manifest: Mapping[str, Any], model_hash: str, *, fold: int, che
 
 
 def _evaluated(evaluation: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """What an evaluation's directory says of the scores."""
+    """Read the scores from an evaluation's directory."""
     cases: dict[str, dict[str, dict[str, float]]] = {}
     rows = read_rows(evaluation / "cases.csv")
     for row in rows:
@@ -134,7 +134,7 @@ def _evaluated(evaluation: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _validation(model_dir: Path, checkpoint: str) -> dict[str, float]:
-    """The mean Dice seen in training of the weights that are exported."""
+    """The mean Dice of the exported weights, as measured during training."""
     if checkpoint == "best":
         best = read_json(model_dir / "model.json").get("best_val_dice")
         return {} if best is None else {"val_dice_mean": float(best)}

@@ -1,6 +1,6 @@
-"""Figures of evaluations: they draw the numbers that they are given.
+"""Figures of evaluations. The functions only draw; the caller computes the numbers.
 
-Colours are told apart by colour-blind readers (Okabe and Ito), axes carry units.
+Colour-blind readers can distinguish the colours (Okabe and Ito). Axes carry units.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ if TYPE_CHECKING:
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#F0E442")
 LINES_FOR = 4
-"""So many labels get lines of their own in the Bland-Altman plot; more would hide the points."""
+"""Up to this many labels get their own lines in the Bland-Altman plot; more lines would hide the points."""
 LEGEND_FOR = 12
 MARKED = 10
-"""A line of fewer points shows them as well: one epoch makes no line."""
+"""A line with fewer points also shows them as dots, because a single epoch makes no line."""
 
 Points = Sequence[tuple[float, float]]
 """x and y."""
 
 
 def label_colour(k: int) -> str:
-    """Of the k-th foreground label, from 0: in plots, overlays and the viewer the same."""
+    """Colour of the k-th foreground label, from 0. Plots, overlays and the viewer use the same."""
     return COLOURS[(k + 1) % len(COLOURS)]
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG without date or version in it: the same figure gives the same bytes."""
+    """Write a PNG without date or version, so that the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
 
 
 def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.4, 3.7)) -> tuple[Figure, Any]:
-    """A figure without pyplot's state, and its axes (rows, columns)."""
+    """A figure that does not use pyplot's global state, and its axes (rows, columns)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -47,7 +47,7 @@ def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.4
 
 
 def score_boxes(values: Mapping[str, Sequence[float]], title: str) -> Figure:
-    """Box plot of a score, a line per label, with every case as a point: {label: values}."""
+    """Box plot of a score with one row per label and one point per case: {label: values}."""
     figure, axes = new_figure(size=(5.4, 1.5 + 0.55 * max(len(values), 2)))
     axis = axes[0, 0]
     axis.boxplot(
@@ -65,7 +65,7 @@ def score_boxes(values: Mapping[str, Sequence[float]], title: str) -> Figure:
 
 
 def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
-    """Box plots of Dice, a panel per label, a box per training with every case as a point: {label: {name: values}}."""
+    """Box plots of Dice: one panel per label, one box per training, one point per case: {label: {name: values}}."""
     figure, axes = new_figure(len(panels), size=(3.4 * len(panels) + 1, 4.2))
     rng = np.random.default_rng(0)
     for axis, (label, trainings) in zip(axes[0], panels.items(), strict=True):
@@ -81,9 +81,9 @@ def dice_panels(panels: Mapping[str, Mapping[str, Sequence[float]]]) -> Figure:
 
 
 def over_epochs(curves: Mapping[str, Points], title: str, *, from_zero: bool = False) -> Figure:
-    """A line per label, or a single one of the name "": {label: [(epoch, value)]}.
+    """One line per label, or a single line with the name "": {label: [(epoch, value)]}.
 
-    The values' axis is logarithmic where they are positive and differ more than fivefold, unless it starts at zero.
+    The y axis is logarithmic if all values are positive and differ more than fivefold, unless it starts at zero.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -110,11 +110,11 @@ def scatter(
     diagonal: bool = False,
     limits: Mapping[str, tuple[float, float, float]] | None = None,
 ) -> Figure:
-    """Points of each label: {label: [(x, y)]}. Where x differs more than twentyfold its axis is logarithmic.
+    """Points of each label: {label: [(x, y)]}. The x axis is logarithmic if x differs more than twentyfold.
 
     Args:
-        diagonal: x and y are the same quantity: both axes have one scale, and a grey line shows where they are equal.
-        limits: y is a difference: a grey line at 0, and of each label lower limit, mean and upper limit.
+        diagonal: x and y are the same quantity. Both axes have one scale; a grey line shows where x and y are equal.
+        limits: y is a difference. A grey line marks 0; each label has a lower limit, a mean and an upper limit.
     """
     figure, axis = _axis(x_title, y_title)
     for k, (label, of_label) in enumerate(points.items()):
@@ -152,13 +152,13 @@ def _split(points: Points) -> tuple[list[float], list[float]]:
 
 
 def _is_wide(values: Iterable[float], ratio: float) -> bool:
-    """Whether a logarithmic axis shows the values better: all are positive, and the largest is so many times larger."""
+    """Whether to use a logarithmic axis: all values are positive, and largest / smallest is above the given factor."""
     known = list(values)
     return bool(known) and min(known) > 0 and max(known) > ratio * min(known)
 
 
 def _plain_log(axis: Any, which: str) -> None:
-    """A logarithmic scale with numbers as people write them."""
+    """A logarithmic scale with plain numbers instead of powers of ten."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set(**{f"{which}scale": "log"})
@@ -175,6 +175,6 @@ def _legend(axis: Any) -> None:
 
 
 def plain(text: str) -> str:
-    """A name as it is: matplotlib would read $ as the start of a formula, and a leading _ as "no legend"."""
+    """Show a name unchanged. Otherwise matplotlib reads $ as the start of a formula and a leading _ as "no legend"."""
     escaped = str(text).replace("$", r"\$")
     return f" {escaped}" if escaped.startswith("_") else escaped

@@ -1,4 +1,4 @@
-"""Truth and prediction over the scan: three planes through one point, with directions, places in mm and a scale."""
+"""Truth and prediction over the scan: three planes through one point, with directions, positions in mm and a scale."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 PLANES = ("sagittal", "coronal", "axial")
 AXES = "xyz"
 LETTERS = (("L", "R"), ("P", "A"), ("I", "S"))
-"""Of the low and the high end of each RAS axis."""
+"""Letters at the low and the high end of each RAS axis."""
 NEAR_MM = 10.0
-"""Errors are looked for in boxes of this size: a lone voxel is no reason to show a slice."""
+"""Errors are counted in boxes of this size, so that a single wrong voxel does not decide which slice is shown."""
 MARGIN_MM = 12.0
-"""At least so much is shown around the structures."""
+"""At least this margin is shown around the structures."""
 ERROR_COLOUR = (0.94, 0.89, 0.26, 0.38)
 
 Labels = npt.NDArray[np.integer]
@@ -36,10 +36,10 @@ def overlay(
     affine: npt.NDArray[np.float64],
     labels: Mapping[str, int],
 ) -> Figure:
-    """Three planes through where the errors are densest: truth as solid, prediction as dashed contours, errors tinted.
+    """Three planes through the point with most errors. Truth: solid contour; prediction: dashed; errors: yellow.
 
     Args:
-        image, truth, prediction: (X, Y, Z), on one grid in any orientation.
+        image, truth, prediction: (X, Y, Z), on the same grid, in any orientation.
         affine: (4, 4), voxel to scanner mm (RAS+).
         labels: name to value; background (0) may be among them.
     """
@@ -84,13 +84,13 @@ def _draw_plane(
     spacing_mm: Sequence[float],
     grey: tuple[float, float],
 ) -> None:
-    """One slice through `point`: the scan from black to white within `grey`, truth and prediction of the window."""
+    """Draw one slice through `point`: the scan with the intensities `grey` from black to white, and both masks."""
     a, b = (k for k in range(3) if k != plane)
 
     def cut(array: npt.NDArray) -> npt.NDArray:
         return np.take(array, point[plane] - window[plane].start, axis=plane).T
 
-    # In mm, so that all axes have the same scale; voxel centres lie at whole multiples of the spacing.
+    # In mm, so that all axes have the same scale. Voxel centres lie at integer multiples of the spacing.
     grid = [np.arange(window[k].start, window[k].stop) * spacing_mm[k] for k in (a, b)]
     extent = [(end - 0.5) * spacing_mm[k] for k in (a, b) for end in (window[k].start, window[k].stop)]
     axis.imshow(cut(shown), cmap="gray", vmin=grey[0], vmax=grey[1], origin="lower", extent=extent)
@@ -114,9 +114,9 @@ def _draw_plane(
 
 
 def densest_error(truth: Labels, prediction: Labels, spacing_mm: Sequence[float]) -> tuple[int, int, int]:
-    """The voxel around which most voxels within NEAR_MM have another label than the truth.
+    """The voxel with the most wrong labels within NEAR_MM of it.
 
-    Without any error: the middle of the structures; without structures: of the volume.
+    If there is no error: the middle of the structures. If there are no structures either: the middle of the volume.
     """
     from scipy import ndimage
 
@@ -128,21 +128,21 @@ def densest_error(truth: Labels, prediction: Labels, spacing_mm: Sequence[float]
     (box,) = ndimage.find_objects(wrong.astype(np.uint8))
     size = [max(1, round(NEAR_MM / step)) for step in spacing_mm]
     dense = ndimage.uniform_filter(wrong[box].astype(np.float32), size=size, mode="constant")
-    # The middle of the box may itself be right: of the voxels that are wrong, the one with most around it.
+    # The middle of the box may have the right label. So the search covers wrong voxels only.
     best = np.unravel_index(int(np.argmax(np.where(wrong[box], dense, -1))), dense.shape)
     x, y, z = (int(k) + side.start for k, side in zip(best, box, strict=True))
     return x, y, z
 
 
 def _canonical(affine: npt.NDArray[np.floating], *arrays: npt.NDArray) -> Any:
-    """Arrays with their axes nearest to RAS, and the affine that fits them."""
+    """The arrays with axes reordered and flipped to be closest to RAS, and the matching affine."""
     orientation = nib.orientations.io_orientation(affine)
     turned = [np.ascontiguousarray(nib.orientations.apply_orientation(array, orientation)) for array in arrays]
     return *turned, affine @ nib.orientations.inv_ornt_aff(orientation, arrays[0].shape)
 
 
 def _around(truth: Labels, prediction: Labels, spacing_mm: Sequence[float]) -> tuple[slice, slice, slice]:
-    """The box of the structures with a margin, MARGIN_MM or a third of the box; the whole volume without structures."""
+    """The box of the structures plus a margin of MARGIN_MM or a third of the box. No structures: the whole volume."""
     from scipy import ndimage
 
     boxes = ndimage.find_objects(((truth > 0) | (prediction > 0)).astype(np.uint8))
@@ -165,7 +165,7 @@ def _letters(axis: Any, a: int, b: int) -> None:
 
 
 def _scale_bar(axis: Any, extent: Sequence[float]) -> None:
-    """A bar of 1, 2, 5 ... mm, at most a third of the width, in the lower left corner."""
+    """Draw a bar of 1, 2, 5 ... mm, at most a third of the width, in the lower left corner."""
     left, right, bottom, top = extent
     lengths = [base * 10**power for power in range(-3, 5) for base in (1, 2, 5)]
     length = max(one for one in lengths if one <= max((right - left) / 3, lengths[0]))

@@ -1,7 +1,7 @@
 """Pages and other texts, from the templates beside this file.
 
-Who makes a page gathers what it says and gives it to `render`. HTML is escaped by Jinja (templates called .html), data
-in a script element by its `tojson`, cells of a Markdown table by the filter `cell`.
+The caller collects a page's content and passes it to `render`. Jinja escapes HTML (templates named .html), `tojson`
+escapes data in a script element, and the filter `cell` escapes cells of a Markdown table.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ if TYPE_CHECKING:
     from jinja2 import Environment
 
 NAMED = 5
-"""So many names are listed in a sentence."""
+"""A sentence lists at most this many names."""
 
 
 def render(template: str, **context: Any) -> str:
-    """A page or another text.
+    """Fill a template: a page or another text.
 
     Args:
         template: name of a file in `templates`.
-        context: what the template needs. Every page needs `title`; `notes` are shown at its top.
+        context: the template's variables. Every page needs `title`; `notes` are shown at its top.
 
     Raises:
-        jinja2.UndefinedError: the template needs something that is not given.
+        jinja2.UndefinedError: a variable of the template is missing.
     """
     return _environment().get_template(template).render({"contents": [], "notes": (), **context})
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number with so many decimals, "-" for an undefined one."""
+    """A number with the given number of decimals; "-" if it is undefined."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -44,7 +44,7 @@ def count(many: int, what: str) -> str:
 
 
 def named(names: list[str] | tuple[str, ...]) -> str:
-    """The first NAMED names, and how many more there are."""
+    """The first NAMED names, and the number of the others."""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
     return ", ".join(names[:NAMED]) + more
 
@@ -68,7 +68,7 @@ def _environment() -> Environment:
 
 
 def _asset(name: str) -> str:
-    """A style or script of our own, below this folder, packed or not: it goes into the page as it is."""
+    """A style sheet or script of this package (may be gzipped). It goes into the page without escaping."""
     from markupsafe import Markup
 
     content = (resources.files("distilldsm.report") / name).read_bytes()
@@ -80,5 +80,5 @@ def _base64(content: bytes) -> str:
 
 
 def _png(path: Path) -> str:
-    """A picture as an address that holds it."""
+    """A picture as a data URL, so that the page holds it."""
     return f"data:image/png;base64,{_base64(path.read_bytes())}"

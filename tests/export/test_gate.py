@@ -101,7 +101,7 @@ def test_a_patient_is_one_pair():
         ({"fold": 1}, "fold 1, this one 0"),
         ({"data_hash": "other"}, "data other, this one d"),
         ({"labels": ("a", "c")}, "labels a, c, this one a, b"),
-        ({"cases": {}}, "carries no scores per case"),
+        ({"cases": {}}, "has no scores per case"),
     ],
 )
 def test_what_cannot_be_compared_is_said_with_a_hint(change, words):

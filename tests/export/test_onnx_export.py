@@ -116,11 +116,11 @@ def test_check_accepts_and_refuses(tmp_path):
     check_onnx(small_model(), path="model.onnx")
     with pytest.raises(UserError, match="fixed a size of 'image'"):
         check_onnx(small_model(5), path="model.onnx")
-    with pytest.raises(UserError, match=r"weights in another file|no valid ONNX"):
+    with pytest.raises(UserError, match=r"weights in another file|not a valid ONNX"):
         check_onnx(small_model(external=True), path="model.onnx")
     broken = small_model()
     broken.graph.node[0].op_type = "NoSuchOperator"
-    with pytest.raises(UserError, match="no valid ONNX"):
+    with pytest.raises(UserError, match="not a valid ONNX"):
         check_onnx(broken, path="model.onnx")
 
 

@@ -94,7 +94,7 @@ def test_an_evaluation_of_something_else_is_not_used(trained):
 def test_a_damaged_evaluation_stops(trained):
     evaluation = trained[2]
     text = (evaluation / "cases.csv").read_text()
-    unreadable = r"evaluation: is no evaluation that can be read[\s\S]*evaluate the fold"
+    unreadable = r"evaluation: is not a readable evaluation[\s\S]*evaluate the fold"
     for broken, words in (
         (text.replace("0.5", "x", 1), r"cases\.csv: a score is no number"),
         (text.replace("one,b", "one,c"), unreadable),

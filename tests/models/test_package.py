@@ -118,7 +118,7 @@ def test_post_processing_of_regions_is_described_and_checked(package, capsys):
     write_json(path, content | {"postprocessing": ["whole"]})
     metadata = load_metadata(package)
     card = model_card(metadata, plan_spacing_mm=(1.0, 1.0, 1.0), summary={})
-    assert "largest connected component of whole (what is cut off is lost to all regions)" in card
+    assert "largest connected component of whole (removed voxels leave all regions)" in card
     write_json(path, content | {"postprocessing": ["inner"]})
     with pytest.raises(DataError, match=r"cannot be post-processed(.|\n)*seen: .*inner(.|\n)*rule: whole"):
         load_metadata(package)

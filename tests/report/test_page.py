@@ -57,7 +57,7 @@ def test_pictures_are_within_the_page(tmp_path: Path):
     made = page.render(
         "cross_validation.html", title="t", picture=tmp_path / "x.png", provenance={"hash": "<1>"}, **contents
     )
-    assert '<img alt="Dice per fold and label, a point a case." src="data:image/png;base64,cGljdHVyZQ==">' in made
+    assert '<img alt="Dice per fold and label; each point is a case." src="data:image/png;base64,cGljdHVyZQ==">' in made
     assert '<th>hash</th><td class="text">&lt;1&gt;</td>' in made
     assert "1 case, each held out once" in made
     assert "Largest component" not in made

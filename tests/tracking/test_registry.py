@@ -121,7 +121,7 @@ def test_a_champion_without_scores_is_not_beaten(export, client):
     assert export.aliases[CHAMPION] == "1"
     export(0.9)
     assert export.aliases == {CHALLENGER: "2", CHAMPION: "1"}
-    assert "version 1 carries no scores per case" in export.tags(2)["gate.reason"]
+    assert "version 1 has no scores per case" in export.tags(2)["gate.reason"]
     client.set_registered_model_alias(NAME, CHAMPION, "2")  # the hint that was named
     export(0.95)
     assert export.aliases[CHAMPION] == "3"

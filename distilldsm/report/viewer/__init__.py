@@ -1,4 +1,4 @@
-"""Volumes with their masks in the browser: a self-contained piece of HTML, drawn by NiiVue, which is package data."""
+"""Show volumes and masks in the browser: self-contained HTML, drawn by NiiVue (included in this package)."""
 
 from distilldsm.report.viewer.fragment import ViewedCase, viewer_contents, viewer_fragment, viewer_page
 from distilldsm.report.viewer.packing import packed

@@ -1,4 +1,4 @@
-"""The viewer as HTML: style, controls, data and script in one piece that needs nothing else, not even the network."""
+"""The viewer as HTML: style, controls, data and script in one piece. It works without a network connection."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ SCRIPT = "niivue.js.gz"
 
 @dataclass(frozen=True, kw_only=True)
 class ViewedCase:
-    """A volume and the masks that lie on its grid; each is .nii.gz, see `packed`."""
+    """A volume and masks on the same grid, each as .nii.gz bytes (see `packed`)."""
 
     name: str
-    """Shown in the choice."""
+    """The name in the list of cases."""
     caption: str = ""
-    """What to know about it, e.g. "worst case, mean Dice 0.8123"."""
+    """A remark, e.g. "worst case, mean Dice 0.8123"."""
     image: bytes
     truth: bytes | None = None
     prediction: bytes | None = None
@@ -30,24 +30,24 @@ class ViewedCase:
 def viewer_fragment(
     cases: Sequence[ViewedCase], labels: Mapping[str, int], *, colours: Sequence[str] | None = None
 ) -> str:
-    """HTML for the body of a page, once: it loads nothing, and a case's data are unpacked when it is chosen.
+    """HTML for the body of a page; use it once per page. It loads nothing, and unpacks a case when it is selected.
 
     It takes its colours from the page around it and works in a sandbox that allows scripts only.
 
     Args:
-        cases: one or more, in the order of the choice.
+        cases: at least one; the list in the viewer has the same order.
         labels: name to value in the masks; background (0) may be among them.
-        colours: #rrggbb for each label but background; default: those of the report's figures, again from the first
-            where there are more labels.
+        colours: #rrggbb for each label except background; default: the colours of the report's figures, repeated
+            if there are more labels.
 
     Raises:
-        ValueError: no case, or too few colours.
+        ValueError: there is no case, or there are too few colours.
     """
     return render("viewer_fragment.html", viewer=viewer_contents(cases, labels, colours=colours))
 
 
 def viewer_page(title: str, cases: Sequence[ViewedCase], labels: Mapping[str, int]) -> str:
-    """A whole page that holds the viewer only; in the dark where the reader's system is.
+    """A complete page with only the viewer. It is dark if the reader's system is set to dark.
 
     Raises:
         ValueError: see `viewer_fragment`.
@@ -58,13 +58,13 @@ def viewer_page(title: str, cases: Sequence[ViewedCase], labels: Mapping[str, in
 def viewer_contents(
     cases: Sequence[ViewedCase], labels: Mapping[str, int], *, colours: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """What the template viewer_fragment.html needs, under the name `viewer`; arguments as for `viewer_fragment`."""
+    """The value of `viewer` in the template viewer_fragment.html; arguments as for `viewer_fragment`."""
     if not cases:
         raise ValueError("there is no case to view")
     shown = {name: value for name, value in labels.items() if value}
     chosen = [label_colour(k) for k in range(len(shown))] if colours is None else colours
     if len(chosen) < len(shown):
-        raise ValueError(f"{len(shown)} labels need as many colours, not {len(chosen)}")
+        raise ValueError(f"{len(shown)} labels need {len(shown)} colours, not {len(chosen)}")
     contents: dict[str, bytes] = {}
 
     def stored(content: bytes | None) -> str | None:

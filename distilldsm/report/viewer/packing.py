@@ -1,4 +1,4 @@
-"""Volumes made small for a page: fewer voxels, 8 or 12 bits, compressed NIfTI. For looking at, not for measuring."""
+"""Make volumes small for a page: fewer voxels, 8 or 12 bits, compressed NIfTI. For viewing only, not for measuring."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import numpy.typing as npt
 from distilldsm.io.orientation import spacing_of
 
 KEPT_PERCENTILES = (0.1, 99.9)
-"""Of the intensities; what lies beyond is clipped."""
+"""Percentiles of the intensities; values beyond them are clipped."""
 SHOWN_PERCENTILES = (1.0, 99.0)
 """The window that the viewer starts with."""
 EXACT_VALUES = 4096
-"""Whole numbers (CT) are kept as they are where the kept range has no more than these: a window of any width can be
-chosen then. All else is shown in 256 steps."""
+"""Integers (CT) are stored exactly if their range has at most this many values, so that any window can be set. All
+other intensities are stored in 256 steps."""
 _HEADER_BYTES = 352
 _LABEL_INTENT = 1002
 
@@ -28,20 +28,20 @@ def packed(
 ) -> bytes:
     """A volume as .nii.gz for the viewer; the same volume gives the same bytes.
 
-    Voxels are left out, not averaged: image and masks of one shape, given with the *same* affine and `max_voxels`, stay
-    on one grid, and each voxel that remains keeps its value and its place.
+    Voxels are left out, not averaged. Image and masks of one shape with the *same* affine and `max_voxels` stay on one
+    grid. Each remaining voxel keeps its value and its position.
 
     Args:
-        volume: (X, Y, Z); a label map holds whole numbers from 0 to 255.
+        volume: (X, Y, Z); a label map holds integers from 0 to 255.
         affine: (4, 4), voxel to scanner mm (RAS+).
         is_label: keep the values exactly; otherwise clip them to KEPT_PERCENTILES and quantise them.
-        max_voxels: the most that are stored.
+        max_voxels: the largest number of stored voxels.
 
     Raises:
-        ValueError: not three axes, no voxel, or labels that are not whole numbers from 0 to 255.
+        ValueError: the volume has not three axes or no voxel, or a label is not an integer from 0 to 255.
     """
     if volume.ndim != 3 or not volume.size or max_voxels < 1:
-        raise ValueError(f"no volume of three axes, or max_voxels below 1: {volume.shape}, {max_voxels}")
+        raise ValueError(f"the volume needs three axes and max_voxels at least 1: {volume.shape}, {max_voxels}")
     full: npt.NDArray[np.float64] = np.asarray(affine, dtype=np.float64)
     steps = strides(volume.shape, spacing_of(full), max_voxels)
     start = [(n - 1) % step // 2 for n, step in zip(volume.shape, steps, strict=True)]
@@ -53,12 +53,12 @@ def packed(
 
 
 def strides(shape: Sequence[int], spacing_mm: Sequence[float], max_voxels: int) -> tuple[int, int, int]:
-    """Of every how many voxels one is kept along each axis: the finest axis is thinned out first.
+    """Sampling step along each axis, in voxels. The axis with the finest spacing is thinned out first.
 
     Args:
         shape: (X, Y, Z).
-        spacing_mm: along the same axes.
-        max_voxels: the most that may remain, at least 1.
+        spacing_mm: voxel size along the same axes.
+        max_voxels: the largest number of remaining voxels, at least 1.
     """
     steps = [1, 1, 1]
 
@@ -86,7 +86,7 @@ def _image(volume: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> 
     if whole:
         low, high = math.floor(low), math.ceil(high)
     slope = 1.0 if whole and high - low < EXACT_VALUES else (high - low) / 255
-    # What a reader computes from the header's float32 is what was meant, not something beside it.
+    # The header stores float32. Round first, so that a reader computes exactly these values.
     slope, low = float(np.float32(slope)) or 1.0, float(np.float32(low))
     steps = np.rint((np.clip(values, low, high) - low) / slope)
     stored = steps.astype(np.uint8 if steps.max() <= 255 else np.int16)
@@ -94,7 +94,7 @@ def _image(volume: npt.NDArray[np.generic], affine: npt.NDArray[np.float64]) -> 
 
 
 def _window(values: npt.NDArray[np.float64], percentiles: tuple[float, float]) -> tuple[float, float]:
-    """Between two percentiles; of all values where these are one and the same, as in a volume that is mostly empty."""
+    """The range between two percentiles; the range of all values if both are equal (a mostly empty volume)."""
     low, high = (float(v) for v in np.percentile(values, percentiles))
     return (low, high) if low < high else (float(values.min()), float(values.max()))
 
@@ -108,7 +108,7 @@ def _nifti(
     shown: tuple[float, float],
     intent: int,
 ) -> bytes:
-    # By hand, as nibabel would choose a scaling of its own.
+    # Set here, because nibabel would choose another scaling.
     header = nib.Nifti1Header()
     header.set_data_dtype(stored.dtype)
     header.set_data_shape(stored.shape)
