@@ -6,7 +6,7 @@
     result = model.predict("scan.nii.gz")
     distilldsm.write_mask("mask.nii.gz", result.mask, result.scan)
 
-Names are imported when they are first used: `import distilldsm` stays light, and nothing here needs torch.
+Names are imported at their first use, so `import distilldsm` stays fast. Nothing here needs torch.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`distilldsm compare`: several trainings side by side."""
+"""`distilldsm compare`: show several trainings side by side."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from distilldsm.core.errors import ConfigError
 
 DESCRIPTION = (
-    "Means, standard deviations over cases and folds, and a paired Wilcoxon test against the first "
-    "one, a pair for each patient, Holm-corrected, over the cases that all were scored on."
+    "Show means and standard deviations over cases and folds. A paired Wilcoxon test compares each training with the "
+    "first one: one pair per patient, Holm-corrected, over the cases that all trainings were scored on."
 )
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--postprocessed",
         action="store_true",
-        help="scores after the post-processing that the other folds decide on (of cross-validations)",
+        help="use the scores after post-processing, which the other folds decide (cross-validations only)",
     )
     parser.add_argument("-o", "--output", metavar="DIR", help="also write comparison.csv, costs.csv, comparison.png")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        UserError: a folder is no evaluated fold, or the trainings share no case or not its truth.
+        UserError: a folder is not an evaluated fold, or the trainings share no case, or its true masks differ.
     """
     from distilldsm.evaluation import comparison
     from distilldsm.evaluation.tables import write_csv
@@ -48,14 +48,14 @@ def run(args: argparse.Namespace) -> None:
     named = [_named(text) for text in args.trainings]
     names = [name for name, _ in named]
     if len(set(names)) < len(names):
-        raise ConfigError("a name is given twice", seen=", ".join(names))
+        raise ConfigError("a name is used twice", seen=", ".join(names))
     if len(named) < 2:
-        raise ConfigError("there is nothing to compare", seen=names[0], rule="two trainings or more")
+        raise ConfigError("there is nothing to compare it with", seen=names[0], rule="two trainings or more")
     load = partial(load_training, postprocessed=args.postprocessed)
     trainings = [load(name, directories) for name, directories in named]
     rows, costs = comparison.compare(trainings), comparison.cost_rows(trainings)
     for line in comparison.unmatched(trainings):
-        print(f"compare: {line}: not scored in all of them", file=sys.stderr)
+        print(f"compare: {line}: not scored in all trainings", file=sys.stderr)
     for line in comparison.scored_differently(trainings):
         print(f"compare: {line}", file=sys.stderr)
     if args.output:
@@ -72,9 +72,9 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _named(text: str) -> tuple[str, list[Path]]:
-    """NAME=DIR,DIR with shell patterns, as folders."""
+    """Split NAME=DIR,DIR into the name and the folders; DIR may hold shell patterns."""
     name, sign, value = text.partition("=")
     if not (name and sign and value):
-        raise ConfigError("is no training", seen=text, rule="NAME=DIR or NAME=DIR,DIR")
-    folders = [Path(found) for part in value.split(",") for found in sorted(glob.glob(part)) or [part]]
+        raise ConfigError("does not name a training", seen=text, rule="NAME=DIR or NAME=DIR,DIR")
+    folders = [Path(folder) for part in value.split(",") for folder in sorted(glob.glob(part)) or [part]]
     return name, folders

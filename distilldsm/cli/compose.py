@@ -1,4 +1,4 @@
-"""`distilldsm compose`: presets and single values to a checked params.yaml, whose comments are kept."""
+"""`distilldsm compose`: write a checked params.yaml from presets and single values. Comments in it are kept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 from distilldsm.core.shipped import shipped
 
 SCHEMA = "params.schema.json"
-"""Lies in the folder of the presets."""
+"""Its name in the folder of the presets."""
 WRITTEN_BY = "# Written by: "
 _HEAD = ("# yaml-language-server: ", WRITTEN_BY, "# What each parameter means: ")
 
@@ -23,15 +23,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("overrides", metavar="OVERRIDE", nargs="*", help="e.g. dataset=hippocampus train.epochs=5")
     parser.add_argument("-o", "--output", default="params.yaml", help="file to write, - for stdout (%(default)s)")
-    parser.add_argument("--keep", action="store_true", help="change what the file holds instead of the defaults")
+    parser.add_argument("--keep", action="store_true", help="start from the existing file instead of the defaults")
     parser.add_argument("--conf", default="conf", help="directory of the presets (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Presets and values on the defaults, or on what `params.yaml` holds; what comes out is checked, then written.
+    """Apply presets and values to the defaults, or to an existing `params.yaml`; check the result, then write it.
 
     Raises:
-        ConfigError: a preset or a value cannot be used; names the file or the assignment.
+        ConfigError: a preset or a value cannot be used; the error names the file or the assignment.
         UserError: the file cannot be written.
     """
     from distilldsm.config.presets import Overlay, compose
@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> None:
         return
     try:
         held, lines = load_yaml(path), path.read_text(encoding="utf-8").splitlines()
-    except ConfigError:  # there is no such file, or nothing in it that could be kept
+    except ConfigError:  # there is no such file, or it is not valid YAML: there is nothing to keep
         held, lines = {}, []
     if kept or values.keys() <= held.keys():
         text = _changed("\n".join(line for line in lines if not line.startswith(_HEAD)) + "\n", held, values)
@@ -61,11 +61,11 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {shlex.join(args.overrides) or 'the defaults'}")
     named = {override.partition("=")[0] for override in args.overrides}
     if "download.source" in named and not args.keep and "dataset" not in named:
-        print("The training is the sample's; for data of your own: dataset=custom", file=sys.stderr)
+        print("The training settings are those of the sample; for your own data add dataset=custom", file=sys.stderr)
 
 
 def _head(args: argparse.Namespace, earlier: list[str]) -> str:
-    """What the file begins with: its schema, and the commands that made it, each in a line that a shell understands."""
+    """The first lines of the file: its schema, and the commands that made it, one per line, ready for a shell."""
     command = shlex.join(["distilldsm", "compose", *(["--keep"] if args.keep else []), *args.overrides])
     # A line break within a value would end the comment.
     line = WRITTEN_BY + "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in command)
@@ -75,7 +75,7 @@ def _head(args: argparse.Namespace, earlier: list[str]) -> str:
 
 
 def _changed(text: str, held: Mapping[str, Any], values: Mapping[str, Any]) -> str:
-    """The YAML `text`, which holds `held`, with other values and the same comments."""
+    """Change the YAML `text` from the values `held` to `values`; comments are kept."""
     import yaml as plain_yaml
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
@@ -90,13 +90,13 @@ def _changed(text: str, held: Mapping[str, Any], values: Mapping[str, Any]) -> s
         yaml.dump(root, changed)
         if plain_yaml.safe_load(changed.getvalue()) == values:
             return changed.getvalue()
-    except (YAMLError, AttributeError):  # what YAML 1.1 allows and 1.2 does not
+    except (YAMLError, AttributeError):  # the text is valid in YAML 1.1, but not in 1.2
         pass
     return plain_yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
 
 
 def _update(yaml: Any, node: Any, held: Mapping[str, Any], values: Mapping[str, Any]) -> None:
-    """Bring a mapping of ruamel's from `held` to `values`; what does not change keeps its form."""
+    """Change ruamel's mapping `node` from `held` to `values`; unchanged entries keep their form."""
     from distilldsm.config.reference import flow_yaml
 
     for key in held.keys() - values.keys():

@@ -1,4 +1,4 @@
-"""`distilldsm cross-validate`: every fold is trained and evaluated, then they go into one table."""
+"""`distilldsm cross-validate`: train and evaluate every fold, and write one table of all folds."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("--params", default="params.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
-    parser.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all of the split")
-    parser.add_argument("--jobs", type=int, default=1, help="folds at a time; they share the cores (%(default)s)")
+    parser.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all folds of the split")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="folds that run at a time; they share the cores (%(default)s)"
+    )
     parser.add_argument(
         "--output",
         type=Path,
         default=Path(),
         metavar="DIR",
-        help="holds models/, evaluation/, cross_validation/, logs/",
+        help="folder for models/, evaluation/, cross_validation/, logs/",
     )
     parser.add_argument(
         "--ensemble",
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="--output of earlier calls: train nothing, score the mean of their networks",
+        help="the --output folders of earlier calls: train nothing, and score the averaged output of their networks",
     )
 
 

@@ -1,4 +1,4 @@
-"""`distilldsm doctor`: is this machine ready, and do the services answer? Changes nothing."""
+"""`distilldsm doctor`: check whether this machine is ready and the services answer. It changes nothing."""
 
 from __future__ import annotations
 
@@ -17,36 +17,36 @@ from distilldsm.doctor.checks import LIMIT_S, Check, Finding, clean, in_child, r
 
 
 def check_git(limit_s: float) -> list[Finding]:
-    """git, and the repository whose commit is recorded with each run."""
+    """Check git and the repository; its commit is recorded with each run."""
     name = "git"
     if shutil.which("git") is None:
         return [Finding(name=name, status="warn", seen="not installed: runs carry no commit", hint="install git")]
     command = ["git", "rev-parse", "--show-toplevel"]
-    asked = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
-    if asked.returncode:
-        hint = "run it in the repository; DVC needs one"
-        return [Finding(name=name, status="warn", seen=clean(asked.stderr) or "no repository", hint=hint)]
-    return [Finding(name=name, status="ok", seen=asked.stdout.strip())]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=limit_s, check=False)
+    if done.returncode:
+        hint = "run the command in the repository; DVC needs one"
+        return [Finding(name=name, status="warn", seen=clean(done.stderr) or "no repository", hint=hint)]
+    return [Finding(name=name, status="ok", seen=done.stdout.strip())]
 
 
 def check_dvc(limit_s: float) -> list[Finding]:
-    """dvc.yaml and the repository of DVC, then its remote."""
+    """Check dvc.yaml and DVC's repository, then its remote."""
     name = "dvc"
     if not services.is_installed("dvc"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'pipeline')")]
     if not Path("dvc.yaml").is_file():
-        hint = "run it in the folder that holds dvc.yaml"
+        hint = "run the command in the folder that holds dvc.yaml"
         return [Finding(name=name, status="warn", seen=f"{Path.cwd()}: no dvc.yaml", hint=hint)]
     stages = load_yaml("dvc.yaml").get("stages") or {}
     found = [Finding(name=name, status="ok", seen=f"dvc.yaml: {', '.join(stages)}")]
     if not Path(".dvc").is_dir():
         hint = "clone the repository, or dvc init"
-        return [Finding(name=name, status="fail", seen="there is a dvc.yaml, but no .dvc", hint=hint)]
+        return [Finding(name=name, status="fail", seen="dvc.yaml is there, but the folder .dvc is missing", hint=hint)]
     return found + in_child("dvc remote", "distilldsm.doctor.dvc_probe:check", limit_s)
 
 
 def check_kubeflow(limit_s: float) -> list[Finding]:
-    """Whether Kubeflow Pipelines answers at KF_PIPELINES_ENDPOINT."""
+    """Check whether Kubeflow Pipelines answers at KF_PIPELINES_ENDPOINT."""
     from distilldsm.pipeline.client import SERVICE_ACCOUNT_TOKEN, Connection, probe
 
     name = "kubeflow"
@@ -55,17 +55,17 @@ def check_kubeflow(limit_s: float) -> list[Finding]:
     connection = Connection.from_environment()
     probe(connection, limit_s * 0.8)
     used = "a token" if connection.token else "cookies" if connection.cookies else "no token"
-    return [Finding(name=name, status="ok", seen=f"{connection.host}: healthy, asked with {used}")]
+    return [Finding(name=name, status="ok", seen=f"{connection.host}: healthy, requested with {used}")]
 
 
 CHECKS = (
     Check(name="python", about="Python's version", run=machine.check_python),
-    Check(name="packages", about="what is installed of each optional group", run=machine.check_packages, loads=True),
-    Check(name="cpu", about="cores and extensions", run=machine.check_cpu),
-    Check(name="openvino", about="what predicts", run=machine.check_openvino, loads=True),
+    Check(name="packages", about="installed packages of each optional group", run=machine.check_packages, loads=True),
+    Check(name="cpu", about="cores and vector extensions", run=machine.check_cpu),
+    Check(name="openvino", about="the engine that predicts", run=machine.check_openvino, loads=True),
     Check(name="gpu", about="whether PyTorch computes on it", run=machine.check_gpu, loads=True),
-    Check(name="memory", about="and the largest scan", run=machine.check_memory, loads=True),
-    Check(name="disk", about="space, and the right to write", run=machine.check_disk),
+    Check(name="memory", about="memory, and the largest scan that fits", run=machine.check_memory, loads=True),
+    Check(name="disk", about="space and write permission", run=machine.check_disk),
     Check(name="params", about="params.yaml", run=settings.check_params, loads=True),
     Check(name="environment", about="DISTILLDSM_ variables", run=settings.check_environment),
     Check(name="git", about="the repository", run=check_git),
@@ -76,7 +76,7 @@ CHECKS = (
 )
 
 
-EPILOG = "exit codes: 0 nothing failed, 1 something did, 2 usage"
+EPILOG = "exit codes: 0 no check failed, 1 a check failed, 2 usage"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,18 +91,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the checks and print what they found; returns 1 where one of them failed."""
+    """Run the checks and print their findings; returns 1 if a check failed, else 0."""
     known = {check.name: check for check in CHECKS}
     for name in args.checks:
         if name not in known:
-            raise ConfigError("is no check", where="doctor", seen=name, rule=", ".join(known))
+            raise ConfigError("unknown check", where="doctor", seen=name, rule=", ".join(known))
     if not args.timeout > 0:
         raise ConfigError("has an impossible value", where="--timeout", seen=args.timeout, rule="above 0, seconds")
     began = time.monotonic()
-    found = run_checks([known[name] for name in dict.fromkeys(args.checks or known)], args.timeout)
+    findings = run_checks([known[name] for name in dict.fromkeys(args.checks or known)], args.timeout)
     seconds = time.monotonic() - began
     if args.json:
-        print(report.to_json(found, seconds))
+        print(report.to_json(findings, seconds))
     else:
-        print(report.render(found, seconds, colour=report.wants_colour(sys.stdout)))
-    return int(report.has_failed(found))
+        print(report.render(findings, seconds, colour=report.wants_colour(sys.stdout)))
+    return int(report.has_failed(findings))

@@ -1,4 +1,4 @@
-"""`distilldsm drift`: whether new scans look like what a model was trained on. Imports nothing heavy before it runs."""
+"""`distilldsm drift`: compare new scans with a model's training data. Imports nothing heavy before it runs."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from distilldsm.core.errors import ConfigError, DataError
 
 DESCRIPTION = (
-    "Compares scans with the training data of an exported model: geometry, intensities as stored and "
-    "as the network sees them, structures of masks. It needs no network and sees no anatomy: scans inside are no "
-    "proof that predictions are right."
+    "Compare scans with the training data of an exported model: geometry, intensities as stored and as the network "
+    "sees them, and structures in masks. The network does not run, and anatomy is not checked: a scan that looks like "
+    "the training data may still be segmented wrongly."
 )
 EPILOG = (
-    "exit codes: 0 all scans compared, whatever was found; 1 a scan could not be read, or with --fail drift "
-    "was found; 2 usage. docs/drift.md tells more."
+    "exit codes: 0 all scans were compared; 1 a scan could not be read, or drift was found with --fail; 2 usage. "
+    "See docs/drift.md."
 )
 
 
@@ -25,15 +25,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
     parser.add_argument(
-        "inputs", metavar="SCAN", nargs="+", help="NIfTI files or DICOM series, or folders, as for predict"
+        "inputs", metavar="SCAN", nargs="+", help="NIfTI files, DICOM series or folders, as for predict"
     )
     parser.add_argument(
-        "--masks", metavar="DIR", help="masks called as the scans (predict's output folder): compares structures too"
+        "--masks", metavar="DIR", help="folder of masks, named like the scans; their structures are compared too"
     )
     parser.add_argument("-o", "--output", metavar="FILE.html", help="write a page with all measures")
-    parser.add_argument("--fail", action="store_true", help="exit with 1 where drift was found")
+    parser.add_argument("--fail", action="store_true", help="exit with 1 if drift was found")
     parser.add_argument(
-        "--max-memory", metavar="GB", type=float, help="refuse scans that take more (default: as predict)"
+        "--max-memory", metavar="GB", type=float, help="refuse scans that need more memory (default: as for predict)"
     )
     parser.add_argument("--json", action="store_true", help="print a JSON report")
 
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        UserError: a scan could not be read (the others are compared first), or `--fail` and drift.
+        UserError: a scan could not be read (the others are compared first), or drift was found with `--fail`.
     """
     output = _output(args.output)
     from distilldsm.data.plan import Plan
@@ -77,10 +77,10 @@ def run(args: argparse.Namespace) -> None:
         raise DataError(
             f"{len(failures)} of {len(failures) + len(report['scans'])} scans could not be compared",
             seen=", ".join(f["scan"] for f in failures),
-            hint="see the errors above; the others were compared",
+            hint="see the errors above; the other scans were compared",
         )
     if report["drift"] and args.fail:
-        raise DataError("scans differ from what the model was trained on", where=model, hint="see the findings above")
+        raise DataError("scans differ from the training data", where=model, hint="see the findings above")
 
 
 def _output(text: str | None) -> Path | None:
@@ -88,7 +88,7 @@ def _output(text: str | None) -> Path | None:
         return None
     path = Path(text)
     if path.suffix != ".html" or not path.parent.is_dir():
-        raise ConfigError("cannot hold the report", where=path, rule="a file .html in an existing directory")
+        raise ConfigError("cannot hold the report", where=path, rule="an .html file in an existing directory")
     return path
 
 

@@ -1,4 +1,4 @@
-"""`distilldsm info`: facts of an exported model, the networks, the installation."""
+"""`distilldsm info`: facts about an exported model, the networks or the installation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="checks its files too")
+    parser.add_argument("model_dir", metavar="MODEL_DIR", nargs="?", help="an exported model; checks its files too")
     parser.add_argument("--models", action="store_true", help="list the networks and their options")
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Facts of a model directory, of the registry, or of the installation."""
+    """Print facts about a model directory, the networks or the installation."""
     from distilldsm.config.networks import MODELS
     from distilldsm.core.mapping import to_mapping
 
@@ -67,7 +67,7 @@ def _print_model(metadata: Any) -> None:
         ("note", data.note),
         ("weights", f"float32 (ONNX), {metadata.openvino_weights} (OpenVINO)"),
         ("INT8", f"{'shipped' if metadata.int8.shipped else 'not shipped'}: {metadata.int8.reason}"),
-        ("mirroring", ", ".join(network.mirror_axes) or "trained without"),
+        ("mirroring", ", ".join(network.mirror_axes) or "none in training"),
         ("postprocess", _postprocessing(metadata)),
         ("files", f"{len(metadata.files)}, unchanged since the export"),
     ]
@@ -79,9 +79,9 @@ def _print_model(metadata: Any) -> None:
 def _postprocessing(metadata: Any) -> str:
     from distilldsm.data.targets import LARGEST_NOT_TRIED
 
-    kept = metadata.postprocessing
-    if kept is None:
+    largest_only = metadata.postprocessing
+    if largest_only is None:
         return "not decided (exported without an evaluation)"
     if not metadata.targets.largest:
         return f"none: {LARGEST_NOT_TRIED}"
-    return f"largest component of {', '.join(kept)}" if kept else "none: nothing was gained by a largest component"
+    return f"largest component of {', '.join(largest_only)}" if largest_only else "none: it brought no improvement"

@@ -1,11 +1,11 @@
-"""`distilldsm lineage`: from a DVC, MLflow or Kubeflow id to the others."""
+"""`distilldsm lineage`: from a DVC, MLflow or Kubeflow id to the other ids."""
 
 from __future__ import annotations
 
 import argparse
 import json
 
-DESCRIPTION = "What belongs to a run, wherever it is known: DVC, MLflow, Kubeflow."
+DESCRIPTION = "Show everything that belongs to a run in DVC, MLflow and Kubeflow."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -1,7 +1,7 @@
 """The command `distilldsm`: the table of its commands, and the one place that runs them.
 
 A command is a module of this folder with `add_arguments(parser)` and `run(args)`; `DESCRIPTION` and `EPILOG` are
-optional. It is imported when it runs, so that `--help` answers at once and `predict` never loads torch.
+optional. It is imported only when it runs: `--help` answers at once, and `predict` never loads torch.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     from distilldsm.core.stage import Stage
 
 COMMANDS: Mapping[str, str] = {
-    "cross-validate": "train and evaluate every fold, and put them into one table",
-    "predict": "scans to masks, on each scan's own grid",
-    "view": "a scan and masks as a page for the browser",
-    "drift": "whether scans look like what a model was trained on",
-    "summary": "scores per label of the evaluated folds and of the cross-validation",
-    "compare": "several trainings side by side, case by case",
-    "publish": "send to MLflow what it does not hold yet of the outputs",
-    "plots": "DVC's plots (show, diff) as a page that needs no network",
-    "info": "facts of an exported model, the networks, the installation",
-    "plan": "what was, or would be, decided from a data set, and why",
-    "params": "every parameter: type, default, what it is",
+    "cross-validate": "train and evaluate every fold, and write one table of all folds",
+    "predict": "segment scans; each mask is on its scan's own grid",
+    "view": "show a scan and masks as a page for the browser",
+    "drift": "check whether scans look like a model's training data",
+    "summary": "show scores per label of the evaluated folds and of the cross-validation",
+    "compare": "show several trainings side by side, case by case",
+    "publish": "send to MLflow the outputs that it does not hold yet",
+    "plots": "show DVC's plots (show, diff) as a page that works offline",
+    "info": "show facts about an exported model, the networks or the installation",
+    "plan": "show the decisions that are made from a data set, and why",
+    "params": "show every parameter: type, default, meaning",
     "compose": "write params.yaml from the presets in conf/",
-    "pipeline": "the same pipeline on Kubeflow: compile, run, submit, status",
-    "lineage": "from a DVC, MLflow or Kubeflow id to the others",
-    "doctor": "is this machine ready, and do MLflow, DVC's remote and Kubeflow answer?",
+    "pipeline": "run the pipeline on Kubeflow: compile, run, submit, status",
+    "lineage": "show what belongs to a DVC, MLflow or Kubeflow id",
+    "doctor": "check this machine, MLflow, DVC's remote and Kubeflow",
 }
-"""Command to its line in `--help`. Its module has its name, with `_` for `-`."""
+"""Maps each command to its line in `--help`. The module has the command's name, with `_` for `-`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage = None if name in COMMANDS else stages().get(name)
     if name not in COMMANDS and stage is None:
         overview = _overview()
-        overview.parse_args(arguments)  # ends with --help, --version and whatever is no command
+        overview.parse_args(arguments)  # exits for --help, --version and unknown commands
         overview.error("the command comes first")
     from distilldsm.core.shell import run_shell
 
@@ -61,26 +61,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def stages() -> Mapping[str, Stage]:
-    """The stages by name. Their records load nothing heavy, but no other command waits for them."""
+    """The stages by name. They are loaded only if the name is not a command, so that no command waits for them."""
     from distilldsm.components.registry import STAGES
 
     return {stage.name: stage for stage in STAGES}
 
 
 def parser(name: str) -> argparse.ArgumentParser:
-    """The parser of one command or stage. It imports the command's module."""
+    """The parser of one command or stage. The command's module is imported."""
     if name not in COMMANDS:
         from distilldsm.components.command import parser as of_stage
 
         return of_stage(stages()[name])
     module = _module(name)
-    made = argparse.ArgumentParser(
+    new = argparse.ArgumentParser(
         prog=f"distilldsm {name}",
         description=getattr(module, "DESCRIPTION", COMMANDS[name]),
         epilog=getattr(module, "EPILOG", None),
     )
-    module.add_arguments(made)
-    return made
+    module.add_arguments(new)
+    return new
 
 
 def _module(name: str) -> ModuleType:
@@ -90,7 +90,7 @@ def _module(name: str) -> ModuleType:
 def _overview() -> argparse.ArgumentParser:
     table = {**{name: f"stage: {stage.help}" for name, stage in stages().items()}, **COMMANDS}
     width = max(map(len, table)) + 2
-    made = argparse.ArgumentParser(
+    new = argparse.ArgumentParser(
         prog="distilldsm",
         usage="%(prog)s [-h] [--version] COMMAND ...",
         description="Volumetric segmentation with Distill DSM. Not a medical device.\n\ncommands:\n"
@@ -98,6 +98,6 @@ def _overview() -> argparse.ArgumentParser:
         epilog="exit codes: 0 done, 1 data or environment, 2 usage or parameters",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    made.add_argument("--version", action="version", version=f"distilldsm {__version__}")
-    made.add_argument("command", metavar="COMMAND", choices=list(table), help="its options: distilldsm COMMAND --help")
-    return made
+    new.add_argument("--version", action="version", version=f"distilldsm {__version__}")
+    new.add_argument("command", metavar="COMMAND", choices=list(table), help="see distilldsm COMMAND --help")
+    return new

@@ -1,4 +1,4 @@
-"""`distilldsm pipeline`: compile, run, submit, status, storage, and the trainings beyond one machine."""
+"""`distilldsm pipeline`: compile, run, submit, status, storage, serving, and trainings on several machines."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     server = argparse.ArgumentParser(add_help=False)
     server.add_argument("--host", help="address of Kubeflow Pipelines (default: KF_PIPELINES_ENDPOINT)")
-    server.add_argument("--namespace", help="of the user, in a multi-user installation")
-    server.add_argument("--ca-file", help="certificates of a private authority")
+    server.add_argument("--namespace", help="the user's namespace, in a multi-user installation")
+    server.add_argument("--ca-file", help="certificates of a private certificate authority")
     server.add_argument("--json", action="store_true", help="print a JSON object")
 
     compiled = commands.add_parser("compile", parents=[common], help="write the pipeline as YAML")
@@ -41,18 +41,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     compiled.set_defaults(run=compile_command)
 
     local = commands.add_parser("run", parents=[common], help="run the whole pipeline on this machine")
-    local.add_argument("--local", action="store_true", help="(always; said for clarity)")
+    local.add_argument("--local", action="store_true", help="(no effect: this command always runs locally)")
     local.add_argument("--runner", choices=("subprocess", "docker"), default="subprocess")
     local.add_argument("--engine", help="socket of Docker or Podman (default: DOCKER_HOST)")
     local.add_argument("--root", type=Path, default=Path("kfp-runs"), help="folder of the runs (default: %(default)s)")
     local.set_defaults(run=run_command)
 
-    submit = commands.add_parser("submit", parents=[common, server], help="upload, and start a run on the cluster")
+    submit = commands.add_parser("submit", parents=[common, server], help="upload it, and start a run on the cluster")
     submit.add_argument("--experiment", help="default: tracking.experiment")
-    submit.add_argument("--name", help="of the run")
-    submit.add_argument("--service-account", help="the pods run as")
-    submit.add_argument("--no-cache", action="store_true", help="run every step, whatever was run before")
-    submit.add_argument("--cron", help="start it again and again: six fields, seconds first, e.g. '0 0 2 * * *'")
+    submit.add_argument("--name", help="name of the run")
+    submit.add_argument("--service-account", help="service account of the pods")
+    submit.add_argument("--no-cache", action="store_true", help="run every step, even if its result is in the cache")
+    submit.add_argument("--cron", help="repeat the run: six fields, seconds first, e.g. '0 0 2 * * *'")
     submit.add_argument("--trainjob", metavar="FILE", help="train as TrainJobs, e.g. conf/trainjob.yaml")
     submit.add_argument("--mlflow-secret", default="mlflow", help="Kubernetes secret (default: %(default)s)")
     submit.add_argument("--s3-secret", default="s3", help="Kubernetes secret (default: %(default)s)")
@@ -64,15 +64,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     status.add_argument("--wait", action="store_true", help="follow the run to its end")
     status.set_defaults(run=status_command)
 
-    storage = commands.add_parser("storage", parents=[common], help="the one bucket for KFP, DVC and MLflow")
-    storage.add_argument("--apply", action="store_true", help="make it DVC's default remote")
+    storage = commands.add_parser("storage", parents=[common], help="show the bucket of KFP, DVC and MLflow")
+    storage.add_argument("--apply", action="store_true", help="make the bucket DVC's default remote")
     storage.set_defaults(run=storage_command)
 
-    serving = commands.add_parser("serving", help="a KServe InferenceService for an exported model")
+    serving = commands.add_parser("serving", help="write a KServe InferenceService for an exported model")
     serving.add_argument("model_dir", metavar="MODEL_DIR")
-    serving.add_argument("--uri", required=True, help="where the model lies, e.g. s3://bucket/1/models/m-1/artifacts")
+    serving.add_argument("--uri", required=True, help="address of the model, e.g. s3://bucket/1/models/m-1/artifacts")
     serving.add_argument("--format", choices=("mlflow", "openvino"), default="mlflow")
-    serving.add_argument("--service-account", help="one whose secret opens the bucket")
+    serving.add_argument("--service-account", help="service account with the secret for the bucket")
     serving.add_argument("-o", "--output", required=True, metavar="FILE")
     serving.set_defaults(run=serving_command)
 
@@ -92,7 +92,7 @@ def _cluster(args: argparse.Namespace) -> Cluster:
     for assignment in args.profile:
         step, sign, profile = assignment.partition("=")
         if not sign or step not in (*STEPS, "default"):
-            raise ConfigError("is no assignment", where="--profile", seen=assignment, rule=f"STEP=PROFILE, {STEPS}")
+            raise ConfigError("is not STEP=PROFILE", where="--profile", seen=assignment, rule=f"STEP is one of {STEPS}")
         overrides[step] = profile
     return load_cluster(args.cluster, overrides)
 
@@ -103,18 +103,18 @@ def _images(args: argparse.Namespace) -> Images:
 
 
 def compile_command(args: argparse.Namespace) -> None:
-    """Write the YAML."""
+    """Write the pipeline as YAML."""
     from distilldsm.pipeline.compilation import compile_pipeline
 
     images = _images(args)
     compile_pipeline(args.output, load_params(args.params, args.set), _cluster(args), images)
     print(f"{args.output}: distilldsm {__version__}")
     if not images.by_digest:
-        print("note: images named by tag; by digest (NAME@sha256:...) KFP's cache also sees a rebuilt image")
+        print("note: images are named by tag; only with digests (NAME@sha256:...) does KFP's cache see a rebuilt image")
 
 
 def run_command(args: argparse.Namespace) -> None:
-    """The whole pipeline here."""
+    """Run the whole pipeline on this machine."""
     from distilldsm.pipeline.local import run_local
 
     params = load_params(args.params, args.set)
@@ -123,13 +123,13 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def submit_command(args: argparse.Namespace) -> None:
-    """Upload and start."""
+    """Upload the pipeline and start a run."""
     from distilldsm.pipeline.client import Connection, connect, submit
     from distilldsm.pipeline.compilation import compile_pipeline
 
     params, cluster, images = load_params(args.params, args.set), _cluster(args), _images(args)
     if args.cron is not None and len(args.cron.split()) != 6:
-        raise ConfigError("is no schedule", where="--cron", seen=args.cron, rule="six fields, seconds first")
+        raise ConfigError("is not a schedule", where="--cron", seen=args.cron, rule="six fields, seconds first")
     trainjob = _trainjob(args.trainjob, cluster) if args.trainjob else {}
     connection = Connection.from_environment(args.host, args.namespace, args.ca_file)
     client = connect(connection)
@@ -166,7 +166,7 @@ def submit_command(args: argparse.Namespace) -> None:
 
 
 def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
-    """The pipeline's input `trainjob`; the step that starts the job must see the job's claim."""
+    """The pipeline's input `trainjob`. The train step must mount the job's claim, because it starts the job."""
     from distilldsm.core.mapping import from_mapping, load_yaml
     from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
 
@@ -178,13 +178,13 @@ def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
             where=path,
             seen=f"{job.claim} at {job.path}",
             rule="a volume of the train step's profile",
-            hint="give it such a profile, e.g. --profile train=launcher",
+            hint="choose a profile with this volume, e.g. --profile train=launcher",
         )
     return values
 
 
 def _mlflow_url(cluster: Cluster, experiment: str, run_id: str) -> str | None:
-    """Where MLflow will show the runs of this pipeline run: a search, as the runs do not exist yet."""
+    """The page on which MLflow will show this pipeline run: a search, because the MLflow runs do not exist yet."""
     import os
     from urllib.parse import quote
 
@@ -196,16 +196,16 @@ def _mlflow_url(cluster: Cluster, experiment: str, run_id: str) -> str | None:
     try:
         from mlflow import MlflowClient
 
-        found = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
-    except Exception:  # the address is only a help; MLflow may not be reachable from here
-        found = None
+        known = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
+    except Exception:  # the address is only a convenience; MLflow may not be reachable from here
+        known = None
     condition = quote(f"tags.kfp_run_id = '{run_id}'")
-    page = f"experiments/{found.experiment_id}/runs" if found else "experiments"
+    page = f"experiments/{known.experiment_id}/runs" if known else "experiments"
     return f"{uri.rstrip('/')}/#/{page}?searchFilter={condition}"
 
 
 def status_command(args: argparse.Namespace) -> None:
-    """State of a run."""
+    """Show the state of a run."""
     from distilldsm.pipeline.client import Connection, connect, status
 
     connection = Connection.from_environment(args.host, args.namespace, args.ca_file)
@@ -223,23 +223,23 @@ def _follow(client: Any, connection: Any, run_id: str, *, as_json: bool) -> None
         if not as_json:
             print(line, flush=True)
 
-    found = wait(client, connection, run_id, say=say)
-    _show(found, as_json=as_json)
-    if found["state"] != "SUCCEEDED":
-        raise UserError("the pipeline run did not succeed", where=found["url"], seen=found["error"] or found["state"])
+    end = wait(client, connection, run_id, say=say)
+    _show(end, as_json=as_json)
+    if end["state"] != "SUCCEEDED":
+        raise UserError("the pipeline run did not succeed", where=end["url"], seen=end["error"] or end["state"])
 
 
-def _show(found: dict[str, Any], *, as_json: bool) -> None:
+def _show(state: dict[str, Any], *, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(state, indent=2))
         return
-    print(f"{found['name']}: {found['state']}\n{found['url']}")
-    for task in found["tasks"]:
+    print(f"{state['name']}: {state['state']}\n{state['url']}")
+    for task in state["tasks"]:
         print(f"  {task['state'] or '-':12}{task['name']}" + (f"  {task['error']}" if task["error"] else ""))
 
 
 def storage_command(args: argparse.Namespace) -> None:
-    """Addresses in the bucket, and DVC's remote."""
+    """Show the addresses in the bucket; with `--apply` set DVC's remote."""
     import subprocess
 
     storage = _cluster(args).storage
@@ -260,7 +260,7 @@ def storage_command(args: argparse.Namespace) -> None:
 
 
 def serving_command(args: argparse.Namespace) -> None:
-    """A manifest for a model that lies somewhere."""
+    """Write a KServe manifest for an exported model at an address."""
     from distilldsm.export.serving import inference_service, to_yaml
     from distilldsm.models.package import verify
 

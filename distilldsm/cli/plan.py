@@ -1,4 +1,4 @@
-"""`distilldsm plan`: what was, or would be, decided from a data set, and why."""
+"""`distilldsm plan`: show the decisions that are made from a data set, and why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Show a plan; of a data set that has none yet, the one that preprocessing would make."""
+    """Show a plan. For a data set without one, show the plan that preprocessing would make."""
     from distilldsm.core.mapping import to_mapping
 
     found = _find_plan(Path(args.directory), args.params)

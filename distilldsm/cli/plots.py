@@ -1,6 +1,7 @@
-"""`distilldsm plots`: DVC's plots as a page that needs no network.
+"""`distilldsm plots`: DVC's plots as a page that works offline.
 
-DVC's own page loads Vega from another machine. It takes a template of the page, though: ours holds the scripts.
+DVC's own page loads Vega, which draws the plots, from another machine. DVC accepts a template for the page; ours
+contains Vega.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ COMMANDS = ("show", "diff")
 
 
 def page_template() -> str:
-    """DVC's page template with Vega in it; `{plot_divs}` is where DVC puts the plots."""
+    """Our page template for DVC, with Vega in it; DVC replaces `{plot_divs}` by the plots."""
     from distilldsm.report.page import render
 
     return render("plots.html", title="Plots")
@@ -23,12 +24,12 @@ def page_template() -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("command", choices=COMMANDS, help="of dvc plots, of experiments or commits side by side")
-    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="of that command, see dvc plots show --help")
+    parser.add_argument("command", choices=COMMANDS, help="command of dvc plots; diff compares experiments or commits")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="its arguments, see dvc plots show --help")
 
 
 def run(args: argparse.Namespace) -> int:
-    """`dvc plots show` or `dvc plots diff` with all their arguments; returns the exit code."""
+    """Run `dvc plots show` or `dvc plots diff` with all their arguments; returns the exit code."""
     with tempfile.TemporaryDirectory() as folder:
         template = Path(folder) / "page.html"
         template.write_text(page_template(), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""`distilldsm predict`: scans in, masks in the scans' own geometry out. Imports nothing heavy before it runs."""
+"""`distilldsm predict`: from scans to masks in the scans' own geometry. Imports nothing heavy before it runs."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from distilldsm.inference.predict import Predictor
 
 ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
-"""Engine to the package it needs, in the order of preference."""
+"""Maps each engine to the package that it needs; the preferred engine comes first."""
 
 
-DESCRIPTION = "Scans to masks, on each scan's own grid. Research software, not a medical device."
-EPILOG = "exit codes: 0 all done, 1 some scan could not be predicted, 2 usage. docs/predict.md tells more."
+DESCRIPTION = "Segment scans; each mask is on its scan's own grid. Research software, not a medical device."
+EPILOG = "exit codes: 0 all scans are done, 1 a scan could not be predicted, 2 usage. See docs/predict.md."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,16 +35,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "inputs",
         metavar="INPUT",
         nargs="+",
-        help="NIfTI scans, folders of them, DICOM series folders, or folders of such folders; for several channels "
-        "CASE_0000.nii.gz and so on, a 4-D file, or one scan's files in the model's order",
+        help="NIfTI scans, folders of NIfTI scans, folders of DICOM series, or folders of such folders; for several "
+        "channels CASE_0000.nii.gz and so on, a 4-D file, or the files of one scan in the model's order",
     )
     parser.add_argument(
-        "-o", "--output", metavar="OUT", required=True, help="a file for one scan, a directory for several"
+        "-o", "--output", metavar="OUT", required=True, help="a file for one scan, a directory for several scans"
     )
     parser.add_argument(
         "--format",
         choices=("nifti", "seg"),
-        help="of the masks: nifti, or seg (DICOM SEG, the default for DICOM input)",
+        help="format of the masks: nifti, or seg (DICOM SEG, the default for DICOM input)",
     )
     parser.add_argument(
         "--probabilities",
@@ -52,41 +52,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="also write NAME_probabilities.nii.gz: (X, Y, Z, classes), uint8 scaled to 0..1",
     )
     parser.add_argument(
-        "--volumes", metavar="FILE", help="write the volume of each label and region, ml: .json or .csv"
+        "--volumes", metavar="FILE", help="write the volume of each label and region in ml, to a .json or .csv file"
     )
     parser.add_argument(
         "--ensemble",
         metavar="MODEL",
         action="append",
         default=[],
-        help="a further model, e.g. another fold; may be given several times; scores are averaged",
+        help="a further model, e.g. another fold; repeatable; the outputs of all models are averaged",
     )
     parser.add_argument(
         "--mirror",
         metavar="AXES",
-        help="also average over mirrored views: 'trained' for the axes that the model was trained with flips of, or "
+        help="also average over mirrored views: 'trained' for the axes that were flipped in training, or "
         "some of depth,height,width; takes 2^axes times as long",
     )
     parser.add_argument(
         "--postprocess",
         action="store_true",
-        help="keep only the largest connected component of what gained by it on the held-out cases",
+        help="keep only the largest connected component of those labels that this improved on the held-out cases",
     )
     parser.add_argument(
-        "--engine", choices=tuple(ENGINES), help="runs the network (default: openvino, else onnx, else torch)"
+        "--engine", choices=tuple(ENGINES), help="software that runs the network (default: the first that is installed)"
     )
     parser.add_argument(
         "--precision",
         choices=("f32", "auto", "int8"),
         default="f32",
-        help="of OpenVINO: f32 (default); auto: bf16 where the CPU has it, some voxels may differ; int8: the quantised "
-        "model, where the export found it worth while",
+        help="precision of OpenVINO: f32 (default); auto: bf16 if the CPU supports it, some voxels may differ; int8: "
+        "the quantised model, if the export shipped it",
     )
     parser.add_argument(
         "--max-memory",
         metavar="GB",
         type=float,
-        help="memory to stay within (default: 3, or half of what is available where that is less)",
+        help="memory limit (default: 3, or half of the available memory if that is less)",
     )
     parser.add_argument("--json", action="store_true", help="print a JSON report")
 
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        UserError: a scan failed; in a run over several the others are done first.
+        UserError: a scan failed; with several scans, the others are done first.
     """
     from distilldsm.inference.job import Settings, run_job
     from distilldsm.inference.memory import budget_bytes
@@ -126,7 +126,7 @@ def run(args: argparse.Namespace) -> None:
     )
     done: list[dict[str, Any]] = []
     failures: list[tuple[Job, UserError]] = []
-    with explains_interrupt(lambda: f"predict: {len(done)} of {len(jobs)} scans are done; again does them again"):
+    with explains_interrupt(lambda: f"predict: {len(done)} of {len(jobs)} scans are done; a new run does them again"):
         for job in _tracked(jobs) if many else jobs:
             try:
                 done.append(run_job(job, predictor, settings))
@@ -166,12 +166,12 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             f"{len(failures)} of {len(jobs)} scans could not be predicted",
             seen=", ".join(job.input.name for job, _ in failures),
-            hint="see the errors above; the others are done",
+            hint="see the errors above; the other scans are done",
         )
 
 
 def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
-    """What was asked for and may not be what was meant."""
+    """Warn of options that may not do what the user expects."""
     from distilldsm.data.targets import LARGEST_NOT_TRIED
 
     for folder, metadata, member in zip(
@@ -182,7 +182,7 @@ def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
             print(f"{folder}: was not trained with flips along {', '.join(unseen)}", file=sys.stderr)
     if args.postprocess and not predictor.keep_largest:
         tried = predictor.plan.targets.largest
-        why = "nothing was gained by it on the held-out cases" if tried else LARGEST_NOT_TRIED
+        why = "it brought no improvement on the held-out cases" if tried else LARGEST_NOT_TRIED
         print(f"--postprocess changes nothing: {why}", file=sys.stderr)
 
 
@@ -196,35 +196,35 @@ def _installed_engine() -> Runtime:
 
 
 def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
-    """Everything that can be refused before any scan is read."""
+    """Plan the work, and refuse everything that can be refused before a scan is read."""
     from distilldsm.inference.job import Job
     from distilldsm.io.inputs import check_output, find_inputs, listed, output_path, refuse_input
 
     output = Path(args.output)
-    given = [Path(path) for path in args.inputs]
-    found, many = find_inputs(given, len(names), names)
+    paths = [Path(path) for path in args.inputs]
+    scans, many = find_inputs(paths, len(names), names)
     if many and output.name.endswith((".nii", ".nii.gz", ".dcm")) and not output.is_dir():
-        if len(found) > 1:
+        if len(scans) > 1:
             raise ConfigError(
-                f"is a file name, but these are {len(found)} scans",
+                f"is a file name, but there are {len(scans)} scans",
                 where=output,
-                seen=listed([one.name for one in found]),
+                seen=listed([one.name for one in scans]),
                 hint="give a directory",
             )
         many = False  # a folder of one scan
     parent = output if many and output.exists() else output.parent
     if not parent.is_dir():
         raise ConfigError(
-            "is no directory" if parent.exists() else "the directory of the output does not exist",
+            "is not a directory" if parent.exists() else "the directory of the output does not exist",
             where=parent,
             rule="a directory for several scans" if many else None,
             hint="give a directory" if parent.exists() else "make it first",
         )
-    if many and any(path.is_dir() and output.resolve() == path.resolve() for path in given):
-        raise ConfigError("is the folder of the scans", where=output, hint="give the masks a directory of their own")
-    every = [*given, *(path for one in found for path in one.paths)]
+    if many and any(path.is_dir() and output.resolve() == path.resolve() for path in paths):
+        raise ConfigError("is the folder of the scans", where=output, hint="name another directory for the masks")
+    every = [*paths, *(path for one in scans for path in one.paths)]
     jobs = []
-    for one in found:
+    for one in scans:
         path, kind = output_path(one, output, many, args.format)
         job = Job(one, path, kind)
         check_output(one, path, kind, every)
@@ -239,7 +239,7 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
             )
         refuse_input(volumes, every, "is an input")
         if not os.access(volumes if volumes.exists() else volumes.parent, os.W_OK):
-            raise UserError("cannot be written", where=volumes, hint="name a place that you may write to")
+            raise UserError("cannot be written", where=volumes, hint="name a file that you may write")
     return jobs, many
 
 
@@ -259,5 +259,5 @@ def _failure(job: Job, error: UserError) -> dict[str, Any]:
 
 
 def _print_line(row: dict[str, Any], engine: str) -> None:
-    found = ", ".join(f"{name} {ml:.3g} ml" for name, ml in row["volume_ml"].items())
-    print(f"{row['mask']}: {found} ({sum(row['seconds'].values()):.1f} s, {engine})")
+    volumes = ", ".join(f"{name} {ml:.3g} ml" for name, ml in row["volume_ml"].items())
+    print(f"{row['mask']}: {volumes} ({sum(row['seconds'].values()):.1f} s, {engine})")

@@ -1,4 +1,4 @@
-"""The command `distilldsm publish`: MLflow is brought to the state of output directories."""
+"""The command `distilldsm publish`: send output directories to MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 from distilldsm.core.errors import DataError, UserError
 
-DESCRIPTION = "Send to MLflow what it does not hold yet of outputs, finished or not. Nothing is sent twice."
+DESCRIPTION = "Send to MLflow what it does not hold yet of finished and unfinished outputs. Nothing is sent twice."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,36 +16,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         nargs="*",
         metavar="DIR",
-        help="an output, or a folder that holds some (default: models, evaluation, export and cross_validation, "
+        help="an output, or a folder of outputs (default: models, evaluation, export and cross_validation, "
         "here and in the folders below)",
     )
-    parser.add_argument("--to", metavar="URI", help="address of another MLflow store than the outputs were meant for")
+    parser.add_argument("--to", metavar="URI", help="address of another MLflow store than the outputs were made for")
 
 
 def run(args: argparse.Namespace) -> None:
     """Publish outputs, and print a line for each.
 
     Raises:
-        UserError: a folder holds no output, or something was not taken.
+        UserError: a folder holds no output, or MLflow did not accept something.
     """
     from distilldsm.tracking import FILE
     from distilldsm.tracking.publish import known_outputs, publish_all
 
     outputs = [] if args.directories else known_outputs()
     for directory in args.directories:
-        found = sorted(path.parent for path in directory.rglob(FILE))
-        if not found:
+        below = sorted(path.parent for path in directory.rglob(FILE))
+        if not below:
             raise DataError(
                 "holds no output of a stage",
                 where=directory,
                 seen=f"no {FILE}",
                 hint="name an output, e.g. models/fold0",
             )
-        outputs += found
+        outputs += below
     left = []
     for outcome in publish_all(outputs, to=args.to):
         problems = "; ".join(outcome.problems)
-        done = "published" if outcome.is_complete else "published as far as it goes"
+        done = "published" if outcome.is_complete else "published so far; it is not finished"
         print(f"{outcome.directory}: {problems or outcome.registration or done}")
         for note in outcome.notes:
             print(f"{outcome.directory}: {note}")
@@ -55,5 +55,5 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(
             "not everything could be published",
             where=", ".join(left),
-            hint="put right what the lines above say, then run the same command again",
+            hint="fix the problems in the lines above, then run the same command again",
         )

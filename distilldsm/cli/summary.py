@@ -1,4 +1,4 @@
-"""`distilldsm summary`: the scores of evaluated folds, and of a cross-validation."""
+"""`distilldsm summary`: show the scores of evaluated folds and of a cross-validation."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Print the table of each folder: per label of an evaluated fold, over the folds of a cross-validation.
+    """Print the table of each folder: scores per label of an evaluated fold, or over the folds of a cross-validation.
 
-    Without folders: all of `evaluation/`, and what they are together.
+    Without folders, print all folds in `evaluation/` and the table over them.
 
     Raises:
-        DataError: there is no evaluated fold, or a folder is none.
+        DataError: there is no evaluated fold, or a folder holds no scores.
     """
     directories = [Path(d) for d in args.directories] or sorted(
         path.parent for path in Path("evaluation").glob("fold*/summary.json")
@@ -34,27 +34,27 @@ def run(args: argparse.Namespace) -> None:
         raise DataError("no evaluated fold", where="evaluation", hint="run dvc repro, or name the directories")
     if not args.directories and _is_current(TOGETHER):
         directories.append(TOGETHER)
-    found = {str(directory): read_json(directory / "summary.json") for directory in directories}
-    for directory, table in found.items():
+    summaries = {str(directory): read_json(directory / "summary.json") for directory in directories}
+    for directory, table in summaries.items():
         if not (isinstance(table, dict) and {"labels", "mean"} <= table.keys()):
-            raise DataError("is no summary of an evaluation", where=Path(directory) / "summary.json")
+            raise DataError("is not a summary of an evaluation", where=Path(directory) / "summary.json")
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(summaries, indent=2))
         return
     from distilldsm.evaluation import fold_table, tables
 
-    of_folds = [table for table in found.values() if "folds" not in table]
-    for directory, table in found.items():
+    of_folds = [table for table in summaries.values() if "folds" not in table]
+    for directory, table in summaries.items():
         if "folds" not in table:
             print(tables.format_table(table, directory))
         elif len(table["folds"]) > 1 or args.directories:
             print(fold_table.format_table(table, directory))
-    if len(of_folds) > 1 and len(of_folds) == len(found):
+    if len(of_folds) > 1 and len(of_folds) == len(summaries):
         print(_over_folds(of_folds))
 
 
 def _is_current(directory: Path) -> bool:
-    """Whether a table over the folds is there, and no fold was evaluated again, or is gone, since it was made."""
+    """Whether there is a table over the folds, and no fold has been evaluated again or removed since."""
     from distilldsm.core.output_directory import MANIFEST, content_hash
 
     if not (directory / "summary.json").is_file():
@@ -65,7 +65,7 @@ def _is_current(directory: Path) -> bool:
 
 
 def _over_folds(summaries: list[dict[str, Any]]) -> str:
-    """Mean and sample standard deviation of the folds' mean Dice, per label that all folds have."""
+    """Mean and sample standard deviation of the folds' mean Dice, for each label that all folds have."""
     from distilldsm.evaluation.metrics import METRICS
     from distilldsm.evaluation.statistics import spread
     from distilldsm.evaluation.tables import aligned, label_key

@@ -1,4 +1,4 @@
-"""`distilldsm view`: a scan with its masks as one page for the browser. Imports nothing heavy before it runs."""
+"""`distilldsm view`: show a scan with its masks as one page for the browser. Imports nothing heavy before it runs."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ if TYPE_CHECKING:
     from distilldsm.io.inputs import Input
 
 MAX_VOXELS = 16_000_000
-"""Of a volume in the page; a larger one loses every other voxel along its finest axis, and so on."""
+"""Largest volume in the page, voxels. Larger ones lose every second voxel of their finest axis, repeatedly."""
 
 
-DESCRIPTION = "A scan and masks on its grid as one page that needs no network. Not a medical device."
+DESCRIPTION = "Show a scan and masks on its grid as one page that works offline. Not a medical device."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("image", metavar="IMAGE", help="a NIfTI scan, or the folder of a DICOM series")
-    parser.add_argument("masks", metavar="MASK", nargs="*", help="predicted masks (NIfTI); several become a choice")
+    parser.add_argument("masks", metavar="MASK", nargs="*", help="predicted masks (NIfTI); the page offers a choice")
     parser.add_argument("--truth", metavar="MASK", help="the true mask, shown with each of the others")
     parser.add_argument("-o", "--output", metavar="PAGE.html", help="default: a file in a new temporary folder")
     naming = parser.add_mutually_exclusive_group()
@@ -49,8 +49,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command.
 
     Raises:
-        UserError: a file is missing or no 3-D volume, or a mask does not lie on the image's grid, or the
-            page cannot be written.
+        UserError: a file is missing or not a 3-D volume, a mask is not on the image's grid, or the page cannot
+            be written.
     """
     from distilldsm.core.files import write_text
     from distilldsm.io import read_labels
@@ -58,9 +58,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.max_voxels < 1:
         raise ConfigError("--max-voxels is too small", seen=args.max_voxels, rule="1 or more")
-    given = [Path(path) for path in (args.image, *args.masks, *([args.truth] if args.truth else []))]
-    one = _one_image(given[0])
-    output = _output(args.output, one.name, given)
+    paths = [Path(path) for path in (args.image, *args.masks, *([args.truth] if args.truth else []))]
+    one = _one_image(paths[0])
+    output = _output(args.output, one.name, paths)
     scan = one.read(1)
     channel = scan.channels[0]
     truth = read_labels(Path(args.truth), on=scan).values if args.truth else None
@@ -88,20 +88,20 @@ def run(args: argparse.Namespace) -> None:
 def _one_image(path: Path) -> Input:
     from distilldsm.io.inputs import find_inputs
 
-    found, _ = find_inputs([path], 1)
-    if len(found) != 1:
+    scans, _ = find_inputs([path], 1)
+    if len(scans) != 1:
         raise ConfigError(
             "holds several scans",
             where=path,
-            seen=", ".join(one.name for one in found[:5]),
+            seen=", ".join(one.name for one in scans[:5]),
             rule="one scan",
             hint="give one of the files, or the folder of one series",
         )
-    return found[0]
+    return scans[0]
 
 
 def _labels(args: argparse.Namespace, masks: Sequence[npt.NDArray[np.uint8]]) -> Mapping[str, int]:
-    """Names of the values: as given, of a model, else of whatever values there are."""
+    """Names of the masks' values: from `--labels`, from the model, or `label N` for each value N."""
     import numpy as np
 
     if args.model:
@@ -110,8 +110,8 @@ def _labels(args: argparse.Namespace, masks: Sequence[npt.NDArray[np.uint8]]) ->
         return load_metadata(args.model).labels
     if args.labels:
         return _parse(args.labels)
-    found = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
-    return {f"label {value}": value for value in found}
+    values = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})
+    return {f"label {value}": value for value in values}
 
 
 def _parse(text: str) -> dict[str, int]:
@@ -119,30 +119,30 @@ def _parse(text: str) -> dict[str, int]:
     for item in text.split(","):
         name, _, value = item.partition("=")
         if not (name.strip() and value.strip().isdecimal() and int(value) <= 255) or name.strip() in labels:
-            raise ConfigError("names no label", where="--labels", seen=item, rule="NAME=VALUE, values from 0 to 255")
+            raise ConfigError("is not a label", where="--labels", seen=item, rule="NAME=VALUE, values from 0 to 255")
         labels[name.strip()] = int(value)
     if len(set(labels.values())) < len(labels):
-        raise ConfigError("names a value twice", where="--labels", seen=text)
+        raise ConfigError("gives two names to one value", where="--labels", seen=text)
     return labels
 
 
 def _names(masks: Sequence[str]) -> list[str]:
-    """What tells the masks apart: their names, with their folders where these are the same."""
+    """A different name for each mask: its file name, with the folder if two file names are the same."""
     from distilldsm.io.formats import stem
 
     names = [stem(Path(mask)) for mask in masks]
     return names if len(set(names)) == len(names) else list(masks)
 
 
-def _output(asked: str | None, name: str, inputs: Sequence[Path]) -> Path:
+def _output(page: str | None, name: str, inputs: Sequence[Path]) -> Path:
     from distilldsm.io.inputs import refuse_input
 
-    if asked is None:
-        # A folder that only its owner can read: the page holds the patient's scan.
+    if page is None:
+        # Only its owner can read this folder: the page holds the patient's scan.
         return Path(tempfile.mkdtemp(prefix="distilldsm-view-")) / f"{name}.html"
-    path = Path(asked)
+    path = Path(page)
     if path.suffix != ".html" or path.is_dir():
-        raise ConfigError("is no name of a page", where=path, rule="a file name ending with .html")
+        raise ConfigError("is not the name of a page", where=path, rule="a file name ending with .html")
     if not path.parent.is_dir():
         raise ConfigError("the directory of the output does not exist", where=path.parent, hint="make it first")
     refuse_input(path, inputs, "is an input")

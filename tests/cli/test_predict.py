@@ -172,7 +172,7 @@ def test_several_files_of_one_channel_are_several_scans(single, tmp_path, capsys
     assert predict(single, [*paths, *other], out) == 2
     assert "two scans are called 'a'" in capsys.readouterr().err
     assert predict(single, paths, tmp_path / "volumes.json") == 2
-    assert "is no directory" in capsys.readouterr().err
+    assert "is not a directory" in capsys.readouterr().err
     # nnU-Net's name of a single channel.
     write_scan(tmp_path / "nnunet", ("case_0000.nii.gz",))
     assert predict(single, [tmp_path / "nnunet"], tmp_path / "n") == 0

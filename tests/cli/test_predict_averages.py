@@ -239,7 +239,7 @@ def test_what_was_not_tried_is_told_so(made, predicted, tmp_path):
     _, _, remarks = predicted(of_regions(made, tmp_path / "x", CROSSED, postprocessing=[]), scan, "--postprocess")
     assert "--postprocess changes nothing: not tried, as regions overlap" in remarks
     _, _, remarks = predicted(of_regions(made, tmp_path / "n", NESTED, postprocessing=[]), scan, "--postprocess")
-    assert "--postprocess changes nothing: nothing was gained by it" in remarks
+    assert "--postprocess changes nothing: it brought no improvement" in remarks
 
 
 def test_info_tells_of_both(folds, tmp_path_factory, capsys):

@@ -157,7 +157,7 @@ def test_what_is_no_volume_is_refused(files, tmp_path, capsys):
         ([files["image"], half], 1, "not whole numbers"),
         ([files["image"], "--labels", "shell"], 2, "NAME=VALUE"),
         ([files["image"], "--labels", "shell=300"], 2, "NAME=VALUE"),
-        ([files["image"], "--labels", "a=1,b=1"], 2, "names a value twice"),
+        ([files["image"], "--labels", "a=1,b=1"], 2, "gives two names to one value"),
         ([files["image"], "--model", str(tmp_path)], 1, "is not an exported model"),
         ([files["image"], "--max-voxels", "0"], 2, "--max-voxels"),
     ):

@@ -253,7 +253,7 @@ def test_git_and_dvc_where_there_is_nothing(place, monkeypatch):
     assert "not a git repository" in git.seen
     (place / "dvc.yaml").write_text("stages: {train: {cmd: a}}")
     (found,) = doctor.check_dvc(1)
-    assert (found.status, found.seen) == ("fail", "there is a dvc.yaml, but no .dvc")
+    assert (found.status, found.seen) == ("fail", "dvc.yaml is there, but the folder .dvc is missing")
     (place / ".dvc").mkdir()
     monkeypatch.setattr(doctor, "in_child", lambda *_: [])
     (found,) = doctor.check_dvc(1)
