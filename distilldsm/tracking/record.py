@@ -22,6 +22,7 @@ from distilldsm.config import TrackingConfig
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
+from distilldsm.models.package import METADATA
 from distilldsm.tracking.addresses import default_uri, redact_uri, uri_to_attach
 from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.values import (
@@ -327,15 +328,15 @@ def _model(
     version_tags: Mapping[str, Any] | None = None,
     metadata: Mapping[str, Any] | None = None,
 ) -> Model:
-    if not (directory / "model.onnx").is_file():
-        raise FileNotFoundError(f"{directory} holds no model.onnx")
+    if not (directory / METADATA).is_file():
+        raise FileNotFoundError(f"{directory} holds no {METADATA}: it is no exported model")
     return Model(
         registered_name=registered_name,
         gate=plain(to_mapping(gate or {})),
         metrics=_numbers(metrics or {}),
         version_tags=texts(version_tags or {}, TAG_LENGTH),
         metadata=plain(to_mapping(dict(metadata or {}))),
-        pip_requirements=tuple(requirements(directory)),
+        pip_requirements=tuple(requirements()),
     )
 
 

@@ -7,10 +7,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import read_json, write_json
+from distilldsm.models.package import INTENDED_USE, METADATA
 from distilldsm.tracking import describe, followed
 from distilldsm.tracking.publish import Outcome, known_outputs, publish_all
 
@@ -85,15 +84,28 @@ def run_of(directory: Path) -> dict[str, Any]:
     return read_json(directory / "tracking.json")["run"]
 
 
-def onnx_model(directory: Path) -> Path:
-    """An exported model: an identity network of any size, with the files that go beside it."""
-    onnx = pytest.importorskip("onnx")
+def export_model(directory: Path) -> Path:
+    """An exported model, as far as its registration reads it."""
     directory.mkdir(parents=True)
-    shape = ["batch", 1, "depth", "height", "width"]
-    ends = [onnx.helper.make_tensor_value_info(n, onnx.TensorProto.FLOAT, shape) for n in ("input", "logits")]
-    graph = onnx.helper.make_graph([onnx.helper.make_node("Relu", ["input"], ["logits"])], "g", ends[:1], ends[1:])
-    network = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=9)
-    onnx.save(network, directory / "model.onnx")
-    (directory / "metadata.json").write_text('{"labels": {"background": 0}}')
-    (directory / "model.xml").write_text("<net/>")
+    image, logits = (
+        {"name": name, "shape": (1, count, None, None, None), "multiple_of": (1, 1, 1)}
+        for name, count in (("image", 1), ("logits", 2))
+    )
+    network = {"name": "unet2d", "options": {}, "stride": (1, 1, 1), "depth_halo": 0}
+    metadata = {
+        "name": "distilldsm-m",
+        "intended_use": INTENDED_USE,
+        "inputs": [image],
+        "outputs": [logits],
+        "channels": [{"name": "CT", "modality": "CT", "normalisation": "none"}],
+        "labels": {"background": 0, "liver": 1},
+        "network": {**network, "parameters": 1, "macs_per_voxel": 1.0},
+        "openvino_weights": "FP16",
+        "data": dict.fromkeys(("name", "licence", "reference", "source", "note"), ""),
+        "fold": 0,
+        "checkpoint": "last",
+        "files": {},
+        "versions": {},
+    }
+    write_json(directory / METADATA, metadata)
     return directory

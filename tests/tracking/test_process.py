@@ -24,8 +24,8 @@ from tests.tracking.store import (
     CONFIG,
     add_epochs,
     evaluated,
+    export_model,
     history,
-    onnx_model,
     run_of,
     the_run,
     trained,
@@ -59,7 +59,7 @@ def test_a_training_is_followed_and_the_next_stage_sends_what_is_missing(place, 
     assert stored.data.metrics["system/process_memory_megabytes"] > 10
     files = {path.name: path.read_bytes() for path in work.iterdir()}
     model = work.rename(place / "models/fold0")
-    export = onnx_model(place / "export/fold0")
+    export = export_model(place / "export/fold0")
     describe(CONFIG, export, run_of=model, model={"registered_name": "m"})
     send(export, model)
     assert capsys.readouterr().out == "registered as m version 1, champion: there was no champion\n"
@@ -149,7 +149,7 @@ def test_what_cannot_be_described_never_stops_the_work(place, no_sender, monkeyp
     describe(CONFIG, place, name="n", metrics={"a": "not a number"})
     assert run_of(place) is None
     describe(CONFIG, place, name="n", model={"registered_name": "m"})
-    assert "holds no model.onnx" in caplog.text
+    assert "holds no metadata.json" in caplog.text
     (place / "file").touch()
     describe(CONFIG, place / "file", name="n")
     with training(place / "models/fold0"):

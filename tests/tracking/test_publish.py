@@ -28,8 +28,8 @@ from tests.tracking.store import (
     add_epochs,
     all_runs,
     evaluated,
+    export_model,
     history,
-    onnx_model,
     publish_known,
     run_of,
     the_run,
@@ -143,7 +143,7 @@ def test_an_evaluation_that_arrives_first_makes_the_run_and_the_training_names_i
 def test_what_is_published_costs_one_request_more_and_changes_nothing(place, client, no_sender, monkeypatch):
     model = trained(place / "models/fold0", 1.0, 0.5)
     evaluated(place / "evaluation/fold0", model, test_dice_mean=0.9)
-    onnx_model(place / "export/fold0")
+    export_model(place / "export/fold0")
     describe(CONFIG, place / "export/fold0", run_of=model, model={"registered_name": "m"})
     publish_known()
     before = the_run(client).to_dictionary()

@@ -17,7 +17,7 @@ from distilldsm.tracking import describe, registry
 from distilldsm.tracking.publish import Outcome, publish
 from distilldsm.tracking.registry import CHALLENGER, CHAMPION, registered_scores
 from tests.export.test_gate import scored
-from tests.tracking.store import CONFIG, onnx_model, run_of
+from tests.tracking.store import CONFIG, export_model, run_of
 
 NAME = "m"
 
@@ -31,7 +31,7 @@ class Exports:
     def describe(self, *scores: float, gate: dict | None = None, with_scores: bool = True, **facts: Any) -> Path:
         """One more export, not published."""
         self.count += 1
-        export = onnx_model(self.place / f"export/{self.count}")
+        export = export_model(self.place / f"export/{self.count}")
         if with_scores:
             write_json(export / SCORES, scored(*scores, **facts))
         metrics = {"test_dice_mean": sum(scores) / max(len(scores), 1)}
@@ -267,7 +267,7 @@ def test_a_store_that_is_not_the_default_gets_its_model(export, empty_store, mon
 
 
 def test_what_is_not_registered_says_so(place, client):
-    export = onnx_model(place / "export/0")
+    export = export_model(place / "export/0")
     describe(CONFIG, export, name="n", model={"registered_name": None})
     assert publish(export).registration is None
     describe(CONFIG, export, name="n", model={"registered_name": "no/name"})

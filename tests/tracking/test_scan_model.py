@@ -25,7 +25,7 @@ from distilldsm.models.package import verify
 from distilldsm.tracking import describe, flavor
 from tests.data.volumes import stretched
 from tests.export.fake import NETWORK, Exported, exported
-from tests.tracking.store import CONFIG, publish_known
+from tests.tracking.store import CONFIG, publish_known, the_run
 
 
 @pytest.fixture(scope="module")
@@ -60,18 +60,21 @@ def _made(path: Path) -> Path:
     return path
 
 
-def test_arrays_paths_and_what_the_model_is(loaded, made, scan, place):
+def test_arrays_paths_and_what_the_model_is(loaded, client, made, scan, place):
     signature = loaded.metadata.signature
     assert signature.inputs.inputs[0].shape == (1, 2, -1, -1, -1)
     assert (signature.inputs.inputs[0].name, str(signature.inputs.inputs[0].type)) == ("image", "float32")
     assert signature.outputs.inputs[0].shape == (1, 3, -1, -1, -1)
     assert [p.name for p in signature.params] == ["paths", "output"]
+    assert loaded.metadata.metadata == {"fold": 1}
+    version = client.get_model_version_by_alias("scans", "challenger")
+    assert loaded.metadata.run_id == version.run_id == the_run(client).info.run_id
 
     image = np.random.default_rng(0).normal(size=(1, 2, 3, 16, 32)).astype(np.float32)
     logits = loaded.predict({"image": image})["logits"]
     assert logits.dtype == np.float32
     np.testing.assert_array_equal(logits, OpenVINOEngine(made.export / "model.xml", NETWORK)(image))
-    # What the ONNX flavour answered, but for weights in half precision.
+    # As the ONNX model answers, but for weights in half precision.
     np.testing.assert_allclose(logits, OnnxEngine(made.export / "model.onnx", NETWORK)(image), atol=5e-3)
     np.testing.assert_array_equal(loaded.predict(image)["logits"], logits)
     with pytest.raises(Exception, match="does not match expected shape"):
@@ -212,9 +215,3 @@ def test_geometries_that_predict_refuses(made, scan, tmp_path, monkeypatch, chan
             Predictor.from_export(made.export), None, {"paths": paths, "output": str(tmp_path / "m.nii")}, remote=False
         )
     assert not (tmp_path / "m.nii").exists()
-
-
-def test_requirements_of_a_directory_with_an_onnx_file_only(tmp_path, monkeypatch):
-    assert {line.partition("==")[0] for line in flavor.requirements(tmp_path)} == {"mlflow", *flavor.ONNX_PACKAGES}
-    monkeypatch.setattr(flavor, "ONNX_PACKAGES", ("no-such-package",))
-    assert flavor.requirements(tmp_path)[1] == "no-such-package"
