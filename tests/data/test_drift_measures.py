@@ -21,7 +21,7 @@ from distilldsm.data.training_distribution import (
     make_distribution,
 )
 from tests.data.test_geometry import make_plan
-from tests.data.test_preprocess import case_fingerprint
+from tests.data.test_plan import case_fingerprint
 
 HOUNSFIELD = Normalisation(scheme="ct", low=-200, high=450, mean=50, sd=100)
 PLAN = make_plan(

@@ -15,126 +15,11 @@ from distilldsm.config import PreprocessConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.output_directory import file_hashes
-from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, summarise
-from distilldsm.data.plan import Plan, choose_patch, make_plan
+from distilldsm.data.dataset import Channel, DatasetIndex
+from distilldsm.data.fingerprint import fingerprint_case
+from distilldsm.data.plan import Plan
 from distilldsm.data.preprocess import foreground_locations, preprocess_dataset
-from distilldsm.data.scan_measures import ScanMeasures
 from tests.data.volumes import affine, write_case, write_dataset
-
-
-def case_fingerprint(**changes) -> CaseFingerprint:
-    values = {
-        "case": "a",
-        "shape": (35, 50, 36),
-        "spacing_mm": (1.0, 1.0, 1.0),
-        "nonzero_fraction": 0.99,
-        "foreground_mean": (100.0,),
-        "foreground_sd": (10.0,),
-        "foreground_percentiles": ((50.0, 60.0, 100.0, 140.0, 150.0),),
-        "label_volumes_ml": {"one": 1.0},
-    } | changes
-    scan = ScanMeasures(
-        shape=values["shape"],
-        spacing_mm=values["spacing_mm"],
-        orientation="RAS",
-        nonzero_fraction=values["nonzero_fraction"],
-        channels=(),
-    )
-    return CaseFingerprint(**{"nonzero_shape": values["shape"], "scan": scan, **values})
-
-
-def index_of(patients: list[str], modality: str = "MRI") -> DatasetIndex:
-    return DatasetIndex(
-        name="x",
-        channels=(Channel(name="c", modality=modality),),
-        labels={"background": 0, "one": 1},
-        cases=tuple(Case(id=f"{p}_{k}", patient=p, images=("i",), label="l") for k, p in enumerate(patients)),
-    )
-
-
-INDEX = index_of(["a"])
-
-
-def test_plan_isotropic_takes_the_smallest_extent_as_depth():
-    plan = make_plan(INDEX, [case_fingerprint()], PreprocessConfig())
-    assert plan.depth_axis == "x"
-    assert plan.patch_size == (35, 64, 48)
-    assert plan.normalisation[0].scheme == "zscore"
-    assert plan.median_shape == (35, 50, 36)
-
-
-def test_plan_anisotropic_takes_the_coarsest_axis():
-    case = case_fingerprint(shape=(216, 256, 10), spacing_mm=(1.5, 1.5, 10.0))
-    plan = make_plan(INDEX, [case], PreprocessConfig())
-    assert plan.depth_axis == "z"
-    assert plan.axis_order == (2, 0, 1)
-    assert plan.coarse_slices
-    assert plan.target_spacing_mm == (10.0, 1.5, 1.5)
-    assert plan.patch_size == (10, 224, 256)
-
-
-def test_plan_normalises_by_modality():
-    masked = make_plan(INDEX, [case_fingerprint(nonzero_fraction=0.2)], PreprocessConfig())
-    assert masked.normalisation[0].scheme == "zscore_foreground"
-    ct = make_plan(index_of(["a"], "CT"), [case_fingerprint()], PreprocessConfig()).normalisation[0]
-    assert (ct.scheme, ct.low, ct.high, ct.mean, ct.sd) == ("ct", 50.0, 150.0, 100.0, 10.0)
-    forced = make_plan(INDEX, [case_fingerprint()], PreprocessConfig(normalisation="none"))
-    assert forced.normalisation[0].scheme == "none"
-
-
-def test_healthy_cases_leave_the_ct_window_alone():
-    """The foreground of a case without labels is all of it, air included."""
-    index = index_of(["a"], "CT")
-    lesion = case_fingerprint(foreground_mean=(60.0,), foreground_sd=(15.0,))
-    healthy = case_fingerprint(
-        foreground_mean=(-600.0,),
-        foreground_sd=(500.0,),
-        foreground_percentiles=((-1000.0, -990.0, -700.0, 60.0, 300.0),),
-        label_volumes_ml={"one": 0.0},
-    )
-    alone = make_plan(index, [lesion], PreprocessConfig()).normalisation
-    assert make_plan(index, [lesion, healthy, healthy], PreprocessConfig()).normalisation == alone
-    assert summarise([lesion, healthy], index)["foreground_intensity"]["c"]["mean"] == 60.0
-    assert make_plan(index, [healthy], PreprocessConfig()).normalisation[0].mean == -600.0  # there is nothing else
-
-
-def test_plan_measures_what_is_left_by_the_crop(tmp_path: Path):
-    case = case_fingerprint(shape=(240, 240, 155), nonzero_shape=(138, 169, 137))
-    plan = make_plan(INDEX, [case], PreprocessConfig())
-    assert (plan.median_shape, plan.depth_axis) == ((137, 138, 169), "z")
-    whole = make_plan(INDEX, [case], PreprocessConfig(crop_to_nonzero=False))
-    assert whole.median_shape == (155, 240, 240)
-
-    index = write_dataset(tmp_path, cases=5, shape=(12, 20, 16))
-    for written in index.cases:
-        image = nib.load(tmp_path / written.images[0])
-        data = image.get_fdata(dtype=np.float32)
-        data[0] = data[:, -3:] = 0
-        nib.save(nib.Nifti1Image(data, image.affine), tmp_path / written.images[0])
-    made = preprocess_dataset(tmp_path, index, PreprocessConfig(workers=1), tmp_path / "out")
-    arrays = [np.load(p) for p in sorted((tmp_path / "out" / "images").iterdir())]
-    assert made.median_shape == tuple(np.median([a.shape[1:] for a in arrays], axis=0))
-
-
-def test_plan_obeys_the_config():
-    config = PreprocessConfig(depth_axis="y", target_spacing_mm=(1.0, 2.0, 3.0), patch_size=(4, 32, 16))
-    plan = make_plan(INDEX, [case_fingerprint()], config)
-    assert plan.depth_axis == "y"
-    assert plan.target_spacing_mm == (2.0, 1.0, 3.0)
-    assert plan.patch_size == (4, 32, 16)
-    assert "set in" in plan.reasons["patch_size"]
-
-
-@pytest.mark.parametrize(
-    ("median", "limit"),
-    [((300, 512, 512), 655_360), ((1, 16, 16), 4096), ((155, 240, 240), 655_360), ((3, 900, 900), 9000)],
-)
-def test_patches_fit_the_limit(median, limit):
-    depth, height, width = choose_patch(median, limit)
-    assert depth * height * width <= limit
-    assert height % 16 == width % 16 == 0
-    assert min(depth, height, width) >= 1
 
 
 def test_fingerprint_in_ras_order(tmp_path: Path):
@@ -150,6 +35,18 @@ def test_fingerprint_in_ras_order(tmp_path: Path):
     assert found.spacing_mm == pytest.approx((1.0, 2.0, 3.0))
     label = np.asarray(nib.load(tmp_path / case.label).dataobj)
     assert found.label_volumes_ml["core"] == pytest.approx((label == 2).sum() * 6 / 1000)
+
+
+def test_the_median_shape_is_that_of_the_cropped_arrays(tmp_path: Path):
+    index = write_dataset(tmp_path, cases=5, shape=(12, 20, 16))
+    for written in index.cases:
+        image = nib.load(tmp_path / written.images[0])
+        data = image.get_fdata(dtype=np.float32)
+        data[0] = data[:, -3:] = 0
+        nib.save(nib.Nifti1Image(data, image.affine), tmp_path / written.images[0])
+    made = preprocess_dataset(tmp_path, index, PreprocessConfig(workers=1), tmp_path / "out")
+    arrays = [np.load(p) for p in sorted((tmp_path / "out" / "images").iterdir())]
+    assert made.median_shape == tuple(np.median([a.shape[1:] for a in arrays], axis=0))
 
 
 @pytest.fixture(scope="module")

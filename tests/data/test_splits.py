@@ -15,7 +15,7 @@ from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.core.output_directory import MANIFEST
 from distilldsm.data.splits import load_fold, make_splits, read_splits
-from tests.data.test_preprocess import index_of
+from tests.data.test_plan import index_of
 from tests.data.volumes import write_dataset
 
 
