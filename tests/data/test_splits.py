@@ -14,7 +14,7 @@ from distilldsm.config import PreprocessConfig, load_params
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.core.output_directory import MANIFEST
-from distilldsm.data.splits import load_fold, make_splits, read_splits
+from distilldsm.data.splits import check_held_out, load_fold, make_splits, read_splits
 from tests.data.test_plan import index_of
 from tests.data.volumes import write_dataset
 
@@ -24,7 +24,9 @@ def test_splits_are_by_patient_and_hold_out_every_case_once():
     folds = make_splits(index, count=3, seed=1)
     held_out = [case for fold in folds for case in fold["held_out"]]
     assert sorted(held_out) == sorted(c.id for c in index.cases)
+    assert sorted(len({n.split("_")[0] for n in fold["held_out"]}) for fold in folds) == [2, 2, 3]
     for fold in folds:
+        assert sorted(fold["train"] + fold["held_out"]) == sorted(c.id for c in index.cases)
         patients = {name.split("_")[0] for name in fold["train"]} & {n.split("_")[0] for n in fold["held_out"]}
         assert not patients
     assert make_splits(index, count=3, seed=1) == folds != make_splits(index, count=3, seed=2)
@@ -33,14 +35,28 @@ def test_splits_are_by_patient_and_hold_out_every_case_once():
 def test_more_folds_than_patients_is_refused():
     with pytest.raises(ConfigError, match="fewer patients than folds"):
         make_splits(index_of(["a", "a", "b"]), count=3, seed=0)
+    assert len(make_splits(index_of(["a", "a", "b"]), count=2, seed=0)) == 2
 
 
 def test_unknown_or_empty_folds_are_refused(tmp_path: Path):
     write_json(tmp_path / "splits.json", {"folds": [{"train": ["a"], "held_out": []}]})
-    with pytest.raises(DataError, match="no such fold"):
-        load_fold(tmp_path / "splits.json", 1)
+    for fold in (1, -1):
+        with pytest.raises(DataError, match=r"no such fold(.|\n)*rule: 0 to 0"):
+            load_fold(tmp_path / "splits.json", fold)
     with pytest.raises(DataError, match="lacks"):
         load_fold(tmp_path / "splits.json", 0)
+
+
+def test_a_model_is_scored_on_what_it_has_not_seen(tmp_path: Path):
+    splits = tmp_path / "splits.json"
+    write_json(splits, {"folds": []})
+    write_json(tmp_path / "model.json", {"fold": 2, "splits": sha256_file(splits)})
+    check_held_out(tmp_path, splits, 2)
+    with pytest.raises(DataError, match=r"another fold(.|\n)*seen: fold 2\n"):
+        check_held_out(tmp_path, splits, 1)
+    write_json(splits, {"folds": [1]})
+    with pytest.raises(DataError, match="another split"):
+        check_held_out(tmp_path, splits, 2)
 
 
 INDEX = index_of(["a", "a", "b", "c"])
@@ -77,7 +93,11 @@ def test_one_fold_may_leave_cases_unused_and_excluded_ones_are_dropped(tmp_path)
     assert read_splits(path, INDEX, left_out={"d_9"}) == [{"train": CASES[:2], "held_out": [CASES[2]]}]
     with pytest.raises(DataError, match="names cases that the data set does not have") as caught:
         read_splits(path, INDEX)
-    assert "d_9" in str(caught.value.seen)
+    assert caught.value.seen == "1, e.g. d_9"
+    strange = given_splits(tmp_path, [{"train": [CASES[0], *"wxyz"], "val": [CASES[2]]}])
+    with pytest.raises(DataError) as caught:
+        read_splits(strange, INDEX)
+    assert caught.value.seen == "4, e.g. w, x, y"
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from distilldsm.config import AugmentConfig
-from distilldsm.training.augment import Draws, augment, centre_crop, change_intensities, coarsen, likeliest
+from distilldsm.training.augment import Draws, augment, centre_crop, change_intensities, likeliest
 
 
 def ball_batch(size=(12, 24, 24)) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,43 +46,11 @@ def test_augmentation_repeats_with_its_seed_and_differs_between_samples():
     assert not torch.equal(a[0][0], a[0][1])
 
 
-@pytest.mark.parametrize("classes", [2, 9])
-def test_image_and_label_move_together(classes):
-    config = AugmentConfig(
-        spatial_probability=1, intensity_probability=0, rotation_deg=30, mirror_axes=("height", "depth", "width")
-    )
-    x, y = run_augment(config, classes=classes)
-    assert ((x[:, 0] > 0.5) == (y > 0)).float().mean() > 0.99
-
-
 def test_the_likeliest_class_is_that_of_argmax_ties_included():
     shares = (torch.rand(2, 3, 5, 16, 16, generator=torch.Generator().manual_seed(0)) * 2).round() / 4
     every = torch.cat((1 - shares.sum(dim=1, keepdim=True), shares), dim=1)
     assert (every == every.amax(dim=1, keepdim=True)).sum(dim=1).gt(1).any()
     assert np.array_equal(likeliest(shares).numpy(), every.numpy().argmax(axis=1))
-
-
-def test_rotation_in_mm_keeps_the_volume_of_a_structure():
-    """A ball in mm, on anisotropic voxels, is still that ball after any rotation."""
-    spacing = (3.0, 1.0, 1.0)
-    grid = torch.stack(torch.meshgrid(*[torch.arange(n) - n // 2 for n in (16, 40, 40)], indexing="ij"))
-    radius = sum((grid[k] * spacing[k]) ** 2 for k in range(3))
-    label = (radius <= 12**2).long()[None]
-    x, y = augment(
-        label[:, None].float(),
-        label,
-        (16, 40, 40),
-        AugmentConfig(spatial_probability=1, intensity_probability=0, rotation_deg=90, tilt_deg=90, scale=0),
-        classes=2,
-        spacing_mm=spacing,
-        coarse_slices=False,
-        generator=torch.Generator().manual_seed(3),
-    )
-    assert float(y.sum()) == pytest.approx(float(label.sum()), rel=0.05)
-    overlap = 2 * (y * label).sum() / (y.sum() + label.sum())
-    assert overlap > 0.93
-    assert x.dtype == torch.float32
-    assert y.dtype == torch.int64
 
 
 @pytest.mark.parametrize("slices_mm", [4.0, 1.0])
@@ -105,55 +71,6 @@ def test_slices_that_the_plan_calls_coarse_are_not_tilted(slices_mm, coarse):
     )
     spread = (middle[:, :, 4].amax() - middle[:, :, 4].amin()).item()
     assert (spread > 0.1) == (not coarse)
-
-
-def test_scale_changes_size_as_told():
-    torch.manual_seed(0)
-    sizes = []
-    for seed in range(8):
-        config = AugmentConfig(spatial_probability=1, intensity_probability=0, rotation_deg=0, tilt_deg=0, scale=0.2)
-        _, y = run_augment(config, seed=seed)
-        sizes += y.sum(dim=(1, 2, 3)).tolist()
-    original = float(ball_batch()[1][0].sum())
-    assert 0.8**3 * 0.8 < min(sizes) / original < 0.85
-    assert 1.2 < max(sizes) / original < 1.2**3 * 1.2
-
-
-def test_bending_moves_image_and_label_together_by_so_many_mm():
-    bent = replace(NOTHING, elastic_probability=1.0, elastic_mm=2.0)
-    images = torch.zeros(2, 1, 24, 36, 36)
-    images[:, :, 8:16, 12:24, 12:24] = 1
-    labels = images[:, 0].long()
-    generator = torch.Generator().manual_seed(0)
-    x, y = augment(images, labels, (20, 30, 30), bent, **CUBES, generator=generator)
-    assert ((x[:, 0] > 0.5) == (y == 1)).float().mean() > 0.995
-    _, straight = centre_crop(images, labels, (20, 30, 30))
-    assert not torch.equal(y, straight)
-    assert not torch.equal(y[0], y[1])
-    # In a ramp of 1 per voxel along an axis, what a voxel changes by is how far it was moved.
-    ramp = torch.arange(120.0).reshape(1, 1, 1, 1, 120).expand(60, 1, 40, 40, 120).clone()
-    empty = torch.zeros(60, 40, 40, 120, dtype=torch.long)
-    size = (20, 20, 60)
-    moved, _ = augment(
-        ramp, empty, size, bent, classes=2, spacing_mm=(1, 1, 0.5), coarse_slices=False, generator=generator
-    )
-    still, _ = centre_crop(ramp, empty, size)
-    corner = (moved - still)[:, 0, 0, 0, 0] * 0.5  # a control point
-    assert float(corner.std()) == pytest.approx(2.0, rel=0.25)
-    assert abs(float(corner.mean())) < 0.9
-
-
-def test_coarsening_keeps_coarse_slices_and_the_mean():
-    torch.manual_seed(0)
-    images = torch.randn(3, 2, 6, 32, 32)
-    drawn = torch.rand(3, 2, 2)
-    assert torch.equal(coarsen(images, 0.0, drawn, coarse_slices=False), images)
-    constant_in_plane = torch.randn(1, 1, 6, 1, 1).expand(1, 1, 6, 32, 32)
-    kept = coarsen(constant_in_plane, 1.0, drawn, coarse_slices=True)
-    torch.testing.assert_close(kept, constant_in_plane.contiguous())
-    coarse = coarsen(images, 1.0, drawn, coarse_slices=False)
-    assert float(coarse.std()) < 0.9 * float(images.std())
-    assert not torch.equal(coarse[:, 0], images[:, 0])
 
 
 def test_processes_draw_what_one_would():
