@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from distilldsm.components.registry import STAGES
 from distilldsm.core.errors import ConfigError
-from distilldsm.core.mapping import from_mapping, load_yaml
+from distilldsm.core.mapping import Natural, from_mapping, load_yaml
 from distilldsm.core.redaction import is_secret_name, public_address, secret_in_address
 
 STEPS = ("check", *(stage.name for stage in STAGES), "gate", "finish")
@@ -84,7 +84,7 @@ class Profile:
     """Memory request and limit."""
     accelerator: str | None = None
     """Resource name, e.g. `nvidia.com/gpu`."""
-    accelerators: int = 0
+    accelerators: Natural = 0
     """How many; a training runs a process on each."""
     shared_memory: str | None = None
     """Size of a memory-backed /dev/shm; it counts against `memory`."""
@@ -92,11 +92,11 @@ class Profile:
     tolerations: tuple[Toleration, ...] = ()
     volumes: tuple[Volume, ...] = ()
     image_pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    timeout_s: int = 0
+    timeout_s: Natural = 0
     """A pod that runs longer is stopped; 0: never."""
-    retries: int = 0
+    retries: Natural = 0
     """How often a failed pod is started again."""
-    retry_wait_s: int = 30
+    retry_wait_s: Natural = 30
     """Wait before the first retry, doubled each time."""
     env: Mapping[str, str] = field(default_factory=dict)
     """Environment variables; no secrets here."""
@@ -107,9 +107,6 @@ class Profile:
                 quantity(value, key)
         if (self.accelerator is None) != (self.accelerators == 0):
             raise ConfigError("'accelerator' and 'accelerators' belong together", seen=repr(self.accelerator))
-        for key in ("accelerators", "timeout_s", "retries", "retry_wait_s"):
-            if getattr(self, key) < 0:
-                raise ConfigError(f"'{key}' has an impossible value", seen=getattr(self, key), rule="0 or more")
         if self.shared_memory and quantity(self.shared_memory, "shared_memory") > quantity(self.memory, "memory"):
             raise ConfigError("'shared_memory' exceeds 'memory'", seen=f"{self.shared_memory} of {self.memory}")
         if self.cpu_limit and quantity(self.cpu_limit, "cpu_limit") < quantity(self.cpu, "cpu"):
@@ -186,7 +183,7 @@ class Cluster:
     storage: Storage = Storage()
     secrets: Secrets = Secrets()
     image_pull_secrets: tuple[str, ...] = ()
-    parallel_folds: int = 0
+    parallel_folds: Natural = 0
     """How many folds run at once; 0: all."""
     retries_everywhere: bool = True
     """False: no step is retried, e.g. in tests."""

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from distilldsm.config import Params, load_params
 from distilldsm.config.presets import set_values
 from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
+from distilldsm.core.mapping import Count, Natural, from_mapping, load_yaml, to_mapping
 from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, check_against, manifest
 
 FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}
@@ -90,16 +90,13 @@ class SweepConfig:
     objective: str = "val_dice_mean"
     goal: Literal["maximize", "minimize"] = "maximize"
     algorithm: str = "random"
-    max_trials: int = 12
-    parallel_trials: int = 2
-    max_failed_trials: int = 3
+    max_trials: Count = 12
+    parallel_trials: Count = 2
+    max_failed_trials: Natural = 3
 
     def __post_init__(self) -> None:
         if not self.parameters:
             raise ConfigError("'parameters' is empty")
-        for key in ("max_trials", "parallel_trials"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"'{key}' has an impossible value", seen=getattr(self, key), rule="1 or more")
 
 
 def load_sweep(path: str, params: Mapping[str, Any]) -> SweepConfig:

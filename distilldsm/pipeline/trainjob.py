@@ -25,7 +25,7 @@ from distilldsm.core.files import read_json, replace_directory, sha256_file, sha
 from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.core.output_directory import MANIFEST
 from distilldsm.core.shell import handled, interrupt
-from distilldsm.pipeline.trainjob_follow import JobApi, SdkJobApi, follow
+from distilldsm.pipeline.trainjob_follow import TrainJobs, follow
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
 
 COLLECT_POLLS = 12
@@ -43,7 +43,7 @@ def run_train(
     tracking: TrackingConfig | None = None,
     job: TrainJobConfig | None = None,
     processes: int = 0,
-    api: JobApi | None = None,
+    api: TrainJobs | None = None,
 ) -> None:
     """Run the train stage: `inputs` and `outputs` as in distilldsm/components/train.py.
 
@@ -57,7 +57,7 @@ def run_train(
     """
     settings = {"train": to_mapping(config), "tracking": to_mapping(tracking or TrackingConfig(enabled=False))}
     if job is not None:
-        _run_job(settings, inputs["preprocessed"], outputs["model"], fold, job, api or SdkJobApi(job.namespace))
+        _run_job(settings, inputs["preprocessed"], outputs["model"], fold, job, api or TrainJobs(job.namespace))
         return
     count = processes or _visible_gpus(config.device)
     if count == 1:
@@ -103,7 +103,7 @@ def _visible_gpus(device: str) -> int:
 
 
 def _run_job(
-    settings: Mapping[str, Any], preprocessed: Path, model: Path, fold: int, job: TrainJobConfig, api: JobApi
+    settings: Mapping[str, Any], preprocessed: Path, model: Path, fold: int, job: TrainJobConfig, api: TrainJobs
 ) -> None:
     shared = Path(job.path)
     if not (shared.is_dir() and os.access(shared, os.W_OK)):

@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.shell import handled, interrupt
@@ -30,54 +30,43 @@ class JobGoneError(Exception):
     """No job of that name is there."""
 
 
-class JobApi(Protocol):
-    """What is asked of Kubeflow Trainer."""
+class TrainJobs:
+    """The TrainJobs of a cluster, through Kubeflow Trainer's SDK.
 
-    def create(self, manifest: Mapping[str, Any]) -> None:
-        """Raises JobExistsError."""
+    Args:
+        namespace: None: the one this runs in.
+        configuration: of Kubernetes' client; None: kubeconfig, or the pod's service account.
 
-    def state(self, name: str) -> str:
-        """Raises JobGoneError."""
+    Raises:
+        UserError: the cluster does not answer.
+    """
 
-    def logs(self, name: str) -> Iterator[str]:
-        """From the first line; ends with the pod, or at once where there is none yet."""
-
-    def delete(self, name: str) -> None:
-        """Raises JobGoneError."""
-
-
-class SdkJobApi:
-    """Kubeflow Trainer through its SDK."""
-
-    def __init__(self, namespace: str | None = None) -> None:
+    def __init__(self, namespace: str | None = None, configuration: Any = None) -> None:
         from kubeflow.common.types import KubernetesBackendConfig
+        from kubeflow.trainer import TrainerClient
 
+        config = KubernetesBackendConfig(namespace=namespace, client_configuration=configuration)
         try:
-            self.connect(KubernetesBackendConfig(namespace=namespace))
+            self._client = TrainerClient(backend_config=config)
         except Exception as error:  # the SDK raises what its Kubernetes client does, of many kinds
             raise UserError(
                 "the cluster does not answer",
                 seen=str(error)[:300],
                 hint="is there a kubeconfig, or does this run in a pod with a service account?",
             ) from None
-
-    def connect(self, config: Any) -> None:
-        """Use the cluster of a KubernetesBackendConfig of the SDK."""
-        from kubeflow.trainer import TrainerClient
-
-        self._client = TrainerClient(backend_config=config)
         backend: Any = self._client.backend
         self._objects = backend.custom_api
         self._address = ("trainer.kubeflow.org", "v1alpha1", backend.namespace, "trainjobs")
 
     def create(self, manifest: Mapping[str, Any]) -> None:
-        # The SDK's own `train` builds a manifest without volumes; its Kubernetes client takes ours.
+        """Raises JobExistsError. (The SDK's own `train` builds a manifest without volumes.)"""
         with _translated(409, JobExistsError):
             self._objects.create_namespaced_custom_object(
                 *self._address, body=dict(manifest), _request_timeout=REQUEST_S
             )
 
     def state(self, name: str) -> str:
+        """Raises JobGoneError."""
         try:
             return str(self._client.get_job(name).status)
         except Exception:
@@ -87,9 +76,11 @@ class SdkJobApi:
             raise
 
     def logs(self, name: str) -> Iterator[str]:
+        """From the first line; ends with the pod, or at once where there is none yet."""
         yield from self._client.get_job_logs(name, follow=True)
 
     def delete(self, name: str) -> None:
+        """Raises JobGoneError."""
         with _translated(404, JobGoneError):
             self._objects.delete_namespaced_custom_object(*self._address, name, _request_timeout=REQUEST_S)
 
@@ -107,7 +98,7 @@ def _translated(status: int, to: type[Exception]) -> Iterator[None]:
 
 
 def follow(
-    job: TrainJobConfig, name: str, built: Mapping[str, Any], api: JobApi, *, say: Callable[[str], None] = print
+    job: TrainJobConfig, name: str, built: Mapping[str, Any], api: TrainJobs, *, say: Callable[[str], None] = print
 ) -> None:
     """Create a TrainJob, print its log and states, and wait for its end; it is deleted however this ends.
 
@@ -121,27 +112,10 @@ def follow(
     keep = False
     with handled({signal.SIGTERM: interrupt}):
         try:
-            begun = time.monotonic()
-            _create(api, name, built, begun + job.timeout_s, job.poll_s, say)
+            until = time.monotonic() + job.timeout_s
+            _create(api, name, built, until, job.poll_s, say)
             log.start()
-            state, away = "", False
-            while True:
-                try:
-                    new, away = api.state(name), False
-                except JobGoneError:
-                    raise _failure("the TrainJob has vanished", name, "deleted by somebody else", log.tail) from None
-                except Exception as error:  # a server that is away for a moment; the time limit ends it if it stays so
-                    if not away:
-                        say(f"{name}: its state cannot be read, trying on: {error}")
-                    new, away = state, True
-                if new != state:
-                    say(f"{name}: {new}")
-                    state = new
-                if state in ENDED:
-                    break
-                if time.monotonic() - begun > job.timeout_s:
-                    raise _failure("the TrainJob took too long", name, f"{job.timeout_s:g} s", log.tail)
-                time.sleep(job.poll_s)
+            state = _wait(api, name, job, until, log.tail, say)
             log.finish()
             if state == "Failed":
                 keep = job.keep == "failed"
@@ -153,8 +127,32 @@ def follow(
                     _delete(api, name, job.poll_s, say)
 
 
+def _wait(
+    api: TrainJobs, name: str, job: TrainJobConfig, until: float, tail: Sequence[str], say: Callable[[str], None]
+) -> str:
+    """The state in which the job ends; each change of it is shown."""
+    state, is_away = "", False
+    while True:
+        try:
+            new, is_away = api.state(name), False
+        except JobGoneError:
+            raise _failure("the TrainJob has vanished", name, "deleted by somebody else", tail) from None
+        except Exception as error:  # a server that is away for a moment; the time limit ends it if it stays so
+            if not is_away:
+                say(f"{name}: its state cannot be read, trying on: {error}")
+            new, is_away = state, True
+        if new != state:
+            say(f"{name}: {new}")
+            state = new
+        if state in ENDED:
+            return state
+        if time.monotonic() > until:
+            raise _failure("the TrainJob took too long", name, f"{job.timeout_s:g} s", tail)
+        time.sleep(job.poll_s)
+
+
 def _create(
-    api: JobApi, name: str, built: Mapping[str, Any], until: float, poll_s: float, say: Callable[[str], None]
+    api: TrainJobs, name: str, built: Mapping[str, Any], until: float, poll_s: float, say: Callable[[str], None]
 ) -> None:
     """Create the job, or leave one that does the same work; one that has ended makes room."""
     while True:
@@ -182,7 +180,7 @@ def _create(
 class _Log:
     """Prints a job's log as it comes, each line once although every connection starts at the first line."""
 
-    def __init__(self, api: JobApi, name: str, poll_s: float, say: Callable[[str], None]) -> None:
+    def __init__(self, api: TrainJobs, name: str, poll_s: float, say: Callable[[str], None]) -> None:
         self.tail: deque[str] = deque(maxlen=LOG_LINES)
         self._api, self._name, self._poll_s, self._say = api, name, poll_s, say
         self._seen: list[int] = []
@@ -225,7 +223,7 @@ class _Log:
                 self._say(text)
 
 
-def _delete(api: JobApi, name: str, poll_s: float, say: Callable[[str], None]) -> None:
+def _delete(api: TrainJobs, name: str, poll_s: float, say: Callable[[str], None]) -> None:
     for attempt in range(DELETE_ATTEMPTS):
         try:
             api.delete(name)

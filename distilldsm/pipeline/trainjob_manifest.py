@@ -6,9 +6,10 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.mapping import Positive, Range
 from distilldsm.core.redaction import secret_in_address
 from distilldsm.pipeline.cluster import refuse_secrets
 
@@ -16,6 +17,9 @@ NODE = "node"
 """Name that Trainer's torch runtimes give to the training's pods and containers."""
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "KFP_RUN_ID")
 """Variables that the pods get from the process that starts them."""
+
+
+Processes = Annotated[int, Range(1, 1024)]
 
 
 def passed_on() -> dict[str, str]:
@@ -42,8 +46,8 @@ class TrainJobConfig:
     """PersistentVolumeClaim (ReadWriteMany) for data, parameters and model."""
     path: str = "/work"
     """Where the claim is mounted, in the TrainJob's pods and in the pod that starts it."""
-    nodes: int = 1
-    processes: int = 1
+    nodes: Processes = 1
+    processes: Processes = 1
     """Processes per node, one per GPU."""
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime."""
@@ -61,20 +65,15 @@ class TrainJobConfig:
     """Further environment variables, readable by everyone who may read the job."""
     secrets: tuple[SecretVariable, ...] = ()
     """Environment variables from Kubernetes secrets."""
-    timeout_s: float = 86400.0
+    timeout_s: Positive = 86400.0
     """After that the job is stopped and deleted."""
-    poll_s: float = 5.0
+    poll_s: Positive = 5.0
     keep: Literal["never", "failed"] = "never"
     """Whether a failed job stays, for looking at it."""
 
     def __post_init__(self) -> None:
-        for key in ("nodes", "processes"):
-            if not 1 <= getattr(self, key) <= 1024:
-                raise ConfigError(f"'{key}' has an impossible value", seen=getattr(self, key), rule="1 to 1024")
         if not self.path.startswith("/"):
             raise ConfigError("'path' is not absolute", seen=self.path)
-        if self.timeout_s <= 0 or self.poll_s <= 0:
-            raise ConfigError("'timeout_s' and 'poll_s' are positive", seen=(self.timeout_s, self.poll_s))
         refuse_secrets(self.env, "secrets come from Kubernetes secrets (`secrets`)")
         twice = sorted(set(self.env) & {s.name for s in self.secrets})
         if twice:

@@ -46,6 +46,7 @@ def test_what_is_no_quantity(text):
         ({"profiles": {"p": {"volumes": [{"claim": "c", "path": "work"}]}}}, "not absolute"),
         ({"profiles": {"p": {"tolerations": [{"key": "k", "operator": "Equal"}]}}}, "'value'"),
         ({"profiles": {"p": {"memroy": "4Gi"}}}, "did you mean 'memory'"),
+        ({"profiles": {"p": {"retries": -1}}}, r"profiles\.p\.retries(.|\n)*at least 0"),
         ({"stages": {"default": "q"}}, "names no profile"),
         ({"stages": {"default": "p", "training": "p"}}, "is no step"),
         ({"stages": {}}, "default"),

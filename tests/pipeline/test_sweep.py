@@ -22,7 +22,7 @@ from distilldsm.config.presets import set_values
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.pipeline import sweep as module
-from distilldsm.pipeline.sweep import Space, draw, experiment, load_sweep
+from distilldsm.pipeline.sweep import Space, SweepConfig, draw, experiment, load_sweep
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -135,6 +135,11 @@ def test_impossible_sweeps(tmp_path, parameters, words):
     path.write_text(yaml.safe_dump({"parameters": parameters}))
     with pytest.raises(ConfigError, match=words):
         load_sweep(str(path), PARAMS)
+
+
+def test_a_sweep_has_at_least_one_trial():
+    with pytest.raises(ConfigError, match=r"max_trials(.|\n)*at least 1"):
+        from_mapping(SweepConfig, {"parameters": {"train.epochs": {"values": [1]}}, "max_trials": 0})
 
 
 def test_whole_numbers_stay_whole():

@@ -22,7 +22,7 @@ from distilldsm.core.output_directory import output_directory
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.pipeline import trainjob
 from distilldsm.pipeline.trainjob import run_train
-from distilldsm.pipeline.trainjob_follow import JobExistsError, JobGoneError, SdkJobApi, follow
+from distilldsm.pipeline.trainjob_follow import JobExistsError, JobGoneError, TrainJobs, follow
 from distilldsm.pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
 from tests.data.volumes import write_dataset
 
@@ -120,12 +120,13 @@ def test_unknown_fields_and_wrong_types_are_refused(path, value):
         ({"nodes": 0}, "nodes"),
         ({"processes": 5000}, "processes"),
         ({"path": "work"}, "absolute"),
-        ({"timeout_s": 0}, "positive"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"env": {"A": "1"}, "secrets": [{"name": "A", "secret": "s", "key": "k"}]}, "in 'env' and in 'secrets'"),
     ],
 )
 def test_impossible_jobs(changes, words):
     with pytest.raises(ConfigError, match=words):
-        job(**changes)
+        from_mapping(TrainJobConfig, {"image": "i:1", "claim": "c", **changes})
 
 
 def test_a_complete_job_is_deleted_and_its_log_shown():
@@ -226,15 +227,12 @@ def test_what_the_cluster_answers_about_a_job(verb, status, expected, monkeypatc
         server.shutdown()
 
 
-def cluster_at(address: str) -> SdkJobApi:
-    from kubeflow.common.types import KubernetesBackendConfig
+def cluster_at(address: str) -> TrainJobs:
     from kubernetes import client
 
     configuration = client.Configuration(host=address)
     configuration.retries = False
-    api = SdkJobApi.__new__(SdkJobApi)
-    api.connect(KubernetesBackendConfig(namespace="team", client_configuration=configuration))
-    return api
+    return TrainJobs("team", configuration)
 
 
 def test_a_job_that_cannot_be_created():
