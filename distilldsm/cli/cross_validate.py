@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from distilldsm.core.assignments import add_parameters
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    add_parameters(parser)
     parser.add_argument("--folds", type=int, nargs="+", metavar="FOLD", help="default: all folds of the split")
     parser.add_argument(
         "--jobs", type=int, default=1, help="folds that run at a time; they share the cores (%(default)s)"

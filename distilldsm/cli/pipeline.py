@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.config import load_params
+from distilldsm.core.assignments import add_parameters
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import sha256_file
 from distilldsm.core.mapping import to_mapping
@@ -23,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
-    common.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    add_parameters(common)
     common.add_argument("--cluster", default="conf/cluster.yaml", help="resources (default: %(default)s)")
     common.add_argument("--profile", action="append", default=[], metavar="STEP=PROFILE", help="e.g. train=gpu-4")
     for role in ("data", "train", "export"):
@@ -240,7 +240,7 @@ def _show(state: dict[str, Any], *, as_json: bool) -> None:
 
 def storage_command(args: argparse.Namespace) -> None:
     """Show the addresses in the bucket; with `--apply` set DVC's remote."""
-    import subprocess
+    from distilldsm.pipeline.dvc_file import run_dvc
 
     storage = _cluster(args).storage
     if storage.bucket is None:
@@ -249,13 +249,10 @@ def storage_command(args: argparse.Namespace) -> None:
         print(f"{service:8}{storage.address(service)}")  # type: ignore[arg-type]
     print("MLflow's server: mlflow server --artifacts-destination", storage.address("mlflow"))
     if args.apply:
-        commands = [["remote", "add", "--force", "--default", "storage", str(storage.address("dvc"))]]
+        run_dvc("remote", "add", "--force", "--default", "storage", str(storage.address("dvc")))
         for key, value in (("endpointurl", storage.endpoint_url), ("region", storage.region)):
-            commands += [["remote", "modify", "storage", key, value]] if value else []
-        for command in commands:
-            done = subprocess.run(["dvc", *command], capture_output=True, text=True)
-            if done.returncode:
-                raise UserError("DVC refused the remote", where="dvc " + " ".join(command), seen=done.stderr.strip())
+            if value:
+                run_dvc("remote", "modify", "storage", key, value)
         print("DVC's default remote is now 'storage'; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
 
 

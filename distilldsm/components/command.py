@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distilldsm.core.assignments import add_parameters
 from distilldsm.core.output_directory import is_current
 from distilldsm.core.shell import run_shell
 from distilldsm.core.stage import Input, Stage
@@ -15,8 +16,7 @@ from distilldsm.core.stage import Input, Stage
 def parser(stage: Stage) -> argparse.ArgumentParser:
     """Of `distilldsm STAGE` and `python -m distilldsm.components.STAGE`."""
     made = argparse.ArgumentParser(prog=f"distilldsm {stage.name}", description=stage.help)
-    made.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
-    made.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    add_parameters(made)
     if stage.per_fold:
         made.add_argument("--fold", type=int, default=0, help="default: %(default)s")
     for one in stage.inputs:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
-from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.errors import DataError
 from distilldsm.core.files import sha256_file, sha256_json
 from distilldsm.core.output_directory import MANIFEST, output_directory
 from distilldsm.core.redaction import public_address
@@ -34,9 +34,11 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     from distilldsm.core.progress import progress
     from distilldsm.data.archive import extract
+    from distilldsm.data.download import local_path
     from distilldsm.data.layouts import needed_files
 
-    _keep_apart(config, outputs["dataset"])
+    source = None if config.source.startswith("msd:") else local_path(config.source)
+    STAGE.keep_apart(outputs["dataset"], source=source, archive_dir=Path(config.archive_dir))
     with output_directory(outputs["dataset"], **STAGE.key(config, inputs)) as work:
         source, name = _obtain(config)
         # Unpacked inside the output's work directory: moving the needed files costs nothing, and what a killed run
@@ -83,23 +85,6 @@ def outdated(config: DownloadConfig, output: Path) -> bool:
     made_ns = (output / MANIFEST).stat().st_mtime_ns
     # The time of the last change of the entry itself: a copied file may bring an old time of modification with it.
     return any(entry.stat().st_ctime_ns > made_ns for entry in (path, *path.rglob("*")) if entry.exists())
-
-
-def _keep_apart(config: DownloadConfig, output: Path) -> None:
-    """The output is replaced as a whole: neither what the user gave nor the kept archives may lie in it."""
-    from distilldsm.data.download import local_path
-
-    output = output.resolve()
-    source = None if config.source.startswith("msd:") else local_path(config.source)
-    for key, path in (("source", source), ("archive_dir", Path(config.archive_dir))):
-        if path is not None and (path.resolve() == output or output in path.resolve().parents):
-            raise ConfigError(
-                "lies in the stage's output, which is replaced at each run",
-                where=f"download.{key}",
-                seen=str(path),
-                rule=f"a place outside {output}",
-                hint="move it elsewhere",
-            )
 
 
 def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.core.errors import ConfigError
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.core.output_directory import content_hash, output_directory
 from distilldsm.core.stage import Input, Output, Stage
@@ -44,23 +43,11 @@ def run(
         if not processes.is_main:
             _train_as_peer(config, inputs, outputs, fold, processes)
             return
-        _keep_apart(config, outputs["model"])
+        weights = config.initial_weights
+        STAGE.keep_apart(outputs["model"], initial_weights=Path(weights) if weights else None)
         key = STAGE.key(config, inputs, fold)
         with output_directory(outputs["model"], **key, resumable=True, until_done=[RESUME]) as work:
             _train_as_main(config, inputs, work, fold, processes, tracking or TrackingConfig(enabled=False))
-
-
-def _keep_apart(config: TrainConfig, output: Path) -> None:
-    """The output is replaced by what is trained: started from there, the same command would never start alike again."""
-    weights = config.initial_weights
-    if weights is not None and output.resolve() in Path(weights).resolve().parents:
-        raise ConfigError(
-            "lies in the stage's output, which is replaced by what is trained",
-            where="train.initial_weights",
-            seen=weights,
-            rule=f"a place outside {output}",
-            hint="copy it elsewhere",
-        )
 
 
 def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold: int, processes: Any) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import re
 from functools import cache
 from typing import Any
 
 from distilldsm.core.errors import ConfigError
+
+
+def add_parameters(parser: argparse.ArgumentParser) -> None:
+    """Add `--params` and `--set` of a command that reads params.yaml."""
+    parser.add_argument("--params", default="params.yaml", help="the parameters (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
 
 
 def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) -> Any:

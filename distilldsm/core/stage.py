@@ -157,6 +157,23 @@ class Stage:
         extra = {"fold": fold} if self.per_fold else {}
         return {"stage": self.name, "config": config, "inputs": hashed, "extra": extra, "code": self.code_paths}
 
+    def keep_apart(self, output: Path, **places: Path | None) -> None:
+        """Check that files and folders that parameters name do not lie in the output.
+
+        Raises:
+            ConfigError: one of them does.
+        """
+        output = output.resolve()
+        for name, place in places.items():
+            if place is not None and output in (place.resolve(), *place.resolve().parents):
+                raise ConfigError(
+                    "lies in the stage's output, which is replaced at each run",
+                    where=f"{self.section}.{name}",
+                    seen=str(place),
+                    rule=f"a place outside {output}",
+                    hint="copy it elsewhere",
+                )
+
     def _file(self, name: str, path: str | None) -> dict[str, Path]:
         if path and not shipped(path).is_file():
             where = f"{self.section}.{name}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from distilldsm.components.registry import STAGES
 from distilldsm.config import Params
+from distilldsm.core.errors import UserError
 from distilldsm.core.stage import Input, Output, Stage
 
 HEAD = """\
@@ -18,6 +20,17 @@ HEAD = """\
 # Metrics and plots lie in DVC's cache as all outputs do, so that `dvc exp show` and `dvc plots diff` find those of each
 # experiment: the folders they lie in are no part of the git repository.
 """
+
+
+def run_dvc(*arguments: str) -> None:
+    """Run a command of DVC.
+
+    Raises:
+        UserError: DVC refuses it.
+    """
+    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise UserError("DVC refused it", where=" ".join(["dvc", *arguments]), seen=done.stderr.strip()[-400:])
 
 
 def dvc_yaml(stages: Sequence[Stage] = STAGES) -> str:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from distilldsm.core.errors import DataError
+from distilldsm.core.files import sha256_file
 from distilldsm.core.mapping import load_yaml
 from distilldsm.tracking import default_uri, run_key_of
 from distilldsm.tracking.store import RUN_KEY_TAG
 
 TAGS = {"dvc": "dvc_lock_sha256", "kfp": "kfp_run_id", "git": "git_commit"}
+SHORTEST = 8
+"""Characters that an abbreviated identifier has at least."""
 
 
 def client() -> Any:
@@ -81,7 +84,7 @@ def _of_this_lock(mlflow: Any, identifier: str, lock: Mapping[str, Any] | None) 
 
     A run's own tag tells the lock as it was when the run began; DVC writes the model into it only afterwards.
     """
-    if lock is None or len(identifier) < 8 or not lock["sha256"].startswith(identifier):
+    if lock is None or len(identifier) < SHORTEST or not lock["sha256"].startswith(identifier):
         return "dvc", []
     return "dvc", [run for key in lock["mlflow_run_keys"] for run in search(mlflow, f"tags.`{RUN_KEY_TAG}` = '{key}'")]
 
@@ -97,22 +100,16 @@ def _find(mlflow: Any, identifier: str) -> tuple[str, list[Any]]:
             return "model", [mlflow.get_run(mlflow.get_model_version(name, version).run_id)]
         except MlflowException:
             return "none", []
-    try:
+    with contextlib.suppress(MlflowException):
         return "mlflow", [mlflow.get_run(identifier)]
-    except MlflowException:
-        pass
-    for kind, tag in TAGS.items():
-        exact = search(mlflow, f"tags.{tag} = '{identifier}'")
-        if exact:
-            return kind, exact
-    if len(identifier) >= 8:
+    conditions = [f"= '{identifier}'", f"LIKE '{identifier}%'"]
+    for condition in conditions if len(identifier) >= SHORTEST else conditions[:1]:
         for kind, tag in TAGS.items():
-            begun = search(mlflow, f"tags.{tag} LIKE '{identifier}%'")
-            if begun:
-                return kind, begun
-        begun = [run for run in search(mlflow, "") if run.info.run_id.startswith(identifier)]
-        return "mlflow", begun
-    return "none", []
+            found = search(mlflow, f"tags.{tag} {condition}")
+            if found:
+                return kind, found
+    every = search(mlflow, "") if len(identifier) >= SHORTEST else []
+    return "mlflow", [run for run in every if run.info.run_id.startswith(identifier)]
 
 
 def _describe(mlflow: Any, run: Any) -> dict[str, Any]:
@@ -148,11 +145,10 @@ def _dvc_lock(root: Path) -> dict[str, Any] | None:
     path = root / "dvc.lock"
     if not path.is_file():
         return None
-    text = path.read_bytes()
     outs = [out for stage in load_yaml(path).get("stages", {}).values() for out in stage.get("outs", [])]
     keys = [run_key_of(root / out["path"]) for out in outs if out["path"].startswith("models/")]
     return {
-        "sha256": hashlib.sha256(text).hexdigest(),
+        "sha256": sha256_file(path),
         "data": {out["path"]: out.get("md5") for out in outs if out["path"].startswith("data/")},
         "mlflow_run_keys": [key for key in keys if key is not None],
     }

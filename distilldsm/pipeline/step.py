@@ -25,7 +25,7 @@ from distilldsm.components.registry import STAGES, find
 from distilldsm.config import ExportConfig, Params, TrackingConfig
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import read_json, sha256_json
-from distilldsm.core.mapping import from_mapping, to_mapping
+from distilldsm.core.mapping import flatten, from_mapping, to_mapping
 from distilldsm.core.output_directory import MANIFEST, content_hash
 from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
 from distilldsm.core.version import __version__
@@ -236,17 +236,9 @@ def _show(stage: Stage, output: Path, values: Mapping[str, Any], *, pages_only: 
 
 def _log_metrics(metrics: Any, path: Path, shown: Output) -> None:
     """Numbers of a JSON file to a KFP Metrics artifact; what is no number is left out."""
-    for key, value in flat(read_json(path)).items():
+    for key, value in flatten(read_json(path), separator="_").items():
         if isinstance(value, int | float) and not isinstance(value, bool) and (not shown.keys or key in shown.keys):
             metrics.log_metric(key, float(value))
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """A nested mapping with joined keys: `{"a": {"b": 1}}` becomes `{"a_b": 1}`."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}_") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
-    return found
 
 
 def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:

@@ -9,7 +9,6 @@ import argparse
 import json
 import math
 import random
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,8 +16,9 @@ from typing import Any, Literal
 
 from distilldsm.config import Params, load_params
 from distilldsm.config.presets import set_values
-from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import Count, Natural, from_mapping, load_yaml, to_mapping
+from distilldsm.pipeline.dvc_file import run_dvc
 from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, check_against, manifest
 
 FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}
@@ -212,9 +212,7 @@ def queue(trials: Sequence[Mapping[str, Any]], *, dry_run: bool = False) -> None
     """
     for number, values in enumerate(trials):
         changes = [part for key, value in values.items() for part in ("-S", f"{key}={json.dumps(value)}")]
-        line = ["dvc", "exp", "run", "--queue", "--name", f"sweep-{number}", *changes]
-        print(" ".join(line))
+        line = ["exp", "run", "--queue", "--name", f"sweep-{number}", *changes]
+        print("dvc", " ".join(line))
         if not dry_run:
-            done = subprocess.run(line, capture_output=True, text=True)
-            if done.returncode:
-                raise UserError("DVC refused the experiment", where=" ".join(line), seen=done.stderr.strip()[-400:])
+            run_dvc(*line)

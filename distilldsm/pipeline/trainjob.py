@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.config import TrackingConfig, TrainConfig, load_params
+from distilldsm.core.assignments import add_parameters
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, replace_directory, sha256_file, sha256_json
 from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
@@ -159,8 +160,7 @@ def _require_complete(model: Path) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--params", default="params.yaml")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="e.g. train.epochs=3")
+    add_parameters(parser)
     parser.add_argument("--job", default="conf/trainjob.yaml", help="nodes, GPUs, claim (default: %(default)s)")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
