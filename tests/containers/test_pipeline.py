@@ -4,54 +4,21 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from distilldsm.models.package import MONAI_BUNDLE, verify
 from tests.containers.conftest import BuiltImages
-from tests.containers.engine import ROOT
+from tests.pipeline.local_runs import artifacts, run_pipeline
 
 pytestmark = [pytest.mark.containers, pytest.mark.slow]
 
-TINY = [
-    "download.sample.subjects=6",
-    "preprocess.folds=3",
-    "cv.folds=[0]",
-    "train.model.options.width=0.25",
-    "train.epochs=1",
-    "train.validate_every=1",
-    "export.parity_cases=1",
-]
-
 
 def run_in_containers(cwd: Path, images: BuiltImages, *assignments: str) -> subprocess.CompletedProcess[str]:
-    shutil.copytree(ROOT / "conf", cwd / "conf")
-    shutil.copy(ROOT / "params.yaml", cwd)
-    command = [
-        sys.executable,
-        "-m",
-        "distilldsm",
-        "pipeline",
-        "run",
-        "--local",
-        "--runner",
-        "docker",
-        "--engine",
-        images.host,
-    ]
-    for assignment in (*TINY, *assignments):
-        command += ["--set", assignment]
-    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def artifacts(cwd: Path, name: str) -> list[Path]:
-    return sorted((cwd / "kfp-runs").rglob(name))
+    options = ("--runner", "docker", "--engine", images.host)
+    return run_pipeline(cwd, "cv.folds=[0]", *assignments, options=options)
 
 
 @pytest.fixture(scope="module")

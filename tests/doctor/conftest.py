@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import http.server
 import os
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.http_answers import answering
 from tests.tracking.conftest import empty_store, no_sender
 
 __all__ = ["empty_store", "no_sender"]
@@ -24,46 +23,26 @@ ANSWERS = {
 }
 
 
-class Server(http.server.ThreadingHTTPServer):
+class Server:
     """`answer`: a key of ANSWERS, or `close`, or `hang`."""
 
-    daemon_threads = True
-    block_on_close = False
     answer = "500"
+    url = ""
 
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.server_port}"
-
-    def handle_error(self, *_: object) -> None:
-        pass
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        answer = self.server.answer
-        if answer == "hang":
+    def __call__(self, *_: object) -> tuple[int, dict[str, str], bytes] | None:
+        if self.answer == "hang":
             time.sleep(30)
-        if answer in ANSWERS:
-            code, body = ANSWERS[answer]
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-        self.close_connection = True
-
-    do_POST = do_GET  # noqa: N815
-
-    def log_message(self, *_: object) -> None:
-        pass
+        if self.answer not in ANSWERS:
+            return None
+        code, body = ANSWERS[self.answer]
+        return code, {}, body
 
 
 @pytest.fixture
 def server() -> Iterator[Server]:
-    with Server(("127.0.0.1", 0), Handler) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
+    found = Server()
+    with answering(found) as found.url:
+        yield found
 
 
 @pytest.fixture

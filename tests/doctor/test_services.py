@@ -7,10 +7,14 @@ import sqlite3
 from pathlib import Path
 
 import pytest
+from dvc.fs import LocalFileSystem
+from mlflow import MlflowClient
+from mlflow.entities import ViewType
 
 from distilldsm.cli import doctor
 from distilldsm.core.errors import UserError
-from distilldsm.doctor import services
+from distilldsm.doctor import dvc_probe, services
+from distilldsm.doctor import tracking_probe as probe
 from distilldsm.doctor.checks import run_checks
 from distilldsm.tracking import describe
 from distilldsm.tracking.publish import publish
@@ -25,8 +29,6 @@ CHECKS = {check.name: check for check in doctor.CHECKS}
 def store(place: Path, empty_store: Path, monkeypatch) -> str:
     """Address of a SQLite store with a run in it."""
     shutil.copyfile(empty_store, place / "mlflow.db")
-    from mlflow import MlflowClient
-
     uri = f"sqlite:///{place / 'mlflow.db'}"
     client = MlflowClient(tracking_uri=uri)
     location = (place / "mlartifacts/mine").as_uri()
@@ -49,8 +51,6 @@ def files(place: Path) -> list[str]:
 
 
 def test_a_sqlite_store_is_as_it_was(store, place):
-    from distilldsm.doctor import tracking_probe as probe
-
     before = tables(place), files(place)
     (found,) = probe.check(10)
     assert (found.status, found.name) == ("ok", "mlflow")
@@ -59,8 +59,6 @@ def test_a_sqlite_store_is_as_it_was(store, place):
 
 
 def test_a_probe_that_fails_is_taken_away_too(store, place, monkeypatch):
-    from distilldsm.doctor import tracking_probe as probe
-
     def refuse(self, run_id, text, artifact_file):
         assert self.get_run(run_id).data.metrics == {"probe": 0.5}
         raise PermissionError("bucket of https://anna:geheim99@host: AccessDenied")
@@ -80,11 +78,6 @@ def test_a_probe_that_fails_is_taken_away_too(store, place, monkeypatch):
 
 def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, place, monkeypatch):
     """As with a server, where nothing can be deleted for good."""
-    from mlflow import MlflowClient
-    from mlflow.entities import ViewType
-
-    from distilldsm.doctor import tracking_probe as probe
-
     monkeypatch.setattr(probe, "sqlite_path", lambda uri: None)
     client = MlflowClient(tracking_uri=store)
     active = {e.name for e in client.search_experiments()}
@@ -111,8 +104,6 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
     ],
 )
 def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, hint):
-    from distilldsm.doctor import tracking_probe as probe
-
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     server.answer = answer
@@ -128,8 +119,6 @@ def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, hint
 
 
 def test_a_file_that_is_no_store(place):
-    from distilldsm.doctor import tracking_probe as probe
-
     (place / "mlflow.db").write_text("something else" * 100)
     with pytest.raises(UserError, match="the store cannot be used"):
         probe.probe_store(f"sqlite:///{place}/mlflow.db")
@@ -161,8 +150,6 @@ def test_requests_end_before_the_check_does(place, monkeypatch):
 
 
 def test_outputs_that_mlflow_does_not_hold(store, place, no_sender):
-    from distilldsm.doctor import tracking_probe as probe
-
     (found,) = services.check_outputs(1)
     assert (found.status, found.seen) == ("ok", "there are none yet")
     for fold in (0, 1):
@@ -192,8 +179,6 @@ def remote(url: object) -> str:
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
 def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
-    from distilldsm.doctor import dvc_probe
-
     store = tmp_path / "shared/store"
     repository(place, remote(f"{scheme}{store}"))
     before = contents(place)
@@ -210,10 +195,6 @@ def test_a_dvc_remote_in_a_folder(place, tmp_path, scheme):
 
 
 def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
-    from dvc.fs import LocalFileSystem
-
-    from distilldsm.doctor import dvc_probe
-
     (tmp_path / "file").write_text("no folder")
     repository(place, remote(tmp_path / "file/store"))
     with pytest.raises(UserError, match="file/store cannot be used"):
@@ -237,8 +218,6 @@ def test_a_dvc_remote_that_refuses(place, tmp_path, monkeypatch):
 
 
 def test_a_dvc_repository_without_a_remote(place):
-    from distilldsm.doctor import dvc_probe
-
     repository(place, "")
     assert dvc_probe.check(1)[0].status == "skip"
     repository(place, remote("s3://anna:geheim99@bucket/x").replace("[core]\n    remote = store\n", ""))

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 import yaml
+
+from tests.http_answers import answering
 
 TOKEN = "fresh-token"
 
@@ -98,28 +98,11 @@ class FakeKfp:
 def serving(fake: FakeKfp) -> Iterator[FakeKfp]:
     """Answer on loopback while the block runs."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def _do(self) -> None:
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            headers = {k.lower(): v for k, v in self.headers.items()}
-            code, value = fake.answer(self.command, self.path, headers, body)
-            text = value if isinstance(value, bytes) else json.dumps(value).encode()
-            self.send_response(code)
-            self.send_header("Content-Type", "text/html" if isinstance(value, bytes) else "application/json")
-            self.send_header("Content-Length", str(len(text)))
-            self.end_headers()
-            self.wfile.write(text)
+    def answer(method: str, target: str, headers: dict[str, str], body: bytes) -> tuple[int, dict[str, str], bytes]:
+        code, value = fake.answer(method, target, headers, body)
+        if isinstance(value, bytes):
+            return code, {"Content-Type": "text/html"}, value
+        return code, {"Content-Type": "application/json"}, json.dumps(value).encode()
 
-        do_GET = do_POST = _do  # noqa: N815
-
-        def log_message(self, *args: Any) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    fake.url = f"http://127.0.0.1:{server.server_address[1]}"
-    try:
+    with answering(answer) as fake.url:
         yield fake
-    finally:
-        server.shutdown()
-        server.server_close()

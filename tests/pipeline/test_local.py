@@ -4,52 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.models.package import MONAI_BUNDLE, verify
 from distilldsm.pipeline import step
 from distilldsm.pipeline.lineage import lineage
 from tests.evaluation import folds as folds_written
-
-ROOT = Path(__file__).resolve().parents[2]
-TINY = [
-    "download.sample.subjects=6",
-    "preprocess.folds=3",
-    "train.model.options.width=0.25",
-    "train.epochs=1",
-    "train.validate_every=1",
-    "export.parity_cases=1",
-    "export.int8.enabled=false",
-]
-
-
-def run_pipeline(cwd: Path, *assignments: str) -> subprocess.CompletedProcess[str]:
-    shutil.copytree(ROOT / "conf", cwd / "conf", dirs_exist_ok=True)
-    shutil.copy(ROOT / "params.yaml", cwd)
-    command = [sys.executable, "-m", "distilldsm", "pipeline", "run", "--local"]
-    for assignment in (*TINY, *assignments):
-        command += ["--set", assignment]
-    environment = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "KFP_RUN_ID")}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=600)
-
-
-def artifacts(cwd: Path, name: str) -> list[Path]:
-    return sorted((cwd / "kfp-runs").rglob(name))
+from tests.pipeline.local_runs import ROOT, artifacts, run_pipeline
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     cwd = tmp_path_factory.mktemp("kfp")
-    return cwd, run_pipeline(cwd, "cv.folds=[0,1]")
+    return cwd, run_pipeline(cwd, "cv.folds=[0,1]", "export.int8.enabled=false")
 
 
 @pytest.mark.slow
@@ -107,8 +80,6 @@ def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monke
     assert (found["kind"], [run["mlflow_run_id"] for run in found["runs"]]) == ("dvc", [wanted])
     assert found["dvc_lock"]["data"] == {"data/raw": "abc.dir"}
     assert lineage(sha256[:10])["runs"] == found["runs"]
-    from distilldsm.core.errors import DataError
-
     with pytest.raises(DataError, match="no identifier"):
         lineage("0123456789abcdef")
 

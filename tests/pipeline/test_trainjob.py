@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import sys
-import threading
 import zipfile
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -25,6 +24,7 @@ from distilldsm.pipeline.trainjob import run_train
 from distilldsm.pipeline.trainjob_follow import JobExistsError, JobGoneError, TrainJobs, follow
 from distilldsm.pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
 from tests.data.volumes import write_dataset
+from tests.http_answers import answering
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = TrainConfig(
@@ -129,102 +129,82 @@ def test_impossible_jobs(changes, words):
         from_mapping(TrainJobConfig, {"image": "i:1", "claim": "c", **changes})
 
 
-def test_a_complete_job_is_deleted_and_its_log_shown():
-    api, said = FakeApi(["Created", "Running", "Running", "Complete"], ["epoch 1", "epoch 2"]), []
-    follow(job(), "n", manifest(job(), "n", [], {}), api, say=said.append)
+def followed(api: FakeApi, **changes) -> list[str]:
+    """What is said while the job "n" is followed to its end."""
+    said: list[str] = []
+    follow(job(**changes), "n", manifest(job(), "n", [], {}), api, say=said.append)
+    return said
+
+
+def test_a_complete_job_is_deleted_and_each_line_of_its_log_shown_once_although_it_is_read_anew():
+    api = FakeApi(["Created", *["Running"] * 200, "Complete"], ["epoch 1", "epoch 2"])
+    said = followed(api)
     assert not api.jobs
     assert [line for line in said if line.startswith("n: ")] == ["n: Created", "n: Running", "n: Complete"]
-    assert [line for line in said if line.startswith("epoch")] == ["epoch 1", "epoch 2"]
+    assert [line for line in said if not line.startswith("n: ")] == ["epoch 1", "epoch 2"]
 
 
 def test_a_failed_job_is_deleted_and_the_error_holds_its_last_lines():
     api = FakeApi(["Running", "Failed"], [f"line {n}" for n in range(100)])
     with pytest.raises(UserError, match="line 99") as caught:
-        follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+        followed(api)
     assert "line 10\n" not in str(caught.value)
     assert not api.jobs
     kept = FakeApi(["Failed"])
     with pytest.raises(UserError):
-        follow(job(keep="failed"), "n", manifest(job(), "n", [], {}), kept, say=lambda line: None)
+        followed(kept, keep="failed")
     assert kept.jobs
 
 
-def test_a_job_that_takes_too_long_is_deleted():
-    api = FakeApi(["Running"])
-    with pytest.raises(UserError, match="too long"):
-        follow(job(timeout_s=0.02), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+@pytest.mark.parametrize(
+    ("states", "timeout_s", "words"),
+    [
+        (["Running"], 0.02, "too long"),
+        (["Running", JobGoneError()], 60, "vanished"),
+        (["Running", ConnectionError("away"), ConnectionError("away"), "Complete"], 60, None),
+    ],
+    ids=["too long", "vanished", "server away for a moment"],
+)
+def test_however_a_job_ends_it_is_deleted(states, timeout_s, words):
+    api = FakeApi(states)
+    with pytest.raises(UserError, match=words) if words else contextlib.nullcontext():
+        followed(api, timeout_s=timeout_s)
+    assert api.created == 1
     assert not api.jobs
-
-
-def test_an_api_server_that_is_away_for_a_moment_does_not_end_it():
-    api = FakeApi(["Running", ConnectionError("away"), ConnectionError("away"), "Complete"])
-    follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
-    assert not api.jobs
-
-
-def test_a_job_that_vanishes_ends_it_at_once():
-    api = FakeApi(["Running", JobGoneError()])
-    with pytest.raises(UserError, match="vanished"):
-        follow(job(timeout_s=60), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
 
 
 def test_a_running_job_of_the_same_name_is_followed_and_an_ended_one_makes_room():
-    built = manifest(job(), "n", [], {})
-    api, said = FakeApi(["Running", "Running", "Complete"]), []
-    api.jobs["n"] = dict(built)
-    follow(job(), "n", built, api, say=said.append)
-    assert api.created == 0
-    assert any("following it" in line for line in said)
-    api = FakeApi(["Failed", "Running", "Complete"])
-    api.jobs["n"] = dict(built)
-    follow(job(), "n", built, api, say=said.append)
-    assert api.created == 1
-
-
-def test_each_line_of_the_log_is_shown_once_although_it_is_read_anew():
-    api, said = FakeApi(["Running"] * 200 + ["Complete"], ["one", "two"]), []
-    follow(job(), "n", manifest(job(), "n", [], {}), api, say=said.append)
-    assert [line for line in said if not line.startswith("n: ")] == ["one", "two"]
-
-
-class Answer(BaseHTTPRequestHandler):
-    """The server's status to every request."""
-
-    def do_GET(self):
-        self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        body = json.dumps({"kind": "Status", "status": "Failure", "code": self.server.status}).encode()
-        self.send_response(self.server.status)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
-
-    do_POST = do_DELETE = do_GET  # noqa: N815
-
-    def log_message(self, *args):
-        pass
+    for states, created in ((["Running", "Running", "Complete"], 0), (["Failed", "Running", "Complete"], 1)):
+        api = FakeApi(states)
+        api.jobs["n"] = manifest(job(), "n", [], {})
+        said = followed(api)
+        assert api.created == created
+        assert any("following it" in line for line in said) == (not created)
 
 
 @pytest.mark.parametrize(
-    ("verb", "status", "expected"), [("create", 409, JobExistsError), ("delete", 404, JobGoneError)]
+    ("verb", "expected_status", "expected"), [("create", 409, JobExistsError), ("delete", 404, JobGoneError)]
 )
-def test_what_the_cluster_answers_about_a_job(verb, status, expected, monkeypatch):
+def test_what_the_cluster_answers_about_a_job(verb, expected_status, expected):
     """The SDK's own client against a server that always answers the same."""
     from kubernetes.client.exceptions import ApiException
 
-    with ThreadingHTTPServer(("127.0.0.1", 0), Answer) as server:
-        server.status = status
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        api = cluster_at(f"http://127.0.0.1:{server.server_port}")
+    status = expected_status
+
+    def answer(*_: object) -> tuple[int, dict[str, str], bytes]:
+        return status, {}, json.dumps({"kind": "Status", "status": "Failure", "code": status}).encode()
+
+    with answering(answer) as address:
+        api = cluster_at(address)
         argument = manifest(job(), "n", [], {}) if verb == "create" else "n"
         with pytest.raises(expected):
             getattr(api, verb)(argument)
-        server.status = 404
+        status = 404
         with pytest.raises(JobGoneError):
             api.state("n")
-        server.status = 500
+        status = 500
         with pytest.raises(ApiException):
             getattr(api, verb)(argument)
-        server.shutdown()
 
 
 def cluster_at(address: str) -> TrainJobs:
@@ -239,11 +219,11 @@ def test_a_job_that_cannot_be_created():
     api = FakeApi(["Running"])
     api.create = lambda built: (_ for _ in ()).throw(RuntimeError("quota exceeded"))
     with pytest.raises(UserError, match="quota exceeded"):
-        follow(job(), "n", manifest(job(), "n", [], {}), api, say=lambda line: None)
+        followed(api)
 
 
 def test_sigterm_as_of_a_deleted_pod_leaves_no_orphan():
-    api, built, before = FakeApi(["Running"]), manifest(job(), "n", [], {}), signal.getsignal(signal.SIGTERM)
+    api, before = FakeApi(["Running"]), signal.getsignal(signal.SIGTERM)
 
     def log(name):  # the job has been created by now, and SIGTERM has its handler
         if api.created == 1:
@@ -253,7 +233,7 @@ def test_sigterm_as_of_a_deleted_pod_leaves_no_orphan():
 
     api.logs = log
     with pytest.raises(KeyboardInterrupt):
-        follow(job(timeout_s=60), "n", built, api, say=lambda line: None)
+        followed(api, timeout_s=60)
     assert api.created == 2
     assert not api.jobs
     assert signal.getsignal(signal.SIGTERM) is before
