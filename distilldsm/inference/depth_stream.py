@@ -1,16 +1,16 @@
-"""An OpenVINO network that takes a volume a few slices at a time and remembers what its depth shifts need.
+"""An OpenVINO network that reads a volume a few slices at a time and stores what its depth shifts need later.
 
-In windows of slices, those near both ends are computed for their neighbours' sake only: of a window of 26 slices with a
-halo of 8, ten are kept. Here every slice is computed once. A depth shift needs the slice after, so what leaves it lags
-one slice behind what enters, and the logits lag behind the image by the number of shifts in a row. Where branches with
-different lags meet (skip connections), the one ahead waits. What waits is kept in variables of the compiled network.
+With windows, the slices near both ends are computed only for their neighbours: a window of 26 slices with a halo of 8
+yields ten slices. Here every slice is computed once. A depth shift needs the next slice, so its output lags one slice
+behind its input. The logits lag behind the image by the number of shifts in a row. Where branches with different lags
+meet (skip connections), the earlier branch waits. Waiting tensors are stored in variables of the compiled network.
 
-The graph is made from the exported one, whatever network it came from. A shift is a padding by one slice at one end and
-by minus one at the other (`masked_depth_shift`); every other operation must be one that is known to keep slices apart,
-or the network is refused. So that nothing depends on how many slices come at a time, the graph is looked at for two
-very different numbers of them: the depth is the one axis in which a tensor differs. Slices outside the volume are zero
-where they enter a shift, as in the padding it replaces. INT8 is refused: among other neighbours, OpenVINO rounds its
-layers elsewhere, and a hundredth of the labels of a random network changes.
+The graph is derived from any exported graph. A shift is a padding by one slice at one end and by minus one at the other
+(`masked_depth_shift`). Every other operation must be known to keep slices apart; otherwise the network is refused. The
+depth axis is found by comparing the graph for two very different numbers of slices: it is the only axis that differs.
+This also shows that no value depends on the number of slices. Slices outside the volume are zero at the input of a
+shift, as in the padding that it replaces. INT8 is refused: OpenVINO rounds its layers differently in the new graph, and
+one in a hundred labels of a random network changes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy.typing as npt
 
 Float32 = npt.NDArray[np.float32]
 Shape = tuple[int, int, int, int, int]
-"""(1, C, slices at a time, H, W)."""
+"""(1, C, n, H, W); n is the number of slices at a time."""
 
 # fmt: off
 ELEMENTWISE = frozenset((
@@ -39,20 +39,20 @@ IN_PLANE = frozenset((
 ))
 # fmt: on
 ALONG_AXES = {"MVN": 1, "ReduceMean": 1, "Slice": 4, "Split": 1, "VariadicSplit": 1}
-"""Operations along some axes, and which of their inputs says which."""
+"""Operations along some axes, and the index of the input that names these axes."""
 MANY = 1009
-"""Slices more, for the second look at a graph."""
+"""The second copy of the graph has this many more slices."""
 
 
 class NotStreamableError(ValueError):
-    """The network has an operation whose reach along the depth is not known, or nothing that reaches along it."""
+    """The network cannot be streamed: it has no depth shift, or an operation that may mix slices in another way."""
 
 
 @dataclass(frozen=True)
 class StreamGraph:
     """model: an `openvino.Model` from (image (1, C, n, H, W), valid (n + lag,)) to logits (1, K, n, H, W).
 
-    lag: slices that the logits are behind; state_bytes: float32 features that are kept from call to call.
+    lag: the logits are this many slices late; state_bytes: size of the float32 features stored from call to call.
     """
 
     model: Any
@@ -62,11 +62,11 @@ class StreamGraph:
 
 @dataclass
 class _Tensor:
-    """A tensor of the graph: slice t of it is slice t - wait of `source`, and comes `lag` slices late."""
+    """A tensor of the graph: its slice t is slice t - wait of `source`, and arrives `lag` slices late."""
 
     source: Any
     axis: int
-    """Of the depth."""
+    """The depth axis."""
     wait: int = 0
     lag: int = 0
     zero_outside: bool = False
@@ -74,7 +74,7 @@ class _Tensor:
 
 @dataclass
 class _Line:
-    """A tensor that some readers get later than it is computed: from how many slices later to the readers."""
+    """A tensor that some readers need later than it is computed. `readers`: slices to wait, to the readers."""
 
     source: Any
     axis: int
@@ -82,22 +82,22 @@ class _Line:
 
 
 def stream_graph(network: Any, shape: Shape) -> StreamGraph:
-    """Rewrite an exported network (`openvino.Model`, left as it is) for chunks of a volume.
+    """Rewrite a copy of an exported network (`openvino.Model`) for chunks of a volume.
 
     Args:
-        shape: of one chunk.
+        shape: the shape of one chunk.
 
     Raises:
-        NotStreamableError: see there; also a network without any depth shift, which has nothing to remember.
+        NotStreamableError: the network has no depth shift, or an operation that may mix slices in another way.
     """
     try:
         return _Rewriting(network, shape).result()
-    except RuntimeError as error:  # OpenVINO's: of shapes that do not fit, of types
+    except RuntimeError as error:  # from OpenVINO: wrong shapes or types
         raise NotStreamableError(str(error)) from None
 
 
 class _Rewriting:
-    """One walk through a graph, from the image to the logits, that notes what has to wait; then the delays go in."""
+    """Walk through a graph from the image to the logits, note which tensors must wait, then insert the delays."""
 
     def __init__(self, network: Any, shape: Shape) -> None:
         import openvino.opset13 as ops
@@ -105,7 +105,7 @@ class _Rewriting:
         self.ops = ops
         self.count = shape[2]
         named = network.clone()
-        # Names tell the operations apart; those of a file need not be unique.
+        # Operations are identified by name, and names in a file may not be unique.
         for k, node in enumerate(named.get_ordered_ops()):
             node.set_friendly_name(f"{node.get_type_name()}_{k}")
         self.graph = _folded(named, shape)
@@ -114,20 +114,20 @@ class _Rewriting:
         self.known: dict[tuple[str, int], _Tensor] = {}
         self.lines: dict[tuple[str, int], _Line] = {}
         self.chosen: dict[tuple[int, int, int], list[Any]] = {}
-        """Selections that zero what is outside the volume, by lag, axis and rank of what they zero; masks come last."""
+        """Selections that set slices outside the volume to zero, by lag, axis and rank. Their masks are made last."""
 
     def result(self) -> StreamGraph:
         import openvino
 
         if len(self.graph.get_results()) != 1:
-            raise NotStreamableError("one output is wanted")
+            raise NotStreamableError("the network must have exactly one output")
         for node in self.graph.get_ordered_ops():
             if node.get_type_name() == "Parameter":
                 self.known[_key(node.output(0))] = _Tensor(node.output(0), axis=2)
             elif any(_key(source) in self.known for source in node.input_values()):
                 self._follow(node)
         if not self.chosen:
-            raise NotStreamableError("no depth shift was found")
+            raise NotStreamableError("the network has no depth shift")
         lag = self.known[_key(self.graph.get_results()[0].output(0))].lag
 
         valid = self.ops.parameter([self.count + lag], bool, name="valid")
@@ -143,7 +143,7 @@ class _Rewriting:
         return StreamGraph(model=model, lag=lag, state_bytes=state)
 
     def _follow(self, node: Any) -> None:
-        """Note what a node's outputs are, and what its inputs have to wait for."""
+        """Note axis and lag of a node's outputs, and how long its inputs must wait."""
         readers = [entry for entry in node.inputs() if _key(entry.get_source_output()) in self.known]
         tensors = [self.known[_key(entry.get_source_output())] for entry in readers]
         axes = [self._depth_axis(node, output) for output in node.outputs()]
@@ -160,7 +160,7 @@ class _Rewriting:
             self.known[_key(output)] = _Tensor(output, axis, lag=late)
 
     def _depth_axis(self, node: Any, output: Any) -> int:
-        """The axis that is longer where the volume is."""
+        """The depth axis: the only axis that is longer in the graph of the longer volume."""
         other = self.longer.get(node.get_friendly_name())
         shape = list(output.get_shape())
         longer = list(other.output(output.get_index()).get_shape()) if other is not None else []
@@ -170,16 +170,16 @@ class _Rewriting:
         return differ[0]
 
     def _require_slicewise(self, node: Any, axes: list[int], axis: int) -> None:
-        """Raise NotStreamableError unless slice t of the output depends on slice t of the inputs alone.
+        """Raise NotStreamableError unless slice t of the output depends only on slice t of the inputs.
 
-        axes, axis: of the depth in the inputs that have one, and in the output.
+        axes: the depth axis of each input that has one; axis: the depth axis of the output.
         """
         kind, shape, out = node.get_type_name(), list(node.get_input_shape(0)), list(node.get_output_shape(0))
         rules: Mapping[str, Callable[[], bool]] = {
             "MatMul": lambda: len(axes) == 1 and axis == axes[0] < len(shape) - 1 and len(out) == len(shape),
             "Pad": lambda: axis == axes[0] and not _vector(node, 1)[axis] and not _vector(node, 2)[axis],
             "Transpose": lambda: _vector(node, 1)[axis] == axes[0],
-            # In the order of memory, as many values come before a slice.
+            # The same number of values must lie before the depth axis in memory.
             "Reshape": lambda: math.prod(shape[: axes[0]]) == math.prod(out[:axis]),
             "Result": lambda: True,
         }
@@ -194,7 +194,7 @@ class _Rewriting:
             fits = axis == axes[0] and len(out) == len(shape) and axis not in along
         else:
             fits = kind in rules and rules[kind]()
-        # What a network computes from the number of slices means another thing in a chunk; of shapes, it is looked at.
+        # A constant that depends on the number of slices has another value in a chunk. Shapes are checked above.
         if not fits or not (kind in ("Reshape", "Interpolate") or self._same_constants(node)):
             raise NotStreamableError(f"{kind} may mix slices")
 
@@ -205,31 +205,31 @@ class _Rewriting:
         other = self.longer[node.get_friendly_name()]
         for k in range(node.get_input_size()):
             if not self._is_known(node, k):
-                one, two = (n.input_value(k).get_node() for n in (node, other))
-                if not one.get_type_name() == two.get_type_name() == "Constant":
+                short, long = (n.input_value(k).get_node() for n in (node, other))
+                if not short.get_type_name() == long.get_type_name() == "Constant":
                     return False
-                if not np.array_equal(one.data, two.data):
+                if not np.array_equal(short.data, long.data):
                     return False
         return True
 
     def _shifted(self, reader: Any, step: int) -> _Tensor:
-        """The tensor that a shift gives, of a source that is zero outside the volume from here on."""
+        """The output of a shift. Its source is set to zero outside the volume."""
         key = _key(reader.get_source_output())
         tensor = self.known[key]
         if not tensor.zero_outside:
             if key != _key(tensor.source):
-                raise NotStreamableError("a shift of a shift, with nothing between")
+                raise NotStreamableError("two shifts follow each other without an operation between them")
             _require_float32(tensor.source)
             rank = len(tensor.source.get_shape())
             selection = self.ops.select(np.ones((1,) * rank, dtype=bool), tensor.source, np.float32(0))
             selection.set_friendly_name(f"inside_{key[0]}_{key[1]}")
             self.chosen.setdefault((tensor.lag, tensor.axis, rank), []).append(selection)
-            # Those that read it from here on take this, too: they read the same slices, and one line serves all.
+            # Later readers use the selection, too. They need the same slices, so one delay line is enough.
             tensor.source, tensor.zero_outside = selection.output(0), True
         return _Tensor(tensor.source, tensor.axis, tensor.wait + (step == 1), tensor.lag + (step == -1))
 
     def _delay(self, line: _Line, name: str, sinks: list[Any]) -> int:
-        """Give a tensor's readers what they wait for; returns the bytes that are kept for them."""
+        """Insert the delays of a tensor's readers; return the number of stored bytes."""
         import openvino
         from openvino.opset6 import assign, read_value
 
@@ -238,8 +238,8 @@ class _Rewriting:
         chunk = line.source
         if longest:
             _require_float32(line.source)
-            kept = read_value(name, openvino.Type.f32, openvino.PartialShape(shape))
-            chunk = self.ops.concat([kept.output(0), line.source], axis=line.axis)
+            stored = read_value(name, openvino.Type.f32, openvino.PartialShape(shape))
+            chunk = self.ops.concat([stored.output(0), line.source], axis=line.axis)
             sinks.append(assign(self._slices(chunk, line.axis, self.count, longest), name))
         for wait, readers in line.readers.items():
             output = line.source
@@ -254,7 +254,7 @@ class _Rewriting:
 
 
 def _folded(network: Any, shape: Shape) -> Any:
-    """A copy for images of one shape; all that does not depend on the image is a constant of it."""
+    """A copy for images of one shape. Values that do not depend on the image become constants."""
     from openvino.passes import ConstantFolding, Manager
 
     graph = network.clone()
@@ -270,42 +270,42 @@ def _key(output: Any) -> tuple[str, int]:
 
 
 def _depth_step(node: Any, axis: int) -> int:
-    """+1: the features of the slice before, -1: of the slice after, 0: no depth shift."""
+    """+1: a shift from the slice before; -1: a shift from the slice after; 0: no depth shift."""
     if node.get_type_name() != "Pad" or node.get_attributes()["pad_mode"] != "constant":
         return 0
     before, after = _vector(node, 1), _vector(node, 2)
     step = before[axis]
-    wanted = [step if k == axis else 0 for k in range(len(before))]
+    expected = [step if k == axis else 0 for k in range(len(before))]
     zeros = node.get_input_size() == 3 or _vector(node, 3) == [0]
-    return step if abs(step) == 1 and zeros and before == wanted == [-k for k in after] else 0
+    return step if abs(step) == 1 and zeros and before == expected == [-k for k in after] else 0
 
 
 def _vector(node: Any, index: int) -> list[int]:
     source = node.input_value(index).get_node()
     if source.get_type_name() != "Constant":
-        raise NotStreamableError(f"{node.get_type_name()} over axes that are computed")
+        raise NotStreamableError(f"the axes of {node.get_type_name()} are not constant")
     return [int(value) for value in source.get_vector()]
 
 
 def _require_float32(output: Any) -> None:
     if output.get_element_type().get_type_name() != "f32":
-        raise NotStreamableError(f"{output.get_element_type().get_type_name()} would have to wait")
+        raise NotStreamableError(f"a tensor of type {output.get_element_type().get_type_name()} cannot be stored")
 
 
 class DepthStream:
-    """A compiled stream: chunks of a volume go in one after the other, logits come out `lag` slices later."""
+    """A compiled stream. Chunks of a volume go in one after the other; logits come out `lag` slices later."""
 
     def __init__(self, compiled: Any, lag: int) -> None:
         self._request = compiled.create_infer_request()
         self.lag = lag
 
     def __call__(self, chunk: Float32, first: int, depth: int) -> Float32:
-        """Logits (1, K, n, H, W) of slices first - lag to first - lag + n - 1; outside the volume they mean nothing.
+        """Logits (1, K, n, H, W) of slices first - lag to first - lag + n - 1; ignore those outside the volume.
 
         Args:
-            chunk: (1, C, n, H, W), slices from `first` on, zeros beyond the volume. The first chunk of a volume has
-                `first` 0, each of the others follows the one before.
-            depth: slices of the volume.
+            chunk: (1, C, n, H, W), n slices beginning with `first`, zeros beyond the volume. The first chunk of a
+                volume has `first` 0. Each other chunk follows the chunk before.
+            depth: number of slices of the volume.
         """
         if first == 0:
             self._request.reset_state()

@@ -1,4 +1,4 @@
-"""Engines: a network as a function from (1, C, D, H, W) float32 to logits (1, K, D, H, W) float32."""
+"""Engines: a network as a function of an image (1, C, D, H, W) float32 that returns logits (1, K, D, H, W) float32."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ Precision = Literal["f32", "auto"]
 
 @cache
 def openvino_core() -> Any:
-    """The process's one `openvino.Core`.
+    """The only `openvino.Core` of the process.
 
-    OpenVINO's CPU plugin gives its thread another stack for signals. Of two plugins in one thread, the one that goes
-    first unmaps what the other will put back, and the next signal (a child that ends, Ctrl-C) kills the process. So
-    there is one, and it stays. Seen with OpenVINO 2026.4.
+    OpenVINO's CPU plugin replaces the signal stack of its thread. With two plugins in one thread, the first to end
+    unmaps a stack that the other restores later. The next signal (a child that ends, Ctrl-C) then kills the process.
+    So there is only one core, and it is never deleted. Seen with OpenVINO 2026.4.
     """
     import openvino
 
@@ -40,28 +40,28 @@ FIXED_FROM_VOXELS = 500_000
 
 
 class NetworkFacts(Protocol):
-    """What prediction must know of a network besides its weights: a network, its description or an engine says it."""
+    """What prediction must know about a network besides its weights. A network, its metadata or an engine offers it."""
 
     @property
     def stride(self) -> tuple[int, int, int]:
-        """What D, H and W must be multiples of."""
+        """D, H and W must be multiples of these numbers."""
 
     @property
     def depth_halo(self) -> int | None:
-        """How many slices beyond a slice its logits depend on; None: the whole depth."""
+        """The logits of a slice depend on this many slices on each side; None: on the whole depth."""
 
 
 class Stream(Protocol):
-    """A network that takes a volume in chunks: see `depth_stream.DepthStream`."""
+    """A network that reads a volume in chunks: see `depth_stream.DepthStream`."""
 
     def __call__(self, chunk: Float32, first: int, depth: int) -> Float32: ...
 
 
 class Engine(ABC):
-    """What every runtime offers, and what it knows of its network."""
+    """The interface of every runtime, and the facts about its network."""
 
     kind = "openvino"
-    """Which figures of memory.py hold for it."""
+    """The key of this engine's figures in memory.py."""
 
     def __init__(self, network: NetworkFacts) -> None:
         self.stride = network.stride
@@ -69,17 +69,17 @@ class Engine(ABC):
 
     @abstractmethod
     def __call__(self, image: Float32) -> Float32:
-        """Logits for one volume whose sizes suit the network's stride."""
+        """Logits of one volume; its sizes must be multiples of the network's stride."""
 
     def release(self) -> None:  # noqa: B027 - most engines hold nothing
-        """Give back the memory it runs in, where it holds any; the next call takes it again."""
+        """Free the working memory. The next call allocates it again."""
 
     def open_stream(self, shape: Shape) -> Stream | None:
-        """A stream for one volume in chunks of `shape`, logits `depth_halo` slices late; None: there is none."""
+        """A stream for one volume in chunks of `shape`, logits `depth_halo` slices late; None: cannot stream."""
         return None
 
     def stream_bytes(self, shape: Shape) -> int | None:
-        """Features that such a stream keeps from chunk to chunk, in float32; None: there is none."""
+        """Bytes of float32 features that such a stream stores from chunk to chunk; None: cannot stream."""
         return None
 
 
@@ -102,7 +102,7 @@ class TorchEngine(Engine):
             return logits.float().cpu().numpy()
 
     def open_stream(self, shape: Shape) -> Stream | None:
-        """The networks of `UNet2D` with depth shifts can."""
+        """See `Engine.open_stream`. Only `UNet2D` with depth shifts can stream."""
         from distilldsm.inference.torch_stream import TorchStream
         from distilldsm.models.unet2d import UNet2D
 
@@ -111,7 +111,7 @@ class TorchEngine(Engine):
         return TorchStream(self.network, device=self.device, bf16=self.bf16)
 
     def stream_bytes(self, shape: Shape) -> int | None:
-        """Counted on the smallest slice that the stride allows: what is kept grows with the area."""
+        """See `Engine.stream_bytes`. Measured on the smallest slice of the stride, then scaled with the area."""
         from distilldsm.inference.torch_stream import TorchStream
 
         height, width = self.stride[1:]
@@ -142,7 +142,7 @@ class OnnxEngine(Engine):
             raise unloadable("ONNX Runtime", self.path, error) from None
 
     def release(self) -> None:
-        """Drop the session: its arena keeps the memory of the largest image so far."""
+        """Delete the session, because its arena holds the memory of the largest image so far."""
         self.session = None
 
     def __call__(self, image: Float32) -> Float32:
@@ -155,11 +155,11 @@ class OnnxEngine(Engine):
 class OpenVINOEngine(Engine):
     """Runs OpenVINO IR (or ONNX) on the CPU.
 
-    precision: `f32` computes in float32 (what parity is measured with); `auto` lets OpenVINO choose, bf16 on CPUs that
-    have it: faster, and a few voxels may differ.
-    fixed_size: compile for the size of an image from FIXED_FROM_VOXELS on, again when it changes. The logits are the
-    same, the memory is about half: only with known sizes can buffers be shared between layers. Smaller images would
-    take longer to compile for than to run.
+    precision: `f32` computes in float32, as in the parity test. `auto` lets OpenVINO choose: bf16 on CPUs that have it,
+    which is faster, and a few voxels may differ.
+    fixed_size: compile for the exact size of images with at least FIXED_FROM_VOXELS voxels, again for each new size.
+    The logits are the same. The memory is about half, because layers can share buffers only if sizes are known. For
+    smaller images, compiling would take longer than running.
     """
 
     def __init__(
@@ -193,8 +193,8 @@ class OpenVINOEngine(Engine):
         return unloadable("OpenVINO", self.path, error)
 
     def _compile_for(self, shape: tuple[int, ...] | None) -> None:
-        """Compile for images of one shape, or of any (None)."""
-        # The old one goes first: both at once would be the peak of the memory.
+        """Compile for images of one shape, or of any shape (None)."""
+        # Delete the old network first. Both together would raise the peak memory.
         self.release()
         try:
             self._model.reshape(self._free_shape if shape is None else list(shape))
@@ -204,11 +204,11 @@ class OpenVINOEngine(Engine):
         self._shape = shape
 
     def release(self) -> None:
-        """Drop the compiled network, with the buffers between its layers."""
+        """Delete the compiled network and the buffers between its layers."""
         self._compiled = self._stream = None
 
     def _graph(self, shape: Shape) -> StreamGraph | None:
-        """The network for chunks of `shape`; None where it cannot be streamed, or lags otherwise than described."""
+        """The network for chunks of `shape`; None if it cannot be streamed, or its lag differs from the metadata."""
         try:
             graph = stream_graph(self._model, shape)
         except NotStreamableError:
@@ -227,13 +227,13 @@ class OpenVINOEngine(Engine):
                 graph = self._graph(shape)
                 if graph is None:
                     return None
-                # The network for any size holds no buffers yet, or small ones; that for a large size goes.
+                # Only the network for a large size is deleted. That for any size has small buffers at most.
                 self._stream = None
                 if self.fixed_size:
                     self._compiled = None
                 self._stream = shape, self._compiled_stream(graph)
             assert self.depth_halo is not None
-            # Each its own, with its own features: one volume never sees another's, nor one that was broken off.
+            # Each volume gets its own stream. So no features of another or an interrupted volume are used.
             return DepthStream(self._stream[1], self.depth_halo)
 
     def _compiled_stream(self, graph: StreamGraph) -> Any:
@@ -248,34 +248,34 @@ class OpenVINOEngine(Engine):
             ) from None
 
     def __call__(self, image: Float32) -> Float32:
-        # A compiled network computes one image at a time; a server may ask for several.
+        # A compiled network computes one image at a time, but a server may send several at once.
         with self._lock:
             shape = image.shape if self.fixed_size and math.prod(image.shape[2:]) >= FIXED_FROM_VOXELS else None
             if self._compiled is None or shape != self._shape:
                 self._compile_for(shape)
-            # Results are copied: OpenVINO's own buffers are overwritten by the next call.
+            # Copy the results, because the next call overwrites OpenVINO's buffers.
             image = np.ascontiguousarray(image, dtype=np.float32)
             result = self._compiled([image], share_inputs=False, share_outputs=True)
             return np.array(result[0], dtype=np.float32)
 
 
 def unloadable(runtime: str, path: str | os.PathLike[str], error: Exception) -> DataError:
-    """The error where a runtime refuses a model's file."""
+    """The error for a model's file that a runtime cannot load."""
     return DataError(
         f"cannot be loaded by {runtime}",
         where=path,
         seen=str(error)[:300],
-        rule="the files that the export wrote, all of a model's data inside its directory",
+        rule="unchanged files of the export, with all data inside the model's directory",
         hint="copy the model directory again, or export the model again",
     )
 
 
 def _require_ir(path: Path) -> None:
-    """Refuse an `.xml` that is none: OpenVINO would hand it to its readers of every other format."""
+    """Refuse an `.xml` file without XML. OpenVINO would try its readers for every other format."""
     with open(path, "rb") as stream:
         begin = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     if path.suffix == ".xml" and not begin.startswith((b"<?xml", b"<net")):
-        raise ValueError("its content is no OpenVINO IR")
+        raise ValueError("its content is not OpenVINO IR")
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

@@ -1,4 +1,4 @@
-"""The public Python interface; `distilldsm` itself offers these names."""
+"""The public Python interface. The package `distilldsm` exports these names."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ REGISTERED = "models:/"
 
 @dataclass(frozen=True, kw_only=True)
 class Segmentation:
-    """What a model found in a scan, on the scan's own grid."""
+    """The result for one scan, on the scan's own grid."""
 
     mask: npt.NDArray[np.uint8]
     """(X, Y, Z) label values."""
     volumes_ml: Mapping[str, float]
-    """Volume of each label and region."""
+    """Volume of each label and region, ml."""
     probabilities: npt.NDArray[np.float32] | None
-    """(X, Y, Z, K) of each class or region, where they were asked for."""
+    """(X, Y, Z, K), one per class or region; None if not requested."""
     scan: Scan
-    """What the mask belongs to: affine, voxel size, and what `write_mask` needs."""
+    """The segmented scan: affine, voxel size, and the header that `write_mask` needs."""
 
 
 class Model:
-    """An exported model; `load_model` makes it.
+    """An exported model; create it with `load_model`.
 
     Attributes:
         labels: name to value in the masks.
-        channels: names of the images that a scan consists of, in order.
+        channels: names of the images of a scan, in order.
     """
 
     def __init__(self, predictor: Predictor, folder: tempfile.TemporaryDirectory[str] | None = None) -> None:
         self._predictor = predictor
-        self._folder = folder  # what was downloaded lives as long as the model
+        self._folder = folder  # keeps a temporary download until the model is deleted
         self.labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
         self.channels = tuple(channel.name for channel in predictor.plan.channels)
 
@@ -64,22 +64,22 @@ class Model:
         """Segment one scan, as `distilldsm predict` does.
 
         Args:
-            source: a file or the folder of a DICOM series; one for each channel; a nibabel image; an array (X, Y, Z),
-                or (C, X, Y, Z) of several channels, with its `affine`; or what `read_scan` gives.
-            affine: (4, 4), voxel to scanner mm (RAS+), of an array.
-            probabilities: give them too.
-            max_memory_gb: for the whole process; default 3, or half of what is available where that is less.
+            source: a file or the folder of a DICOM series; a list with one of these per channel; a nibabel image; an
+                array (X, Y, Z), or (C, X, Y, Z) for several channels, with its `affine`; or a `Scan` of `read_scan`.
+            affine: (4, 4), voxel to scanner mm (RAS+); for an array only.
+            probabilities: also return the probabilities.
+            max_memory_gb: limit for the whole process; default: 3, or half of the available memory if that is less.
 
         Raises:
-            UserError: the scan cannot be read, or has a geometry that the model cannot know.
+            UserError: the scan cannot be read, or its voxel size is far from the training scans'.
         """
         scan = self._scan(source, affine)
         maps = None
         if probabilities:
             maps = np.zeros((*scan.shape, self._predictor.plan.targets.channels), dtype=np.float32)
         memory = None if max_memory_gb is None else budget_bytes(max_memory_gb)
-        found = self._predictor.predict(scan, memory=memory, probabilities=maps)
-        return Segmentation(mask=found.mask, volumes_ml=found.volumes_ml, probabilities=maps, scan=scan)
+        prediction = self._predictor.predict(scan, memory=memory, probabilities=maps)
+        return Segmentation(mask=prediction.mask, volumes_ml=prediction.volumes_ml, probabilities=maps, scan=scan)
 
     def _scan(self, source: Any, affine: npt.ArrayLike | None) -> Scan:
         if isinstance(source, Scan):
@@ -93,7 +93,7 @@ class Model:
             source = nib.Nifti1Image(voxels, np.asarray(affine, dtype=np.float64))
         if not isinstance(source, nib.Nifti1Image):
             return read_scan(source, self.channels)
-        # Through the reader of files: one set of rules for headers.
+        # Use the reader of files, so that the same rules for headers apply.
         with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
             path = Path(folder) / "image.nii"
             nib.save(source, path)
@@ -109,15 +109,15 @@ def load_model(
     mirror: Mirror = (),
     postprocess: bool = False,
 ) -> Model:
-    """Load a model that the export stage wrote, its files checked against their hashes.
+    """Load a model that the export stage wrote, and check its files against their hashes.
 
     Args:
         model: a directory, e.g. `export/fold0`, or a model of MLflow's registry, e.g. `models:/NAME@champion` (needs
-            mlflow, and its tracking URI).
-        engine, precision, ensemble, mirror, postprocess: as of `distilldsm predict`.
+            mlflow and its tracking URI).
+        engine, precision, ensemble, mirror, postprocess: as for `distilldsm predict`.
 
     Raises:
-        UserError: no model is there, or it is damaged; models of an ensemble do not fit together.
+        UserError: the model does not exist or is damaged, or the models of an ensemble do not fit together.
     """
     folder = None
     if str(model).startswith(REGISTERED):
@@ -153,13 +153,13 @@ def _downloaded(uri: str, folder: str) -> str:
 
 
 def read_scan(paths: PathLike | Sequence[PathLike], channels: Sequence[str] = ("image",)) -> Scan:
-    """One scan: a file or series for each channel, or one file that holds all of them.
+    """Read one scan: a file or series for each channel, or one file with all channels.
 
     Args:
-        channels: their names, in the model's order.
+        channels: names of the channels, in the model's order.
 
     Raises:
-        DataError: see `io.read_scan`; voxels are read when they are first needed.
+        DataError: see `io.read_scan`. Voxels are read when they are first needed.
     """
     files = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
     names = list(channels)
@@ -169,7 +169,7 @@ def read_scan(paths: PathLike | Sequence[PathLike], channels: Sequence[str] = ("
 def write_mask(
     path: PathLike, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int] | None = None
 ) -> None:
-    """Write a mask (X, Y, Z) on the scan's grid: NIfTI, or DICOM SEG (`.dcm`, of a DICOM scan, needs `labels`).
+    """Write a mask (X, Y, Z) on the scan's grid: NIfTI, or DICOM SEG (`.dcm`; only for a DICOM scan, needs `labels`).
 
     Raises:
         UserError: see `io.write_mask`.

@@ -1,4 +1,4 @@
-"""One scan of `distilldsm predict`: read, predicted within a budget, written, reported."""
+"""One scan of `distilldsm predict`: read it, predict within a memory budget, write the mask, report."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ PHASES = ("read", "preprocess", "network", "restore", "write")
 
 @dataclass(frozen=True)
 class Job:
-    """One scan and where its results go."""
+    """One scan and the paths of its results."""
 
     input: Input
     output: Path
@@ -39,29 +39,29 @@ class Job:
 
     @property
     def probabilities(self) -> Path:
-        """Where its class probabilities go."""
+        """The path of its class probabilities."""
         return self.output.with_name(f"{stem(self.output)}_probabilities.nii.gz")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What all scans of a run share."""
+    """Settings for all scans of a run."""
 
     precision: Precision
     memory: int | None
-    """For the whole process, bytes; None: the default, and pieces no larger than is worth while."""
+    """Memory limit of the process, bytes; None: the default, and pieces no larger than useful."""
     probabilities: bool
     alone: bool
-    """The only scan: its pieces are what progress is shown of."""
+    """The run has one scan only, so the progress bar counts its pieces."""
 
     @property
     def budget(self) -> int:
-        """Bytes for the whole process."""
+        """Memory limit of the process, bytes."""
         return budget_bytes(None) if self.memory is None else self.memory
 
 
 class _Shown(Observer):
-    """Takes the seconds of each phase, prints what is planned, shows progress."""
+    """Measures the seconds of each phase, prints the planned memory and pieces, shows progress."""
 
     def __init__(self, job: Job, settings: Settings) -> None:
         self.job, self.settings = job, settings
@@ -84,8 +84,8 @@ class _Shown(Observer):
         remarks = [f"{size}, {how}"]
         if self.settings.precision == "int8" and count > 1:
             remarks.append(
-                "INT8 is not streamed, and slices near the ends of a piece are computed again: --precision auto may be "
-                "faster on a scan of this size"
+                "INT8 cannot be streamed, so slices near the ends of a piece are computed twice: --precision auto may "
+                "be faster on a scan of this size"
             )
         if pieces.tile is not None:
             remarks.append(
@@ -103,10 +103,10 @@ class _Shown(Observer):
 
 
 def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
-    """Read, predict, write; returns what the report says about it.
+    """Read, predict and write one scan; return its entry in the report.
 
     Raises:
-        UserError: anything that is wrong with this scan, or with where it goes.
+        UserError: this scan cannot be read, predicted or written.
     """
     try:
         return _run(job, predictor, settings)
@@ -116,7 +116,7 @@ def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any
         raise error from None
     except MemoryError:
         raise DataError(
-            "needs more memory than there is", where=job.input.paths[0], hint="lower --max-memory, or free memory"
+            "needs more memory than is available", where=job.input.paths[0], hint="lower --max-memory, or free memory"
         ) from None
     except OSError as error:
         raise UserError(
@@ -133,7 +133,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         if settings.probabilities:
             shape = (*scan.shape, plan.targets.channels)
             maps = stack.enter_context(scratch_array(job.probabilities, shape))
-        found = predictor.predict(
+        prediction = predictor.predict(
             scan,
             memory=settings.memory,
             held_bytes=4 * int(np.prod(scan.shape)) if job.format.mask_format == "seg" else 0,
@@ -141,7 +141,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
             observer=shown,
         )
         with shown.phase("write"):
-            _write(job, scan, predictor, found.mask, maps)
+            _write(job, scan, predictor, prediction.mask, maps)
     peak = peak_memory_gb()
     return {
         "scan": job.input.name,
@@ -151,19 +151,19 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         **({"probabilities": str(job.probabilities)} if settings.probabilities else {}),
         "shape": list(scan.shape),
         "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
-        **_facts(found),
+        **_facts(prediction),
         "peak_memory_mb": None if peak is None else round(peak * 1000, 1),
         "seconds": {name: round(seconds, 3) for name, seconds in shown.seconds.items()},
     }
 
 
-def _facts(found: Prediction) -> dict[str, Any]:
+def _facts(prediction: Prediction) -> dict[str, Any]:
     return {
-        "volume_ml": dict(found.volumes_ml),
-        "exact": found.exact,
-        "streamed": found.pieces.streamed,
-        "pieces": found.count,
-        "estimated_memory_mb": round(found.pieces.estimate_bytes / 1e6, 1),
+        "volume_ml": dict(prediction.volumes_ml),
+        "exact": prediction.exact,
+        "streamed": prediction.pieces.streamed,
+        "pieces": prediction.count,
+        "estimated_memory_mb": round(prediction.pieces.estimate_bytes / 1e6, 1),
     }
 
 

@@ -1,4 +1,4 @@
-"""The models that a prediction is made with: their files to engines, and whether several can be averaged."""
+"""Load the models of a prediction: make engines from their files, and check that several models can be averaged."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ Precision = Literal["f32", "auto", "int8"]
 
 @dataclass(frozen=True, kw_only=True)
 class Loaded:
-    """Models of one task: their engines, the plan they share, and what is known of each.
+    """Models of one task: their engines, their common plan, and the facts about each network.
 
-    metadata: of exported models; keep_largest: labels or regions of which only the largest component is kept.
+    metadata: only for exported models. keep_largest: only the largest component of these labels or regions is kept.
     """
 
     members: Sequence[Member]
@@ -46,7 +46,7 @@ class Loaded:
 
 
 def trained_models(folders: Sequence[Path], checkpoint: str, device: str, mirror: Mirror) -> Loaded:
-    """Training directories, run by PyTorch; see `Predictor.from_training`."""
+    """Load training directories; PyTorch runs them. See `Predictor.from_training`."""
     import torch
 
     from distilldsm.models.checkpoint import load_network
@@ -69,7 +69,7 @@ def exported_models(
     mirror: Mirror,
     postprocess: bool,
 ) -> Loaded:
-    """Exported directories, run by any engine; see `Predictor.from_export`."""
+    """Load exported directories; any engine can run them. See `Predictor.from_export`."""
     metadata = [_metadata(folder, runtime, precision) for folder in folders]
     described = [one.network for one in metadata]
     plan = _common_plan(folders, described)
@@ -81,15 +81,15 @@ def exported_models(
 
 
 def common_postprocessing(folders: Sequence[Path], metadata: Sequence[ModelMetadata]) -> tuple[str, ...]:
-    """The labels or regions of which every model's own decision keeps the largest component only.
+    """The labels or regions that keep only their largest component according to every model's own decision.
 
     Raises:
-        DataError: a model carries no decision.
+        DataError: a model has no decision.
     """
     for folder, one in zip(folders, metadata, strict=True):
         if one.postprocessing is None:
             raise DataError(
-                "carries no decision on post-processing",
+                "has no decision about post-processing",
                 where=folder,
                 seen="postprocessing: null",
                 rule="the fold was evaluated before it was exported",
@@ -100,10 +100,10 @@ def common_postprocessing(folders: Sequence[Path], metadata: Sequence[ModelMetad
 
 
 def _common_plan(folders: Sequence[Path], described: Sequence[NetworkInfo]) -> Plan:
-    """The plan of models that take the same image and mean the same by their probabilities.
+    """The common plan of models with the same input image and the same output classes.
 
     Raises:
-        DataError: names two models that do not fit together and the first value that differs.
+        DataError: two models do not fit together; the message names them and the first value that differs.
     """
     plans = [Plan.load(folder / "plan.json") for folder in folders]
     expected = _task(plans[0], described[0])
@@ -130,7 +130,7 @@ def _task(plan: Plan, network: NetworkInfo) -> dict[str, Any]:
         "normalisation": plan.normalisation,
         "crop to non-zero": plan.crop_to_nonzero,
         "resampling (coarse slices)": plan.coarse_slices,
-        # Padding to the larger stride would show to a network that sees the volume's ends.
+        # A network that sees the volume's ends would compute other logits with padding for a larger stride.
         "stride of the network": network.stride,
     }
 
@@ -154,9 +154,7 @@ def _trained_axes(model_dir: Path) -> tuple[MirrorAxis, ...]:
     spec = read_json(path)
     axes = spec.get("mirror_axes", ()) if isinstance(spec, dict) else None
     if not isinstance(axes, list | tuple) or not all(isinstance(axis, str) and axis in AXES for axis in axes):
-        raise DataError(
-            "describes no network", where=path, seen=repr(axes)[:100], rule=f"mirror_axes: some of {', '.join(AXES)}"
-        )
+        raise DataError("has invalid mirror_axes", where=path, seen=repr(axes)[:100], rule=f"some of {', '.join(AXES)}")
     return tuple(axes)
 
 
@@ -169,7 +167,7 @@ def _metadata(model_dir: Path, runtime: Runtime, precision: Precision) -> ModelM
             "has no INT8 model",
             where=model_dir,
             seen=metadata.int8.reason,
-            hint="--precision auto is the fastest it has",
+            hint="use --precision auto, the fastest precision of this model",
         )
     return verify(model_dir, ("plan.json", *INT8_FILES))
 

@@ -1,4 +1,4 @@
-"""How much memory a prediction takes, and how large the pieces must be to stay within a budget."""
+"""Estimate the memory of a prediction, and choose pieces that stay within a budget."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from distilldsm.inference.windows import STREAM_SLICES, Pieces, smallest_window
 
 DEFAULT_GB = 3.0
 BASE_BYTES = 400_000_000
-"""Python, the runtime, its compiled network and scratch memory, slices on their way."""
+"""Bytes of Python, the runtime, its compiled network, scratch memory and slices in transfer."""
 TORCH_BYTES = 250_000_000
-"""What PyTorch takes besides."""
+"""Bytes that PyTorch needs in addition."""
 MODEL_BYTES = 30_000_000
-"""What each further network of an ensemble takes besides its weights while another one runs."""
+"""Bytes for each further network of an ensemble, in addition to its weights, while another network runs."""
 USABLE = 0.95
-"""Share of the budget that is planned with; estimates are no promises."""
+"""Plan with this share of the budget only, because estimates may be wrong."""
 DEFAULT_PIECE_VOXELS = 26 * 512 * 512
-"""Largest piece when no budget is given: larger ones save little time."""
+"""Largest piece if no budget is set; larger pieces save little time."""
 _SLICEWISE = {"openvino": 235.0, "openvino-auto": 150.0, "onnx": 680.0, "torch": 400.0}
 BYTES_PER_VOXEL: Mapping[str, Mapping[str, float]] = {
     "unet2d": _SLICEWISE,
@@ -31,26 +31,26 @@ BYTES_PER_VOXEL: Mapping[str, Mapping[str, float]] = {
 """Activations per voxel of a piece, by family and engine, at the reference widths (measured on pieces of 2 to 8 million
 voxels)."""
 REFERENCE_MACS = 42_816.0
-"""Multiply-accumulates per voxel of the network that those figures are of; they grow with the square of the widths."""
+"""Multiply-accumulates per voxel of the measured network; they grow with the square of the widths."""
 STREAM_BYTES_PER_VOXEL: Mapping[str, float] = {"openvino": 350, "openvino-auto": 200, "torch": 500}
-"""Activations per voxel of the slices that are streamed at a time (measured on 1 to 16 slices of 512 x 512)."""
+"""Activations per voxel of the slices in one chunk of a stream (measured on 1 to 16 slices of 512 x 512)."""
 STREAM_COPIES: Mapping[str, float] = {"openvino": 2.5, "openvino-auto": 1.2, "torch": 3}
-"""Copies that the runtime holds of what a stream keeps, for float32 features (measured likewise)."""
+"""Copies of a stream's stored float32 features in the runtime (measured in the same way)."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class StreamCost:
-    """Memory of a network that streams: what it keeps, and its activations per voxel of a chunk."""
+    """Memory of a streaming network: its stored features, and its activations per voxel of a chunk."""
 
     kept_bytes: float
     per_voxel: float
 
 
 def budget_bytes(max_memory_gb: float | None) -> int:
-    """The budget: what was asked for, else DEFAULT_GB or half of what is available, whichever is less.
+    """The budget in bytes: `max_memory_gb`, or by default DEFAULT_GB or half of the available memory if that is less.
 
     Raises:
-        ConfigError: no positive number.
+        ConfigError: the value is not a positive number.
     """
     if max_memory_gb is not None:
         if not (math.isfinite(max_memory_gb) and max_memory_gb > 0):
@@ -65,14 +65,14 @@ def budget_bytes(max_memory_gb: float | None) -> int:
 def activation_bytes(
     name: str, options: Mapping[str, object], engine: str, macs_per_voxel: float = REFERENCE_MACS
 ) -> float:
-    """Memory that a network takes while it runs, per voxel that goes in at once."""
+    """Memory of a running network per input voxel, bytes."""
     return BYTES_PER_VOXEL[_family(name)][engine] * _width(name, options, macs_per_voxel)
 
 
 def stream_cost(
     name: str, options: Mapping[str, object], engine: str, state_bytes: int, macs_per_voxel: float = REFERENCE_MACS
 ) -> StreamCost:
-    """Memory of a network that streams and keeps `state_bytes` of float32 features from chunk to chunk."""
+    """Memory of a streaming network that stores `state_bytes` of float32 features from chunk to chunk."""
     return StreamCost(
         kept_bytes=STREAM_COPIES[engine] * state_bytes,
         per_voxel=STREAM_BYTES_PER_VOXEL[engine] * _width(name, options, macs_per_voxel),
@@ -80,7 +80,7 @@ def stream_cost(
 
 
 def _width(name: str, options: Mapping[str, object], macs_per_voxel: float) -> float:
-    """Channels over those of the reference network; of a network of the user's, guessed from its arithmetic."""
+    """Channels relative to the reference network; for a user's own network, estimated from its MACs."""
     if _family(name) == "inserted":
         return max(math.sqrt(macs_per_voxel / REFERENCE_MACS), 1.0)
     options = {**MODELS[name].options, **options}
@@ -112,25 +112,26 @@ def plan_pieces(
 ) -> Pieces:
     """Choose the pieces for a volume of padded `size` (D, H, W) in network space.
 
-    All at once if that fits, else streamed where the network can be, else in windows of whole slices as long as the
-    depth's halo and a few slices more fit; tiles in plane only beyond that.
+    The first choice that fits: the whole volume, a stream (if the network can stream), windows of whole slices (if the
+    halo and a few more slices fit), tiles in plane.
 
     Args:
-        stride: the network's; per_voxel: see `activation_bytes`.
-        held_bytes: image, mask and what else stays in memory.
-        budget: bytes for the whole process; limit_voxels: largest piece even if more would fit.
-        mirrored: views of the piece are mirrored and their scores added up; averaged: those of several networks are,
-            of which one at a time holds activations.
-        after_bytes: what is taken when the networks have given their memory back.
-        stream: what streaming takes, None if the network cannot; asked for where the volume does not fit at once.
+        stride: the network's stride; per_voxel: see `activation_bytes`.
+        held_bytes: bytes of image, mask and everything else that stays in memory.
+        budget: bytes for the whole process; limit_voxels: largest piece, even if a larger one would fit.
+        mirrored: probabilities of mirrored views of the piece are added up. averaged: probabilities of several networks
+            are added up; one network at a time holds activations.
+        after_bytes: bytes needed after the networks have freed their memory.
+        stream: returns the memory of streaming, None if the network cannot stream; called only if the volume does not
+            fit at once.
 
     Raises:
-        DataError: not even the smallest tile fits, or what comes after it does not.
+        DataError: not even the smallest tile fits, or the memory after the networks does not.
     """
     depth, height, width = size
     base = BASE_BYTES + (TORCH_BYTES if engine == "torch" else 0) + held_bytes
     smallest = smallest_window(depth, depth_halo, stride[0])
-    # The piece itself, twice while it is handed over; its logits and their copy; for tiles, their sum too.
+    # The piece (two copies during the call), its logits and their copy; for tiles also the sum of the logits.
     sums = 4 * ((channels + classes) * mirrored + classes * averaged)
     whole_slices, in_tiles = 4 * (2 * channels + 2 * classes) + sums, 4 * (2 * channels + 3 * classes) + sums
     after = base + after_bytes

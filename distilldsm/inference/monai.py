@@ -1,8 +1,8 @@
-"""What the MONAI bundle of an exported model is run with: our geometry as MONAI transforms. Needs the package `monai`.
+"""MONAI transforms with our geometry, for the MONAI bundle of an exported model. Needs the package `monai`.
 
-A case is a dictionary: `image`, the paths of its channels, becomes the image (C, D, H, W) in network space; `pred`, the
-logits (K, D, H, W), becomes a mask on the scan's own grid. `geometry`, `scan` and `source` (JSON text, a path and a
-name, which survive MONAI's collating) lead from one to the other.
+A case is a dictionary. `image` holds the paths of the channels and becomes the image (C, D, H, W) in network space.
+`pred` holds the logits (K, D, H, W) and becomes a mask on the scan's own grid. `geometry` (JSON text), `scan` (a path)
+and `source` (a name) carry what the way back needs; MONAI's collation does not change them.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Case = Mapping[Hashable, Any]
 
 
 def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
-    """The scans of a folder, named as `distilldsm predict` takes them: {"image": [a path per channel], "source": name}.
+    """The scans of a folder with names as for `distilldsm predict`: {"image": [a path per channel], "source": name}.
 
     Raises:
-        DataError: none, or one that lacks a channel.
+        DataError: the folder has no scan, or a scan without one of its channels.
     """
-    found, _ = find_inputs([Path(folder)], channels)
-    for scan in found:
+    scans, _ = find_inputs([Path(folder)], channels)
+    for scan in scans:
         if scan.format.name != "nifti":
-            raise DataError("is no NIfTI scan", where=scan.name, hint="distilldsm predict reads DICOM")
-    return [{"image": [str(p) for p in scan.paths], "source": scan.name} for scan in found]
+            raise DataError("is not a NIfTI scan", where=scan.name, hint="use distilldsm predict, which reads DICOM")
+    return [{"image": [str(p) for p in scan.paths], "source": scan.name} for scan in scans]
 
 
 def load_weights(network: torch.nn.Module, path: str) -> torch.nn.Module:
@@ -53,11 +53,11 @@ def load_weights(network: torch.nn.Module, path: str) -> torch.nn.Module:
 
 
 class ToNetworkSpaced(Transform):
-    """Paths of a scan to its image in network space: orientation, crop, normalisation and resampling of the plan.
+    """Read a scan and bring it to network space with the plan's orientation, crop, normalisation and resampling.
 
     Raises (when called):
-        DataError: what `distilldsm predict` refuses too: a damaged file, more or fewer channels than the plan has, or a
-            geometry or voxel size that the network cannot know.
+        DataError: as in `distilldsm predict`: a damaged file, another number of channels than in the plan, a refused
+            geometry, or a voxel size far from the training scans'.
     """
 
     def __init__(self, plan: str) -> None:
@@ -73,7 +73,7 @@ class ToNetworkSpaced(Transform):
 
 
 class VolumeInferer(Inferer):
-    """Volumes of any size; along the depth in exact pieces where they are larger than `max_voxels`."""
+    """Run the network on volumes of any size, in exact pieces along the depth if larger than `max_voxels`."""
 
     def __init__(self, max_voxels: int = MAX_VOXELS) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ class VolumeInferer(Inferer):
 
 
 class SaveMaskd(Transform):
-    """Logits to a mask on the scan's own grid, written as `output_dir/NAME.nii.gz`; `pred` becomes it, (X, Y, Z)."""
+    """Turn logits into a mask (X, Y, Z) on the scan's own grid, in `pred`, and write `output_dir/NAME.nii.gz`."""
 
     def __init__(self, plan: str, output_dir: str) -> None:
         self.plan, self.output = Plan.load(plan), Path(output_dir)

@@ -1,4 +1,4 @@
-"""Post-processing of masks: only the largest connected component of a label, or of several taken for one.
+"""Post-processing of masks: keep only the largest connected component of a label, or of several labels as one.
 
 As in nnU-Net (Isensee et al., 2021), voxels are connected over faces, edges and corners (26 neighbours), and what is
 removed becomes background.
@@ -12,21 +12,21 @@ import numpy as np
 import numpy.typing as npt
 
 BYTES_PER_VOXEL = 7
-"""Memory for the search, per voxel of the box around the labels: their voxels, component numbers, comparisons."""
+"""Bytes of the search per voxel of the box around the labels: binary mask, component numbers, comparisons."""
 
 
 def keep_largest(mask: npt.NDArray[np.uint8], values: Collection[int]) -> dict[int, int]:
-    """Set all but the largest connected component of `values`, taken for one, in a mask to 0, in place.
+    """Keep only the largest connected component of `values` (together) in a mask. Set the others to 0, in place.
 
-    Of components of the same size the one stays that holds the first voxel in the order of the array's axes (the last
-    axis runs fastest), whatever the order in memory is. (nnU-Net keeps them all.)
+    If several components have the largest size, the one with the first voxel stays. The order is that of the array's
+    axes (the last axis runs fastest), not that of memory. (nnU-Net keeps all of them.)
 
     Args:
         mask: (X, Y, Z) label values.
-        values: the label's, or the labels' of a region; above 0.
+        values: the value of a label, or the values of a region's labels; above 0.
 
     Returns:
-        Value to the number of its voxels that were removed; empty if none were.
+        Value to its number of removed voxels; empty if no voxel was removed.
     """
     from scipy import ndimage
 
@@ -37,7 +37,7 @@ def keep_largest(mask: npt.NDArray[np.uint8], values: Collection[int]) -> dict[i
     components, count = ndimage.label(np.ascontiguousarray(_any_of(part, values)), np.ones((3, 3, 3)), output=np.int32)
     if count < 2:
         return {}
-    # In blocks of slices: numpy counts 64-bit numbers only, and would make them of the whole box.
+    # Blocks of slices, because numpy would convert the whole box to 64-bit numbers for counting.
     sizes = np.zeros(count + 1, dtype=np.int64)
     step = 1 + count // components[0].size
     for start in range(0, len(components), step):
@@ -54,15 +54,15 @@ def keep_largest(mask: npt.NDArray[np.uint8], values: Collection[int]) -> dict[i
 
 
 def _any_of(mask: npt.NDArray[np.uint8], values: Collection[int]) -> npt.NDArray[np.bool_]:
-    """Which voxels have one of the values. (`np.isin` takes several times the memory.)"""
-    found = np.zeros(mask.shape, dtype=bool)
+    """Where the mask has one of the values. (`np.isin` needs several times the memory.)"""
+    selected = np.zeros(mask.shape, dtype=bool)
     for value in values:
-        found |= mask == value
-    return found
+        selected |= mask == value
+    return selected
 
 
 def _box(mask: npt.NDArray[np.uint8], values: Collection[int]) -> tuple[slice, ...] | None:
-    """The smallest box around the labels' voxels; None if there are none. No array of the mask's size is made."""
+    """The smallest box around the labels' voxels; None if there are none. It allocates no array of the mask's size."""
     hits = [np.zeros(n, dtype=bool) for n in mask.shape]
     for z in range(mask.shape[2]):
         plane = _any_of(mask[:, :, z], values)

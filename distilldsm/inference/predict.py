@@ -1,4 +1,4 @@
-"""From a scan to a mask in the scan's own geometry, with any engine: the one path that all callers go."""
+"""From a scan to a mask in the scan's own geometry, with any engine. All callers use this path."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ from distilldsm.models.package import ModelMetadata, NetworkInfo
 
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """What became of a scan.
+    """The result for one scan.
 
-    mask: (X, Y, Z) uint8 label values on the scan's grid; volumes_ml: of each label and region; pieces, count: how the
-    scan went through the network, and in how many pieces; exact: the labels are those of the volume in one piece.
+    mask: (X, Y, Z) uint8 label values on the scan's grid. volumes_ml: volume of each label and region. pieces, count:
+    kind and number of pieces in the network. exact: the labels are the same as for the volume in one piece.
     """
 
     mask: npt.NDArray[np.uint8]
@@ -47,30 +47,30 @@ class Prediction:
 
 
 class Observer:
-    """Follows a prediction; this one does nothing."""
+    """Follows a prediction. This base class does nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[object]:
-        """A context in which the phase `preprocess`, `network` or `restore` runs; entered many times."""
+        """A context for the phase `preprocess`, `network` or `restore`; each phase is entered many times."""
         return nullcontext()
 
     def planned(self, pieces: Pieces, count: int) -> None:
-        """Called before the network runs."""
+        """Is called before the network runs."""
 
     def follow(self, stream: Iterator[Slices], count: int) -> Iterator[Slices]:
-        """Goes through the pieces, e.g. to show progress."""
+        """Iterates over the pieces, e.g. to show progress."""
         return stream
 
 
 class Predictor:
-    """A trained model, or an ensemble, ready for scans.
+    """A trained model or an ensemble that is ready to predict.
 
     Args:
-        network: gives the class probabilities.
+        network: computes the class probabilities.
         plan: how scans are brought into network space.
-        described: of each member what is known of its network's size, to plan memory by.
-        metadata: of the exported models, those of the first one first.
-        keep_largest: labels or regions, with their values, of which masks keep the largest connected component only.
-        max_voxels: largest piece that goes through the network at once, where no memory is asked for.
+        described: the facts about each member's network, for planning memory.
+        metadata: the metadata of the exported models, in order.
+        keep_largest: labels or regions with their values; masks keep only the largest connected component of each.
+        max_voxels: largest piece that the network computes at once, if no memory limit is set.
     """
 
     def __init__(
@@ -92,7 +92,7 @@ class Predictor:
 
     @property
     def metadata(self) -> ModelMetadata | None:
-        """Of an exported model; of the first one of an ensemble."""
+        """The metadata of the exported model; for an ensemble, those of its first model."""
         return self.models[0] if self.models else None
 
     def predict(
@@ -104,15 +104,16 @@ class Predictor:
         probabilities: npt.NDArray | None = None,
         observer: Observer | None = None,
     ) -> Prediction:
-        """The mask of a scan, on its grid.
+        """Segment a scan; the mask is on the scan's grid.
 
         Args:
-            memory: bytes for the whole process; None: 3 GB, or half of what is available where that is less.
-            held_bytes: what the caller will hold of it besides scan and mask.
-            probabilities: (X, Y, Z, K) zeros, filled too: uint8 with round(255 p), or float32.
+            memory: bytes for the whole process; None: 3 GB, or half of the available memory if that is less.
+            held_bytes: bytes that the caller holds in addition to scan and mask.
+            probabilities: (X, Y, Z, K) zeros, to be filled: uint8 with round(255 p), or float32.
 
         Raises:
-            DataError: a voxel size that the model cannot know, too little memory, or probabilities that are not finite.
+            DataError: the voxel size is far from the training scans', memory is too small, or probabilities are not
+                finite.
         """
         observer = observer or Observer()
         check_scale(scan, self.plan)
@@ -130,7 +131,7 @@ class Predictor:
                 restored.add(first, planes)
         with observer.phase("restore"):
             self._postprocess(restored)
-        # In bf16 the runtime rounds a network and its stream in another order.
+        # In bf16 the runtime rounds a network and its stream in a different order.
         rounded = pieces.streamed and self.network.members[0].engine.kind == "openvino-auto"
         voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
         return Prediction(
@@ -142,7 +143,7 @@ class Predictor:
         )
 
     def logits(self, image: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-        """Logits (K, D, H, W) of an image (C, D, H, W) in network space: of the (first) network, not averaged."""
+        """Logits (K, D, H, W) of an image (C, D, H, W) in network space, from the (first) network, not averaged."""
         return predict_logits(self.network.members[0].engine, image, max_voxels=self.max_voxels)
 
     def _postprocess(self, restored: ScanMask) -> None:
@@ -198,14 +199,14 @@ class Predictor:
         ensemble: Sequence[Path] = (),
         mirror: Mirror = (),
     ) -> Predictor:
-        """The network of a training directory (`models/foldK`) in PyTorch, float32 on a CPU.
+        """Load the network of a training directory (`models/foldK`) in PyTorch; it computes in float32 on a CPU.
 
         ensemble: further training directories of the same task; probabilities are averaged.
-        mirror: axes to average over the flips of; `trained`: those that each model was trained with.
+        mirror: average over flips along these axes; `trained`: along the axes of each model's training.
 
         Raises:
-            DataError: a checkpoint is missing or does not fit, mirroring is wanted that was not trained with, or models
-                of an ensemble do not fit together.
+            DataError: a checkpoint is missing or does not fit, `trained` mirroring has no axes, or the models of an
+                ensemble do not fit together.
         """
         return cls._of(trained_models([model_dir, *ensemble], checkpoint, device, mirror))
 
@@ -221,18 +222,18 @@ class Predictor:
         mirror: Mirror = (),
         postprocess: bool = False,
     ) -> Predictor:
-        """An exported model directory, its files checked against their hashes; only `torch` needs torch.
+        """Load an exported model's directory and check its files against their hashes. Only engine `torch` needs torch.
 
-        precision: of OpenVINO: `f32`, `auto` (see `OpenVINOEngine`) or `int8`, the quantised IR.
-        fixed_size: compile OpenVINO for each size that comes (half the memory, see `OpenVINOEngine`).
+        precision: OpenVINO's precision: `f32`, `auto` (see `OpenVINOEngine`) or `int8` (the quantised IR).
+        fixed_size: compile OpenVINO for each image size (half the memory, see `OpenVINOEngine`).
         ensemble: further models of the same task, e.g. other folds; probabilities are averaged.
-        mirror: axes to average over the flips of; `trained`: those that each model was trained with.
-        postprocess: keep the largest component of the labels or regions for which the model was exported with that
-            decision; of an ensemble, of those for which every model was.
+        mirror: average over flips along these axes; `trained`: along the axes of each model's training.
+        postprocess: keep only the largest component of the labels or regions that the model's export decided on; in an
+            ensemble, of those that every model's export decided on.
 
         Raises:
             DataError: a file is missing, damaged or changed, the model has no INT8 IR, was not trained with mirroring
-                or carries no decision on post-processing; models of an ensemble do not fit together.
+                or has no decision about post-processing, or the models of an ensemble do not fit together.
         """
         folders = [model_dir, *ensemble]
         return cls._of(exported_models(folders, runtime, precision, fixed_size, mirror, postprocess))
@@ -249,22 +250,23 @@ class Predictor:
 
 
 def _require_finite(first: int, planes: Sequence[npt.NDArray[np.float32]], where: Path) -> None:
-    """Raise DataError for probabilities that are not finite: a mask made from them would be garbage."""
+    """Raise DataError for probabilities that are not finite, because their mask would be meaningless."""
     bad = [first + k for k, plane in enumerate(planes) if not np.isfinite(plane).all()]
     if bad:
         raise DataError(
             "the network's probabilities are not finite",
             where=where,
             seen=f"slices {bad[0]} to {bad[-1]}",
-            rule="intensities of the kind the network was trained on",
+            rule="intensities like those in training",
             hint="check the scan's intensities and the header's scaling",
         )
 
 
 def volumes_ml(targets: Targets, counts: Sequence[int], voxel_ml: float) -> dict[str, float]:
-    """Volume of each label, ml, then of each region: of all its labels in the mask.
+    """Volume of each label, ml, then of each region (all its labels in the mask together).
 
-    counts: voxels of each class. A region that is called as a label of other voxels appears as `NAME (region)`.
+    counts: number of voxels of each class. A region appears as `NAME (region)` if a label has the same name but other
+    voxels.
     """
     voxels = dict(zip(targets.class_values, counts, strict=True))
     labels = dict(zip(targets.class_names, targets.class_values, strict=True))

@@ -1,6 +1,6 @@
-"""Class probabilities of a piece of an image: of one network or several, as it is or mirrored too, averaged.
+"""Class probabilities of a piece of an image: the mean over one or more networks and over mirrored views.
 
-The one place where logits become probabilities.
+This is the only place where logits become probabilities.
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from distilldsm.inference.engines import Engine, Stream
 
 Float32 = npt.NDArray[np.float32]
 Mirror = Literal["trained"] | tuple[MirrorAxis, ...]
-"""Axes to mirror along: those of the training, or these."""
+"""Axes to mirror along: the axes of the training, or the listed axes."""
 Box = tuple[slice, slice, slice]
 """A part of (D, H, W)."""
 Run = Callable[[Engine, Float32], Float32]
-"""How an engine goes over a piece: (1, C, D, H, W) to logits (K, D, H, W)."""
+"""Runs an engine on a piece (1, C, D, H, W) and returns logits (K, D, H, W)."""
 
 AXES: dict[MirrorAxis, int] = {"depth": 2, "height": 3, "width": 4}
-"""Axis to its place in (1, C, D, H, W)."""
+"""Axis name to its index in (1, C, D, H, W)."""
 WHOLE: Box = (slice(None), slice(None), slice(None))
 
 
 @dataclass(frozen=True)
 class Member:
-    """A network, and the axes that its probabilities are averaged over the flips of."""
+    """A network and its mirror axes: probabilities are averaged over the flips along these axes."""
 
     engine: Engine
     mirror_axes: tuple[MirrorAxis, ...] = ()
 
 
 class Ensemble:
-    """Probabilities as the mean over the members, each the mean over its 2^axes mirrored views.
+    """Mean probabilities over the members. Each member averages its mirrored views: 2^n views for n axes.
 
     Args:
-        members: of one task: the same channels in, the same classes out, the same stride. With several, each gives its
-            memory back after its turn.
+        members: networks of one task: the same input channels, output classes and stride. If there are several, each
+            frees its memory after its turn.
         activation: logits (K, D, H, W) to probabilities, voxel by voxel.
     """
 
@@ -56,21 +56,21 @@ class Ensemble:
 
     @property
     def depth_halo(self) -> int | None:
-        """The longest of all networks; None where the logits of one depend on the whole depth."""
+        """The largest halo of all networks; None if the logits of one network depend on the whole depth."""
         halos = [member.engine.depth_halo for member in self.members]
         known = [halo for halo in halos if halo is not None]
         return max(known) if len(known) == len(halos) else None
 
     @property
     def mirrored(self) -> bool:
-        """Whether any member looks at mirrored views."""
+        """Whether any member uses mirrored views."""
         return any(member.mirror_axes for member in self.members)
 
     @property
     def _streamable(self) -> Engine | None:
-        """The engine, where there is one that sees the image as it is: only then probabilities can be streamed.
+        """The engine if there is only one and it uses no mirrored views; else None. Only then streaming is possible.
 
-        Of several networks or mirrored views, each would have features of its own to keep.
+        Each of several networks or mirrored views would have to store its own features.
         """
         first = self.members[0]
         single = len(self.members) == 1 and not first.mirror_axes
@@ -85,15 +85,15 @@ class Ensemble:
         return None if self._streamable is None else self._streamable.stream_bytes(shape)
 
     def release(self) -> None:
-        """Give back the memory of all networks; the next call takes it again."""
+        """Free the memory of all networks; the next call allocates it again."""
         for member in self.members:
             member.engine.release()
 
     def __call__(self, piece: Float32, keep: Box = WHOLE, run: Run = lambda engine, piece: engine(piece)[0]) -> Float32:
         """Probabilities (K, d, h, w) of the part `keep` of a piece (1, C, D, H, W).
 
-        The piece is mirrored as a whole, with padding and halo: a slice sees the same neighbours from the other side,
-        so that pieces still give the probabilities of the volume.
+        The whole piece is mirrored, with padding and halo. So each slice keeps its neighbours, and pieces give the same
+        probabilities as the whole volume.
         """
         total = self._of(self.members[0], piece, keep, run)
         for member in self.members[1:]:
@@ -118,16 +118,16 @@ class Ensemble:
 
 
 def views(axes: Sequence[MirrorAxis]) -> list[tuple[int, ...]]:
-    """The axes of (1, C, D, H, W) to flip for each view, the image as it is first: every subset of `axes`."""
+    """For each view the axes of (1, C, D, H, W) to flip: every subset of `axes`. The first view is not flipped."""
     places = sorted({AXES[axis] for axis in axes})
     return [chosen for count in range(len(places) + 1) for chosen in combinations(places, count)]
 
 
 def mirror_axes(mirror: Mirror, trained: Sequence[MirrorAxis], where: object) -> tuple[MirrorAxis, ...]:
-    """The axes to mirror along for a model that was trained with flips of the axes `trained`.
+    """The mirror axes for a model that was trained with flips along `trained`.
 
     Raises:
-        DataError: those of the training are wanted, and it had none.
+        DataError: the axes of the training are requested, but the training had no flips.
     """
     if mirror != "trained":
         return mirror
@@ -136,8 +136,8 @@ def mirror_axes(mirror: Mirror, trained: Sequence[MirrorAxis], where: object) ->
             "was not trained with mirroring",
             where=str(where),
             seen="mirror_axes: none",
-            rule="probabilities are averaged over flips that the network has seen",
-            hint="leave mirroring out, train with train.augment.mirror_axes, or name the axes: --mirror height,width",
+            rule="probabilities are averaged over flips that the training used",
+            hint="do not mirror, train with train.augment.mirror_axes, or name the axes: --mirror height,width",
         )
     return tuple(trained)
 
@@ -146,7 +146,7 @@ def parse_mirror(text: str | None) -> Mirror:
     """`trained`, or axes such as `depth,height`; None: no mirroring.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: the text is something else.
     """
     if text is None:
         return ()
@@ -156,7 +156,7 @@ def parse_mirror(text: str | None) -> Mirror:
     axes = tuple(axis for axis in AXES if axis in named)
     if len(axes) != len(named):
         raise ConfigError(
-            "names no axes",
+            "does not name axes",
             where="--mirror",
             seen=text,
             rule=f"trained, or some of {','.join(AXES)}, each once",

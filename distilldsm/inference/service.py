@@ -1,4 +1,4 @@
-"""What the model that is registered in MLflow answers: logits for arrays, masks for files of scans."""
+"""The answers of the model in MLflow's registry: logits for arrays, masks for scan files."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ from distilldsm.inference.predict import Predictor
 from distilldsm.io import read_scan, write_mask
 
 ROOT_VARIABLE = "DISTILLDSM_SCANS"
-"""Environment variable that names the folder a server may read scans from and write masks to."""
+"""Environment variable: a server may read scans and write masks only in this folder."""
 
 
 def answer(predictor: Predictor, data: Any, params: Mapping[str, Any] | None = None, *, remote: bool) -> dict[str, Any]:
-    """Logits of arrays, or the mask of a scan.
+    """Compute the logits of arrays, or the mask of a scan.
 
     Args:
         data: an array (N, C, D, H, W) float32 in network space, or an array (C) of paths; either alone or as
-            `{"image": array}`. Is not looked at where `params` give paths.
+            `{"image": array}`. It is ignored if `params` has `paths`.
         params: `paths`: NIfTI files of one scan, one per channel in the model's order (or one 4-D file);
-            `output`: NIfTI file to write its mask to.
-        remote: somebody else asks: files only below the folder that DISTILLDSM_SCANS names.
+            `output`: NIfTI file for the mask.
+        remote: the request comes from a client of a server. Then only files below the folder DISTILLDSM_SCANS are used.
 
     Returns:
-        `{"logits": (N, K, D, H, W) float32}`; for a scan `{"mask": (X, Y, Z) uint8}`, label values on the scan's own
-        grid, or `{"output": path}` where it was written.
+        `{"logits": (N, K, D, H, W) float32}`; for a scan `{"mask": (X, Y, Z) uint8}` with label values on the scan's
+        own grid, or `{"output": path}` if the mask was written to a file.
 
     Raises:
-        UserError: a scan cannot be read or predicted, or lies where the server may not look.
+        UserError: the scan cannot be read or predicted, or lies outside the server's folder.
     """
     params = params or {}
     paths = [str(path) for path in params.get("paths") or ()]
@@ -55,7 +55,7 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
     files = [_allowed(path, remote) for path in paths]
     target = _allowed(output, remote) if output else None
     if target is not None and target in files:
-        raise UserError("is an input", where=target, hint="give another output")
+        raise UserError("is an input file", where=target, hint="give another output")
     if target is not None and (not target.name.endswith((".nii", ".nii.gz")) or not target.parent.is_dir()):
         raise UserError("cannot be written", where=target, rule=".nii or .nii.gz, in a folder that exists")
     channels = [channel.name for channel in predictor.plan.channels]
@@ -68,17 +68,17 @@ def _mask(predictor: Predictor, paths: Sequence[str], output: str, remote: bool)
 
 
 def _allowed(path: str, remote: bool) -> Path:
-    """The path itself; for a server a resolved one, below its folder.
+    """Return the path; for a server, resolve it below the server's folder.
 
     Raises:
-        UserError: a server has no folder for scans, or the path leads out of it.
+        UserError: the server has no folder for scans, or the path lies outside it.
     """
     root = os.environ.get(ROOT_VARIABLE, "")
     if not remote and not root:
         return Path(path)
     if not root:
         raise UserError(
-            "this server takes no paths", where=path, hint=f"start it with {ROOT_VARIABLE} naming the folder of scans"
+            "this server does not accept paths", where=path, hint=f"start it with {ROOT_VARIABLE}=FOLDER_OF_SCANS"
         )
     folder = Path(root).resolve()
     resolved = (folder / path).resolve()

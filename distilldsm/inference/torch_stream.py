@@ -1,4 +1,4 @@
-"""The U-Net in PyTorch, a few slices of a volume at a time: what depth_stream.py does for OpenVINO, and why."""
+"""Run the U-Net in PyTorch on a few slices at a time. depth_stream.py explains the method and does it for OpenVINO."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from distilldsm.models.unet2d import Block, UNet2D
 
 
 class TorchStream:
-    """Chunks of a volume go in one after the other, logits come out `lag` slices later.
+    """Chunks of a volume go in one after the other; logits come out `lag` slices later.
 
-    Each call goes through the network in the same order, so that the tensors that wait are told apart by their number.
+    Each call runs the layers in the same order. So a counter identifies the waiting tensors.
     """
 
     def __init__(self, network: UNet2D, *, device: str, bf16: bool) -> None:
@@ -28,7 +28,7 @@ class TorchStream:
         self._valid = torch.empty(0)
 
     def __call__(self, chunk: Float32, first: int, depth: int) -> Float32:
-        """As `DepthStream.__call__`."""
+        """See `DepthStream.__call__`."""
         if first == 0:
             self._kept.clear()
         self._number = 0
@@ -40,11 +40,11 @@ class TorchStream:
 
     @property
     def kept_values(self) -> int:
-        """How many values wait from one chunk to the next."""
+        """The number of values that are stored from one chunk to the next."""
         return sum(tensor.numel() for tensor in self._kept)
 
     def _logits(self, x: Tensor) -> Tensor:
-        """(n, C, H, W) to (n, K, H, W), as `UNet2D.forward_slices`."""
+        """(n, C, H, W) slices to (n, K, H, W) logits, like `UNet2D.forward_slices`."""
         skips, lag = [], 0
         for level, block in enumerate(self.network.encoder):
             if level:
@@ -59,7 +59,7 @@ class TorchStream:
         return self.network.head(x)
 
     def _block(self, block: nn.Module, x: Tensor, lag: int) -> tuple[Tensor, int]:
-        """A block's output, and how many slices late it is."""
+        """A block's output, and its lag in slices."""
         assert isinstance(block, Block)
         x = block.first(x)
         if block.shift is None:
@@ -67,7 +67,7 @@ class TorchStream:
         return block.second(self._through(block.shift, x, lag)), lag + 1
 
     def _through(self, shift: DepthModule, x: Tensor, lag: int) -> Tensor:
-        """What a module makes of x, one slice late."""
+        """The output of a depth shift module for x, one slice late."""
         if isinstance(shift, ResidualDepthShift):
             shifted = self._shifted(x, shift.each_way, lag)
             return self._late(x, 1) + shifted if shift.add else shifted
@@ -90,7 +90,7 @@ class TorchStream:
         return torch.cat((self._late(unchanged, 1), shifted), dim=1)
 
     def _shifted(self, x: Tensor, each_way: int, lag: int) -> Tensor:
-        """`depth_shift` of x, one slice late; x lags `lag` slices and is zero outside the volume."""
+        """`depth_shift` of x, one slice late. x has the lag `lag` and is zero outside the volume."""
         start = self.lag - lag
         x = torch.where(self._valid[start : start + len(x)], x, 0)
         line = self._line(x, 2)
@@ -102,7 +102,7 @@ class TorchStream:
         return self._line(x, slices)[: len(x)] if slices else x
 
     def _line(self, x: Tensor, slices: int) -> Tensor:
-        """x after the last `slices` slices of the calls before, zeros in the first."""
+        """Put the last `slices` slices of the earlier calls in front of x; zeros in the first call."""
         if self._number == len(self._kept):
             self._kept.append(x.new_zeros((slices, *x.shape[1:])))
         line = torch.cat((self._kept[self._number], x))

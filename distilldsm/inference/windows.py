@@ -1,7 +1,7 @@
-"""How an image goes through a network: at once, in windows along the depth, as a stream, or in tiles in plane.
+"""Run an image through a network: at once, in windows along the depth, as a stream, or in tiles in plane.
 
-At once is the case in which the window is the whole depth. Windows and streams give the same result, as no logit
-depends on slices that the network does not see; tiles do not.
+At once means that the window is the whole depth. Windows and streams give the same result, because they contain every
+slice that a logit depends on. Tiles give another result.
 """
 
 from __future__ import annotations
@@ -20,24 +20,24 @@ from distilldsm.inference.probabilities import Ensemble, Member
 
 Float32 = npt.NDArray[np.float32]
 Slices = tuple[int, list[Float32]]
-"""Number of the first slice, and the values (K, H, W) of it and the following ones."""
+"""Index of the first slice, and the values (K, H, W) of this slice and the following slices."""
 Phases = Callable[[str], AbstractContextManager[object]]
 """Measures a phase: `with phase("network"): ...`."""
 
 MAX_VOXELS = 6_500_000
-"""Voxels that go through the network at once; about 3 GB in float32 for the paper-size network. Slices so large that
-the halo alone has more go through with it whole: `distilldsm predict` cuts them in plane, too."""
+"""Voxels in one forward pass; about 3 GB in float32 for the paper-size network. If the halo alone has more voxels, the
+window still holds whole slices with their halo. `distilldsm predict` then also cuts them in plane."""
 STREAM_SLICES = 8
-"""At a time, of a volume that is streamed: more are no faster."""
+"""Slices per chunk of a stream; more slices are not faster."""
 UNBOUNDED_HALO = 32
 """Overlap, in slices, for networks whose logits depend on the whole depth (there, windows are an approximation)."""
 TILE_OVERLAP = 0.5
-"""Of neighbouring tiles, where slices do not fit in memory."""
+"""Overlap of neighbouring tiles, if whole slices do not fit in memory."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Slices [low, high) go through the network; values of those in [start, stop) come out, and are kept."""
+    """The network computes slices [low, high). The values of slices [start, stop) are kept."""
 
     low: int
     high: int
@@ -47,18 +47,18 @@ class Window:
 
 @dataclass(frozen=True, kw_only=True)
 class Pieces:
-    """How an image goes through the network."""
+    """How an image is divided for the network."""
 
     window: int
-    """Slices at once."""
+    """Number of slices in one forward pass."""
     tile: tuple[int, int] | None = None
     """(height, width) in plane; None: whole slices."""
     streamed: bool = False
-    """The windows follow each other without halo; features are kept between them (depth_stream.py)."""
+    """Windows follow each other without halo; features are stored between them (depth_stream.py)."""
     exact: bool = True
-    """The labels are those of the whole volume in one piece."""
+    """The labels are the same as for the whole volume in one piece."""
     estimate_bytes: int = 0
-    """Peak of the process's memory."""
+    """Estimated peak memory of the process."""
 
     def windows(self, depth: int, network: NetworkFacts) -> list[Window]:
         """The windows of a padded depth."""
@@ -74,18 +74,18 @@ def padded_size(size: Sequence[int], stride: Sequence[int]) -> tuple[int, int, i
 
 
 def smallest_window(depth: int, halo: int | None, stride: int) -> int:
-    """Slices of the smallest window that keeps some between its halos."""
+    """Number of slices of the smallest window that has slices between its halos."""
     return min(depth, 2 * (UNBOUNDED_HALO if halo is None else halo) + stride)
 
 
 def depth_windows(depth: int, size: int, halo: int | None, stride: int) -> list[Window]:
-    """Windows that cover a padded depth, each kept slice with its halo inside (or at the volume's end).
+    """Windows that cover a padded depth. Each kept slice has its halo in the window (or the volume ends there).
 
-    With a known halo all windows have one size, so that a runtime needs one set of buffers. `halo` None (the logits
-    depend on the whole depth): windows with an overlap of UNBOUNDED_HALO, nearly the same logits.
+    With a known halo all windows have the same size, so a runtime needs only one set of buffers. With `halo` None (the
+    logits depend on the whole depth), windows overlap by UNBOUNDED_HALO, and the logits are nearly the same.
 
     Raises:
-        ValueError: `size` leaves nothing between the halos.
+        ValueError: `size` leaves no slice between the halos.
     """
     if size >= depth:
         return [Window(0, depth, 0, depth)]
@@ -102,16 +102,16 @@ def depth_windows(depth: int, size: int, halo: int | None, stride: int) -> list[
         low = min(max(start - halo, 0) // stride * stride, depth - size)
         stop = depth if low + size == depth else low + size - halo
         if stop <= start:
-            raise ValueError(f"a window of {size} slices leaves nothing between halos of {halo}")
+            raise ValueError(f"a window of {size} slices leaves no slice between halos of {halo}")
         windows.append(Window(low, low + size, start, stop))
         start = stop
     return windows
 
 
 def stream_windows(depth: int, size: int, lag: int) -> list[Window]:
-    """Windows of `size` slices, one after the other until the logits of the last slice have come, `lag` slices late.
+    """Windows of `size` slices, one after the other, until the logits of the last slice are out, `lag` slices late.
 
-    The last ones reach beyond the volume. Of the first, nothing may be kept.
+    The last windows reach beyond the volume. The first windows may give no value to keep.
     """
     windows = []
     for low in range(0, depth + lag, size):
@@ -121,7 +121,7 @@ def stream_windows(depth: int, size: int, lag: int) -> list[Window]:
 
 
 class Image(Protocol):
-    """An image (C, D, H, W) slice by slice: `data.geometry.NetworkImage`, or an array in memory."""
+    """An image (C, D, H, W) that is read slice by slice: `data.geometry.NetworkImage`, or an array in memory."""
 
     channels: int
 
@@ -130,7 +130,7 @@ class Image(Protocol):
         """(D, H, W)."""
 
     def slices(self, low: int, high: int) -> Iterator[Float32]:
-        """Slices [low, high), (C, H, W) each; asked for with ascending `low`."""
+        """Slices [low, high), (C, H, W) each. Calls have ascending `low`."""
 
 
 class _Array:
@@ -148,12 +148,12 @@ class _Array:
 
 
 def through_network(network: Ensemble, image: Image, pieces: Pieces, phase: Phases = nullcontext) -> Iterator[Slices]:
-    """What the network makes of consecutive slices, in ascending order: (number of the first, [(K, H, W), ...]).
+    """The network's values for consecutive slices, in ascending order: (index of the first, [(K, H, W), ...]).
 
-    The image is padded with zeros around to the network's stride; what comes of the padding is cut away.
+    The image is padded with zeros to the network's stride. The values of the padding are cut away.
 
     Raises:
-        DataError: streaming is asked for, and the network cannot be streamed.
+        DataError: streaming is requested, but the network cannot be streamed.
     """
     shape = image.shape
     padded = padded_size(shape, network.stride)
@@ -162,7 +162,7 @@ def through_network(network: Ensemble, image: Image, pieces: Pieces, phase: Phas
     if pieces.streamed:
         stream, lag = network.open_stream((1, image.channels, pieces.window, *padded[1:])), network.depth_halo or 0
         if stream is None:
-            raise DataError("the network cannot be streamed", hint="predict with --engine onnx, which needs no stream")
+            raise DataError("the network cannot be streamed", hint="use --engine onnx, which does not need a stream")
 
     def run(engine: Engine, piece: Float32) -> Float32:
         if stream is not None:
@@ -176,23 +176,23 @@ def through_network(network: Ensemble, image: Image, pieces: Pieces, phase: Phas
             for k, plane in enumerate(image.slices(low, high), start=low + d - part.low):
                 piece[0, :, k, h : h + shape[1], w : w + shape[2]] = plane
         with phase("network"):
-            # What the depth was padded by is cut away here.
+            # The padding of the depth is cut away here.
             start, stop, first = max(part.start, d), min(part.stop, d + shape[0]), part.low - lag
             keep = (slice(start - first, stop - first), slice(h, h + shape[1]), slice(w, w + shape[2]))
             with np.errstate(over="ignore", invalid="ignore"):
                 values = network(piece, keep, run)
             del piece
-            # One array per slice: each can go as soon as it has been used.
+            # One array per slice, so that each can be freed as soon as it was used.
             planes = [values[:, k].copy() for k in range(max(stop - start, 0))]
             del values
         yield start - d, planes
 
 
 def predict_logits(engine: Engine, image: Float32, *, max_voxels: int = MAX_VOXELS) -> Float32:
-    """Logits (K, D, H, W) of an image (C, D, H, W) of any size, of one network.
+    """Logits (K, D, H, W) of one network for an image (C, D, H, W) of any size.
 
-    More than `max_voxels` are streamed where the engine can, else they go in windows. As no logit depends on slices
-    further away than the network's halo, the result is the same as in one piece.
+    An image with more than `max_voxels` is streamed if the engine can stream, else it is divided into windows. The
+    result is the same as in one piece, because no logit depends on slices beyond the network's halo.
     """
     network = Ensemble([Member(engine)], activation=lambda logits: logits)
     source = _Array(image)
@@ -216,7 +216,7 @@ def predict_logits(engine: Engine, image: Float32, *, max_voxels: int = MAX_VOXE
 def blend_tiles(engine: Callable[[Float32], Float32], piece: Float32, tile: tuple[int, int]) -> Float32:
     """Logits (K, D, H, W) of a piece (1, C, D, H, W) from overlapping tiles, weighted by a Gaussian.
 
-    Not exact: near a tile's border the network sees less than it would in the whole slice.
+    The result is not exact: near a tile's border the network sees less of the slice.
     """
     height, width = piece.shape[3:]
     weight = np.outer(_gaussian(tile[0]), _gaussian(tile[1])).astype(np.float32)
@@ -237,7 +237,7 @@ def blend_tiles(engine: Callable[[Float32], Float32], piece: Float32, tile: tupl
 
 
 def tile_starts(size: int, tile: int) -> list[int]:
-    """Starts of overlapping tiles that cover `size`, the last one flush with its end."""
+    """Start indices of overlapping tiles that cover `size`. The last tile ends at `size`."""
     if tile >= size:
         return [0]
     step = max(int(tile * (1 - TILE_OVERLAP)), 1)
@@ -247,5 +247,5 @@ def tile_starts(size: int, tile: int) -> list[int]:
 
 def _gaussian(size: int) -> npt.NDArray[np.float64]:
     positions = np.arange(size) - (size - 1) / 2
-    # Never so small that the quotient of two rounding errors would be a logit.
+    # A lower bound, so that no logit is the quotient of two rounding errors.
     return np.maximum(np.exp(-0.5 * (positions / (size / 8)) ** 2), 1e-3)

@@ -168,9 +168,9 @@ def test_what_does_not_fit_together_is_refused(folds, tmp_path, tmp_path_factory
     assert told.startswith(f"1 error: {made}: was not trained with mirroring")
     assert "--mirror height,width" in told
     assert f"{made}: was not trained with mirroring" in refused(folds[0], "--mirror", "trained", "--ensemble", made)
-    assert refused(made, "--mirror", "up").startswith("2 error: --mirror: names no axes")
-    assert f"{made}: carries no decision" in refused(made, "--postprocess")
-    assert f"{made}: carries no decision" in refused(folds[0], "--postprocess", "--ensemble", made)
+    assert refused(made, "--mirror", "up").startswith("2 error: --mirror: does not name axes")
+    assert f"{made}: has no decision" in refused(made, "--postprocess")
+    assert f"{made}: has no decision" in refused(folds[0], "--postprocess", "--ensemble", made)
     assert "is not an exported model" in refused(made, "--ensemble", tmp_path / "nowhere")
 
 

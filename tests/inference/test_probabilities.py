@@ -150,7 +150,7 @@ def test_axes_are_read_and_refused():
     assert parse_mirror("trained") == "trained"
     assert parse_mirror("width,depth") == ("depth", "width")
     for wrong in ("", "up", "depth,", "depth,depth", "export/fold0"):
-        with pytest.raises(ConfigError, match="names no axes"):
+        with pytest.raises(ConfigError, match="does not name axes"):
             parse_mirror(wrong)
     assert mirror_axes("trained", ["height"], "model") == ("height",)
     assert mirror_axes(("depth",), [], "model") == ("depth",)

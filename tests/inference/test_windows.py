@@ -55,7 +55,7 @@ def test_windows_cover_each_slice_once_with_its_halo(depth, more, halo, stride):
         smallest = smallest_window(depth, halo, 1)
         assert len(depth_windows(depth, smallest, halo, 1)) >= 1
         if smallest < depth and halo:
-            with pytest.raises(ValueError, match="leaves nothing"):
+            with pytest.raises(ValueError, match="leaves no slice"):
                 depth_windows(depth, smallest - 1, halo, 1)
         longest = max(b.stop - b.start for b in windows[1:-1]) if len(windows) > 2 else 0
         assert longest in (0, size - 2 * halo), "no slice is computed again without need"

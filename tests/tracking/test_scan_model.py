@@ -156,7 +156,7 @@ def test_a_server_sees_its_folder_only(predictor, scan, tmp_path, monkeypatch):
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     params = {"paths": scan}
     assert answer(predictor, None, params, remote=False)["mask"].all()
-    with pytest.raises(UserError, match="takes no paths"):
+    with pytest.raises(UserError, match="does not accept paths"):
         answer(predictor, None, params, remote=True)
     monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path))
     for remote in (True, False):
