@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -22,18 +20,15 @@ import distilldsm.training.loop as loop
 import distilldsm.training.schedule as schedule
 from distilldsm.cli.main import main
 from distilldsm.components.train import run
-from distilldsm.config import AugmentConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
+from distilldsm.config import AugmentConfig, ModelConfig, TrackingConfig, TrainConfig
 from distilldsm.core import cost, progress
 from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.mapping import to_mapping
 from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
-from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.models.checkpoint import load_network
 from distilldsm.training.distributed import Processes
 from distilldsm.training.loading import batches
 from distilldsm.training.loop import Trainer
 from distilldsm.training.setup import choose_device
-from tests.data.volumes import write_dataset
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ModelConfig(name="distill_dsm", options={"width": 0.25})
@@ -43,15 +38,6 @@ NO_TRACKING = TrackingConfig(enabled=False)
 def config(**changes) -> TrainConfig:
     values = {"model": SMALL, "epochs": 3, "validate_every": 2, "batch_size": 2, "checkpoint_minutes": 0.0}
     return TrainConfig(**{**values, "learning_rate": 0.01, **changes})
-
-
-@pytest.fixture(scope="module")
-def preprocessed(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("raw")
-    output = tmp_path_factory.mktemp("data") / "preprocessed"
-    index = write_dataset(root, cases=6)
-    preprocess_dataset(root, index, PreprocessConfig(folds=3, workers=1), output)
-    return output
 
 
 def train(preprocessed: Path, model: Path, settings: TrainConfig) -> dict[str, torch.Tensor]:
@@ -64,12 +50,12 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def test_it_learns(preprocessed, tmp_path):
-    train(preprocessed, tmp_path / "m", config(epochs=12, validate_every=4, samples_per_case=10, learning_rate=0.02))
+    train(preprocessed, tmp_path / "m", config(epochs=5, validate_every=2, samples_per_case=8, learning_rate=0.03))
     history = json.loads((tmp_path / "m" / "history.json").read_text())
-    assert [h["epoch"] for h in history] == list(range(1, 13))
+    assert [h["epoch"] for h in history] == list(range(1, 6))
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
-    assert history[-1]["val_dice_mean"] > 0.6
-    assert [h["epoch"] for h in history if "val_dice" in h] == [4, 8, 12]
+    assert history[-1]["val_dice"]["shell"] > 0.7
+    assert [h["epoch"] for h in history if "val_dice" in h] == [2, 4, 5]
     files = {p.name for p in (tmp_path / "m").iterdir()}
     assert {"last.safetensors", "best.safetensors", "model.json", "plan.json", "manifest.json", "cost.json"} <= files
     assert loop.RESUME not in files
@@ -159,57 +145,6 @@ def test_interrupted_training_ends_with_the_same_weights(preprocessed, tmp_path,
     assert history[0] == history[1]
 
 
-@pytest.mark.slow
-def test_a_killed_process_resumes_to_the_same_weights(preprocessed, tmp_path):
-    """SIGKILL in mid-training, then the same command again."""
-    import yaml
-
-    settings = config(epochs=6)
-    params = tmp_path / "params.yaml"
-    params.write_text(yaml.safe_dump({"train": to_mapping(settings), "tracking": {"enabled": False}}))
-    command = [sys.executable, "-m", "distilldsm.components.train", "--params", str(params)]
-    command += ["--preprocessed", str(preprocessed), "--output"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path / "whole")], check=True, env=environment, cwd=tmp_path)
-    process = subprocess.Popen([*command, str(tmp_path / "m")], env=environment, cwd=tmp_path)
-    deadline = time.monotonic() + 60
-    while not (tmp_path / ".m.partial" / loop.RESUME).exists() and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "m").exists()
-    subprocess.run([*command, str(tmp_path / "m")], check=True, env=environment, cwd=tmp_path)
-    whole = load_file(tmp_path / "whole" / "last.safetensors")
-    assert same(whole, load_file(tmp_path / "m" / "last.safetensors"))
-
-
-@pytest.mark.slow
-def test_two_gloo_processes_train_one_model(preprocessed, tmp_path):
-    """torchrun with 2 processes: one output, all cases validated, the loss close to a single process's.
-
-    BatchNorm sees half the batch in each process, so the curves are close, not equal.
-    """
-    import yaml
-
-    settings = config(epochs=2, batch_size=4, augment=AugmentConfig(spatial_probability=0, intensity_probability=0))
-    params = tmp_path / "params.yaml"
-    params.write_text(yaml.safe_dump({"train": to_mapping(settings), "tracking": {"enabled": False}}))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += ["-m", "distilldsm.components.train", "--params", str(params), "--preprocessed", str(preprocessed)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    subprocess.run(
-        [*command, "--output", str(tmp_path / "two")], check=True, env=environment, cwd=tmp_path, timeout=240
-    )
-    train(preprocessed, tmp_path / "one", settings)
-    histories = [json.loads((tmp_path / d / "history.json").read_text()) for d in ("one", "two")]
-    for one, two in zip(*histories, strict=True):
-        assert two["train_loss"] == pytest.approx(one["train_loss"], rel=0.15)
-    assert set(histories[1][-1]["val_dice"]) == {"shell", "core"}
-    assert len(load_file(tmp_path / "two" / "last.safetensors")) == len(
-        load_file(tmp_path / "one" / "last.safetensors")
-    )
-
-
 def test_a_resumed_training_keeps_its_batch_size(preprocessed, tmp_path, monkeypatch):
     """The schedule counts in its steps, but a batch of the plan's is fitted to the processes, which may change."""
     monkeypatch.setattr(Trainer, "_wrap", lambda self: self.network)
@@ -262,17 +197,6 @@ def test_loader_processes_do_not_change_the_batches(preprocessed, tmp_path):
     read = [list(batches(trainer.sampler, 0, workers, Processes())) for workers in (0, 2)]
     for a, b in zip(*read, strict=True):
         assert all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
-
-
-def test_early_stopping(preprocessed, tmp_path, monkeypatch):
-    scores = iter([0.5, 0.7, 0.6, 0.6, 0.9])
-    monkeypatch.setattr(loop, "validate", lambda *_, **__: {"shell": next(scores)})
-    trainer = Trainer(
-        config(epochs=9, validate_every=1, early_stopping=2), preprocessed=preprocessed, work=tmp_path, fold=0
-    )
-    state = trainer.run()
-    assert state.epoch == 4
-    assert state.best_dice == 0.7
 
 
 @pytest.mark.parametrize("name", ["unet2d", "residual_dsm", "unet3d"])

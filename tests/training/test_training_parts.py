@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-import math
-import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from monai.losses import DiceLoss
 
-from distilldsm.config import PreprocessConfig, TrainConfig
-from distilldsm.core.errors import DataError
-from distilldsm.data.preprocess import preprocess_dataset
+from distilldsm.config import ModelConfig, TrainConfig
+from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data.targets import Targets
 from distilldsm.models import build_model
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.ema import WeightAverage
 from distilldsm.training.losses import segmentation_loss, soft_dice_loss
-from distilldsm.training.patches import PatchSampler, _cut, open_array
-from distilldsm.training.schedule import FEW_STEPS, Plateau, learning_rate_at, remark_on_few_steps
-from distilldsm.training.setup import choose_bf16, hash_seed, make_optimizer
+from distilldsm.training.setup import (
+    build_network,
+    choose_bf16,
+    choose_device,
+    hash_seed,
+    make_optimizer,
+    seed_everything,
+)
 from distilldsm.training.validation import structure_dice
-from tests.data.volumes import write_dataset
+from tests.data.test_geometry import make_plan
 
 
 def test_dice_loss_agrees_with_monai():
@@ -49,72 +49,35 @@ def test_loss_weights_and_perfect_prediction():
     assert float(both) == pytest.approx(0.5 * float(dice) + 2 * float(entropy), rel=1e-5)
 
 
+def test_dice_over_processes_is_of_their_sums():
+    logits, labels = torch.randn(2, 3, 4, 4, 4), torch.randint(0, 3, (2, 4, 4, 4))
+    twice = soft_dice_loss(torch.cat((logits, logits)), torch.cat((labels, labels)))
+    assert float(soft_dice_loss(logits, labels, over_processes=lambda v: 2 * v)) == pytest.approx(float(twice))
+
+
 def test_loss_is_float32_for_bf16_logits():
     logits = torch.randn(1, 3, 4, 4, 4, dtype=torch.bfloat16)
     loss = segmentation_loss(logits, torch.zeros(1, 4, 4, 4, dtype=torch.long), dice_weight=1, cross_entropy_weight=1)
     assert loss.dtype == torch.float32
+    exact = segmentation_loss(
+        logits.double(), torch.zeros(1, 4, 4, 4, dtype=torch.long), dice_weight=1, cross_entropy_weight=1
+    )
+    assert float(loss) == pytest.approx(float(exact), rel=1e-5)
 
 
-@pytest.mark.parametrize("schedule", ["one_cycle", "cosine", "poly", "constant", "plateau"])
-@pytest.mark.parametrize("total", [1, 2, 10, 1000])
-def test_schedules_stay_within_the_peak(schedule, total):
-    rates = [
-        learning_rate_at(k, total_steps=total, peak=0.1, schedule=schedule, warmup_fraction=0.2) for k in range(total)
-    ]
-    assert all(0 < r <= 0.1 + 1e-12 for r in rates)
-    if total == 1000:
-        assert max(rates) == pytest.approx(0.1, rel=1e-3)
-        if schedule in ("one_cycle", "cosine"):
-            assert np.argmax(rates) == pytest.approx(200, abs=2)
-            assert rates[0] < 0.01
-            assert rates[-1] < 2e-4
-
-
-def test_one_cycle_agrees_with_torch_on_the_way_down():
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimizer = torch.optim.SGD([parameter], lr=0.1)
-    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=799, eta_min=1e-4)
-    for k in range(200, 1000):
-        ours = learning_rate_at(k, total_steps=1000, peak=0.1, schedule="one_cycle", warmup_fraction=0.2)
-        assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
-        optimizer.step()
-        theirs.step()
-
-
-@given(st.integers(1, 600), st.integers(1, 60), st.integers(1, 20), st.integers(1, 8))
-def test_what_is_said_of_few_steps_reaches_them(epochs, cases, samples, batch):
-    def steps(samples_per_case: int) -> int:
-        return max(1, cases * samples_per_case // batch)
-
-    remark = remark_on_few_steps(epochs=epochs, steps_per_epoch=steps(samples), cases=cases, batch_size=batch)
-    assert (remark is None) == (epochs * steps(samples) >= FEW_STEPS)
-    if remark:
-        longer, denser = (int(n) for n in re.findall(r"train\.\w+=(\d+)", remark))
-        assert longer * steps(samples) >= FEW_STEPS > (longer - 1) * steps(samples)
-        assert epochs * steps(denser) >= FEW_STEPS > epochs * (cases * (denser - 1) // batch)
-
-
-def test_plateau_halves_after_patience_and_survives_a_restart():
-    plateau = Plateau()
-    for _ in range(12):
-        plateau.update(1.0)
-    assert plateau.factor == 0.5
-    again = Plateau()
-    again.load(plateau.state())
-    again.update(0.1)
-    assert (again.factor, again.best, again.waited) == (0.5, 0.1, 0)
-
-
-def test_weight_average_follows_the_formula():
+@pytest.mark.parametrize("highest", [0.9, 0.2, 0.0])
+def test_weight_average_follows_the_formula(highest):
     network = build_model("unet2d", in_channels=1, out_channels=2, width=0.25)
-    average = WeightAverage(network, 0.9)
+    average = WeightAverage(network, highest)
+    assert not average.network.training
+    assert not any(p.requires_grad for p in average.network.parameters())
     expected = {k: v.clone() for k, v in network.state_dict().items()}
     for step in range(1, 4):
         with torch.no_grad():
             for p in network.parameters():
                 p.add_(torch.randn_like(p))
         average.update(network, step)
-        decay = min(0.9, (1 + step) / (10 + step))
+        decay = min(highest, (1 + step) / (10 + step))
         for k, v in network.state_dict().items():
             expected[k] = v.clone() if not v.is_floating_point() else decay * expected[k] + (1 - decay) * v
     for k, v in average.network.state_dict().items():
@@ -169,13 +132,58 @@ def test_weight_decay_spares_biases_and_norms():
 
 
 def test_seeds_differ_by_every_part():
+    assert hash_seed(1, 2, 3) == 6498626229777268288
     assert len({hash_seed(a, b, c, d) for a in range(3) for b in range(3) for c in range(3) for d in range(3)}) == 81
 
 
-def test_bf16_choice():
+@pytest.mark.parametrize("has", ["_is_avx512_bf16_supported", "_is_amx_tile_supported", "none"])
+def test_bf16_choice(monkeypatch, has):
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda name=name: name == has, raising=False)
     assert choose_bf16("bf16", torch.device("cpu"))
     assert not choose_bf16("fp32", torch.device("cpu"))
-    assert isinstance(choose_bf16("auto", torch.device("cpu")), bool)
+    assert choose_bf16("auto", torch.device("cpu")) == (has != "none")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: has == "none")
+    assert choose_bf16("auto", torch.device("cuda")) == (has == "none")
+
+
+def test_the_device_that_is_asked_for(monkeypatch):
+    for gpu in (True, False):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        assert choose_device("cpu", 1) == torch.device("cpu")
+        assert choose_device("auto", 1) == (torch.device("cuda", 1) if gpu else torch.device("cpu"))
+    with pytest.raises(ConfigError, match="no GPU can be used"):
+        choose_device("cuda", 0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert choose_device("cuda", 2) == torch.device("cuda", 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "defaults"),
+    [
+        ("sgd", torch.optim.SGD, {"momentum": 0.8, "nesterov": True}),
+        ("adam", torch.optim.Adam, {"decoupled_weight_decay": False}),
+        ("adamw", torch.optim.AdamW, {}),
+    ],
+)
+def test_the_optimizer_is_the_configured_one(name, kind, defaults):
+    network = build_model("unet2d", in_channels=1, out_channels=2, width=0.25)
+    made = make_optimizer(TrainConfig(optimizer=name, learning_rate=0.25, momentum=0.8), network)
+    assert type(made) is kind
+    assert {"lr": 0.25, **defaults}.items() <= made.defaults.items()
+
+
+@pytest.mark.parametrize("channels_last", [True, False])
+@pytest.mark.parametrize(("name", "option"), [("unet2d", {"width": 0.25}), ("unet3d", {"base_width": 2})])
+def test_the_network_of_a_plan(channels_last, name, option):
+    plan = make_plan(class_names=("background", "a", "b"), class_values=(0, 1, 2))
+    settings = TrainConfig(model=ModelConfig(name=name, options=option), channels_last=channels_last)
+    network = build_network(settings, plan, torch.device("cpu"))
+    assert (network.in_channels, network.out_channels) == (1, 3)
+    weights = [p for p in network.parameters() if p.ndim == 4 and p.shape[1] > 1 and p.shape[-1] > 1]
+    last = [p.is_contiguous(memory_format=torch.channels_last) for p in weights]
+    assert all(last) == (channels_last or name == "unet3d")
+    assert any(last) == (channels_last and name == "unet2d")
 
 
 def test_structure_dice_on_empty_classes():
@@ -187,80 +195,9 @@ def test_structure_dice_on_empty_classes():
     assert structure_dice(np.array([[0, 1], [0, 0]]), truth, two) == [pytest.approx(2 / 3)]
 
 
-@pytest.fixture(scope="module")
-def preprocessed(tmp_path_factory):
-    root = tmp_path_factory.mktemp("raw")
-    output = tmp_path_factory.mktemp("preprocessed")
-    index = write_dataset(root, cases=7)
-    preprocess_dataset(root, index, PreprocessConfig(folds=3, workers=1), output)
-    return output, [c.id for c in index.cases]
-
-
-def sampler(preprocessed, **changes) -> PatchSampler:
-    options = {
-        "patch_size": (8, 16, 16),
-        "stride": (1, 16, 16),
-        "foreground_oversampling": 0.5,
-        "samples_per_case": 1,
-        "batch_size": 2,
-        "seed": 0,
-    }
-    return PatchSampler(preprocessed[0], preprocessed[1], **{**options, **changes})
-
-
-def test_batches_depend_on_epoch_and_step_only(preprocessed):
-    one, two = sampler(preprocessed), sampler(preprocessed)
-    two.batch(5, 0)
-    for a, b in zip(one.batch(3, 1), two.batch(3, 1), strict=True):
-        assert np.array_equal(a, b)
-    assert not np.array_equal(one.batch(3, 1)[0], one.batch(4, 1)[0])
-
-
-def test_an_epoch_uses_every_case_once(preprocessed):
-    s = sampler(preprocessed, batch_size=1)
-    assert s.steps_per_epoch == 7
-    assert sorted(s.epoch_order(0)) == list(range(7))
-    assert list(s.epoch_order(0)) != list(s.epoch_order(1))
-    assert sampler(preprocessed, batch_size=20).steps_per_epoch == 1
-    assert len(sampler(preprocessed, batch_size=20).epoch_order(0)) == 20
-
-
-def test_processes_share_a_batch(preprocessed):
-    s = sampler(preprocessed, batch_size=4)
-    whole = s.batch(0, 0)[0]
-    parts = [s.batch(0, 0, rank=r, world=2)[0] for r in range(2)]
-    assert np.array_equal(whole[0::2], parts[0])
-    assert np.array_equal(whole[1::2], parts[1])
-
-
-def test_depth_is_never_made_up(preprocessed):
-    """A batch is as deep as its shallowest case, so that no slice of zeros is learnt from."""
-    s = sampler(preprocessed, patch_size=(99, 16, 16), batch_size=7)
-    _, _, size = s.batch(0, 0)
-    assert size[0] == s.depths.min()
-
-
-def test_foreground_oversampling_hits_foreground(preprocessed):
-    always = sampler(preprocessed, patch_size=(2, 16, 16), foreground_oversampling=1.0, batch_size=7, margin=1.0)
-    _, labels, size = always.batch(0, 0)
-    assert labels.shape[1:] == size
-    assert all((label > 0).any() for label in labels)
-
-
-@settings(deadline=None, max_examples=40)
-@given(shape=st.tuples(*[st.integers(1, 6)] * 3), size=st.tuples(*[st.integers(1, 7)] * 3), data=st.data())
-def test_cutting_equals_indexing_a_padded_volume(shape, size, data):
-    array = np.random.default_rng(0).integers(1, 100, (2, *shape))
-    centre = [data.draw(st.integers(0, n)) for n in shape]
-    padded = np.pad(array, [(0, 0)] + [(10, 10)] * 3)
-    window = tuple(slice(10 + c - s // 2, 10 + c - s // 2 + s) for c, s in zip(centre, size, strict=True))
-    assert np.array_equal(_cut(array, centre, size), padded[(slice(None), *window)])
-
-
-def test_missing_array_is_named(tmp_path: Path):
-    with pytest.raises(DataError, match=r"gone\.npy"):
-        open_array(tmp_path / "gone.npy")
-
-
-def test_plateau_schedule_starts_at_the_peak():
-    assert math.isclose(learning_rate_at(0, total_steps=5, peak=1, schedule="plateau", warmup_fraction=0), 1)
+def test_the_same_seed_draws_the_same():
+    drawn = []
+    for seed in (1, 1, 2):
+        seed_everything(seed, deterministic=False)
+        drawn.append(torch.rand(3).tolist())
+    assert drawn[0] == drawn[1] != drawn[2]
