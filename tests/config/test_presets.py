@@ -17,6 +17,7 @@ from distilldsm.config.presets import compose, merge, set_values
 from distilldsm.config.reference import as_yaml, json_schema
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import from_mapping, to_mapping
+from distilldsm.data.catalog import lookup
 from distilldsm.data.plan import regions_of
 from distilldsm.models import build_model
 
@@ -50,9 +51,19 @@ def test_every_preset_composes_to_valid_parameters(dataset, model):
     values = composed(f"dataset={dataset}", f"model={model}", "download.source=/data")
     params = from_mapping(Params, values, where="composed")
     assert params.train.model.name == model
+    if params.download.source.startswith("msd:"):
+        assert lookup(params.download.source)
     assert set(params.train.model.options) == set(MODELS[model].options) - (
         {"kind", "where"} if model == "inserted" else set()
     )
+
+
+def test_the_presets_that_are_promised_exist_and_set_their_own_sections():
+    promised = {"sample", "hippocampus", "heart", "prostate", "pancreas", "brats2020", "acdc", "brats2015", "custom"}
+    assert promised <= set(DATASETS)
+    for name in DATASETS:
+        values = yaml.safe_load((ROOT / "conf/dataset" / f"{name}.yaml").read_text())
+        assert set(values) <= {"download", "validate", "preprocess", "train"}
 
 
 def test_presets_apply_in_the_order_of_their_groups():
