@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +16,7 @@ from distilldsm.core.interruption import explains_interrupt
 from distilldsm.core.progress import beside_the_bar, progress
 
 if TYPE_CHECKING:
-    from distilldsm.inference.job import Job
+    from distilldsm.inference.job import Job, Settings
     from distilldsm.inference.loading import Runtime
     from distilldsm.inference.predict import Predictor
 
@@ -97,14 +97,15 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a scan failed; with several scans, the others are done first.
     """
-    from distilldsm.inference.job import Settings, run_job
+    from distilldsm.inference.job import Settings
+    from distilldsm.inference.loading import load_exported
     from distilldsm.inference.memory import budget_bytes
-    from distilldsm.inference.predict import Predictor
     from distilldsm.inference.probabilities import parse_mirror
+    from distilldsm.io.output import write_volumes
 
     memory = None if args.max_memory is None else budget_bytes(args.max_memory)
     engine: Runtime = args.engine or _installed_engine()
-    predictor = Predictor.from_export(
+    predictor = load_exported(
         Path(args.model_dir),
         runtime=engine,
         precision=args.precision,
@@ -118,48 +119,16 @@ def run(args: argparse.Namespace) -> None:
     made = many and not Path(args.output).exists()
     if made:
         Path(args.output).mkdir()
-    settings = Settings(
-        precision=args.precision,
-        memory=memory,
-        probabilities=args.probabilities,
-        alone=not many,
-    )
-    done: list[dict[str, Any]] = []
-    failures: list[tuple[Job, UserError]] = []
-    with explains_interrupt(lambda: f"predict: {len(done)} of {len(jobs)} scans are done; a new run does them again"):
-        for job in _tracked(jobs) if many else jobs:
-            try:
-                done.append(run_job(job, predictor, settings))
-                if not args.json:
-                    with beside_the_bar():
-                        _print_line(done[-1], engine)
-            except UserError as error:
-                failures.append((job, error))
-                if many:
-                    with beside_the_bar():
-                        print(f"error: {error}", file=sys.stderr)
+    settings = Settings(precision=args.precision, memory=memory, probabilities=args.probabilities, alone=not many)
+    done, failures = _run_jobs(jobs, predictor, settings, None if args.json else engine)
     if made and not done:
         with suppress(OSError):
             Path(args.output).rmdir()
     if args.volumes and done:
-        from distilldsm.io.output import write_volumes
-
         write_volumes(Path(args.volumes), {row["scan"]: row["volume_ml"] for row in done})
     if args.json:
-        labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
-        regions = {region.name: region.values for region in predictor.plan.regions}
-        report = {
-            "model": str(args.model_dir),
-            "ensemble": args.ensemble,
-            "engine": engine,
-            "mirror": [list(member.mirror_axes) for member in predictor.network.members],
-            "labels": labels,
-            **({"regions": regions} if regions else {}),
-            "keep_largest": list(predictor.keep_largest),
-            "scans": done,
-            "failures": [_failure(job, error) for job, error in failures],
-        }
-        print(json.dumps(report, indent=2))
+        rows = {"scans": done, "failures": [_failure(job, error) for job, error in failures]}
+        print(json.dumps({**_described(predictor, args, engine), **rows}, indent=2))
     if failures and not many:
         raise failures[0][1]
     if failures:
@@ -168,6 +137,47 @@ def run(args: argparse.Namespace) -> None:
             seen=", ".join(job.input.name for job, _ in failures),
             hint="see the errors above; the other scans are done",
         )
+
+
+def _run_jobs(
+    jobs: Sequence[Job], predictor: Predictor, settings: Settings, engine: Runtime | None
+) -> tuple[list[dict[str, Any]], list[tuple[Job, UserError]]]:
+    """What the report says of each scan that is done, and the errors of the others.
+
+    engine: for a line about each scan; None prints none.
+    """
+    from distilldsm.inference.job import run_job
+
+    many = not settings.alone
+    done: list[dict[str, Any]] = []
+    failures: list[tuple[Job, UserError]] = []
+    with explains_interrupt(lambda: f"predict: {len(done)} of {len(jobs)} scans are done; a new run does them again"):
+        for job in progress(jobs, total=len(jobs), title="predict", unit="scan") if many else jobs:
+            try:
+                done.append(run_job(job, predictor, settings))
+                if engine is not None:
+                    with beside_the_bar():
+                        _print_line(done[-1], engine)
+            except UserError as error:
+                failures.append((job, error))
+                if many:
+                    with beside_the_bar():
+                        print(f"error: {error}", file=sys.stderr)
+    return done, failures
+
+
+def _described(predictor: Predictor, args: argparse.Namespace, engine: Runtime) -> dict[str, Any]:
+    """What the report says of the model."""
+    regions = {region.name: region.values for region in predictor.plan.regions}
+    return {
+        "model": str(args.model_dir),
+        "ensemble": args.ensemble,
+        "engine": engine,
+        "mirror": [list(member.mirror_axes) for member in predictor.network.members],
+        "labels": dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True)),
+        **({"regions": regions} if regions else {}),
+        "keep_largest": list(predictor.keep_largest),
+    }
 
 
 def _remark(predictor: Predictor, args: argparse.Namespace) -> None:
@@ -243,19 +253,9 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
     return jobs, many
 
 
-def _tracked(jobs: Sequence[Job]) -> Iterator[Job]:
-    return progress(jobs, total=len(jobs), title="predict", unit="scan")
-
-
 def _failure(job: Job, error: UserError) -> dict[str, Any]:
-    return {
-        "scan": job.input.name,
-        "where": error.where,
-        "problem": error.problem,
-        "seen": None if error.seen is None else str(error.seen),
-        "rule": error.rule,
-        "hint": error.hint,
-    }
+    said = {name: getattr(error, name) for name in ("where", "problem", "seen", "rule", "hint")}
+    return {"scan": job.input.name, **said, "seen": None if error.seen is None else str(error.seen)}
 
 
 def _print_line(row: dict[str, Any], engine: str) -> None:

@@ -143,11 +143,11 @@ def recipes(models: Sequence[Path]) -> dict[str, Any]:
 
 
 def _predictor(models: Sequence[Path], config: EvaluateConfig) -> Any:
-    from distilldsm.inference.predict import Predictor
+    from distilldsm.inference.loading import load_trained
 
     first, *others = models
     mirror: Literal["trained"] | tuple[()] = "trained" if config.mirror else ()
-    return Predictor.from_training(first, config.checkpoint, ensemble=others, mirror=mirror)
+    return load_trained(first, config.checkpoint, ensemble=others, mirror=mirror)
 
 
 def score_all(

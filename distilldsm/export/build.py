@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from distilldsm.export.monai_bundle import write_monai_bundle
 from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
 from distilldsm.export.openvino_export import export_openvino
 from distilldsm.export.serving import inference_service, to_yaml
-from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
+from distilldsm.inference.engines import Engine, NetworkFacts, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.models.package import (
     HASHED_FILES,
     INT8_DECISION,
@@ -90,43 +91,25 @@ def build_package(
     spec = {**spec, "depth_halo": network.depth_halo}  # the value of the built network, not of the file
 
     export_onnx(network, output / "model.onnx")
-    export_openvino(output / "model.onnx", output / "model.xml", fp16=True)
     shutil.copyfile(model_dir / f"{checkpoint}.safetensors", output / "model.safetensors")
     plan.save(output / "plan.json")
     write_json(output / DISTRIBUTION, distribution_of_fold(preprocessed, training, plan))
 
-    torch_engine = TorchEngine(network)
-    cases = parity.choose_cases(preprocessed, held_out, parity_cases)
-
-    remembered: parity.Remembered = {}
-
-    def compare(runtimes: Mapping[str, Engine]) -> list[parity.CaseParity]:
-        return parity.compare(
-            torch_engine,
-            runtimes,
-            preprocessed,
-            cases,
-            targets=plan.targets,
-            sizes=PARITY_SIZES,
-            remembered=remembered,
-        )
-
-    ir = output / "model.xml"
-    rows = compare(
-        {"onnx": OnnxEngine(output / "model.onnx", network), "openvino": OpenVINOEngine(ir, network, precision="f32")}
+    compare = partial(
+        parity.compare,
+        TorchEngine(network),
+        preprocessed=preprocessed,
+        case_ids=parity.choose_cases(preprocessed, held_out, parity_cases),
+        targets=plan.targets,
+        sizes=PARITY_SIZES,
+        remembered={},
     )
-    weights: Literal["FP16", "FP32"] = "FP16"
-    if any(row.runtime == "openvino" for row in parity.beyond_limit(rows, max_voxel_difference)):
-        export_openvino(output / "model.onnx", output / "model.xml", fp16=False)
-        weights = "FP32"
-        again = compare({"openvino": OpenVINOEngine(ir, network, precision="f32")})
-        rows = [row for row in rows if row.runtime != "openvino"] + again
-    parity.require_parity(rows, max_voxel_difference)
-
-    (output / INT8_DECISION).parent.mkdir()
+    rows, weights = _agreeing_ir(network, output, compare, max_voxel_difference)
+    ir, quantised_ir = output / "model.xml", output / "int8" / "model.xml"
+    quantised_ir.parent.mkdir()
     quantised = make_int8(
         ir,
-        output / "int8" / "model.xml",
+        quantised_ir,
         preprocessed,
         config=int8 or Int8Config(enabled=False),
         training_cases=training,
@@ -138,7 +121,7 @@ def build_package(
     # These are faster, but some labels differ. The differences are reported; Dice decides.
     faster: dict[str, Engine] = {"openvino-auto": OpenVINOEngine(ir, network, precision="auto")}
     if quantised.shipped:
-        faster["openvino-int8"] = OpenVINOEngine(output / "int8" / "model.xml", network, precision="auto")
+        faster["openvino-int8"] = OpenVINOEngine(quantised_ir, network, precision="auto")
     rows += compare(faster)
 
     summary = parity.summary(rows)
@@ -146,16 +129,44 @@ def build_package(
     write_json(output / "metrics.json", _metrics(summary, output))
     metadata = _metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint)
     metadata = replace(metadata, int8=quantised, postprocessing=postprocessing)
+    return Built(metadata=_write_documents(metadata, plan, summary, output), summary=summary)
+
+
+def _agreeing_ir(
+    network: NetworkFacts, output: Path, compare: Callable[..., list[parity.CaseParity]], limit: float
+) -> tuple[list[parity.CaseParity], Literal["FP16", "FP32"]]:
+    """Write the IR with the smallest weights that agree with the network; returns the comparisons and the weights.
+
+    Raises:
+        UserError: the ONNX model, or the IR with weights in float32, differs in more voxels than `limit` allows.
+    """
+    onnx, ir = output / "model.onnx", output / "model.xml"
+    export_openvino(onnx, ir, fp16=True)
+    weights: Literal["FP16", "FP32"] = "FP16"
+    rows = compare({"onnx": OnnxEngine(onnx, network), "openvino": OpenVINOEngine(ir, network)})
+    if any(row.runtime == "openvino" for row in parity.beyond_limit(rows, limit)):
+        export_openvino(onnx, ir, fp16=False)
+        weights = "FP32"
+        rows = [row for row in rows if row.runtime != "openvino"]
+        rows += compare({"openvino": OpenVINOEngine(ir, network)})
+    parity.require_parity(rows, limit)
+    return rows, weights
+
+
+def _write_documents(
+    metadata: ModelMetadata, plan: Plan, summary: Mapping[str, Mapping[str, float]], output: Path
+) -> ModelMetadata:
+    """Write the card, the service, the bundle and the metadata; returns these with the hashes of all files."""
     card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary)
     (output / "README.md").write_text(card, encoding="utf-8")
-    weights_file = "model.safetensors"
-    known = replace(metadata, files={weights_file: sha256_file(output / weights_file)})
+    weights = "model.safetensors"
+    known = replace(metadata, files={weights: sha256_file(output / weights)})
     (output / SERVICE).write_text(to_yaml(inference_service(known)), encoding="utf-8")
     bundle = write_monai_bundle(output, metadata, plan)
-    hashed = (*HASHED_FILES, *(INT8_FILES if quantised.shipped else ()), *bundle)
+    hashed = (*HASHED_FILES, *(INT8_FILES if metadata.int8.shipped else ()), *bundle)
     metadata = replace(metadata, files={name: sha256_file(output / name) for name in hashed})
     write_json(output / METADATA, metadata)
-    return Built(metadata=metadata, summary=summary)
+    return metadata
 
 
 def describe_normalisation(rule: Normalisation) -> str:

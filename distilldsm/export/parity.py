@@ -128,57 +128,73 @@ def compare(
     Raises:
         UserError: logits of the network or of a runtime are not finite.
     """
-    from distilldsm.training.validation import structure_dice
-
     found: list[CaseParity] = []
     remembered = {} if remembered is None else remembered
-    boxes = {case: compared_part(open_array(preprocessed / "labels" / f"{case}.npy")) for case in case_ids}
-    shapes = [open_array(preprocessed / "labels" / f"{case}.npy")[boxes[case]].shape for case in case_ids]
-    jobs = [*zip(case_ids, shapes, strict=True)]
-    for less in range(1, sizes - len(set(shapes)) + 1):
-        jobs.append((case_ids[-1], tuple(max(n - less * cut, 1) for n, cut in zip(shapes[-1], (1, 3, 5), strict=True))))
-    for case, shape in progress(jobs, total=len(jobs), title="parity", unit="volume"):
-        box = tuple(slice(s.start or 0, (s.start or 0) + n) for s, n in zip(boxes[case], shape, strict=True))
+    boxes = _boxes(preprocessed, case_ids, sizes)
+    for case, box in progress(boxes, total=len(boxes), title="parity", unit="volume"):
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy")[:, *box], dtype=np.float32)
         truth = np.asarray(open_array(preprocessed / "labels" / f"{case}.npy")[box])
-
-        def run(name: str, engine: Engine, case: str = case, image: np.ndarray = image) -> tuple[np.ndarray, float]:
-            start = time.perf_counter()
-            logits = predict_logits(engine, image)
-            seconds = time.perf_counter() - start
-            if not np.isfinite(logits).all():
-                raise UserError(
-                    f"{name} gives logits that are not finite", where=case, hint="train with a lower learning rate"
-                )
-            return logits, seconds
-
-        def dice(classes: np.ndarray, truth: np.ndarray = truth) -> dict[str, float]:
-            return dict(zip(targets.structures, structure_dice(classes, truth, targets), strict=True))
-
-        if (case, shape) not in remembered:
-            remembered[case, shape] = run(NETWORK, network)
-        reference, seconds_network = remembered[case, shape]
-        expected = targets.classes_of_logits(reference)
+        if (case, truth.shape) not in remembered:
+            remembered[case, truth.shape] = _timed_logits(NETWORK, network, case, image)
+        reference = remembered[case, truth.shape]
         for name, engine in runtimes.items():
-            logits, seconds = run(name, engine)
-            classes = targets.classes_of_logits(logits)
-            differing = int((classes != expected).sum())
-            d, h, w = (int(n) for n in expected.shape)
-            found.append(
-                CaseParity(
-                    case=case,
-                    runtime=name,
-                    shape=(d, h, w),
-                    max_logit_difference=float(np.abs(logits - reference).max()),
-                    differing_voxels=differing,
-                    voxel_difference=differing / expected.size,
-                    dice_network=dice(expected),
-                    dice_runtime=dice(classes),
-                    seconds=seconds,
-                    seconds_network=seconds_network,
-                )
-            )
+            logits = _timed_logits(name, engine, case, image)
+            found.append(_case_parity(case, name, reference, logits, truth, targets))
     return found
+
+
+def _boxes(preprocessed: Path, case_ids: Sequence[str], sizes: int) -> list[tuple[str, Box]]:
+    """The cases and the part of each that is compared, in at least `sizes` different sizes."""
+    labels = {case: open_array(preprocessed / "labels" / f"{case}.npy") for case in case_ids}
+    boxes = [(case, compared_part(volume)) for case, volume in labels.items()]
+    case, last = boxes[-1]
+    shapes = [labels[case][box].shape for case, box in boxes]
+    for less in range(1, sizes - len(set(shapes)) + 1):
+        size = [max(n - less * cut, 1) for n, cut in zip(shapes[-1], (1, 3, 5), strict=True)]
+        z, y, x = (slice(s.start or 0, (s.start or 0) + n) for s, n in zip(last, size, strict=True))
+        boxes.append((case, (z, y, x)))
+    return boxes
+
+
+def _timed_logits(name: str, engine: Engine, case: str, image: Float32) -> tuple[Float32, float]:
+    """Logits of a case, and the seconds they took."""
+    start = time.perf_counter()
+    logits = predict_logits(engine, image)
+    seconds = time.perf_counter() - start
+    if not np.isfinite(logits).all():
+        raise UserError(f"{name} gives logits that are not finite", where=case, hint="train with a lower learning rate")
+    return logits, seconds
+
+
+def _case_parity(
+    case: str,
+    runtime: str,
+    reference: tuple[Float32, float],
+    found: tuple[Float32, float],
+    truth: npt.NDArray[np.integer],
+    targets: Targets,
+) -> CaseParity:
+    """Compare the logits of a runtime with those of the network; both come with their seconds."""
+    from distilldsm.training.validation import structure_dice
+
+    def dice(classes: npt.NDArray) -> dict[str, float]:
+        return dict(zip(targets.structures, structure_dice(classes, truth, targets), strict=True))
+
+    expected, classes = (targets.classes_of_logits(logits) for logits, _ in (reference, found))
+    differing = int((classes != expected).sum())
+    d, h, w = (int(n) for n in expected.shape)
+    return CaseParity(
+        case=case,
+        runtime=runtime,
+        shape=(d, h, w),
+        max_logit_difference=float(np.abs(found[0] - reference[0]).max()),
+        differing_voxels=differing,
+        voxel_difference=differing / expected.size,
+        dice_network=dice(expected),
+        dice_runtime=dice(classes),
+        seconds=found[1],
+        seconds_network=reference[1],
+    )
 
 
 def beyond_limit(rows: Sequence[CaseParity], limit: float) -> list[CaseParity]:

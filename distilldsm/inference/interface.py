@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from distilldsm import io
 from distilldsm.core.errors import DataError, UserError
-from distilldsm.inference.loading import Precision, Runtime
+from distilldsm.inference.loading import Precision, Runtime, load_exported
 from distilldsm.inference.memory import budget_bytes
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.probabilities import Mirror
@@ -123,7 +123,7 @@ def load_model(
     if str(model).startswith(REGISTERED):
         folder = tempfile.TemporaryDirectory(prefix="distilldsm-")
         model = _downloaded(str(model), folder.name)
-    predictor = Predictor.from_export(
+    predictor = load_exported(
         Path(model),
         runtime=engine,
         precision=precision,

@@ -1,9 +1,8 @@
-"""Load the models of a prediction: make engines from their files, and check that several models can be averaged."""
+"""Make a Predictor from a model's files, or from several models that fit together and are averaged."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -13,7 +12,8 @@ from distilldsm.core.files import read_json
 from distilldsm.core.mapping import to_mapping
 from distilldsm.data.plan import Plan
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
-from distilldsm.inference.probabilities import AXES, Member, Mirror, mirror_axes
+from distilldsm.inference.predict import Predictor
+from distilldsm.inference.probabilities import AXES, Ensemble, Member, Mirror, mirror_axes
 from distilldsm.models.package import (
     INT8_FILES,
     METADATA,
@@ -31,26 +31,28 @@ Runtime = Literal["openvino", "onnx", "torch"]
 Precision = Literal["f32", "auto", "int8"]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Loaded:
-    """Models of one task: their engines, their common plan, and the facts about each network.
+def load_trained(
+    model_dir: Path,
+    checkpoint: str = "last",
+    *,
+    device: str = "auto",
+    ensemble: Sequence[Path] = (),
+    mirror: Mirror = (),
+) -> Predictor:
+    """Load the network of a training directory (`models/foldK`) in PyTorch; it computes in float32 on a CPU.
 
-    metadata: only for exported models. keep_largest: only the largest component of these labels or regions is kept.
+    ensemble: further training directories of the same task; probabilities are averaged.
+    mirror: average over flips along these axes; `trained`: along the axes of each model's training.
+
+    Raises:
+        DataError: a checkpoint is missing or does not fit, `trained` mirroring has no axes, or the models of an
+            ensemble do not fit together.
     """
-
-    members: Sequence[Member]
-    plan: Plan
-    described: Sequence[NetworkInfo]
-    metadata: Sequence[ModelMetadata] = ()
-    keep_largest: Sequence[str] = ()
-
-
-def trained_models(folders: Sequence[Path], checkpoint: str, device: str, mirror: Mirror) -> Loaded:
-    """Load training directories; PyTorch runs them. See `Predictor.from_training`."""
     import torch
 
     from distilldsm.models.checkpoint import load_network
 
+    folders = [model_dir, *ensemble]
     axes = [mirror_axes(mirror, _trained_axes(folder), folder) for folder in folders]
     networks = [load_network(folder, checkpoint) for folder in folders]
     described = [_described(folder, network) for folder, network in zip(folders, networks, strict=True)]
@@ -58,18 +60,33 @@ def trained_models(folders: Sequence[Path], checkpoint: str, device: str, mirror
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     members = [Member(TorchEngine(network, device=device), own) for network, own in zip(networks, axes, strict=True)]
-    return Loaded(members=members, plan=plan, described=described)
+    return Predictor(Ensemble(members, activation=plan.targets.probabilities), plan, described=described)
 
 
-def exported_models(
-    folders: Sequence[Path],
-    runtime: Runtime,
-    precision: Precision,
-    fixed_size: bool,
-    mirror: Mirror,
-    postprocess: bool,
-) -> Loaded:
-    """Load exported directories; any engine can run them. See `Predictor.from_export`."""
+def load_exported(
+    model_dir: Path,
+    *,
+    runtime: Runtime = "openvino",
+    precision: Precision = "f32",
+    fixed_size: bool = False,
+    ensemble: Sequence[Path] = (),
+    mirror: Mirror = (),
+    postprocess: bool = False,
+) -> Predictor:
+    """Load an exported model's directory and check its files against their hashes. Only engine `torch` needs torch.
+
+    precision: OpenVINO's precision: `f32`, `auto` (see `OpenVINOEngine`) or `int8` (the quantised IR).
+    fixed_size: compile OpenVINO for each image size (half the memory, see `OpenVINOEngine`).
+    ensemble: further models of the same task, e.g. other folds; probabilities are averaged.
+    mirror: average over flips along these axes; `trained`: along the axes of each model's training.
+    postprocess: keep only the largest component of the labels or regions that the model's export decided on; in an
+        ensemble, of those that every model's export decided on.
+
+    Raises:
+        DataError: a file is missing, damaged or changed, the model has no INT8 IR, was not trained with mirroring
+            or has no decision about post-processing, or the models of an ensemble do not fit together.
+    """
+    folders = [model_dir, *ensemble]
     metadata = [_metadata(folder, runtime, precision) for folder in folders]
     described = [one.network for one in metadata]
     plan = _common_plan(folders, described)
@@ -77,7 +94,13 @@ def exported_models(
     kept = common_postprocessing(folders, metadata) if postprocess else ()
     engines = [_engine(f, m, runtime, precision, fixed_size) for f, m in zip(folders, metadata, strict=True)]
     members = [Member(engine, own) for engine, own in zip(engines, axes, strict=True)]
-    return Loaded(members=members, plan=plan, described=described, metadata=metadata, keep_largest=kept)
+    return Predictor(
+        Ensemble(members, activation=plan.targets.probabilities),
+        plan,
+        described=described,
+        metadata=metadata,
+        keep_largest={name: plan.targets.largest[name] for name in kept},
+    )
 
 
 def common_postprocessing(folders: Sequence[Path], metadata: Sequence[ModelMetadata]) -> tuple[str, ...]:

@@ -14,7 +14,6 @@ from distilldsm.core.errors import DataError
 from distilldsm.data.geometry import NetworkImage, ScanMask, check_scale
 from distilldsm.data.plan import Plan
 from distilldsm.data.targets import Targets
-from distilldsm.inference.loading import Loaded, Precision, Runtime, exported_models, trained_models
 from distilldsm.inference.memory import (
     DEFAULT_PIECE_VOXELS,
     MODEL_BYTES,
@@ -25,7 +24,7 @@ from distilldsm.inference.memory import (
     stream_cost,
 )
 from distilldsm.inference.postprocess import BYTES_PER_VOXEL, keep_largest
-from distilldsm.inference.probabilities import Ensemble, Mirror
+from distilldsm.inference.probabilities import Ensemble
 from distilldsm.inference.windows import STREAM_SLICES, Pieces, Slices, padded_size, predict_logits, through_network
 from distilldsm.io.scan import Scan
 from distilldsm.models.package import ModelMetadata, NetworkInfo
@@ -187,65 +186,6 @@ class Predictor:
             averaged=len(network.members) > 1,
             after_bytes=BYTES_PER_VOXEL * voxels if self.keep_largest else 0,
             stream=stream,
-        )
-
-    @classmethod
-    def from_training(
-        cls,
-        model_dir: Path,
-        checkpoint: str = "last",
-        *,
-        device: str = "auto",
-        ensemble: Sequence[Path] = (),
-        mirror: Mirror = (),
-    ) -> Predictor:
-        """Load the network of a training directory (`models/foldK`) in PyTorch; it computes in float32 on a CPU.
-
-        ensemble: further training directories of the same task; probabilities are averaged.
-        mirror: average over flips along these axes; `trained`: along the axes of each model's training.
-
-        Raises:
-            DataError: a checkpoint is missing or does not fit, `trained` mirroring has no axes, or the models of an
-                ensemble do not fit together.
-        """
-        return cls._of(trained_models([model_dir, *ensemble], checkpoint, device, mirror))
-
-    @classmethod
-    def from_export(
-        cls,
-        model_dir: Path,
-        *,
-        runtime: Runtime = "openvino",
-        precision: Precision = "f32",
-        fixed_size: bool = False,
-        ensemble: Sequence[Path] = (),
-        mirror: Mirror = (),
-        postprocess: bool = False,
-    ) -> Predictor:
-        """Load an exported model's directory and check its files against their hashes. Only engine `torch` needs torch.
-
-        precision: OpenVINO's precision: `f32`, `auto` (see `OpenVINOEngine`) or `int8` (the quantised IR).
-        fixed_size: compile OpenVINO for each image size (half the memory, see `OpenVINOEngine`).
-        ensemble: further models of the same task, e.g. other folds; probabilities are averaged.
-        mirror: average over flips along these axes; `trained`: along the axes of each model's training.
-        postprocess: keep only the largest component of the labels or regions that the model's export decided on; in an
-            ensemble, of those that every model's export decided on.
-
-        Raises:
-            DataError: a file is missing, damaged or changed, the model has no INT8 IR, was not trained with mirroring
-                or has no decision about post-processing, or the models of an ensemble do not fit together.
-        """
-        folders = [model_dir, *ensemble]
-        return cls._of(exported_models(folders, runtime, precision, fixed_size, mirror, postprocess))
-
-    @classmethod
-    def _of(cls, loaded: Loaded) -> Predictor:
-        return cls(
-            Ensemble(loaded.members, activation=loaded.plan.targets.probabilities),
-            loaded.plan,
-            described=loaded.described,
-            metadata=loaded.metadata,
-            keep_largest={name: loaded.plan.targets.largest[name] for name in loaded.keep_largest},
         )
 
 

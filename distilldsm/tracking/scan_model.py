@@ -16,7 +16,7 @@ from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel, PythonModelContext
 
 from distilldsm.core.errors import UserError
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.service import answer
 
 
@@ -29,7 +29,7 @@ class ScanModel(PythonModel):
         Raises:
             DataError: a file is missing or has changed.
         """
-        self.predictor = Predictor.from_export(Path(__file__).parent)
+        self.predictor = load_exported(Path(__file__).parent)
 
     # The hint is one of those that MLflow leaves alone; from most others it would make a signature.
     def predict(

@@ -21,7 +21,7 @@ import pytest
 from distilldsm.cli.main import main
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.data.plan import Plan
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_trained
 from distilldsm.io import read_scan
 from tests.data.volumes import affine, ellipsoid
 from tests.export.fake import Exported, exported
@@ -104,7 +104,7 @@ def test_predict_writes_the_networks_mask_on_the_scans_grid(made, scan, tmp_path
     assert mask.get_data_dtype() == np.uint8
     assert [path.read_bytes() for path in scan] == before
     found = np.asarray(mask.dataobj)
-    expected = Predictor.from_training(made.model, device="cpu").predict(read_scan(scan, 2)).mask
+    expected = load_trained(made.model, device="cpu").predict(read_scan(scan, 2)).mask
     assert len(np.unique(expected)) > 1, "a mask of one label would make any comparison pass"
     assert (found != expected).mean() < (1e-3 if engine != "torch" else 1e-12)
 

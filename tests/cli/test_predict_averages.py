@@ -14,8 +14,8 @@ from scipy import ndimage
 
 from distilldsm.cli.main import main
 from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.postprocess import keep_largest
-from distilldsm.inference.predict import Predictor
 from distilldsm.io import read_scan
 from tests.cli.test_predict import write_scan
 from tests.export.fake import exported
@@ -93,7 +93,7 @@ def test_all_at_once_in_pieces_and_in_memory(folds, predicted, tmp_path, engine)
     assert small["scans"][0]["exact"]
     np.testing.assert_array_equal(pieces, whole)
 
-    predictor = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained", postprocess=True)
+    predictor = load_exported(first, runtime=engine, ensemble=[second], mirror="trained", postprocess=True)
     stored = read_scan(scan, 2)
     np.testing.assert_array_equal(predictor.predict(stored).mask, whole)
     assert len(np.unique(whole)) > 1
@@ -101,13 +101,11 @@ def test_all_at_once_in_pieces_and_in_memory(folds, predicted, tmp_path, engine)
     assert report["scans"][0]["volume_ml"]["shell"] == pytest.approx(voxel_ml * (whole == 1).sum(), rel=1e-2, abs=1e-3)
 
     # Each of them matters, or the comparison would be of nothing.
-    raw = Predictor.from_export(first, runtime=engine, ensemble=[second], mirror="trained").predict(stored).mask
+    raw = load_exported(first, runtime=engine, ensemble=[second], mirror="trained").predict(stored).mask
     assert keep_largest(raw, [2])
     np.testing.assert_array_equal(raw, whole)
     for less in ({"mirror": "trained"}, {"ensemble": [second]}):
-        assert (
-            Predictor.from_export(first, runtime=engine, postprocess=True, **less).predict(stored).mask != whole
-        ).any()
+        assert (load_exported(first, runtime=engine, postprocess=True, **less).predict(stored).mask != whole).any()
 
 
 def test_a_model_with_itself_is_the_model(folds, predicted, tmp_path):
@@ -230,7 +228,7 @@ def test_of_nested_regions_the_outermost_keeps_its_largest_component(made, predi
     for name, value in (("necrosis", 1), ("oedema", 2), ("enhancing", 4)):
         assert report["scans"][0]["volume_ml"][name] == pytest.approx(voxel_ml * (found == value).sum(), abs=1e-3)
     np.testing.assert_array_equal(maps, nib.load(tmp_path / "mask_probabilities.nii.gz").dataobj.get_unscaled())
-    predictor = Predictor.from_export(model, postprocess=True)
+    predictor = load_exported(model, postprocess=True)
     np.testing.assert_array_equal(predictor.predict(read_scan(scan, 2)).mask, found)
 
 

@@ -32,7 +32,7 @@ def test_a_file_name_for_several_scans_is_refused(model, tmp_path, capsys):
     for given, name in (([scans], "two.nii.gz"), ([*a, *b], "two.nii"), ([a[0], b[1]], "mask.dcm")):
         assert predict(model, given, tmp_path / name) == 2
         told = capsys.readouterr().err
-        assert "is a file name, but these are 2 scans\n  seen: a, b\n  hint: give a directory" in told
+        assert "is a file name, but there are 2 scans\n  seen: a, b\n  hint: give a directory" in told
         assert not (tmp_path / name).exists()
 
 

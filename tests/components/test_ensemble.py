@@ -22,7 +22,7 @@ from distilldsm.data.geometry import mask_of, to_network_space
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.data.targets import softmax
 from distilldsm.export.scores import collect_scores
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_trained
 from distilldsm.io import read_scan
 from tests.data.volumes import write_dataset
 
@@ -62,8 +62,8 @@ def model(place: Path, name: str, fold: int = 0) -> Path:
 
 def test_masks_are_those_of_the_mean_of_the_probabilities(place, inputs):
     folders = [model(place, name) for name in "abc"]
-    alone = [Predictor.from_training(folder) for folder in folders]
-    together = Predictor.from_training(folders[0], ensemble=folders[1:])
+    alone = [load_trained(folder) for folder in folders]
+    together = load_trained(folders[0], ensemble=folders[1:])
     differ = 0
     for case in DatasetIndex.load(inputs["dataset"]).cases:
         scan = read_scan([inputs["dataset"] / path for path in case.images], 1)

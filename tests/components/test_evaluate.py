@@ -24,7 +24,7 @@ from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.evaluation import scoring
 from distilldsm.evaluation.postprocess import load_postprocessing
 from distilldsm.inference.engines import TorchEngine
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_trained
 from distilldsm.io import read_scan
 from tests.data.volumes import write_dataset
 from tests.inference.engines import slanted
@@ -143,11 +143,11 @@ def test_mirroring_is_for_models_that_were_trained_with_it(trained, tmp_path, mo
     run(config, trained | {"model": model}, {"evaluation": tmp_path / "e"}, fold=0)
     assert "averaged over mirrored views" in (tmp_path / "e" / "report.html").read_text()
     case = read_json(trained["preprocessed"] / "splits.json")["folds"][0]["held_out"][0]
-    predictor = Predictor.from_training(model, device="cpu", mirror=("depth", "height"))
+    predictor = load_trained(model, device="cpu", mirror=("depth", "height"))
     scan = read_scan([trained["dataset"] / "imagesTr" / f"{case}_0000.nii.gz"], 1)
     found = np.asarray(nib.load(tmp_path / "e" / "predictions" / f"{case}.nii.gz").dataobj)
     np.testing.assert_array_equal(found, predictor.predict(scan).mask)
-    assert (found != Predictor.from_training(model, device="cpu").predict(scan).mask).any()
+    assert (found != load_trained(model, device="cpu").predict(scan).mask).any()
 
 
 def test_a_model_is_not_scored_on_what_it_was_trained_on(trained, tmp_path):

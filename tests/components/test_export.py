@@ -22,7 +22,7 @@ from distilldsm.evaluation.metrics import METRICS, VOLUMES
 from distilldsm.evaluation.postprocess import write_postprocessing
 from distilldsm.evaluation.tables import summarise, write_csv
 from distilldsm.export import build
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported, load_trained
 from distilldsm.models.package import verify
 from distilldsm.tracking import describe, process, run_key_of
 from distilldsm.tracking.record import load
@@ -97,8 +97,8 @@ def test_the_parity_cases_are_held_out(made):
 @pytest.mark.parametrize("runtime", ["openvino", "onnx"])
 def test_the_exported_model_predicts_as_the_network(made, runtime):
     image = np.random.default_rng(1).normal(size=(2, 9, 30, 41)).astype(np.float32)
-    expected = Predictor.from_training(made.model, device="cpu").logits(image)
-    found = Predictor.from_export(made.export, runtime=runtime).logits(image)
+    expected = load_trained(made.model, device="cpu").logits(image)
+    found = load_exported(made.export, runtime=runtime).logits(image)
     assert np.abs(expected).max() > 1
     assert np.abs(found - expected).max() < (5e-2 if runtime == "openvino" else 1e-3)
 

@@ -13,7 +13,7 @@ from distilldsm.config import Int8Config
 from distilldsm.data.splits import load_fold
 from distilldsm.export import int8
 from distilldsm.inference.engines import OpenVINOEngine
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.windows import predict_logits
 from distilldsm.models.package import load_metadata
 from distilldsm.training.patches import open_array
@@ -75,8 +75,8 @@ def test_the_shipped_model_is_quantised_and_its_numbers_are_true(made):
 
 
 def test_any_size_goes_through(made):
-    predictor = Predictor.from_export(made.export, precision="int8")
-    exact = Predictor.from_export(made.export)
+    predictor = load_exported(made.export, precision="int8")
+    exact = load_exported(made.export)
     for shape in ((2, 1, 16, 16), (2, 7, 33, 50)):
         image = np.random.default_rng(0).normal(size=shape).astype(np.float32)
         expected, found = exact.logits(image), predictor.logits(image)

@@ -15,7 +15,7 @@ from distilldsm.config import ModelConfig, TrainConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.export.monai_bundle import _inert
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_trained
 from distilldsm.models.checkpoint import load_network, load_tensors
 from distilldsm.models.package import METADATA, MONAI_BUNDLE
 from distilldsm.training.loop import RESUME, Trainer
@@ -141,11 +141,11 @@ def test_odd_descriptions_of_a_network(model, changes):
 def test_a_description_that_is_none(model, content, capsys):
     (model / "model.json").write_text(content)
     with pytest.raises(Exception, match=r"model.json") as caught:
-        Predictor.from_training(model, device="cpu")
+        load_trained(model, device="cpu")
     assert caught.type.__name__ in ("DataError", "UserError")
     write_json(model / "model.json", {"mirror_axes": ["os.system"]})
     with pytest.raises(DataError, match="has invalid mirror_axes"):
-        Predictor.from_training(model, mirror="trained", device="cpu")
+        load_trained(model, mirror="trained", device="cpu")
 
 
 def test_what_lies_beside_an_exported_model_is_left_alone(package, scan, canary, capsys):

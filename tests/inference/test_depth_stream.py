@@ -17,7 +17,7 @@ from torch import nn
 from distilldsm.export.onnx_export import export_onnx
 from distilldsm.inference.depth_stream import NotStreamableError, stream_graph
 from distilldsm.inference.engines import OpenVINOEngine, TorchEngine
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.probabilities import Ensemble, Member
 from distilldsm.inference.windows import predict_logits, stream_windows
 from distilldsm.models import unet2d
@@ -292,11 +292,11 @@ def test_averages_are_not_streamed(tmp_path_factory):
     made = exported(tmp_path_factory)
     shape = (1, 2, 8, 32, 32)
     for runtime in ("openvino", "torch"):
-        network = Predictor.from_export(made.export, runtime=runtime).network
+        network = load_exported(made.export, runtime=runtime).network
         (member,) = network.members
         assert network.stream_bytes(shape)
         for members in ([member] * 2, [Member(member.engine, ("height",))]):
             assert Ensemble(members).stream_bytes(shape) is None
             assert Ensemble(members).open_stream(shape) is None
     for other in ({"runtime": "onnx"}, {"precision": "int8"}):
-        assert Predictor.from_export(made.export, **other).network.stream_bytes(shape) is None
+        assert load_exported(made.export, **other).network.stream_bytes(shape) is None

@@ -13,6 +13,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Channel as PlanChannel
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
+from distilldsm.inference.loading import load_exported, load_trained
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.probabilities import Ensemble, Member
 from distilldsm.inference.windows import Pieces
@@ -117,7 +118,7 @@ def test_the_real_network_in_pieces(make, tmp_path_factory):
     plan = replace(Plan.load(made.export / "plan.json"), depth_axis="z", target_spacing_mm=(2.0, 1.0, 1.1))
     data = np.random.default_rng(0).normal(100, 40, size=(2, 20, 23, 75)).astype(np.float32)
     scan = stored(data, affine("LPS", (1.0, 1.0, 1.5)))
-    engine = make(made.export, Predictor.from_export(made.export).described[0])
+    engine = make(made.export, load_exported(made.export).described[0])
     whole = in_pieces(engine, scan, plan, WHOLE)
     assert len(np.unique(whole.mask)) > 1, "a mask of one label would make any comparison pass"
     np.testing.assert_array_equal(whole.mask, at_once(engine, scan, plan))
@@ -179,14 +180,14 @@ def test_without_a_budget_pieces_are_no_larger_than_is_worth_while():
 
 def test_from_training_and_export_agree(tmp_path_factory, tmp_path):
     made = exported(tmp_path_factory)
-    trained = Predictor.from_training(made.model, device="auto")
+    trained = load_trained(made.model, device="auto")
     for runtime in ("openvino", "onnx", "torch"):
-        shipped = Predictor.from_export(made.export, runtime=runtime)
+        shipped = load_exported(made.export, runtime=runtime)
         assert shipped.plan == trained.plan
         assert shipped.described == trained.described
         engine = shipped.network.members[0].engine
         assert (engine.stride, engine.depth_halo) == ((1, 16, 16), 8)
     with pytest.raises(DataError, match=r"best\.safetensors: checkpoint not found"):
-        Predictor.from_training(made.model, "best")
+        load_trained(made.model, "best")
     with pytest.raises(DataError, match="is not an exported model"):
-        Predictor.from_export(tmp_path)
+        load_exported(tmp_path)

@@ -101,11 +101,11 @@ def test_the_champion_loads_from_the_server_and_predicts_as_the_exported_files_d
 import mlflow, numpy as np
 from pathlib import Path
 model = mlflow.pyfunc.load_model("models:/distilldsm-mni152sample@champion")
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.service import answer
 image = np.random.default_rng(0).normal(size=(1, 1, 8, 32, 32)).astype(np.float32)
 theirs = model.predict({"image": image})
-ours = answer(Predictor.from_export(Path("export/fold0")), {"image": image}, None, remote=False)
+ours = answer(load_exported(Path("export/fold0")), {"image": image}, None, remote=False)
 theirs, ours = [x["logits"] if isinstance(x, dict) else x for x in (theirs, ours)]
 assert theirs.shape[2:] == image.shape[2:], theirs.shape
 np.testing.assert_array_equal(theirs, ours)

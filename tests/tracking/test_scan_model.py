@@ -18,7 +18,7 @@ from distilldsm.cli.main import main
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.service import ROOT_VARIABLE, answer
 from distilldsm.io import read_scan
 from distilldsm.models.package import verify
@@ -82,7 +82,7 @@ def test_arrays_paths_and_what_the_model_is(loaded, client, made, scan, place):
     with pytest.raises(Exception, match="dtype"):
         loaded.predict({"image": image.astype(np.float64)})
 
-    expected = Predictor.from_export(made.export).predict(read_scan([Path(p) for p in scan], 2)).mask
+    expected = load_exported(made.export).predict(read_scan([Path(p) for p in scan], 2)).mask
     assert expected.any()
     nothing = {"image": np.empty((1, 2, 0, 0, 0), np.float32)}
     mask = loaded.predict(nothing, params={"paths": scan})["mask"]
@@ -189,7 +189,7 @@ def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
 def test_a_scan_in_another_unit_gets_the_mask_that_predict_writes(made, scan, tmp_path, monkeypatch, unit, scale):
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     paths = [str(stretched(Path(p), tmp_path / Path(p).name, scale=scale, unit=unit)) for p in scan]
-    predictor = Predictor.from_export(made.export)
+    predictor = load_exported(made.export)
     answer(predictor, None, {"paths": paths, "output": str(tmp_path / "mask.nii.gz")}, remote=False)
     assert main(["predict", str(made.export), *paths, "-o", str(tmp_path / "ours.nii.gz")]) == 0
     mask, ours = nib.load(tmp_path / "mask.nii.gz"), nib.load(tmp_path / "ours.nii.gz")
@@ -211,7 +211,5 @@ def test_geometries_that_predict_refuses(made, scan, tmp_path, monkeypatch, chan
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     paths = [str(stretched(Path(p), tmp_path / Path(p).name, **change)) for p in scan]
     with pytest.raises(DataError, match=words):
-        answer(
-            Predictor.from_export(made.export), None, {"paths": paths, "output": str(tmp_path / "m.nii")}, remote=False
-        )
+        answer(load_exported(made.export), None, {"paths": paths, "output": str(tmp_path / "m.nii")}, remote=False)
     assert not (tmp_path / "m.nii").exists()

@@ -19,7 +19,7 @@ import pytest
 
 from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OpenVINOEngine
-from distilldsm.inference.predict import Predictor
+from distilldsm.inference.loading import load_exported
 from distilldsm.inference.service import ROOT_VARIABLE
 from distilldsm.io import read_labels, read_scan
 from distilldsm.tracking import describe
@@ -104,6 +104,6 @@ def test_mlflow_serves_what_openvino_computes(place, client, tmp_path_factory):
         server.wait(20)
     expected = OpenVINOEngine(package / "model.xml", NETWORK)(image)
     np.testing.assert_allclose(logits, expected, atol=1e-5)  # as JSON
-    label = Predictor.from_export(package).predict(read_scan([scans / name for name in names], 2)).mask
+    label = load_exported(package).predict(read_scan([scans / name for name in names], 2)).mask
     np.testing.assert_array_equal(mask, label)
     np.testing.assert_array_equal(read_labels(scans / "mask.nii.gz").values, label)
