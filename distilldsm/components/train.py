@@ -135,26 +135,28 @@ def _train_as_main(
         state = trainer.run()
         spent.write(state.history)
         trainer.plan.save(work / "plan.json")
-        write_json(
-            work / "model.json",
-            {
-                "schema_version": 1,
-                "name": config.model.name,
-                "options": dict(config.model.options),
-                "in_channels": trainer.network.in_channels,
-                "out_channels": trainer.network.out_channels,
-                "stride": trainer.network.stride,
-                "depth_halo": trainer.network.depth_halo,
-                "mirror_axes": config.augment.mirror_axes,
-                "parameters": trainer.cost.parameters,
-                "macs_per_voxel": trainer.cost.macs_per_voxel,
-                "fold": fold,
-                "splits": sha256_file(preprocessed / "splits.json"),
-                "epochs": state.epoch,
-                "best_val_dice": state.best_dice,
-                "labels": dict(zip(trainer.plan.class_names, trainer.plan.class_values, strict=True)),
-            },
-        )
+        write_json(work / "model.json", _model(config, trainer, state, preprocessed, fold))
+
+
+def _model(config: TrainConfig, trainer: Any, state: Any, preprocessed: Path, fold: int) -> dict[str, Any]:
+    """What `model.json` says of the network and its training."""
+    return {
+        "schema_version": 1,
+        "name": config.model.name,
+        "options": dict(config.model.options),
+        "in_channels": trainer.network.in_channels,
+        "out_channels": trainer.network.out_channels,
+        "stride": trainer.network.stride,
+        "depth_halo": trainer.network.depth_halo,
+        "mirror_axes": config.augment.mirror_axes,
+        "parameters": trainer.cost.parameters,
+        "macs_per_voxel": trainer.cost.macs_per_voxel,
+        "fold": fold,
+        "splits": sha256_file(preprocessed / "splits.json"),
+        "epochs": state.epoch,
+        "best_val_dice": state.best_dice,
+        "labels": dict(zip(trainer.plan.class_names, trainer.plan.class_values, strict=True)),
+    }
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:

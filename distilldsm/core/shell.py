@@ -8,14 +8,18 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.interruption import describe
 from distilldsm.core.progress import close_bars
+
+if TYPE_CHECKING:
+    import subprocess
 
 EXTRAS = {
     "torch": "train",
@@ -66,6 +70,22 @@ def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def end_processes(processes: Sequence[subprocess.Popen], *, grace_s: float, patience_s: float = 0.0) -> None:
+    """Interrupt processes that have not ended within `patience_s`, and kill those that then take longer than `grace_s`.
+
+    Not by SIGINT, which a job in a shell's background ignores.
+    """
+    import subprocess
+
+    for seconds, number in ((patience_s, signal.SIGTERM), (grace_s, signal.SIGKILL)):
+        deadline = time.monotonic() + seconds
+        for process in processes:
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
 
 
 def environment_of_modules() -> dict[str, str]:

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -23,6 +21,7 @@ from distilldsm.core.files import read_json
 from distilldsm.core.interruption import RESUME_VARIABLE, command_again, explains_interrupt
 from distilldsm.core.machine import usable_cores
 from distilldsm.core.progress import Meter, beside_the_bar, meter
+from distilldsm.core.shell import end_processes
 from distilldsm.core.stage import Stage
 
 SPLITS = Path("data/preprocessed/splits.json")
@@ -169,20 +168,11 @@ class Folds:
         return {**inherited, "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
 
     def _stop(self, patience_s: float = 0.0) -> None:
-        """Start nothing more, and interrupt what has not ended within `patience_s`; at last it is killed.
-
-        Not by SIGINT, which a job in a shell's background ignores.
-        """
+        """Start nothing more, and end what has not ended within `patience_s`."""
         with self._lock:
             self._stopped = True
             running = list(self._running.values())
-        for seconds, number in ((patience_s, signal.SIGTERM), (STOP_S, signal.SIGKILL)):
-            deadline = time.monotonic() + seconds
-            for process in running:
-                try:
-                    process.wait(max(0.0, deadline - time.monotonic()))
-                except subprocess.TimeoutExpired:
-                    process.send_signal(number)
+        end_processes(running, grace_s=STOP_S, patience_s=patience_s)
 
 
 def _failed(fold: int | None, stage: str, log: Path, code: int) -> UserError:

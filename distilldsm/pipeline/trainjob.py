@@ -25,12 +25,15 @@ from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, replace_directory, sha256_file, sha256_json
 from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
 from distilldsm.core.output_directory import MANIFEST
-from distilldsm.core.shell import handled, interrupt
+from distilldsm.core.shell import end_processes, handled, interrupt
 from distilldsm.pipeline.trainjob_follow import TrainJobs, follow
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
 
 COLLECT_POLLS = 12
 """A network file system may show a finished model some seconds late."""
+
+STOP_S = 30.0
+"""How long the processes of a training may take to end."""
 
 HELP = "train one fold as a Kubeflow TrainJob"
 
@@ -83,11 +86,7 @@ def _launch(command: Sequence[str]) -> int:
         try:
             return process.wait()
         except BaseException:
-            process.terminate()  # torchrun hands it on to its workers
-            try:
-                process.wait(timeout=30)
-            except subprocess.TimeoutExpired:
-                process.kill()
+            end_processes([process], grace_s=STOP_S)  # torchrun hands it on to its workers
             raise
 
 

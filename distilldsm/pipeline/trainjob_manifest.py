@@ -90,6 +90,42 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
     Raises:
         ConfigError: the API's models refuse it, or a variable's address holds a user name or password.
     """
+    resources = {"cpu": job.cpu, "memory": job.memory} | ({job.gpu: str(job.processes)} if job.gpu else {})
+    replicated = {"name": NODE, "template": {"spec": {"template": {"spec": _pod(job)}}}}
+    built = {
+        "apiVersion": "trainer.kubeflow.org/v1alpha1",
+        "kind": "TrainJob",
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "distilldsm"}},
+        "spec": {
+            "runtimeRef": {
+                "name": job.runtime,
+                "apiGroup": "trainer.kubeflow.org",
+                "kind": "ClusterTrainingRuntime",
+            },
+            "activeDeadlineSeconds": max(1, int(job.timeout_s)),
+            "trainer": {
+                "image": job.image,
+                "numNodes": job.nodes,
+                "numProcPerNode": job.processes,
+                "command": ["torchrun"],
+                "args": ["-m", "distilldsm.components.train", *arguments],
+                "resourcesPerNode": {"requests": dict(resources), "limits": dict(resources)},
+                "env": _variables(job, env),
+            },
+            "runtimePatches": [
+                {
+                    "manager": "distilldsm.org/pipeline",
+                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}},
+                }
+            ],
+        },
+    }
+    check_manifest(built)
+    return built
+
+
+def _variables(job: TrainJobConfig, env: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Environment variables, those of secrets by reference."""
     secret = {s.name for s in job.secrets}
     plain = {key: value for key, value in {**env, **job.env}.items() if key not in secret}
     for key, value in plain.items():
@@ -104,8 +140,12 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
         {"name": s.name, "valueFrom": {"secretKeyRef": {"name": s.secret, "key": s.key, "optional": True}}}
         for s in job.secrets
     ]
-    resources = {"cpu": job.cpu, "memory": job.memory} | ({job.gpu: str(job.processes)} if job.gpu else {})
-    pod = {
+    return variables
+
+
+def _pod(job: TrainJobConfig) -> dict[str, Any]:
+    """What the training's pods have beside what the runtime gives them: volumes, no privilege, where they may run."""
+    return {
         "containers": [
             {
                 "name": NODE,
@@ -136,37 +176,6 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
         )
         if value
     }
-    replicated = {"name": NODE, "template": {"spec": {"template": {"spec": pod}}}}
-    built = {
-        "apiVersion": "trainer.kubeflow.org/v1alpha1",
-        "kind": "TrainJob",
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "distilldsm"}},
-        "spec": {
-            "runtimeRef": {
-                "name": job.runtime,
-                "apiGroup": "trainer.kubeflow.org",
-                "kind": "ClusterTrainingRuntime",
-            },
-            "activeDeadlineSeconds": max(1, int(job.timeout_s)),
-            "trainer": {
-                "image": job.image,
-                "numNodes": job.nodes,
-                "numProcPerNode": job.processes,
-                "command": ["torchrun"],
-                "args": ["-m", "distilldsm.components.train", *arguments],
-                "resourcesPerNode": {"requests": dict(resources), "limits": dict(resources)},
-                "env": variables,
-            },
-            "runtimePatches": [
-                {
-                    "manager": "distilldsm.org/pipeline",
-                    "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": [replicated]}}},
-                }
-            ],
-        },
-    }
-    check_manifest(built)
-    return built
 
 
 def check_manifest(built: Mapping[str, Any]) -> None:
