@@ -12,6 +12,8 @@ from distilldsm.core.stage import Input, Output, Stage
 
 if TYPE_CHECKING:
     from distilldsm.config import ExportConfig, TrackingConfig
+    from distilldsm.export.build import Built
+    from distilldsm.export.scores import Scores
 
 
 def run(
@@ -33,9 +35,8 @@ def run(
     """
     from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
     from distilldsm.export.build import build_package
-    from distilldsm.export.gate import Gate
     from distilldsm.export.scores import SCORES, collect_scores
-    from distilldsm.tracking import describe, send
+    from distilldsm.tracking import send
 
     with output_directory(outputs["export"], **STAGE.key(config, inputs, fold)) as work:
         scores = collect_scores(
@@ -56,27 +57,7 @@ def run(
             postprocessing=decided,
         )
         write_json(work / SCORES, scores)
-        facts = {
-            "fold": fold,
-            "data_hash": scores.data_hash,
-            "split_hash": scores.split_hash,
-            "scores": scores.source,
-            "voxel_difference": {runtime: row["voxel_difference"] for runtime, row in built.summary.items()},
-        }
-        metrics = {f"export_{runtime}_{key}": v for runtime, row in built.summary.items() for key, v in row.items()}
-        model = {
-            "registered_name": built.metadata.name if config.register_model else None,
-            "gate": Gate.of(config),
-            "metrics": {**metrics, **scores.mean},
-            "version_tags": facts,
-            "metadata": {
-                **facts,
-                "intended_use": built.metadata.intended_use,
-                "labels": built.metadata.labels,
-                "data_licence": built.metadata.data.licence,
-            },
-        }
-        describe(tracking, work, run_of=inputs["model"], metrics=metrics, model=model)
+        _describe(config, built, scores, inputs["model"], work, tracking)
     for name, row in built.summary.items():
         print(
             f"{name}: {100 * row['voxel_difference']:.4f} % of the voxels differ from the network, logits by up to "
@@ -85,6 +66,36 @@ def run(
         )
     print(f"INT8 {'shipped' if built.metadata.int8.shipped else 'not shipped'}: {built.metadata.int8.reason}")
     send(outputs["export"], *(inputs[name] for name in ("model", "evaluation") if name in inputs))
+
+
+def _describe(
+    config: ExportConfig, built: Built, scores: Scores, trained: Path, work: Path, tracking: TrackingConfig | None
+) -> None:
+    """Attach the model to its training's run."""
+    from distilldsm.export.gate import Gate
+    from distilldsm.tracking import describe
+
+    facts = {
+        "fold": scores.fold,
+        "data_hash": scores.data_hash,
+        "split_hash": scores.split_hash,
+        "scores": scores.source,
+        "voxel_difference": {runtime: row["voxel_difference"] for runtime, row in built.summary.items()},
+    }
+    metrics = {f"export_{runtime}_{key}": v for runtime, row in built.summary.items() for key, v in row.items()}
+    model = {
+        "registered_name": built.metadata.name if config.register_model else None,
+        "gate": Gate.of(config),
+        "metrics": {**metrics, **scores.mean},
+        "version_tags": facts,
+        "metadata": {
+            **facts,
+            "intended_use": built.metadata.intended_use,
+            "labels": built.metadata.labels,
+            "data_licence": built.metadata.data.licence,
+        },
+    }
+    describe(tracking, work, run_of=trained, metrics=metrics, model=model)
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
