@@ -1,4 +1,4 @@
-"""Random changes of training patches, on whatever device they are; every draw comes from the generator given."""
+"""Random changes of training patches, on the patches' device. All random numbers come from the caller's generator."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from torch import Tensor
 from distilldsm.config import AugmentConfig
 
 ONE_HOT_LIMIT = 8
-"""Up to so many classes, labels are warped as class maps (smooth borders); above, by nearest neighbour (memory)."""
+"""Up to this number of classes, labels are warped as class maps (smooth borders); above, by nearest neighbour."""
 CONTROL_POINTS = 5
 _AXES = {"depth": 2, "height": 3, "width": 4}
 
 
 class Draws:
-    """Random numbers for one process's share of a batch: what a single process would draw for these samples.
+    """Random numbers for one process's share of a batch: the same that a single process draws for these samples.
 
-    Samples `rank`, `rank + world`, ... of a batch are this process's. Every process draws for the whole batch and keeps
-    its share; but white noise, a number a voxel, each draws for its own samples only, from another stream.
+    Samples `rank`, `rank + world`, ... of a batch belong to this process. Every process draws for the whole batch and
+    keeps its share. White noise needs one number per voxel, so each process draws it for its own samples only.
 
     Args:
-        generator: of the CPU, in the same state in all processes.
-        noise: of the CPU, in another state in each; None: `generator`.
+        generator: a CPU generator with the same state in all processes.
+        noise: a CPU generator with a different state in each process; None: `generator`.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Draws:
         return torch.randn(batch * self.world, *shape, generator=self._generator)[self.rank :: self.world]
 
     def noise(self, shape: Sequence[int]) -> Tensor:
-        """Normal, of this shape."""
+        """White noise: normal numbers of this shape."""
         return torch.randn(tuple(shape), generator=self._noise)
 
 
@@ -52,7 +52,7 @@ def _draws(generator: torch.Generator | Draws) -> Draws:
 
 
 def changes_nothing(config: AugmentConfig) -> bool:
-    """Whether `augment` would only cut out the middle."""
+    """Whether `augment` changes nothing except the crop."""
     shares = (
         config.spatial_probability,
         config.elastic_probability,
@@ -77,10 +77,10 @@ def augment(
 
     Args:
         images: (B, C, D', H', W') float; labels: (B, D', H', W') integer; larger than `size` by a margin.
-        size: (D, H, W) of what is cut out of the middle.
-        spacing_mm: (D, H, W) voxel size: rotations happen in mm, not in voxels.
-        coarse_slices: as the plan says: slices are not tilted unless the config sets `tilt_deg`, and not coarsened.
-        generator: of the CPU; the same state gives the same result. `Draws` where the batch is a share of one.
+        size: (D, H, W) of the crop around the middle.
+        spacing_mm: (D, H, W) voxel size, because rotations are in mm, not in voxels.
+        coarse_slices: from the plan. Then slices are not tilted unless the config sets `tilt_deg`, and not coarsened.
+        generator: a CPU generator; the same state gives the same result. `Draws` if the batch is a process's share.
 
     Returns:
         images (B, C, D, H, W) float32 and labels (B, D, H, W) int64.
@@ -104,7 +104,7 @@ def augment(
         for k in torch.nonzero(flip).flatten().tolist():
             images[k] = images[k].flip(_AXES[axis] - 1)
             labels[k] = labels[k].flip(_AXES[axis] - 2)
-    # Before the white noise, for which a single process takes its numbers from the same stream.
+    # Before the white noise, because a single process draws that from the same generator.
     drawn = draws.rand(*images.shape[:2], 2) if config.low_resolution_probability else None
     images = change_intensities(images, config.intensity_probability, draws)
     if drawn is not None:
@@ -113,15 +113,15 @@ def augment(
 
 
 def likeliest(maps: Tensor) -> Tensor:
-    """Labels of class maps without one of the background, which is what the others leave over of 1.
+    """Labels from class maps. The background has no map: its share is 1 minus the sum of the others.
 
     Args:
-        maps: (B, K, ...) shares of the classes 1 to K; where they are 0, as beyond the volume, is background.
+        maps: (B, K, ...) shares of the classes 1 to K. Where all are 0, also beyond the volume, is background.
 
     Returns:
-        (B, ...) int64, 0 to K; of equal shares the smaller label.
+        (B, ...) int64, 0 to K; if shares are equal, the smaller label.
     """
-    # On a CPU, argmax over the second dimension takes six times as long: 70 ms a step of 4 x 9 x 128 x 128 voxels.
+    # On a CPU, argmax over the second dimension takes six times as long: 70 ms per step of 4 x 9 x 128 x 128 voxels.
     best = 1 - maps.sum(dim=1)
     labels = torch.zeros_like(best, dtype=torch.int64)
     for label, of_class in enumerate(maps.unbind(1), start=1):
@@ -131,20 +131,20 @@ def likeliest(maps: Tensor) -> Tensor:
 
 
 def centre_crop(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The middle (D, H, W) of a batch, without any change; what `augment` gives with all probabilities 0."""
+    """The middle (D, H, W) of a batch without other changes, like `augment` with all probabilities 0."""
     d, h, w = (slice(_offset(n, s), _offset(n, s) + s) for n, s in zip(images.shape[2:], size, strict=True))
     return images[..., d, h, w].float(), labels[..., d, h, w].long()
 
 
 def _offset(grown: int, size: int) -> int:
-    # The same voxel is the centre before and after, whatever the parity: n // 2 of both.
+    # The centre voxel is n // 2 before and after, for odd and even sizes.
     return grown // 2 - size // 2
 
 
 def _draw_matrices(
     batch: int, config: AugmentConfig, tilt_deg: float, spacing_mm: Sequence[float], draws: Draws
 ) -> Tensor:
-    """(B, 3, 3) matrices from output to input voxel offsets, in the order (D, H, W)."""
+    """(B, 3, 3) matrices that map output voxel offsets to input voxel offsets, in the order (D, H, W)."""
 
     def uniform(limit: float) -> Tensor:
         return (draws.rand(batch) * 2 - 1) * limit
@@ -190,10 +190,10 @@ def _bend(
     size: Sequence[int],
     draws: Draws,
 ) -> Tensor:
-    """(B, D, H, W, 3) displacements for the sampling grid: smooth between random ones at CONTROL_POINTS^3 points."""
+    """(B, D, H, W, 3) displacements for the sampling grid, interpolated from random ones at CONTROL_POINTS^3 points."""
     drawn = draws.randn(batch, 3, *(CONTROL_POINTS,) * 3) * config.elastic_mm
     drawn *= (draws.rand(batch, 1, 1, 1, 1) < config.elastic_probability).float()
-    # From mm along (D, H, W) to the grid's unit: the whole input is two units long.
+    # Convert mm along (D, H, W) to the grid's unit: the whole input is two units long.
     unit = [2 / (max(n - 1, 1) * mm) for n, mm in zip(grown, spacing_mm, strict=True)]
     drawn *= torch.tensor(unit)[None, :, None, None, None]
     smooth = F.interpolate(drawn, size=tuple(size), mode="trilinear", align_corners=True)
@@ -201,10 +201,10 @@ def _bend(
 
 
 def coarsen(images: Tensor, probability: float, drawn: Tensor, *, coarse_slices: bool) -> Tensor:
-    """Images as a coarser scan would show them: sampled at 1/2 to 1 of the resolution, brought back linearly.
+    """Simulate a coarser scan: sample images at 1/2 to 1 of their resolution, then interpolate back linearly.
 
-    images: (B, C, D, H, W); drawn: (B, C, 2), uniform in [0, 1): whether, and how much. Coarse slices (see the plan)
-    stay: only the plane is coarsened.
+    images: (B, C, D, H, W); drawn: (B, C, 2), uniform in [0, 1): the first decides whether, the second how much. With
+    coarse slices (see the plan), only the plane is coarsened.
     """
     out = images.clone()
     for b in range(images.shape[0]):
@@ -223,9 +223,9 @@ def coarsen(images: Tensor, probability: float, drawn: Tensor, *, coarse_slices:
 
 
 def change_intensities(images: Tensor, probability: float, generator: torch.Generator | Draws) -> Tensor:
-    """Contrast, brightness, gamma, in-plane blur and noise, each on its own share of the samples, per channel.
+    """Change contrast, brightness and gamma, blur in plane, add noise; each for random samples and channels.
 
-    images: (B, C, D, H, W), normalised intensities; zero-mean assumptions are not made. Returns a new tensor.
+    images: (B, C, D, H, W), normalised intensities; their mean need not be 0. Returns a new tensor.
     """
     if probability == 0:
         return images

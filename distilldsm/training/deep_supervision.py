@@ -1,6 +1,6 @@
-"""Losses on the decoder's lower levels, too (Lee et al., "Deeply-supervised nets", AISTATS 2015).
+"""Additional losses on the decoder's lower levels (Lee et al., "Deeply-supervised nets", AISTATS 2015).
 
-The heads exist in training only: what is averaged, saved and exported is the network without them.
+The heads exist in training only. The averaged, saved and exported network does not have them.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from distilldsm.models.base import SegmentationNetwork
 class DeeplySupervised(nn.Module):
     """A network with a 1x1x1 convolution as head on each of the `levels` decoder levels below the last.
 
-    Its output is a list: logits of the network, then those of the heads from the finest level to the coarsest. A
-    network that tells no `decoder_widths` has no such heads.
+    Its output is a list: logits of the network, then logits of the heads from the finest level to the coarsest. A
+    network without `decoder_widths` gets no heads.
     """
 
     def __init__(self, network: SegmentationNetwork, levels: int) -> None:
@@ -37,9 +37,9 @@ class DeeplySupervised(nn.Module):
 def supervised_loss(
     outputs: Tensor | Sequence[Tensor], labels: Tensor, loss: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """`loss` of the logits; with several levels the mean of theirs, each with half the weight of the one above.
+    """`loss` of the logits; with several levels the weighted mean, each level with half the weight of the level above.
 
-    labels: (B, D, H, W) classes at full resolution; for lower levels the nearest voxel's class counts.
+    labels: (B, D, H, W) classes at full resolution; lower levels use the class of the nearest voxel.
     """
     if isinstance(outputs, Tensor):
         return loss(outputs, labels)

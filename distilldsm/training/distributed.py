@@ -1,7 +1,7 @@
-"""Several training processes, started by torchrun; a single one otherwise.
+"""Training in several processes (started by torchrun) or in a single one.
 
-They compute what a single process would of the whole batch: batch statistics, soft Dice and gradients are those of all
-shares together, up to the order of sums.
+Several processes compute the same as a single process with the whole batch. Batch statistics, soft Dice and gradients
+cover all shares together; only the order of sums differs.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from distilldsm.core.errors import UserError
 
 TIMEOUT = timedelta(minutes=30)
 _LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
-"""In messages of the back ends when another process is gone."""
+"""A back end's message contains one of these if another process has ended."""
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among all training processes."""
+    """This process and its place among all training processes."""
 
     rank: int = 0
     world: int = 1
@@ -49,11 +49,11 @@ class Processes:
         return values
 
     def differentiable_sum(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum over all processes, as a new tensor with a gradient: that of the sum of all processes' losses."""
+        """Sum over all processes, as a new tensor. Its gradient is that of the sum of all processes' losses."""
         return _Sum.apply(values) if self.world > 1 else values
 
     def gather(self, value: dict[str, list[float]]) -> dict[str, list[float]]:
-        """Merge the processes' dictionaries. Uses JSON bytes: nothing that is received is unpickled."""
+        """Merge the processes' dictionaries. They are sent as JSON; no received data are unpickled."""
         if self.world == 1:
             return value
         import json
@@ -73,7 +73,7 @@ class Processes:
 
 
 class _Sum(torch.autograd.Function):
-    """Each process's loss depends on each process's values; so gradients are summed as the values were."""
+    """Each process's loss depends on the values of all processes, so gradients are summed like the values."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -89,7 +89,7 @@ class _Sum(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm with the statistics of all processes' shares; PyTorch's own SyncBatchNorm needs a GPU."""
+    """BatchNorm with statistics over all processes. PyTorch's own SyncBatchNorm needs a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) to the same shape."""
@@ -112,7 +112,7 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def share_batch_statistics(network: nn.Module, device_type: str) -> nn.Module:
-    """Let every BatchNorm of a network use the whole batch, which the processes share evenly."""
+    """Let every BatchNorm of a network use the whole batch. The processes have equal shares of it."""
     if device_type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)
     for module in network.modules():
@@ -124,15 +124,15 @@ def share_batch_statistics(network: nn.Module, device_type: str) -> nn.Module:
 def _join(backend: str, world: int) -> None:
     store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
-        # torchrun keeps its store over a restart, and with it the addresses of processes that are gone (PyTorch issue
-        # 135712). Several nodes do not agree on the number of restarts: there, TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1.
+        # torchrun keeps its store after a restart, with the addresses of ended processes (PyTorch issue 135712).
+        # Several nodes may count restarts differently: set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 there.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=TIMEOUT)
 
 
 @contextmanager
 def training_processes(device_type: str) -> Iterator[Processes]:
-    """Join the group torchrun describes in the environment; a group of one without it."""
+    """Join the process group that torchrun describes in the environment; without torchrun, a group of one."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Processes()
@@ -140,7 +140,7 @@ def training_processes(device_type: str) -> Iterator[Processes]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if device_type == "cuda":
         torch.cuda.set_device(local_rank)
-    # A process that waits for another inside a collective runs no handler of ours: it must end at once when told to.
+    # A process that waits inside a collective cannot run our signal handler. So SIGTERM must end it at once.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     _join("nccl" if device_type == "cuda" else "gloo", world)
     rank = dist.get_rank()
@@ -154,7 +154,7 @@ def training_processes(device_type: str) -> Iterator[Processes]:
         raise UserError(
             "another process of this training has ended",
             seen=str(error).splitlines()[0],
-            hint="its own message says why; the same command again goes on after the last checkpoint",
+            hint="read that process's own message; then run the same command again to resume from the last checkpoint",
         ) from error
     finally:
         if dist.is_initialized():

@@ -11,9 +11,9 @@ from distilldsm.models.base import SegmentationNetwork
 
 
 class WeightAverage:
-    """Keeps an averaged copy of a network: average = decay * average + (1 - decay) * current, once a step.
+    """Keeps an averaged copy of a network: average = decay * average + (1 - decay) * current, once per step.
 
-    The decay rises from 0 in the first steps, (1 + step) / (10 + step), so that the start weights are soon forgotten.
+    In the first steps the decay is (1 + step) / (10 + step), so the initial weights soon lose their influence.
     """
 
     def __init__(self, network: SegmentationNetwork, decay: float) -> None:

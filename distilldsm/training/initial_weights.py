@@ -1,4 +1,4 @@
-"""A training that starts from given weights instead of random ones."""
+"""Start a training from the weights in a file instead of random weights."""
 
 from __future__ import annotations
 
@@ -10,39 +10,36 @@ from distilldsm.models.checkpoint import load_tensors
 
 
 def load_initial_weights(network: SegmentationNetwork, path: Path, *, strict: bool = True) -> list[str]:
-    """Start a network from a file's weights: its own, or those of the 2-D network without depth shift modules.
+    """Load weights from a file: the network's own, or those of the 2-D network without depth shift modules.
 
     Args:
-        strict: every tensor of the network (of the 2-D network) must be in the file, in its shape, and no other.
+        strict: the file must hold every tensor of the network (or of the 2-D network) in its shape, and no others.
 
     Returns:
-        Names of the tensors that stay as they were.
+        Names of the tensors that are not in the file and keep their random initial values.
 
     Raises:
-        DataError: a damaged file, or tensors that do not fit, with their names; not strict: if none fits.
+        DataError: the file is damaged, or tensors do not fit (with their names). Not strict: only if no tensor fits.
     """
-    found, _ = load_tensors(path)
-    own = network.state_dict()
-    # Of the two ways to name the tensors, the one that more of the file's names follow.
+    tensors, _ = load_tensors(path)
+    state = network.state_dict()
+    # There are two ways to name the tensors. Use the way that matches more names in the file.
     names = max(
-        {name: name for name in own}, network.flat_names(), key=lambda n: (len(n.keys() & found.keys()), -len(n))
+        {name: name for name in state}, network.flat_names(), key=lambda n: (len(n.keys() & tensors.keys()), -len(n))
     )
-    shapes = {k: f"{k} {tuple(found[k].shape)} for {tuple(own[n].shape)}" for k, n in names.items() if k in found}
-    other = {k: told for k, told in shapes.items() if found[k].shape != own[names[k]].shape}
-    fitting = {names[k]: found[k] for k in shapes.keys() - other.keys()}
-    missing, unknown = names.keys() - found.keys(), found.keys() - names.keys()
-    problems = [
-        f"{len(one)} {what}: {', '.join(sorted(one)[:3])}"
-        for what, one in (("in another shape", other.values()), ("missing", missing), ("not of the network", unknown))
-        if one
-    ]
+    shapes = {k: f"{k} {tuple(tensors[k].shape)} for {tuple(state[n].shape)}" for k, n in names.items() if k in tensors}
+    misshapen = {k: text for k, text in shapes.items() if tensors[k].shape != state[names[k]].shape}
+    fitting = {names[k]: tensors[k] for k in shapes.keys() - misshapen.keys()}
+    missing, unknown = names.keys() - tensors.keys(), tensors.keys() - names.keys()
+    kinds = (("in another shape", misshapen.values()), ("missing", missing), ("not of the network", unknown))
+    problems = [f"{len(many)} {kind}: {', '.join(sorted(many)[:3])}" for kind, many in kinds if many]
     if (strict and problems) or not fitting:
         raise DataError(
-            "does not fit the network it is to start",
+            "does not fit the network",
             where=path,
             seen="; ".join(problems)[:500] or "no tensors",
             rule="train.initial_weights holds the tensors of train.model, or of its 2-D network without depth shifts",
-            hint="give the weights of such a network, or take those that fit with train.initial_weights_strict: false",
+            hint="give the weights of such a network, or load what fits with train.initial_weights_strict: false",
         )
     network.load_state_dict(fitting, strict=False)
-    return [name for name in own if name not in fitting]
+    return [name for name in state if name not in fitting]

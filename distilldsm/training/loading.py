@@ -1,4 +1,4 @@
-"""Batches of an epoch, in order, read here or ahead by worker processes."""
+"""The batches of an epoch, in order. This process reads them, or worker processes read them ahead."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ Batch = tuple[np.ndarray, np.ndarray, tuple[int, int, int], int]
 
 
 def batch_size_of(set_to: int | None, *, begun_with: int, planned: int, unit: int) -> int:
-    """Patches a step, over all processes.
+    """Batch size: patches per step, over all processes.
 
     Args:
-        set_to: `train.batch_size`, taken as it is; None: as near to the plan's as the processes can share.
-        begun_with: of the training that is resumed, which keeps it: the schedule counts in its steps. 0: none is.
-        unit: processes x accumulate, which the batch is shared by.
+        set_to: `train.batch_size`, used unchanged; None: the multiple of `unit` nearest to the plan's batch size.
+        begun_with: batch size of a resumed training; it stays, because the schedule counts steps. 0: not resumed.
+        unit: processes x accumulate; the batch size must be a multiple of it.
 
     Raises:
-        ConfigError: it cannot be shared evenly.
+        ConfigError: the batch cannot be divided evenly.
     """
     batch = set_to or begun_with
     if not batch:
         return max(planned // unit, 1) * unit
     if batch % unit:
         raise ConfigError(
-            "the batch cannot be shared evenly",
+            "the batch cannot be divided evenly",
             where="train.batch_size",
-            seen=f"{batch}" if set_to else f"{batch}, which the training was begun with",
+            seen=f"{batch}" if set_to else f"{batch}, from the start of this training",
             rule=f"a multiple of processes x accumulate ({unit})",
-            hint=None if set_to else "resume on another number of processes",
+            hint=None if set_to else "resume with another number of processes",
         )
     return batch
 
@@ -59,10 +59,10 @@ def batches(sampler: PatchSampler, epoch: int, workers: int, processes: Processe
 
 @contextmanager
 def loaders_are_watched(workers: int) -> Iterator[None]:
-    """Around all that goes on while batches are loaded: PyTorch tells of a killed worker wherever the program is.
+    """Wrap all code that runs while batches are loaded, because PyTorch can report a killed worker at any point.
 
     Raises:
-        UserError: a worker was killed, most likely for want of memory.
+        UserError: a worker was killed, most likely because memory ran out.
     """
     try:
         yield
@@ -70,7 +70,7 @@ def loaders_are_watched(workers: int) -> Iterator[None]:
         if "DataLoader worker" not in str(error):
             raise
         raise UserError(
-            "a worker process was killed, most likely for want of memory",
+            "a worker process was killed, most likely because memory ran out",
             where="train.workers",
             seen=f"{workers} workers",
             hint="set it to a smaller number, then run the same command again",
@@ -91,7 +91,7 @@ class _Steps(torch.utils.data.Dataset):
 
 
 def _begin(number: int) -> None:
-    # PyTorch's own watch over the parent does not end a worker that waits for its results to be taken.
+    # If the parent dies, PyTorch does not end a worker that waits until its results are read.
     end_with_parent()
 
 

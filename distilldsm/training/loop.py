@@ -47,23 +47,23 @@ RESUME = "resume.safetensors"
 BEST = "best.safetensors"
 LAST = "last.safetensors"
 HISTORY = "history.json"
-"""A record an epoch, written anew after each."""
+"""One record per epoch. The file is rewritten after each epoch."""
 
 EpochCallback = Callable[[Mapping[str, Any]], None]
 
 
 @dataclass
 class TrainingState:
-    """What changes while training, besides the tensors; plain JSON types only."""
+    """The state of a training besides its tensors; plain JSON types only."""
 
     epoch: int = 0
-    """Epochs finished."""
+    """Number of finished epochs."""
     step: int = 0
-    """Optimizer steps done."""
+    """Number of optimizer steps so far."""
     best_dice: float = -1.0
     validations_without_gain: int = 0
     batch_size: int = 0
-    """Patches a step, over all processes; 0: no step was made yet."""
+    """Patches per step, over all processes; 0: before the first step."""
     history: list[dict[str, Any]] = field(default_factory=list)
     plateau: dict[str, float] = field(default_factory=dict)
 
@@ -73,11 +73,11 @@ class Trainer:
 
     Args:
         config: the `train` section.
-        preprocessed: directory the preprocess stage wrote.
-        work: directory for checkpoints; a `resume.safetensors` in it is taken up.
-        fold: which fold is held out.
-        processes: this process among its peers.
-        on_epoch: called on the main process with each epoch's record.
+        preprocessed: the directory from the preprocess stage.
+        work: directory for checkpoints. If it holds `resume.safetensors`, the training resumes from it.
+        fold: number of the held-out fold.
+        processes: this process among all training processes.
+        on_epoch: called in the main process with each epoch's record.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Trainer:
         self.average = WeightAverage(self.network, config.ema_decay)
         self.trained: nn.Module = self.network
         if config.deep_supervision and not self.network.decoder_widths:
-            self._say(f"{config.model.name} tells no decoder levels: trained without train.deep_supervision")
+            self._say(f"{config.model.name} has no known decoder levels: trained without train.deep_supervision")
         elif config.deep_supervision:
             self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
         self.optimizer = make_optimizer(config, self.trained)
@@ -162,9 +162,9 @@ class Trainer:
         return network
 
     def run(self) -> TrainingState:
-        """Train to the end and write `last` and `best` weights and `history.json`; returns the final state.
+        """Train to the end, write `last` and `best` weights and `history.json`, return the final state.
 
-        `RESUME` stays, for what the caller still has to do may be interrupted too; it is the caller's to remove.
+        `RESUME` stays, because the caller's next steps may be interrupted, too. The caller must remove it.
         """
         with explains_interrupt(self._kept):
             self._run_epochs()
@@ -200,7 +200,7 @@ class Trainer:
                     last_saved = time.monotonic()
 
     def _kept(self) -> str:
-        """What an interrupted training goes on after: the last checkpoint, not the last epoch."""
+        """The message of an interrupted training: it will resume after the last checkpoint, not the last epoch."""
         path = self.work / RESUME
         epoch = load_tensors(path)[1]["state"]["epoch"] if path.exists() else 0
         more = self.state.epoch - epoch
@@ -208,7 +208,7 @@ class Trainer:
         return f"train: {epoch} of {self.config.epochs} epochs are kept{again}"
 
     def _meter(self, number: int, what: str, total: int, unit: str) -> AbstractContextManager[Meter]:
-        """A line within epoch `number`, which is gone with it: `_print` has the epoch's own."""
+        """A progress line during epoch `number`; it disappears afterwards. `_print` writes the epoch's final line."""
         title = f"epoch {number}/{self.config.epochs}{what}"
         return meter(total=total, title=title, unit=unit, brief=True, shown=self.processes.is_main)
 
@@ -242,13 +242,13 @@ class Trainer:
         }
 
     def _step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
-        """One optimizer step; returns the mean loss over all processes."""
+        """Do one optimizer step; return the mean loss over all processes."""
         x, y = self._augment(images, labels, size, self._draws(epoch, step))
         parts = self.config.accumulate
         loss_sum = torch.zeros(1, device=self.device)
         for k, (part_x, part_y) in enumerate(zip(x.chunk(parts), y.chunk(parts), strict=True)):
             last = k == parts - 1
-            # Gradients are exchanged once a step, with the last part.
+            # Gradients are exchanged once per step, with the last part.
             sync = nullcontext() if last or self.processes.world == 1 else self.parallel.no_sync()  # type: ignore[operator]
             with sync:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
@@ -258,12 +258,12 @@ class Trainer:
                 (loss / parts).backward()
         mean = float(self.processes.sum(loss_sum)) / self.processes.world
         if not math.isfinite(mean):
-            # Every rank sees the same sum, so that all of them stop here and none waits for another.
+            # Every rank sees the same sum. So all ranks stop here, and none waits for another.
             raise UserError(
-                "the loss is not finite; the weights were left as they were before this step",
+                "the loss is not finite; this step did not change the weights",
                 where=f"epoch {epoch + 1}, step {step + 1}",
                 seen=mean,
-                hint="lower train.learning_rate, or set train.precision: fp32; look at the data's intensities",
+                hint="lower train.learning_rate, or set train.precision: fp32; check the data's intensities",
             )
         if self.config.gradient_clip_norm:
             nn.utils.clip_grad_norm_(self.trained.parameters(), self.config.gradient_clip_norm)
@@ -272,7 +272,7 @@ class Trainer:
         return mean
 
     def _draws(self, epoch: int, step: int) -> Draws:
-        """Random numbers of this process's share of a step's batch."""
+        """Random numbers for this process's share of a step's batch."""
         rank, world = self.processes.rank, self.processes.world
         common = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, step, 0))
         own = torch.Generator().manual_seed(hash_seed(self.config.seed, epoch, step, rank, world))
@@ -375,10 +375,10 @@ class Trainer:
             self.state = TrainingState(**meta["state"])
         except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
             raise DataError(
-                "is no checkpoint of a training",
+                "is not a checkpoint of a training",
                 where=path,
                 seen=f"{type(error).__name__}: {error}"[:300],
-                rule="what an interrupted training wrote",
+                rule="a file from an interrupted training",
                 hint="remove the file to train from the start",
             ) from None
         if self.state.plateau:
@@ -390,7 +390,7 @@ class Trainer:
         print(
             f"epoch {record['epoch']}/{self.config.epochs}  loss {record['train_loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  {record['seconds']:.1f} s"
-            # NAME=VALUE is what Katib's collector reads from a log.
+            # Katib's collector reads NAME=VALUE from a log.
             + (f"  Dice {dice}  val_dice_mean={record['val_dice_mean']:.6f}" if dice else "")
             + (f"  about {duration(seconds_left)} left, {memory_text()}" if seconds_left else ""),
             file=sys.stderr,

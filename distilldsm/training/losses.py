@@ -17,15 +17,15 @@ def soft_dice_loss(
     regions: Tensor | None = None,
     over_processes: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """1 minus the mean soft Dice of the foreground classes, each over all voxels of the batch.
+    """1 minus the mean soft Dice of the foreground classes. Each Dice covers all voxels of the batch.
 
     Milletari et al., "V-Net", 3DV 2016, with plain sums in the denominator (Drozdzal et al., 2016):
-    dice_k = (2 sum p_k g_k + s) / (sum p_k + sum g_k + s). Pooling over the batch keeps the loss defined for classes
-    that a single patch lacks.
+    dice_k = (2 sum p_k g_k + s) / (sum p_k + sum g_k + s). The sums cover the batch, so the loss is also defined for
+    a class that a single patch does not contain.
 
     Args:
-        regions: (K, classes) membership: the K channels are regions, with sigmoids, and all of them count.
-        over_processes: a differentiable sum over the processes that share the batch.
+        regions: (K, classes) membership. The K channels are then regions with sigmoids, and all of them count.
+        over_processes: a differentiable sum over the processes with a share of the batch.
     """
     if regions is None:
         probabilities = logits.float().softmax(dim=1)
@@ -42,7 +42,7 @@ def soft_dice_loss(
 
 
 def region_targets(labels: Tensor, regions: Tensor) -> Tensor:
-    """Zeros and ones (B, K, D, H, W): which regions the class of each voxel belongs to."""
+    """Zeros and ones (B, K, D, H, W): 1 where the class of the voxel belongs to the region."""
     return regions.to(labels.device, torch.float32)[:, labels].transpose(0, 1)
 
 

@@ -1,7 +1,7 @@
-"""Drawing training patches from memory-mapped cases. Needs numpy only.
+"""Draw training patches from memory-mapped cases. Needs only numpy.
 
-Every draw depends on (seed, epoch, position in the epoch) alone, so that a resumed run, any number of loader processes
-and any number of training processes see the same patches.
+Every draw depends only on (seed, epoch, position in the epoch). So the patches are the same in a resumed run and with
+any number of loader processes and training processes.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json
 
 MARGIN = 1.2
-"""Patches are read this much larger than they are used, so that rotations find image beyond the border."""
+"""Patches are read larger by this factor, so that rotated patches contain image up to the border."""
 
 
 class PatchSampler:
@@ -26,7 +26,7 @@ class PatchSampler:
         root: the preprocessed directory.
         case_ids: cases to draw from.
         patch_size: (D, H, W).
-        stride: what the network wants sizes to be multiples of, (D, H, W).
+        stride: (D, H, W); sizes are multiples of it, as the network requires.
         margin: patches are read larger by this factor.
     """
 
@@ -58,11 +58,11 @@ class PatchSampler:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Full batches in an epoch, at least one."""
+        """Number of full batches in an epoch, at least one."""
         return max(1, len(self.case_ids) * self.samples_per_case // self.batch_size)
 
     def epoch_order(self, epoch: int) -> npt.NDArray[np.int64]:
-        """Case numbers of an epoch's samples, in order; filled up by repetition to whole batches."""
+        """Case indices of an epoch's samples, in order. Cases are repeated to fill the last batch."""
         order = np.random.default_rng([self.seed, epoch]).permutation(len(self.case_ids) * self.samples_per_case)
         needed = self.steps_per_epoch * self.batch_size
         return np.resize(order, needed) % len(self.case_ids)
@@ -73,9 +73,9 @@ class PatchSampler:
         """This rank's share of one batch.
 
         Returns:
-            images (B, C, D', H', W'), labels (B, D', H', W') with the margin, and the size (D, H, W) to cut out of
-            them. D is the least depth among the batch's cases, at most the patch's: no made-up slices, which a network
-            that looks at neighbouring slices would learn from.
+            images (B, C, D', H', W'), labels (B, D', H', W') with the margin, and the size (D, H, W) of the final crop.
+            D is the smallest depth of the batch's cases, at most the patch's depth. So there are no padded slices, from
+            which a network that uses neighbouring slices would learn.
         """
         first = step * self.batch_size
         positions = range(first + rank, first + self.batch_size, world)
@@ -101,7 +101,7 @@ class PatchSampler:
     def _centre(
         self, name: str, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator
     ) -> tuple[int, int, int]:
-        """Centre of a patch: on a foreground voxel of a random class, or anywhere, kept inside where it fits."""
+        """Centre of a patch: a foreground voxel of a random class, or any voxel. The patch stays inside if it fits."""
         wanted: Sequence[int] | None = None
         if rng.random() < self.foreground_oversampling:
             locations = open_array(self.root / "locations" / f"{name}.npy")
@@ -113,7 +113,7 @@ class PatchSampler:
         for axis, (n, s) in enumerate(zip(shape, size, strict=True)):
             low, high = s // 2, n - (s - s // 2)
             if high <= low:
-                # The volume is smaller than the patch: it lies somewhere inside.
+                # The volume is smaller than the patch: place it at random inside the patch.
                 centre.append(int(rng.integers(high, low + 1)))
             elif wanted is not None:
                 centre.append(int(np.clip(wanted[axis], low, high)))
@@ -130,7 +130,7 @@ def open_array(path: Path) -> npt.NDArray:
     """
     try:
         array = np.load(path, mmap_mode="r", allow_pickle=False)
-        if not isinstance(array, np.ndarray):  # np.load goes by the content: this one holds several
+        if not isinstance(array, np.ndarray):  # np.load looks at the content, not the name
             array.close()
             raise ValueError("a .npz archive")
     except (OSError, ValueError, EOFError) as error:
@@ -145,7 +145,7 @@ def open_array(path: Path) -> npt.NDArray:
 
 
 def _cut(array: npt.NDArray, centre: Sequence[int], size: Sequence[int]) -> npt.NDArray:
-    """The block of `size` around `centre` of (C, D, H, W); zeros beyond the volume."""
+    """Cut the block of `size` around `centre` out of (C, D, H, W); zeros beyond the volume."""
     out = np.zeros((array.shape[0], *size), dtype=array.dtype)
     source, target = [slice(None)], [slice(None)]
     for n, c, s in zip(array.shape[1:], centre, size, strict=True):

@@ -1,4 +1,4 @@
-"""The one place where the learning rate is decided."""
+"""The schedule of the learning rate. No other module sets it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ FINAL_SHARE = 1e-3
 PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 10
 FEW_STEPS = 500
-"""Fewer are told. The shortest trainings on real scans in docs/recipe.md: 828 steps (hippocampus, 12 epochs of 69) and
-975 (ACDC, 25 epochs of 39; Dice .8919 where 6,630 give .9162, though of other patches)."""
+"""Fewer steps cause a warning. The shortest trainings on real scans in docs/recipe.md have 828 steps (hippocampus, 12
+epochs of 69) and 975 steps (ACDC, 25 epochs of 39; Dice .8919, and .9162 with 6,630 steps and other patches)."""
 
 
 def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str, warmup_fraction: float) -> float:
@@ -35,20 +35,20 @@ def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str,
 
 
 def remark_on_few_steps(*, epochs: int, steps_per_epoch: int, cases: int, batch_size: int) -> str | None:
-    """What to set so that a training has FEW_STEPS optimizer steps; None where it has them."""
+    """A warning with the settings for FEW_STEPS optimizer steps; None if the training has at least as many."""
     total = epochs * steps_per_epoch
     if total >= FEW_STEPS:
         return None
     longer = -(-FEW_STEPS // steps_per_epoch)
     denser = -(-(-(-FEW_STEPS // epochs) * batch_size) // cases)
     return (
-        f"train: {total} optimizer steps in all are few for real scans. {FEW_STEPS} or more by train.epochs={longer}, "
-        f"or by train.samples_per_case={denser}"
+        f"train: {total} optimizer steps in all are few for real scans. For {FEW_STEPS} or more, set "
+        f"train.epochs={longer} or train.samples_per_case={denser}"
     )
 
 
 class Plateau:
-    """Halves the rate when the training loss has not improved for PLATEAU_PATIENCE epochs; plain numbers only."""
+    """Halves the rate if the training loss has not improved for PLATEAU_PATIENCE epochs. Holds plain numbers only."""
 
     def __init__(self) -> None:
         self.best = math.inf

@@ -1,4 +1,4 @@
-"""What a training run starts from: device, precision, seeds, network, optimizer."""
+"""Set up a training run: device, precision, seeds, network, optimizer."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from distilldsm.models.base import SegmentationNetwork
 
 
 def hash_seed(*parts: int) -> int:
-    """One seed from several whole numbers, well mixed and the same on every machine."""
+    """Make one seed from several integers; it is well mixed and the same on every machine."""
     return int(np.random.SeedSequence(parts).generate_state(2, np.uint32).view(np.uint64)[0] >> np.uint64(1))
 
 
 def seed_everything(seed: int, *, deterministic: bool) -> None:
-    """Seed torch; with `deterministic`, ask for algorithms that repeat (where a GPU lacks one, torch warns)."""
+    """Seed torch. With `deterministic`, request repeatable algorithms (torch warns if a GPU does not have one)."""
     torch.manual_seed(seed)
-    if deterministic:  # for the matrix products of a GPU, which read it once
+    if deterministic:  # for matrix products on a GPU; read once by the library
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic, warn_only=True)
-    # Filling every new tensor costs a tenth of a step on a CPU and only matters to code that reads what it never wrote.
+    # Filling every new tensor costs a tenth of a step on a CPU. Only code that reads uninitialised memory needs it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.deterministic = deterministic
     torch.backends.cudnn.benchmark = torch.cuda.is_available() and not deterministic
 
 
 def choose_device(name: str, local_rank: int) -> torch.device:
-    """`auto` takes the GPU if there is one.
+    """The device for a setting; `auto` is the GPU if there is one.
 
     Raises:
         ConfigError: `cuda` without a GPU.
     """
     if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("no GPU can be used", where="train.device", seen="cuda", hint="use auto or cpu")
+        raise ConfigError("no GPU is available", where="train.device", seen="cuda", hint="use auto or cpu")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
@@ -63,7 +63,7 @@ def build_network(config: TrainConfig, plan: Plan, device: torch.device) -> Segm
 
 
 def choose_bf16(precision: str, device: torch.device) -> bool:
-    """Whether to compute in bf16; `auto`: where the hardware multiplies bf16 itself."""
+    """Whether to compute in bf16; `auto`: if the hardware has bf16 multiplication."""
     if precision != "auto":
         return precision == "bf16"
     if device.type == "cuda":

@@ -1,4 +1,4 @@
-"""Dice of whole held-out volumes in network space, while training."""
+"""Dice of whole held-out volumes on the network's grid, during training."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def validate(
     processes: Processes | None = None,
     on_case: Callable[[], object] = lambda: None,
 ) -> dict[str, float]:
-    """Mean Dice per structure over the cases; the cases are shared among the processes.
+    """Mean Dice per structure over the cases. The processes divide the cases among themselves.
 
-    The figure is for watching a run: the reported scores are those of the evaluate stage, in the scan's geometry.
+    The value only shows the progress of a run. The evaluate stage computes the reported scores, on the scan's grid.
     `on_case` is called after each case of this process's share.
     """
     processes = processes or Processes()
@@ -49,7 +49,7 @@ def validate(
 def structure_dice(
     prediction: npt.NDArray[np.integer], truth: npt.NDArray[np.integer], targets: Targets
 ) -> list[float]:
-    """Hard Dice of each structure (foreground class or region), of two arrays of classes; 1 where it is in neither."""
+    """Hard Dice of each structure (foreground class or region) in two class arrays; 1 if it is in neither."""
     values = []
     for members in targets.membership():
         a, b = members[prediction], members[truth]

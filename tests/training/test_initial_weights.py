@@ -93,7 +93,7 @@ def test_what_does_not_fit_is_named(weights):
 
 
 def test_a_file_that_has_nothing_of_it(weights):
-    with pytest.raises(DataError, match="does not fit the network it is to start"):
+    with pytest.raises(DataError, match="does not fit the network"):
         load_initial_weights(network(), weights(torch.nn.Conv2d(1, 1, 1)), strict=False)
 
 
@@ -146,4 +146,4 @@ def test_no_such_file(preprocessed, tmp_path):
 def test_deep_supervision_is_turned_off_where_there_are_no_levels(preprocessed, tmp_path, capsys):
     settings = config(model=ModelConfig(name="inserted", options=OWN), epochs=1, deep_supervision=2)
     Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0).run()
-    assert "inserted tells no decoder levels: trained without train.deep_supervision" in capsys.readouterr().err
+    assert "inserted has no known decoder levels: trained without train.deep_supervision" in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_a_resumed_training_keeps_its_batch_size(preprocessed, tmp_path, monkeyp
     begun._save_resume()
     two = Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0, processes=Processes(world=2))
     assert (two.sampler.batch_size, two.total_steps) == (2, 8)
-    with pytest.raises(ConfigError, match="which the training was begun with"):
+    with pytest.raises(ConfigError, match="from the start of this training"):
         Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0, processes=Processes(world=3))
 
 
