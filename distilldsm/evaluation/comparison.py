@@ -1,8 +1,8 @@
-"""Several trainings side by side, compared case by case on the cases that all of them were scored on.
+"""Compare several trainings case by case, on the cases with scores of all trainings.
 
-The test is the two-sided Wilcoxon signed-rank test of the paired differences to the first one, its p-values corrected
-for the number of comparisons of a metric by Holm's procedure. It takes its pairs for independent: of several cases of a
-patient the mean difference is one pair.
+The test is the two-sided Wilcoxon signed-rank test of the paired differences to the first training. Holm's procedure
+corrects the p-values for the number of comparisons of a metric. The test assumes independent pairs. So each patient
+gives one pair: the mean difference over the patient's cases.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from distilldsm.evaluation.trainings import Training
 from distilldsm.report.figures import dice_panels, save_figure
 
 VOLUME_TOLERANCE = 1e-3
-"""By which share the volumes of one truth may differ: tables hold six digits."""
+"""Largest relative difference between volumes of the same truth, because tables hold six digits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """One training, label and metric."""
+    """Result for one training, label and metric."""
 
     training: str
     label: str
     metric: str
     cases: int
-    """Cases of this label for which the metric is defined in all trainings."""
+    """Number of cases of this label for which the metric is defined in all trainings."""
     patients: int
-    """Whose cases these are: the pairs of the test."""
+    """Number of patients with these cases: the pairs of the test."""
     mean: float
     sd: float | None
     """Sample standard deviation over the cases; None for a single case."""
@@ -46,18 +46,18 @@ class Comparison:
     difference: float | None
     """Mean over the cases of this training minus the first; None for the first."""
     p: float | None
-    """Uncorrected; None for the first."""
+    """Uncorrected p-value; None for the first."""
     p_holm: float | None
-    """Corrected for the number of comparisons of the metric."""
+    """p-value corrected for the number of comparisons of the metric."""
 
 
 def compare(trainings: Sequence[Training]) -> list[Comparison]:
-    """Every training, label and metric, over the cases that all of them have.
+    """Compare every training, label and metric over the common cases.
 
-    Metrics whose best value is 0 are left out: their size is a metric of its own.
+    A signed error (best value 0) is left out, because its absolute value is a separate metric.
 
     Raises:
-        DataError: no case is common to all, or a case was scored against another truth or with another tolerance.
+        DataError: there is no common case, or a case was scored against another truth or with another tolerance.
     """
     _check_tolerance(trainings)
     tables = shared_scores(trainings)
@@ -86,7 +86,7 @@ def _of_label(
     label: str,
     metric: str,
 ) -> list[Comparison]:
-    """A row for each training, not yet corrected, of values (trainings, cases); none where no case counts."""
+    """One row per training from values (trainings, cases), p not yet corrected; no rows if no case counts."""
     defined = np.flatnonzero(~np.isnan(values).any(axis=0))
     values, whose = values[:, defined], [patients[int(k)] for k in defined]
     rows = []
@@ -119,17 +119,17 @@ def _corrected(rows: Sequence[Comparison]) -> list[Comparison]:
 
 
 def shared_scores(trainings: Sequence[Training]) -> list[ScoreTable]:
-    """The scores of each training, of the cases and labels that all of them have.
+    """The scores of each training, limited to the common cases and labels.
 
     Raises:
-        DataError: there are none.
+        DataError: there is no common case or label.
     """
     tables = [training.scores for training in trainings]
     cases = sorted(set.intersection(*(set(table.cases) for table in tables)))
     labels = [label for label in tables[0].labels if all(label in table.labels for table in tables)]
     if not cases or not labels:
         raise DataError(
-            "no case was scored in all of them",
+            "no case was scored in all trainings",
             where=", ".join(str(folder) for training in trainings for folder in training.folders),
             seen="; ".join(f"{training.name}: {_some(sorted(training.scores.cases))}" for training in trainings),
             rule="the same cases and labels: the same folds of one data set",
@@ -139,7 +139,7 @@ def shared_scores(trainings: Sequence[Training]) -> list[ScoreTable]:
 
 
 def _patients(tables: Sequence[ScoreTable]) -> list[str]:
-    """Of each shared case: as the first training that knows it names the patient."""
+    """The patient of each shared case, from the first training that knows it."""
     names = zip(*(table.patients for table in tables), strict=True)
     pairs = zip(tables[0].cases, names, strict=True)
     return [next((name for name in of_case if name != case), case) for case, of_case in pairs]
@@ -153,13 +153,13 @@ def _check_tolerance(trainings: Sequence[Training]) -> None:
             "were scored with different tolerances of the NSD",
             where=", ".join(str(folder) for training in trainings for folder in training.folders),
             seen="; ".join(f"{name}: {', '.join(f'{mm:g}' for mm in many)} mm" for name, many in known.items() if many),
-            rule="one evaluate.nsd_tolerance_mm",
+            rule="the same evaluate.nsd_tolerance_mm",
             hint="evaluate again with the same (dvc repro, or distilldsm evaluate --set evaluate.nsd_tolerance_mm=...)",
         )
 
 
 def _check_truth(trainings: Sequence[Training], tables: Sequence[ScoreTable]) -> None:
-    """Refuse cases that are called alike but hold another structure: another data set, or labels changed since."""
+    """Refuse cases with the same name but another true volume: another data set, or labels that were changed."""
     first = tables[0].scores["volume_truth_ml"]
     for training, table in zip(trainings[1:], tables[1:], strict=True):
         volumes = table.scores["volume_truth_ml"]
@@ -176,7 +176,7 @@ def _check_truth(trainings: Sequence[Training], tables: Sequence[ScoreTable]) ->
 
 
 def unmatched(trainings: Sequence[Training]) -> list[str]:
-    """What is left out because not all trainings were scored on it, a line for each training and kind."""
+    """Lines about what is left out because some trainings have no scores of it: one per training and kind."""
     lines = []
     for kind in ("cases", "labels"):
         names = {training.name: set(getattr(training.scores, kind)) for training in trainings}
@@ -188,7 +188,7 @@ def unmatched(trainings: Sequence[Training]) -> list[str]:
 
 
 def scored_differently(trainings: Sequence[Training]) -> list[str]:
-    """Where trainings were evaluated with different settings, a line for each setting: what is compared may be that."""
+    """Lines about settings of the evaluation that differ. Such a difference may explain the differences in scores."""
     lines = []
     for key in dict.fromkeys(key for training in trainings for one in training.settings for key in one):
         values = {t.name: [str(one[key]) for one in t.settings if key in one] for t in trainings}
@@ -203,7 +203,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def format_comparison(rows: Sequence[Comparison]) -> str:
-    """A table for the terminal, a block per metric."""
+    """A table for the terminal with one block per metric."""
     lines: list[tuple[str, ...]] = []
     for name in dict.fromkeys(row.metric for row in rows):
         metric = METRICS[name]
@@ -218,12 +218,12 @@ def format_comparison(rows: Sequence[Comparison]) -> str:
 
 
 def cost_rows(trainings: Sequence[Training]) -> list[dict[str, Any]]:
-    """What each training costs, a row each: median seconds and largest memory over its folds; unknown ones None."""
+    """The costs of each training, one row each: median seconds and largest memory over its folds; unknown: None."""
     return [{"training": training.name, **combine_costs(training.costs)} for training in trainings]
 
 
 def format_costs(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The costs for the terminal; columns that nobody knows are left out."""
+    """The costs for the terminal, without columns that have no values."""
     columns = measured(rows)
     lines = [["", *columns]]
     for row in rows:
@@ -232,7 +232,7 @@ def format_costs(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def draw(trainings: Sequence[Training], path: Path) -> None:
-    """Dice of every case that all were scored on as boxes, a panel per label, as PNG."""
+    """Box plots of the Dice of all common cases, one panel per label, as PNG."""
     tables = shared_scores(trainings)
     panels = {
         label: {
@@ -245,5 +245,5 @@ def draw(trainings: Sequence[Training], path: Path) -> None:
 
 
 def write_comparison(rows: Sequence[Comparison], path: Path) -> None:
-    """The same numbers as CSV, undefined ones empty."""
+    """The same numbers as CSV; undefined values are empty."""
     write_csv(path, [dataclasses.asdict(row) for row in rows])

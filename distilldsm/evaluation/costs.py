@@ -1,4 +1,4 @@
-"""What a network costs to train and to use, over the folds of a cross-validation."""
+"""Time and memory of training and prediction, over the folds of a cross-validation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Cost:
     key: str
     """Its name in the file."""
     of_training: bool = True
-    """Whether it stands in the file's section `training`."""
+    """Whether it is in the file's section `training`."""
 
     def text(self, value: float | None) -> str:
-        """A value for people, a dash where it was not measured."""
+        """A value as text; a dash if it was not measured."""
         return "-" if value is None else format(value, self.form)
 
 
@@ -36,18 +36,17 @@ COSTS = {
     "prediction_gb": Cost("peak memory of prediction, GB", ".2f", "peak_memory_gb", of_training=False),
     "prediction_gpu_gb": Cost("peak GPU memory of prediction, GB", ".2f", "peak_gpu_memory_gb", of_training=False),
 }
-"""Seconds are medians (those of a training its sum over the epochs), memory (10^9 bytes) is the peak of the main
-process."""
+"""Seconds are medians (of a training: the sum over its epochs). Memory (10^9 bytes) is the peak of the main process."""
 
 
 def costs_of_fold(timing: Mapping[str, Any]) -> dict[str, Any]:
-    """The costs of one fold, named as in `COSTS`, from its `timing.json`; what that does not tell is None."""
+    """The costs of one fold by the names in `COSTS`, from its `timing.json`; None if the file does not have them."""
     training = timing.get("training", {})
     return {name: (training if cost.of_training else timing).get(cost.key) for name, cost in COSTS.items()}
 
 
 def combine_costs(of_folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The median of the folds' seconds, the largest of anything else; None where no fold tells."""
+    """The median of the folds' seconds, and the maximum of everything else; None if no fold has a value."""
     combined: dict[str, Any] = {}
     for name in COSTS:
         values = [one[name] for one in of_folds if one.get(name) is not None]
@@ -57,12 +56,12 @@ def combine_costs(of_folds: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def measured(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The names of the costs that at least one row knows."""
+    """The names of the costs with a value in at least one row."""
     return [name for name in COSTS if any(row[name] is not None for row in rows)]
 
 
 def machines(timings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What the folds were trained and predicted on, each machine once."""
+    """The machines of the folds' trainings and predictions, each listed once."""
     texts = [_machine(facts) for timing in timings for facts in (timing.get("training", {}), timing)]
     return list(dict.fromkeys(text for text in texts if text))
 

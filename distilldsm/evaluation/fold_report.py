@@ -17,7 +17,7 @@ from distilldsm.report.page import render as render_page
 
 
 def draw(folds: Sequence[Fold], path: Path) -> None:
-    """Dice of every case as boxes, a panel per label, a box per fold, as PNG."""
+    """Box plots of Dice, one panel per label, one box per fold, as PNG."""
     labels = dict.fromkeys(row["label"] for row in folds[0].rows)
     panels = {
         label: {f"fold {fold.number}": [row["dice"] for row in fold.rows if row["label"] == label] for fold in folds}
@@ -30,14 +30,14 @@ def render(folds: Sequence[Fold], summary: Mapping[str, Any], picture: Path) -> 
     """The page: table, figure, costs, cases, provenance.
 
     Args:
-        summary: of `table.summarise`.
-        picture: of `draw`.
+        summary: from `fold_table.summarise`.
+        picture: from `draw`.
     """
     notes = []
     if folds[0].evaluate["config"].get("checkpoint") == "best":
-        notes.append("The checkpoints were chosen on these very cases: the scores are optimistic.")
-    if len(summary["cost"]["machines"]) > 2:  # one line for training and one for prediction: a single machine
-        notes.append("The folds were not all computed on the same machine: their seconds are not comparable.")
+        notes.append("The checkpoints were chosen on these same cases, so the scores are optimistic.")
+    if len(summary["cost"]["machines"]) > 2:  # a single machine gives one line for training and one for prediction
+        notes.append("The folds were computed on different machines, so their seconds are not comparable.")
     rows = [{**row, "case": f"{row['case']} (fold {fold.number})"} for fold in folds for row in fold.rows]
     network = networks_named(summary.get("ensemble", [summary["network"]]))
     numbers = ", ".join(str(fold.number) for fold in folds)

@@ -1,8 +1,8 @@
 """The statistics over folds and over cases.
 
-Over folds: mean and sample standard deviation (n - 1) of the folds' means. Over cases: the same of all held-out cases
-together. Undefined scores (see distilldsm/evaluation/metrics.py) are left out; a fold in which a score is defined for
-no case does not count. What is defined once has no standard deviation (None).
+Over folds: mean and sample standard deviation (n - 1) of the folds' means. Over cases: the same for all held-out cases
+together. Undefined scores (see distilldsm/evaluation/metrics.py) are left out. A fold does not count for a score that
+is undefined in all its cases. A single value has no standard deviation (None).
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ LARGEST = "largest component only, as the other folds decide"
 
 
 def summarise(folds: Sequence[Fold]) -> dict[str, Any]:
-    """Everything that is reported of a cross-validation.
+    """All reported results of a cross-validation.
 
     Returns:
         {"folds": [number], "cases": number of cases, "cases_by_fold": {fold: number},
         "labels": {label: {metric: {mean_folds, sd_folds, folds, mean_cases, sd_cases, cases, fold_means}}},
-        "mean": {metric: the same of the labels' mean}, "network": its name and options, "ensemble": those of all
-        networks where several were averaged, "evaluate": how it was scored,
+        "mean": {metric: the same for the labels' mean}, "network": its name and options, "ensemble": name and options
+        of all averaged networks, "evaluate": settings of the evaluation,
         "cost": {**COSTS, "machines": [text], "folds": [the costs of each]}, "largest_component": None or
-        {"labels", "mean": as above, "chosen": {fold: [labels that change]}}: the same scores where, of labels that gain
-        by it in the **other** folds, only the largest component is kept}. The numbers of folds and cases are those
-        where the score is defined.
+        {"labels", "mean": as above, "chosen": {fold: [labels that change]}}}. `largest_component` has the scores after
+        post-processing: only the largest component is kept of the labels that gain by it in the **other** folds.
+        Numbers of folds and cases count only defined scores.
     """
     first = folds[0]
     cases = {str(fold.number): len({row["case"] for row in fold.rows}) for fold in folds}
@@ -59,7 +59,7 @@ def _named(model: Mapping[str, Any]) -> dict[str, Any]:
 def _scores(by_fold: Mapping[int, Sequence[Row]], metrics: Iterable[str]) -> dict[str, Any]:
     """`labels` and `mean` of a summary.
 
-    The labels' mean is in a fold the mean of its labels' means, in a case that of its labels.
+    The labels' mean of a fold is the mean of its labels' means. The labels' mean of a case is the mean of its labels.
     """
     labels = list(dict.fromkeys(row["label"] for rows in by_fold.values() for row in rows))
     tables = {str(number): ScoreTable.of(rows, labels) for number, rows in by_fold.items()}
@@ -76,7 +76,7 @@ def _scores(by_fold: Mapping[int, Sequence[Row]], metrics: Iterable[str]) -> dic
 
 
 def _entry(of_cases: Floats, fold_means: Mapping[str, float | None]) -> dict[str, Any]:
-    """What is reported of one score: each case's value, and each fold's mean."""
+    """Statistics of one score, from each case's value and each fold's mean."""
     return {
         **dict(zip(("mean_folds", "sd_folds", "folds"), spread(list(fold_means.values())), strict=True)),
         **dict(zip(("mean_cases", "sd_cases", "cases"), spread(of_cases), strict=True)),
@@ -85,14 +85,14 @@ def _entry(of_cases: Floats, fold_means: Mapping[str, float | None]) -> dict[str
 
 
 def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Row]]:
-    """Fold to its rows after post-processing, decided for each fold by the others; empty for a single fold."""
+    """Fold to its rows after post-processing, as the other folds decide; empty for a single fold."""
     if len(folds) < 2:
         return {}
     return nested({fold.number: (fold.rows, fold.largest) for fold in folds}, folds[0].groups)
 
 
 def _largest_component(folds: Sequence[Fold]) -> dict[str, Any] | None:
-    """Scores after post-processing; None for one fold or without a change."""
+    """Scores after post-processing; None for a single fold, or if nothing changes."""
     rows = postprocessed_rows(folds)
     chosen = {
         str(fold.number): sorted(
@@ -107,13 +107,13 @@ def _largest_component(folds: Sequence[Fold]) -> dict[str, Any] | None:
 
 
 def _costs(folds: Sequence[Fold]) -> dict[str, Any]:
-    """Of all folds together, of each, and what they were measured on."""
+    """Costs of all folds together and of each fold, and the machines."""
     rows = [{"fold": fold.number, **costs_of_fold(fold.timing)} for fold in folds]
     return {**combine_costs(rows), "machines": machines([fold.timing for fold in folds]), "folds": rows}
 
 
 def by_label(scores: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    """Label to metric to statistics; the labels' mean last as `mean`, where there are several labels."""
+    """Label to metric to statistics. If there are several labels, their mean comes last as `mean`."""
     labels = {label_key(label): of_label for label, of_label in scores["labels"].items()}
     return labels | ({"mean": scores["mean"]} if len(labels) > 1 else {})
 
@@ -124,7 +124,7 @@ def lines_of(summary: Mapping[str, Any]) -> list[tuple[str, str, Mapping[str, An
 
 
 def table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """`table.csv`: a row per label and metric."""
+    """Write `table.csv`: one row per label and metric."""
     return [
         {
             "label": label,
@@ -137,7 +137,7 @@ def table_rows(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def cost_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What the network costs, as title and text; what was not measured is left out."""
+    """The network's costs as title and text, without values that were not measured."""
     values = summary["cost"]
     lines = [(cost.title, cost.text(values[name])) for name, cost in COSTS.items() if values[name] is not None]
     if networks := summary.get("ensemble"):
@@ -164,7 +164,7 @@ def format_table(summary: Mapping[str, Any], title: str) -> str:
 
 
 def largest_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Label and its scores after post-processing, mean and sd over folds; nothing where no fold was changed."""
+    """Each label and its scores after post-processing (mean and sd over folds); empty if no fold changes."""
     if not summary["largest_component"]:
         return []
     lines = []
@@ -178,9 +178,9 @@ def largest_lines(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, Any]:
-    """Few numbers, well rounded: {metric: {label: {mean, sd_folds, sd_cases}}} and costs; undefined ones left out.
+    """A few rounded numbers: {metric: {label: {mean, sd_folds, sd_cases}}} and costs, without undefined values.
 
-    Scores after post-processing, where it changed anything, are `postprocessed_METRIC`.
+    Scores after post-processing are `postprocessed_METRIC`; they exist only if post-processing changes something.
     """
     values = {metric: _rounded(summary, metric) for metric in METRICS}
     if processed := summary["largest_component"]:
@@ -201,7 +201,7 @@ def _rounded(scores: Mapping[str, Any], metric: str) -> dict[str, dict[str, floa
 
 
 def metrics_for_mlflow(summary: Mapping[str, Any]) -> dict[str, float]:
-    """`cv_METRIC_LABEL_mean`, `_sd_folds` and `_sd_cases`, without LABEL for the labels' mean, and `cv_COST`."""
+    """`cv_METRIC_LABEL_mean`, `_sd_folds`, `_sd_cases` and `cv_COST`; the labels' mean has no LABEL in its name."""
     values = metrics_for_dvc(summary)
     flat = {f"cv_{name}": value for name, value in values.pop("cost").items()}
     for metric, labels in values.items():

@@ -1,4 +1,4 @@
-"""The evaluated folds of a cross-validation, read and checked: do they belong into one table?"""
+"""Read the evaluated folds of a cross-validation and check that they belong together."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distilldsm.evaluation.postprocess import POSTPROCESSED, POSTPROCESSING, loa
 from distilldsm.evaluation.tables import Row, read_rows
 
 CASES_POSTPROCESSED = "cases_postprocessed.csv"
-"""Of a cross-validation: the cases after the post-processing that the other folds decide on."""
+"""File of a cross-validation: the scores after post-processing, as the other folds decide."""
 _MAY_DIFFER = EXECUTION_PARAMETERS | {"save_masks"}
 _NETWORK = ("name", "options", "in_channels", "out_channels", "parameters", "macs_per_voxel", "labels")
 
@@ -27,26 +27,26 @@ class Fold:
 
     number: int
     rows: tuple[Row, ...]
-    """One per case and label; undefined scores are None."""
+    """One row per case and label; undefined scores are None."""
     largest: tuple[Row, ...]
-    """The same with only the largest component of every label."""
+    """The same rows with only the largest component of every label."""
     groups: Mapping[str, tuple[str, ...]]
-    """Which of their labels change together, see `postprocess.Groups`."""
+    """The labels that change together, see `postprocess.Groups`."""
     model: Mapping[str, Any]
     """`model.json`."""
     train: Mapping[str, Any]
-    """The manifest of the model."""
+    """The model's manifest."""
     evaluate: Mapping[str, Any]
-    """The manifest of the evaluation."""
+    """The evaluation's manifest."""
     ensemble: Mapping[str, Any]
-    """1, 2 ... to name, options and parameters of the training of the networks that were averaged; empty for one."""
+    """1, 2 ... to name, options and training parameters of the averaged networks; empty for a single network."""
     timing: Mapping[str, Any]
     """`timing.json`."""
     model_directory: Path
     evaluation_directory: Path
 
     def recipe(self) -> dict[str, tuple[Path, dict[str, Any]]]:
-        """What all folds share: what is wrong where one does not, to the file that tells it and the values."""
+        """Values that must be equal in all folds: the problem if they differ, to the file and the values."""
         model, evaluation = self.model_directory, self.evaluation_directory
         trained, scored = self.train["inputs"], self.evaluate["inputs"]
         networks = {number: one | {"train": recipe_of(one["train"])} for number, one in self.ensemble.items()}
@@ -66,7 +66,7 @@ class Fold:
 
 
 def recipe_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of a stage that must be alike in all folds: what was computed, not where and how."""
+    """The parameters of a stage that must be equal in all folds: those that change results, not device or workers."""
     return {key: value for key, value in config.items() if key not in _MAY_DIFFER}
 
 
@@ -74,9 +74,9 @@ def load_folds(numbers: Sequence[int], evaluation: Path, models: Path, splits: P
     """Read folds and check that they are one cross-validation.
 
     Args:
-        numbers: which folds; others that lie there are not looked at.
-        evaluation, models: the folders that hold `fold0`, `fold1` ...
-        splits: `splits.json` of the preprocessed data, to check what was held out; None where it is not at hand.
+        numbers: the folds to read; other folds are ignored.
+        evaluation, models: the folders with `fold0`, `fold1` ...
+        splits: `splits.json` of the preprocessed data, to check the held-out cases; None: not available.
 
     Raises:
         UserError: a fold is missing or damaged.
@@ -104,7 +104,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
     train, evaluate = read_json(model / MANIFEST), read_json(evaluation / MANIFEST)
     for directory, manifest in ((model, train), (evaluation, evaluate)):
         if manifest.get("fold") != number:
-            raise DataError("holds another fold", where=directory, seen=f"fold {manifest.get('fold')}")
+            raise DataError("contains another fold", where=directory, seen=f"fold {manifest.get('fold')}")
     if evaluate["inputs"].get("model") != content_hash(model):
         raise DataError(
             "was evaluated with another model",
@@ -118,7 +118,7 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             "was evaluated with another split than its model was trained on",
             where=evaluation,
             seen=f"{model / 'model.json'} names another",
-            rule="a model is scored on the cases that it has not seen",
+            rule="a model is scored on cases that were not in its training",
             hint=f"dvc repro, or distilldsm train --fold {number}",
         )
     return Fold(
@@ -166,7 +166,7 @@ def _check_cases(folds: Sequence[Fold]) -> None:
                 raise DataError(
                     "a case was held out in two folds",
                     where=path,
-                    seen=f"{row['case']}, in fold {other} too",
+                    seen=f"{row['case']}, also in fold {other}",
                     rule="each case is held out exactly once",
                     hint="evaluate the folds of one splits.json",
                 )
@@ -186,7 +186,7 @@ def _check_splits(folds: Sequence[Fold], splits: Path) -> None:
         different = sorted(set(stored[fold.number]["held_out"]) ^ {row["case"] for row in fold.rows})
         if different:
             raise DataError(
-                "the cases scored are not those held out",
+                "the scored cases are not the held-out cases",
                 where=fold.evaluation_directory / "cases.csv",
                 seen=f"{len(different)} differ, first {different[0]}",
                 rule="each case is held out exactly once",

@@ -1,7 +1,7 @@
 """The metrics: scores of one mask against the truth, on the scan's own grid.
 
-`METRICS` is the one table of them. Tables, reports, `cases.csv`, DVC, MLflow, cross-validation, comparison and gate
-read it: a new metric is one entry there.
+`METRICS` lists all of them. Tables, reports, `cases.csv`, DVC, MLflow, cross-validation, comparison and gate read it.
+To add a metric, add one entry there.
 
 Convention for empty masks (also in docs/metrics.md):
 
@@ -11,8 +11,8 @@ Convention for empty masks (also in docs/metrics.md):
 | empty | not empty | 0 | diagonal of the volume | undefined | 0 |
 | not empty | empty | 0 | diagonal of the volume | 0 | undefined |
 
-Undefined values are None and left out of means, and the number of defined ones is reported. The diagonal is the largest
-distance there can be: a missed structure costs, but one case cannot make a mean infinite.
+Undefined values are None and left out of means; the number of defined values is reported. The diagonal is the largest
+possible distance. So a missed structure lowers the score, but a single case cannot make a mean infinite.
 """
 
 from __future__ import annotations
@@ -27,36 +27,36 @@ import numpy.typing as npt
 
 Mask = npt.NDArray[np.bool_]
 VOLUMES = ("volume_truth_ml", "volume_predicted_ml")
-"""What is measured of each mask besides the metrics."""
+"""Measured for each mask in addition to the metrics."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class MaskPair:
-    """A true and a predicted mask, (X, Y, Z) on one grid, and what several metrics need of them."""
+    """A true and a predicted mask, (X, Y, Z) on one grid, and quantities that several metrics use."""
 
     truth: Mask
     prediction: Mask
     spacing_mm: Sequence[float]
     tolerance_mm: float
-    """Of the NSD."""
+    """Tolerance of the NSD."""
 
     @cached_property
     def n_truth(self) -> int:
-        """Voxels of the truth."""
+        """Number of voxels of the truth."""
         return int(self.truth.sum())
 
     @cached_property
     def n_predicted(self) -> int:
-        """Voxels of the prediction."""
+        """Number of voxels of the prediction."""
         return int(self.prediction.sum())
 
     @cached_property
     def n_both(self) -> int:
-        """Voxels that are in both masks: the true positives."""
+        """Number of voxels in both masks: the true positives."""
         return int((self.truth & self.prediction).sum())
 
     def volume_ml(self, voxels: int) -> float:
-        """The volume of so many voxels."""
+        """Volume of a number of voxels, ml."""
         return voxels * float(np.prod(self.spacing_mm)) / 1000
 
     @cached_property
@@ -89,18 +89,18 @@ class Metric:
     name: str
     """Column of `cases.csv` and key in all files."""
     title: str
-    """For people, without the unit."""
+    """Title for readers, without the unit."""
     unit: str
-    """Empty: a fraction."""
+    """Unit; empty for a fraction."""
     higher_is_better: bool | None
-    """None: the best value is 0, and errors to both sides count."""
+    """None: the best value is 0, and both signs are errors."""
     digits: int
-    """Decimals in tables for people; `metrics.json` holds one more."""
+    """Decimals in tables for readers; `metrics.json` has one more."""
     compute: Callable[[MaskPair], float | None]
-    """The score; None where it is undefined."""
+    """Computes the score; None if it is undefined."""
     main: bool = False
-    """Defined for all masks, shown first, tracked per label and with its interval. The gate may use it
-    (`ExportConfig.gate_metric`)."""
+    """A main metric is defined for all masks and shown first. MLflow gets it per label and with its interval. The gate
+    may use it (`ExportConfig.gate_metric`)."""
 
     @property
     def heading(self) -> str:
@@ -108,11 +108,11 @@ class Metric:
         return f"{self.title} {self.unit}".rstrip()
 
     def text(self, value: float | None, sign: str = "") -> str:
-        """A value for people, a dash where it is undefined; `sign` "+" shows plus signs."""
+        """A value as text; a dash if it is undefined. `sign` "+" shows plus signs."""
         return "-" if value is None else f"{value:{sign}.{self.digits}f}"
 
     def badness(self, values: npt.NDArray[np.floating]) -> npt.NDArray[np.floating]:
-        """Values of any shape, turned so that more is worse."""
+        """Values of any shape, with the sign changed if needed, so that a larger value is worse."""
         if self.higher_is_better is None:
             return np.abs(values)
         return -values if self.higher_is_better else values
@@ -174,10 +174,10 @@ def score_case(
         truth, prediction: (X, Y, Z) label values on one grid.
         spacing_mm: voxel size along the three axes.
         labels: name to value, or to the values of a region; the value 0 (background) is not scored.
-        tolerance_mm: of the NSD.
+        tolerance_mm: tolerance of the NSD.
 
     Returns:
-        Of each label a row: `label`, every metric (None where undefined), and VOLUMES.
+        One row per label: `label`, every metric (None if undefined), and VOLUMES.
 
     Raises:
         ValueError: the shapes differ.
@@ -201,7 +201,7 @@ def score_case(
 
 
 def _bounding_box(mask: Mask) -> tuple[slice, ...]:
-    """The smallest box around a mask, one voxel wider: distances there are those of the whole volume."""
+    """The smallest box around a mask plus one voxel. Surface distances are the same as in the whole volume."""
     box = []
     for axis in range(3):
         hit = np.flatnonzero(mask.any(axis=tuple(k for k in range(3) if k != axis)))
@@ -212,7 +212,7 @@ def _bounding_box(mask: Mask) -> tuple[slice, ...]:
 def confusion(
     truth: npt.NDArray[np.integer], prediction: npt.NDArray[np.integer], values: Sequence[int]
 ) -> npt.NDArray[np.int64]:
-    """Voxels by true (row) and predicted (column) label, in the order of `values`."""
+    """Number of voxels by true (row) and predicted (column) label, in the order of `values`."""
     index = np.full(256, 0)
     index[list(values)] = np.arange(len(values))
     joint = index[truth].ravel() * len(values) + index[prediction].ravel()

@@ -1,9 +1,9 @@
-"""Which labels gain by keeping only their largest connected component: decided on scores of held-out cases.
+"""Decide which labels gain by keeping only their largest connected component, from scores of held-out cases.
 
-Two tables of the same rows (case, label, scores): the predictions as they are, and with only the largest component of
-everything in `Targets.largest`. What is cut off a label, or off a region that shares none of its labels, changes its
-own scores only; what is cut off the region that contains all others changes theirs too, and the mean over them decides.
-So one such table serves for all decisions. `inference.postprocess` is what cuts.
+There are two tables with the same rows (case, label, scores): unchanged predictions, and predictions with only the
+largest component of everything in `Targets.largest`. Removing voxels from a label, or from a region that shares no
+label, changes only its own scores. Removing voxels from the region that contains all others changes all their scores;
+then the mean over them decides. So one such table is enough. `inference.postprocess` removes the voxels.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from distilldsm.evaluation.tables import Row, ScoreTable, write_csv
 POSTPROCESSING = "postprocessing.json"
 POSTPROCESSED = "postprocessed.csv"
 MIN_DICE_GAIN = 1e-4
-"""Mean Dice must rise by more than this: the last digit in which Dice is reported."""
+"""Mean Dice must rise by more than this; it is the last reported digit of Dice."""
 SCHEMA_VERSION = 2
 
 Groups = Mapping[str, Sequence[str]]
-"""Of each label or region that is tried those whose scores change with it, see `Targets.changed_with`."""
+"""Each tried label or region to those with scores that change with it, see `Targets.changed_with`."""
 Fold = TypeVar("Fold", bound=Hashable)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelDecision:
-    """Whether only the largest component of a label or region is kept, and what that rests on."""
+    """Whether only the largest component of a label or region is kept, and the reason."""
 
     keep_largest: bool
     scores_of: tuple[str, ...]
-    """All whose scores change with it: the means are over them."""
+    """All labels or regions with scores that change with it; the means are over them."""
     dice_raw: float
-    """Mean over the cases, as predicted."""
+    """Mean over the cases, unchanged predictions."""
     dice_kept: float
     """The same with only the largest component."""
     hd95_raw: float
@@ -53,11 +53,11 @@ class Postprocessing:
 
     schema_version: int = SCHEMA_VERSION
     cases: int
-    """Held-out cases it was decided on."""
+    """Number of held-out cases."""
     labels: Mapping[str, LabelDecision]
-    """Labels or regions that were tried."""
+    """The tried labels or regions and their decisions."""
     not_tried: str = ""
-    """Why, where none was."""
+    """The reason if nothing was tried."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -65,24 +65,24 @@ class Postprocessing:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """The labels or regions of which only the largest component is kept."""
+        """The labels or regions that keep only their largest component."""
         return tuple(label for label, decision in self.labels.items() if decision.keep_largest)
 
     @property
     def groups(self) -> dict[str, tuple[str, ...]]:
-        """Of each that was tried those whose scores change with it."""
+        """Each tried label or region to those with scores that change with it."""
         return {label: decision.scores_of for label, decision in self.labels.items()}
 
 
 def decide(raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None) -> Postprocessing:
-    """Keep only the largest component where mean Dice rises by more than MIN_DICE_GAIN and mean HD95 does not rise.
+    """Keep only the largest component if mean Dice rises by more than MIN_DICE_GAIN and mean HD95 does not rise.
 
     Args:
-        raw, kept: rows of the same cases and labels.
-        groups: what was tried; by default every label by itself.
+        raw, kept: rows of the same cases and labels: unchanged, and with only the largest components.
+        groups: the tried labels or regions; by default every label by itself.
 
     Raises:
-        ValueError: they are not, or lack a label of `groups`.
+        ValueError: the rows have different cases or labels, or lack a label of `groups`.
     """
     if _keys(raw) != _keys(kept):
         raise ValueError("the tables hold different cases or labels")
@@ -105,7 +105,7 @@ def _keys(rows: Sequence[Row]) -> set[tuple[str, str]]:
 
 
 def _decision(before: ScoreTable, after: ScoreTable) -> LabelDecision:
-    """Of the scores of one group of labels, as predicted and with the largest component only."""
+    """Decide from the scores of one group of labels, unchanged and with the largest component only."""
     dice, hd95 = ([float(table.scores[name].mean()) for table in (before, after)] for name in ("dice", "hd95_mm"))
     volumes = [table.scores["volume_predicted_ml"] for table in (before, after)]
     changed = int((volumes[0] != volumes[1]).any(axis=1).sum())
@@ -136,20 +136,20 @@ def _decision(before: ScoreTable, after: ScoreTable) -> LabelDecision:
 def nested(
     folds: Mapping[Fold, tuple[Sequence[Row], Sequence[Row]]], groups: Groups | None = None
 ) -> dict[Fold, list[Row]]:
-    """Post-processed rows of every fold, decided for each by the other folds: nothing is chosen on what is reported.
+    """Post-processed rows of every fold. The other folds decide, so no choice depends on the reported scores.
 
     Args:
-        folds: fold to its rows as predicted and with only the largest component of every label.
-        groups: as in `decide`; those that change together are taken from one table.
+        folds: fold to its rows, unchanged and with only the largest component of every label.
+        groups: as in `decide`; labels that change together come from the same table.
 
     Returns:
-        Fold to rows in the order of the predicted ones, each from one of the two tables.
+        Fold to rows in the order of the unchanged rows, each from one of the two tables.
 
     Raises:
-        ValueError: fewer than two folds, or tables of a fold that do not fit together.
+        ValueError: there are fewer than two folds, or the two tables of a fold do not fit together.
     """
     if len(folds) < 2:
-        raise ValueError("nothing is left to decide on: nested reporting needs two folds at least")
+        raise ValueError("nested reporting needs at least two folds")
     reported: dict[Fold, list[Row]] = {}
     for fold, (raw, kept) in folds.items():
         if _keys(raw) != _keys(kept):
@@ -165,7 +165,7 @@ def nested(
 def write_postprocessing(
     folder: Path, raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None
 ) -> Postprocessing:
-    """Decide, and write POSTPROCESSING and the table POSTPROCESSED: the scores with the largest components only."""
+    """Decide; write the decision (POSTPROCESSING) and the scores with only the largest components (POSTPROCESSED)."""
     decided = decide(raw, kept, groups)
     write_csv(folder / POSTPROCESSED, kept)
     write_json(folder / POSTPROCESSING, decided)

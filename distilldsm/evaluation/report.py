@@ -1,4 +1,4 @@
-"""The page of an evaluation: figures, cases worth a look, their volumes, facts on data and model in one file."""
+"""The page of an evaluation in one file: figures, pictures and volumes of some cases, facts about data and model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 VIEWER_BYTES = 8_000_000
-"""Of the page, for the volumes of all its viewed cases, as base64: the whole page stays below 15 MB."""
+"""Limit for the volumes of all viewed cases, as base64, so that the page stays below 15 MB."""
 VIEWED = ("worst", "second worst", "median", "best")
 _START_VOXELS = 2_000_000
 _FEWEST_VOXELS = 1000
@@ -38,17 +38,17 @@ Rows = Sequence[Mapping[str, Any]]
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What the page is about; the stage's own names."""
+    """The evaluation that the page shows; names as in the stage."""
 
     config: EvaluateConfig
     inputs: Mapping[str, Path]
     ensemble: Sequence[Path] = ()
-    """Further models, whose scores are averaged with those of `inputs["model"]`."""
+    """Further models of the ensemble; probabilities are averaged with those of `inputs["model"]`."""
     index: DatasetIndex
     cases: Sequence[Case]
     fold: int
     labels: Sequence[str]
-    """Of the scores: labels, or regions."""
+    """The scored labels or regions."""
     rows: Rows
     summary: Mapping[str, Any]
     intervals: Mapping[str, Any]
@@ -58,11 +58,11 @@ class Evaluation:
 
 
 def optional_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
-    """What the page shows where it is there, and does without where not: the validation report, the fingerprint."""
-    found = {"fingerprint": inputs["preprocessed"] / "fingerprint.json"}
+    """The existing ones of the page's optional inputs: the validation report and the fingerprint."""
+    paths = {"fingerprint": inputs["preprocessed"] / "fingerprint.json"}
     if "validation" in inputs:
-        found["validation"] = inputs["validation"] / "report.json"
-    return {name: path for name, path in found.items() if path.is_file()}
+        paths["validation"] = inputs["validation"] / "report.json"
+    return {name: path for name, path in paths.items() if path.is_file()}
 
 
 def write_report(work: Path, given: Evaluation) -> None:
@@ -71,7 +71,7 @@ def write_report(work: Path, given: Evaluation) -> None:
 
 
 def page_contents(work: Path, given: Evaluation) -> dict[str, Any]:
-    """What the template evaluation.html needs; writes the figures."""
+    """The variables of the template evaluation.html. This also writes the figures."""
     model = read_json(given.inputs["model"] / "model.json")
     if given.ensemble:
         model |= {key: given.training_cost[key] for key in ("parameters", "macs_per_voxel")}
@@ -104,21 +104,21 @@ def page_contents(work: Path, given: Evaluation) -> dict[str, Any]:
 def _notes(given: Evaluation) -> list[str]:
     notes = [given.index.note]
     if given.config.checkpoint == "best":
-        notes.append("The checkpoint was chosen on these very cases: the scores are optimistic.")
+        notes.append("The checkpoint was chosen on these same cases, so the scores are optimistic.")
     if given.config.mirror:
-        notes.append("The scores are of predictions averaged over mirrored views.")
+        notes.append("The scored predictions are averaged over mirrored views.")
     if given.ensemble:
         count = 1 + len(given.ensemble)
-        notes.append(f"The scores are of {count} networks, averaged; plan, curves and parameters are the first one's.")
+        notes.append(f"Predictions are the average of {count} networks. Plan, curves, parameters are of the first one.")
     return notes
 
 
 def choose_cases(rows: Rows) -> dict[str, str]:
     """Kind (worst, second worst, third worst, median, best) to case, by mean Dice; each case once."""
     ranked = list(sections.mean_dice(rows))
-    wanted = {"worst": 0, "best": -1, "median": len(ranked) // 2, "second worst": 1, "third worst": 2}
+    places = {"worst": 0, "best": -1, "median": len(ranked) // 2, "second worst": 1, "third worst": 2}
     chosen: dict[str, str] = {}
-    for kind, place in wanted.items():
+    for kind, place in places.items():
         if place < len(ranked) and ranked[place] not in chosen.values():
             chosen[kind] = ranked[place]
     order = ("worst", "second worst", "third worst", "median", "best")
@@ -126,7 +126,7 @@ def choose_cases(rows: Rows) -> dict[str, str]:
 
 
 def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[tuple[Path, str, str]], dict[str, Any]]:
-    """Overlays of the chosen cases (picture, caption, what it shows), and the viewer's contents with some of them."""
+    """Overlays of the chosen cases (picture, caption, description), and the viewer's contents for some of them."""
     from distilldsm.report.viewer import ViewedCase, viewer_contents
 
     names = {"second worst": "worst2", "third worst": "worst3"}
@@ -160,7 +160,7 @@ def fitted(
     affine: npt.NDArray[np.floating],
     max_bytes: int,
 ) -> tuple[bytes, bytes, bytes]:
-    """The three volumes (X, Y, Z) for the viewer, thinned out until their base64 takes at most `max_bytes`."""
+    """The three volumes (X, Y, Z) for the viewer, thinned out until their base64 has at most `max_bytes`."""
     from distilldsm.report.viewer import packed
 
     voxels = min(_START_VOXELS, image.size)
@@ -188,7 +188,7 @@ def _caption(case: str, given: Evaluation) -> str:
 
 
 def _draw(folder: Path, given: Evaluation) -> dict[str, Path]:
-    """All figures but the overlays: name to PNG."""
+    """All figures except the overlays: name to PNG."""
     history = read_json(given.inputs["model"] / "history.json")
     drawn = _distributions(given) | _volume_plots(given.rows, given.labels) | _training_plots(history)
     for name, figure in drawn.items():
@@ -201,7 +201,7 @@ def _file_name(metric: Metric) -> str:
 
 
 def _distributions(given: Evaluation) -> dict[str, Figure]:
-    """Of each main metric the scores of all cases."""
+    """Box plots of each main metric with the scores of all cases."""
     drawn = {}
     for metric in main_metrics():
         values = {
@@ -215,7 +215,7 @@ def _distributions(given: Evaluation) -> dict[str, Figure]:
 
 
 def _volume_plots(rows: Rows, labels: Sequence[str]) -> dict[str, Figure]:
-    """Predicted against true volumes, and Dice against the true ones, ml."""
+    """Plots of predicted volume and of Dice against true volume, ml."""
     of = {label: [row for row in rows if row["label"] == label] for label in labels}
     volumes = {label: [(r["volume_truth_ml"], r["volume_predicted_ml"]) for r in of[label]] for label in labels}
     by_volume = {label: [(r["volume_truth_ml"], r["dice"]) for r in of[label]] for label in labels}
@@ -230,7 +230,7 @@ def _volume_plots(rows: Rows, labels: Sequence[str]) -> dict[str, Figure]:
 
 
 def _training_plots(history: Rows) -> dict[str, Figure]:
-    """What was recorded in each epoch of the training."""
+    """Plots of the values of each training epoch."""
     loss = [(entry["epoch"], entry["train_loss"]) for entry in history]
     rate = [(entry["epoch"], entry["learning_rate"]) for entry in history if entry.get("learning_rate") is not None]
     dice: dict[str, list[tuple[float, float]]] = {}
@@ -270,7 +270,7 @@ def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _params(given: Evaluation) -> dict[str, Any]:
-    """Of the training, as its manifest tells them, and of the evaluation."""
+    """The parameters of the training (from its manifest) and of the evaluation."""
     manifest = given.inputs["model"] / MANIFEST
     train = read_json(manifest).get("config", {}) if manifest.is_file() else {}
     flat = flatten({"train": train, "evaluate": asdict(given.config)})

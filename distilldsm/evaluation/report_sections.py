@@ -1,6 +1,6 @@
-"""What the page of an evaluation says: sentences and the cells of its tables, from the numbers.
+"""The sentences and table cells of an evaluation's page, made from the numbers.
 
-The page itself is the template evaluation.html; each function here makes what one of its sections shows.
+The page itself is the template evaluation.html. Each function here makes the content of one section.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from distilldsm.evaluation.statistics import Agreement, bland_altman
 from distilldsm.report.page import count, named, number
 
 LOW_DICE = 0.7
-"""Below it a structure is counted as failed."""
+"""A structure with a lower Dice counts as failed."""
 TIMES = " \u00d7 "
 ROWS_SHOWN = 5000
-"""Of the table of cases, the worst; more make a page slow, and cases.csv holds them all."""
+"""The table of cases shows at most this many rows, the worst first. More rows make a page slow; cases.csv has all."""
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def networks_named(networks: Sequence[Mapping[str, Any]]) -> str:
-    """Networks of `name` and `options` as text, equal ones counted: `2 x distill_dsm (width=1) + unet2d`."""
+    """Names and options of networks as text; equal networks are counted: `2 x distill_dsm (width=1) + unet2d`."""
     texts = []
     for network in networks:
         options = ", ".join(f"{key}={value}" for key, value in network["options"].items())
@@ -45,7 +45,7 @@ def mean_dice(rows: Rows) -> dict[str, float]:
 
 
 def overview(rows: Rows, summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> dict[str, Any]:
-    """The numbers of the first sentence, a few large ones as cards (name, value, what to know), and what stands out."""
+    """The numbers of the first sentence, the most important ones as cards (name, value, remark), and findings."""
     labels, mean = summary["labels"], summary["mean"]
     ranked, low = mean_dice(rows), _low_cases(rows)
     dice = sorted(((of["dice"]["mean"], label) for label, of in labels.items()), key=lambda pair: pair[0])
@@ -77,7 +77,7 @@ def overview(rows: Rows, summary: Mapping[str, Any], intervals: Mapping[str, Any
 
 
 def observations(rows: Rows, summary: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """What stands out, as plain sentences; the first of each pair is "good" or "bad"."""
+    """Findings as plain sentences; the first item of each pair is "good", "bad" or empty."""
     labels = list(summary["labels"])
     found: list[tuple[str, str]] = []
     missed = [row for row in rows if row["volume_truth_ml"] > 0 and row["volume_predicted_ml"] == 0]
@@ -117,7 +117,7 @@ def observations(rows: Rows, summary: Mapping[str, Any]) -> list[tuple[str, str]
 
 
 def _small_is_worse(rows: Rows, labels: Sequence[str]) -> list[str]:
-    """Labels of which small structures score clearly lower: Spearman's rank correlation of Dice and volume."""
+    """Labels with clearly lower scores for small structures: Spearman's rank correlation of Dice and volume."""
     from scipy.stats import spearmanr
 
     texts = []
@@ -136,7 +136,7 @@ def _small_is_worse(rows: Rows, labels: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class VolumeAgreement(Agreement):
-    """Of predicted with true volumes of one label, ml."""
+    """Agreement of predicted and true volumes of one label, ml."""
 
     mean_truth: float
 
@@ -147,7 +147,7 @@ class VolumeAgreement(Agreement):
 
 
 def volume_agreement(rows: Rows, labels: Sequence[str]) -> dict[str, VolumeAgreement]:
-    """Label to agreement; labels of fewer than two cases are left out."""
+    """Label to agreement, without labels that have fewer than two cases."""
     found = {}
     for label in labels:
         truth, predicted = ([row[name] for row in rows if row["label"] == label] for name in VOLUMES)
@@ -158,7 +158,7 @@ def volume_agreement(rows: Rows, labels: Sequence[str]) -> dict[str, VolumeAgree
 
 
 def agreement_lines(rows: Rows, labels: Sequence[str]) -> list[tuple[Any, ...]]:
-    """Bias and limits of agreement of the volumes, a line per label."""
+    """Bias and limits of agreement of the volumes, one line per label."""
     return [
         (
             label,
@@ -174,7 +174,7 @@ def agreement_lines(rows: Rows, labels: Sequence[str]) -> list[tuple[Any, ...]]:
 
 
 def score_lines(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> dict[str, Any]:
-    """Every label's scores with their intervals, and the mean of the labels."""
+    """The scores of every label with their intervals, and the mean of the labels."""
 
     def cells(means: Mapping[str, Any], of: Mapping[str, Any]) -> list[tuple[str, str]]:
         return [
@@ -196,7 +196,7 @@ def score_lines(summary: Mapping[str, Any], intervals: Mapping[str, Any]) -> dic
 
 
 def largest_component(found: Postprocessing | None) -> dict[str, Any] | None:
-    """What keeping only the largest connected component would change; the scores above are without it."""
+    """Effect of keeping only the largest connected component. The page's other scores do not use it."""
     if found is None:
         return None
     lines = [
@@ -207,7 +207,7 @@ def largest_component(found: Postprocessing | None) -> dict[str, Any] | None:
 
 
 def case_lines(rows: Rows) -> dict[str, Any]:
-    """Every score of all cases and labels, the lowest Dice first."""
+    """All scores of all cases and labels, lowest Dice first."""
     ranked = sorted(rows, key=lambda row: row["dice"])[:ROWS_SHOWN]
     return {
         "head": ["case", "label", *(metric.heading for metric in METRICS.values()), "true ml", "predicted ml"],
@@ -225,7 +225,7 @@ def case_lines(rows: Rows) -> dict[str, Any]:
 
 
 def data_lines(fingerprint: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """What the data are: all cases of the data set."""
+    """Facts about all cases of the data set."""
     if fingerprint is None:
         return None
 
@@ -247,7 +247,7 @@ def data_lines(fingerprint: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
-    """What the plan made of the data."""
+    """The main values of the plan."""
     schemes = zip(plan["channels"], plan["normalisation"], strict=False)
     return {
         "depth axis": plan["depth_axis"],
@@ -260,7 +260,7 @@ def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validation_lines(validation: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """How many cases were checked, and what was found, a line per rule: errors first, then by their number."""
+    """The number of checked cases, and one line per rule with findings: errors first, then by number of findings."""
     if validation is None:
         return None
     found = Counter((finding["severity"], finding["rule"]) for finding in validation["findings"])
@@ -283,11 +283,11 @@ def validation_lines(validation: Mapping[str, Any] | None) -> dict[str, Any] | N
 
 
 def cost_lines(prediction: Mapping[str, Any] | None, training: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Seconds and memory, a column for training and one for prediction.
+    """Seconds and memory: one column for training and one for prediction.
 
     Args:
-        prediction: of `cost.prediction_cost`, None where nothing was predicted.
-        training: of `cost.training_cost`.
+        prediction: from `prediction_cost`; None if nothing was predicted.
+        training: from `training_cost`.
     """
     prediction = prediction or {}
 

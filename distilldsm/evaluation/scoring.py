@@ -1,4 +1,4 @@
-"""The held-out cases of a fold: predicted, scored, and the tables that DVC draws."""
+"""Predict and score the held-out cases of a fold, and write the tables that DVC plots."""
 
 from __future__ import annotations
 
@@ -36,21 +36,21 @@ def held_out_cases(
     """The cases that the fold holds out.
 
     Raises:
-        DataError: a model is of another fold or split, or the data set lacks a case.
+        DataError: a model belongs to another fold or split, or the data set lacks a case.
     """
     splits = inputs["preprocessed"] / "splits.json"
     _, held_out = load_fold(splits, fold)
     for model in (inputs["model"], *ensemble):
         check_held_out(model, splits, fold)
-    wanted = set(held_out)
-    cases = [case for case in index.cases if case.id in wanted]
-    if absent := sorted(wanted - {case.id for case in cases}):
+    expected = set(held_out)
+    cases = [case for case in index.cases if case.id in expected]
+    if absent := sorted(expected - {case.id for case in cases}):
         raise DataError(
-            f"lacks {len(absent)} of the {len(wanted)} cases that fold {fold} holds out",
+            f"lacks {len(absent)} of the {len(expected)} held-out cases of fold {fold}",
             where=inputs["dataset"],
             seen=f"no {absent[0]}",
             rule="every held-out case is scored",
-            hint="preprocess this data set again, or give the one that was preprocessed",
+            hint="preprocess this data set again, or give the data set that was preprocessed",
         )
     return cases
 
@@ -65,7 +65,7 @@ def score_fold(
     fold: int,
     ensemble: Sequence[Path] = (),
 ) -> Evaluation:
-    """Predict and score the cases, and write every file of an evaluation to `work`; goes on with what is there."""
+    """Predict and score the cases, and write all files of an evaluation to `work`. Finished cases are not repeated."""
     models = [inputs["model"], *ensemble]
     targets = Plan.load(inputs["model"] / "plan.json").targets
     for name in ("scores", "timing", "predictions", "plots", "figures"):
@@ -110,12 +110,12 @@ def score_fold(
 
 
 def with_names(cases: Sequence[Case], scores: Mapping[str, Mapping], table: str) -> list[dict[str, Any]]:
-    """The rows of all cases. The patient, too: several cases of one are not independent of each other."""
+    """The rows of all cases, with the patient, because several cases of a patient are not independent."""
     return [{"case": case.id, "patient": case.patient, **row} for case in cases for row in scores[case.id][table]]
 
 
 def check_all_differ(models: Sequence[Path]) -> None:
-    """DataError where two models of an ensemble are the same: their mean is that of a smaller one."""
+    """Raise DataError if a model is twice in an ensemble, because its mean would be that of a smaller ensemble."""
     seen: dict[str, Path] = {}
     for model in models:
         weights = content_hash(model)
@@ -124,14 +124,14 @@ def check_all_differ(models: Sequence[Path]) -> None:
                 "is in the ensemble twice",
                 where=model,
                 seen=f"the same content as {seen[weights]}",
-                rule="the networks of an ensemble differ, e.g. in train.seed",
-                hint="leave it out, or train another one (distilldsm train --set train.seed=1 --output DIR)",
+                rule="the networks of an ensemble must differ, e.g. in train.seed",
+                hint="leave it out, or train another network (distilldsm train --set train.seed=1 --output DIR)",
             )
         seen[weights] = model
 
 
 def recipes(models: Sequence[Path]) -> dict[str, Any]:
-    """1, 2 ... to name, options and parameters of the training of each model."""
+    """1, 2 ... to name, options and training parameters of each model."""
     found = {}
     for number, model in enumerate(models, start=1):
         described, manifest = read_json(model / "model.json"), read_json(model / MANIFEST)
@@ -159,7 +159,7 @@ def score_all(
     index: DatasetIndex,
     targets: Targets,
 ) -> None:
-    """Predict here, score in worker processes; a case whose scores are there is done."""
+    """Predict in this process and score in worker processes. Cases that have scores are skipped."""
     todo = [case for case in cases if not (work / "scores" / f"{case.id}.json").exists()]
     if not todo:
         return
@@ -170,7 +170,7 @@ def score_all(
         for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
             path = work / "predictions" / f"{case.id}.nii.gz"
             timing = work / "timing" / f"{case.id}.json"
-            if not (path.exists() and timing.exists()):  # an interruption may have come between mask and scores
+            if not (path.exists() and timing.exists()):  # an interruption may come between mask and scores
                 scan = read_scan([dataset / p for p in case.images], len(index.channels)).load()
                 with cost.measured(timing):
                     mask = predictor.predict(scan).mask
@@ -192,7 +192,7 @@ def score_all(
 
 
 def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm: float, output: Path) -> None:
-    """Score one predicted mask file, as it is and with only the largest components; written as JSON."""
+    """Score one predicted mask file, unchanged and with only the largest components; write the scores as JSON."""
     reference = read_labels(truth_path)
     truth, mask = reference.values, read_labels(mask_path).values
     score = partial(score_case, truth, spacing_mm=reference.spacing_mm, tolerance_mm=tolerance_mm)
@@ -224,7 +224,7 @@ def write_plots(
         [{k: row[k] for k in ("case", "label", "dice", "hd95_mm", "volume_truth_ml")} for row in rows],
     )
     total = np.sum([one["confusion"] for one in scores.values()], axis=0)
-    # DVC's confusion plot counts rows: each true label is given about a thousand of them.
+    # DVC's confusion plot counts rows. Each true label gets about a thousand rows.
     shares = np.rint(1000 * total / np.maximum(total.sum(axis=1, keepdims=True), 1)).astype(int)
     pairs = [
         {"actual": a, "predicted": b}

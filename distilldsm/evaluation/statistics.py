@@ -1,4 +1,4 @@
-"""How sure means are, and what differs: bootstrap intervals, paired tests, Bland-Altman limits."""
+"""Statistics of scores: bootstrap intervals, paired tests, Bland-Altman limits."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ LEVEL = 0.95
 RESAMPLES = 4999
 SEED = 0
 METHOD = "bootstrap over patients, bias-corrected and accelerated (BCa)"
-_DECIMALS = 12  # the same patients in another order are the same draw, whatever rounding errors make of it
-_DECIMALS_OF_PAIRS = 9  # of a difference: rounding errors must not rank what is equal
+_DECIMALS = 12  # rounding errors must not change the result if patients come in another order
+_DECIMALS_OF_PAIRS = 9  # rounding errors must not make equal differences unequal
 _BATCH = 1 << 22
-"""Numbers that a step of the bootstrap holds at a time."""
+"""Number of values that one step of the bootstrap holds in memory."""
 
 Interval = tuple[float, float]
 
 
 def mean_of(values: Floats, axis: int | None = None) -> Any:
-    """The mean of the defined values (not NaN), over all or along an axis; NaN where none is."""
+    """The mean of the defined values (not NaN), over all or along an axis; NaN if no value is defined."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # of a mean of nothing
+        warnings.simplefilter("ignore", RuntimeWarning)  # the mean of an empty set
         return np.nanmean(values, axis=axis) if np.size(values) else np.nan
 
 
@@ -35,7 +35,7 @@ def spread(values: Floats | Sequence[float | None]) -> tuple[float | None, float
     """Mean, sample standard deviation (n - 1, None for fewer than two) and number of the defined values.
 
     Args:
-        values: undefined ones are NaN or None.
+        values: undefined values are NaN or None.
     """
     known = np.asarray(values, dtype=np.float64)
     known = known[~np.isnan(known)]
@@ -45,14 +45,14 @@ def spread(values: Floats | Sequence[float | None]) -> tuple[float | None, float
 
 
 def bootstrap_mean(table: Floats, patients: Sequence[str] | None = None) -> Interval | None:
-    """The interval of the mean over columns of the means over cases; the same table gives the same interval.
+    """Confidence interval of the mean: first over cases, then over columns. The same table gives the same interval.
 
     Patients are drawn with replacement, each with all its cases and columns (Efron, 1987: BCa; a cluster bootstrap).
-    Where BCa is undefined, as for a mean that does not depend on the draw, the percentile interval is given.
+    If BCa is undefined, for example if all draws give the same mean, the percentile interval is returned.
 
     Args:
-        table: (cases, columns), NaN where a score is undefined; means are over the defined ones.
-        patients: of each case; None: every case is a patient of its own.
+        table: (cases, columns), NaN where a score is undefined; means are over the defined scores.
+        patients: the patient of each case; None: every case is a separate patient.
 
     Returns:
         Low and high at LEVEL, or None for fewer than two patients with a score.
@@ -97,21 +97,21 @@ def bootstrap_mean(table: Floats, patients: Sequence[str] | None = None) -> Inte
 
 
 def _numbered(names: Sequence[Hashable]) -> npt.NDArray[np.integer]:
-    """Each name's number, in the order of their first appearance."""
+    """An integer for each name, in the order of first appearance."""
     number_of = {name: k for k, name in enumerate(dict.fromkeys(names))}
     return np.array([number_of[name] for name in names], dtype=int)
 
 
 def by_patient(differences: Floats, patients: Sequence[str]) -> Floats:
-    """(patients,) the mean difference of each patient's cases, in the order of their first ones."""
+    """(patients,) the mean difference of each patient's cases, in the order of the patients' first cases."""
     whose = _numbered(patients)
     return np.bincount(whose, weights=differences) / np.bincount(whose)
 
 
 def wilcoxon_p(differences: Floats, alternative: Literal["two-sided", "greater"] = "two-sided") -> float:
-    """p-value of the Wilcoxon signed-rank test (F. Wilcoxon, 1945); 1 where nothing differs.
+    """p-value of the Wilcoxon signed-rank test (F. Wilcoxon, 1945); 1 if all differences are 0.
 
-    The test takes its pairs for independent: of several cases of a patient give the mean difference (`by_patient`).
+    The test assumes independent pairs. If a patient has several cases, pass their mean difference (`by_patient`).
     """
     from scipy.stats import wilcoxon
 
@@ -134,7 +134,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 @dataclass(frozen=True, kw_only=True)
 class Agreement:
-    """Of predicted with true volumes (Bland and Altman, 1986)."""
+    """Agreement of predicted and true volumes (Bland and Altman, 1986)."""
 
     bias: float
     """Mean of predicted minus true."""

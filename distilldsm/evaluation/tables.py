@@ -1,4 +1,4 @@
-"""Tables of scores: rows in files, scores as arrays, the summary of a fold, and how tables look in a terminal."""
+"""Tables of scores: rows in files, scores as arrays, the summary of a fold, and text tables for the terminal."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from distilldsm.evaluation.metrics import METRICS, VOLUMES, Metric, main_metrics
 from distilldsm.evaluation.statistics import LEVEL, METHOD, RESAMPLES, SEED, Floats, bootstrap_mean, mean_of, spread
 
 Row = Mapping[str, Any]
-"""`case`, `label`, the metrics (None where undefined) and VOLUMES; where they are known `patient` and `fold`."""
+"""Columns: `case`, `label`, the metrics (None if undefined), VOLUMES, and `patient` and `fold` if they are known."""
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows with the first row's columns; numbers with six significant digits, undefined values empty."""
+    """Write rows with the columns of the first row. Numbers have six significant digits; undefined values are empty."""
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
         writer.writeheader()
@@ -29,10 +29,10 @@ def write_csv(path: Path, rows: Sequence[Row]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a `cases.csv`, scores as float, undefined ones as None.
+    """Read the rows of a `cases.csv`: scores as float, undefined scores as None.
 
     Raises:
-        DataError: the file is missing or no table of scores.
+        DataError: the file is missing or is not a table of scores.
     """
     if not path.is_file():
         raise DataError("is missing", where=path, hint="dvc repro, or distilldsm evaluate")
@@ -42,11 +42,11 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     needed = {"case", "label", *numbers}
     if not rows or not needed <= rows[0].keys():
         absent = ", ".join(sorted(needed - rows[0].keys())) if rows else "all rows"
-        raise DataError("is no table of scores", where=path, seen=f"lacks {absent}", hint="evaluate again (dvc repro)")
+        raise DataError("is not a table of scores", where=path, seen=f"lacks {absent}", hint="evaluate again")
     try:
         return [row | {name: float(row[name]) if row[name] else None for name in numbers} for row in rows]
     except ValueError as error:
-        raise DataError("a score is no number", where=path, seen=str(error)) from None
+        raise DataError("a score is not a number", where=path, seen=str(error)) from None
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,13 +56,13 @@ class ScoreTable:
     cases: tuple[str, ...]
     labels: tuple[str, ...]
     patients: tuple[str, ...]
-    """Of each case; where none is known the case itself."""
+    """The patient of each case; the case itself if the patient is not known."""
     scores: Mapping[str, Floats]
-    """Metric (or one of VOLUMES) to an array (cases, labels), NaN where it is undefined."""
+    """Metric (or one of VOLUMES) to an array (cases, labels); NaN: undefined."""
 
     @classmethod
     def of(cls, rows: Sequence[Row], labels: Iterable[str] | None = None) -> ScoreTable:
-        """From rows: all their cases, and these labels (default: all) in this order."""
+        """Make a table from rows: all their cases, and the given labels (default: all) in the given order."""
         patients = {row["case"]: row.get("patient") or row["case"] for row in rows}
         places = {case: k for k, case in enumerate(patients)}
         columns = {label: k for k, label in enumerate(dict.fromkeys(labels or (row["label"] for row in rows)))}
@@ -75,7 +75,7 @@ class ScoreTable:
         return cls(cases=tuple(places), labels=tuple(columns), patients=tuple(patients.values()), scores=scores)
 
     def select(self, cases: Sequence[str], labels: Sequence[str]) -> ScoreTable:
-        """The part of these cases and labels, in this order."""
+        """The part with the given cases and labels, in the given order."""
         rows = [self.cases.index(case) for case in cases]
         index = np.ix_(rows, [self.labels.index(label) for label in labels])
         return ScoreTable(
@@ -117,11 +117,11 @@ def _statistics(metric: Metric, values: Floats, cases: Sequence[str]) -> dict[st
 
 
 def intervals(rows: Sequence[Row], labels: Sequence[str]) -> dict[str, Any]:
-    """Intervals of what `summarise` calls mean, for every metric.
+    """Confidence intervals of the means in `summarise`, for every metric.
 
     Returns:
         {"level", "method", "resamples", "seed", "labels": {label: {metric: [low, high]}}, "mean": {metric: [low,
-        high]}}; null where there is none.
+        high]}}; null if there is no interval.
     """
     table = ScoreTable.of(rows, labels)
     return {
@@ -143,19 +143,19 @@ def case_means(table: ScoreTable, metric: str) -> Floats:
 
 
 def label_key(label: str) -> str:
-    """A label's key beside the key `mean` of the labels' mean: its name, but `label_mean` for a label named mean."""
+    """A label's key: its name, or `label_mean` for a label named mean (`mean` is the key of the labels' mean)."""
     return f"label_{label}" if re.fullmatch("(label_)*mean", label) else label
 
 
 def means_of(summary: Mapping[str, Any], metric: str) -> dict[str, float]:
-    """The labels' mean under `mean`, then each label's under its `label_key`; undefined ones are left out."""
+    """The labels' mean as `mean`, then the mean of each label by its `label_key`, without undefined values."""
     of_labels = {label_key(label): of[metric]["mean"] for label, of in summary["labels"].items()}
     means = {"mean": summary["mean"][metric], **of_labels}
     return {key: value for key, value in means.items() if value is not None}
 
 
 def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Few numbers, well rounded: {metric: `means_of`}."""
+    """A few rounded numbers: {metric: `means_of`}."""
     return {
         name: {key: round(value, metric.digits + 1) for key, value in means_of(summary, name).items()}
         for name, metric in METRICS.items()
@@ -163,7 +163,7 @@ def metrics_for_dvc(summary: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 
 def metrics_for_mlflow(summary: Mapping[str, Any], intervals: Mapping[str, Any] | None = None) -> dict[str, float]:
-    """`test_METRIC_mean`; of the main metrics also `test_METRIC_LABEL` and the interval of the mean."""
+    """`test_METRIC_mean`; for the main metrics also `test_METRIC_LABEL` and the interval of the mean."""
     values: dict[str, float] = {}
     for name, metric in METRICS.items():
         means = means_of(summary, name)
@@ -175,7 +175,7 @@ def metrics_for_mlflow(summary: Mapping[str, Any], intervals: Mapping[str, Any] 
 
 
 def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
-    """Lines of cells as columns: the first `left` ones flush left, the others flush right."""
+    """Align rows of cells as columns: the first `left` columns to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
         "  ".join(
@@ -186,7 +186,7 @@ def aligned(lines: Sequence[Sequence[str]], left: int = 1) -> list[str]:
 
 
 def format_table(summary: Mapping[str, Any], title: str = "") -> str:
-    """The main metrics per label, for the terminal; of the first one also how it spreads."""
+    """The main metrics per label, for the terminal; for the first metric also sd, median and worst case."""
     first, *others = main_metrics()
     lines = [("label", first.heading, "sd", "worst", *(metric.heading for metric in others), "cases")]
     for label, of in summary["labels"].items():

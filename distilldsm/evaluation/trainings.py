@@ -1,4 +1,4 @@
-"""The scores of trainings, read from where they were evaluated or cross-validated."""
+"""Read the scores of trainings from their evaluations or cross-validations."""
 
 from __future__ import annotations
 
@@ -22,26 +22,26 @@ class Training:
 
     name: str
     scores: ScoreTable
-    """Of the cases of all folds."""
+    """The scores of the cases of all folds."""
     fold_of: Mapping[str, int]
-    """Case to the place of its fold."""
+    """Case to the index of its fold."""
     costs: tuple[Mapping[str, Any], ...]
-    """Of each fold, as far as they are known, see `costs.costs_of_fold`."""
+    """The known costs of each fold, see `costs.costs_of_fold`."""
     folders: tuple[Path, ...]
-    """What it was read from."""
+    """The directories that were read."""
     settings: tuple[Mapping[str, Any], ...]
-    """Of the evaluation (the `evaluate` section), one after another, each once, as far as they are known."""
+    """The known settings of the evaluations (section `evaluate`), each listed once."""
 
 
 def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool = False) -> Training:
     """Read `cases.csv` of evaluated folds.
 
     Args:
-        directories: each a cross-validation, an evaluated fold, or a folder that holds `fold0`, `fold1` ...
-        postprocessed: read the scores after post-processing, which cross-validations of two folds or more hold.
+        directories: each is a cross-validation, an evaluated fold, or a folder with `fold0`, `fold1` ...
+        postprocessed: read the scores after post-processing; only cross-validations of at least two folds have them.
 
     Raises:
-        DataError: a table is missing or damaged, a case was scored in two folds, or the folds are of different splits.
+        DataError: a table is missing or damaged, a case was scored in two folds, or the folds have different splits.
     """
     rows: list[dict[str, Any]] = []
     costs: list[Mapping[str, Any]] = []
@@ -53,10 +53,10 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
         path = directory / (CASES_POSTPROCESSED if postprocessed else "cases.csv")
         if postprocessed and (not path.is_file() or len(path.read_text(encoding="utf-8").splitlines()) < 2):
             raise DataError(
-                "holds no scores after post-processing",
+                "has no scores after post-processing",
                 where=directory,
                 seen=f"no {path.name}, or an empty one",
-                rule="a cross-validation of two folds or more: for each fold the others decide",
+                rule="a cross-validation of at least two folds, because the other folds decide",
                 hint="distilldsm cross-validate",
             )
         for row in read_rows(path):
@@ -67,7 +67,7 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
             rows.append(row)
         summary, manifest, timing = (_optional(directory / file) for file in ("summary.json", MANIFEST, TIMING))
         costs += [costs_of_fold(timing)] if timing else summary.get("cost", {}).get("folds", [])
-        # Of a cross-validation its summary holds how it was evaluated, of an evaluated fold its manifest.
+        # The settings are in the summary of a cross-validation, or in the manifest of an evaluated fold.
         setting = recipe_of(summary.get("evaluate") or manifest.get("config", {}))
         settings += [setting] if setting and setting not in settings else []
         if split := manifest.get("inputs", {}).get("splits"):
@@ -76,9 +76,9 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
         raise DataError(
             "are folds of different splits",
             where=", ".join(map(str, splits.values())),
-            seen=f"one of them was evaluated with another splits.json, given as {name}",
+            seen=f"one of them was evaluated with another splits.json, in {name}",
             rule="the folds of one cross-validation",
-            hint="name the folds that belong together, e.g. NAME=evaluation/fold0,evaluation/fold1, or evaluate again",
+            hint="give folds that belong together, e.g. NAME=evaluation/fold0,evaluation/fold1, or evaluate again",
         )
     return Training(
         name=name,
@@ -91,12 +91,12 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
 
 
 def _tables(directories: Sequence[Path]) -> list[Path]:
-    """The directories that hold a `cases.csv`; of a folder of folds its folds."""
+    """The directories with a `cases.csv`; for a folder of folds, its folds."""
     found: list[Path] = []
     for directory in directories:
         inner = sorted(path.parent for path in directory.glob("fold*/cases.csv"))
         if not (directory / "cases.csv").is_file() and not inner:
-            raise DataError("is no evaluated fold", where=directory, seen="no cases.csv", hint="dvc repro evaluate")
+            raise DataError("is not an evaluated fold", where=directory, seen="no cases.csv", hint="dvc repro evaluate")
         found += [directory] if (directory / "cases.csv").is_file() else inner
     return found
 

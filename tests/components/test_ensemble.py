@@ -87,7 +87,7 @@ def test_scores_costs_and_page_are_those_of_all_networks(place, inputs, tmp_path
         assert timing["training"][key] == pytest.approx(sum(one[key] for one in each)), key
     assert timing["training"]["peak_memory_gb"] == max(one["peak_memory_gb"] for one in each)
     page = (tmp_path / "e/report.html").read_text()
-    assert "The scores are of 3 networks, averaged" in page
+    assert "Predictions are the average of 3 networks" in page
     assert "2 \u00d7 distill_dsm (width=0.25) + unet2d (width=0.25)" in page
     assert f"{sum(one['parameters'] for one in each):,} parameters" in page
     # Neither the champion's gate nor the post-processing of one network goes by the scores of several.

@@ -166,7 +166,7 @@ def test_every_held_out_case_is_scored_or_none(trained, tmp_path):
     dataset = Path(shutil.copytree(trained["dataset"], tmp_path / "raw"))
     index = DatasetIndex.load(dataset)
     index.subset({case.id for case in index.cases} - {lost}).save(dataset)
-    with pytest.raises(DataError, match=rf"lacks 1 of the 3 cases that fold 0 holds out(.|\n)*no {lost}"):
+    with pytest.raises(DataError, match=rf"lacks 1 of the 3 held-out cases of fold 0(.|\n)*no {lost}"):
         run(EvaluateConfig(workers=1), trained | {"dataset": dataset}, {"evaluation": tmp_path / "e"}, fold=0)
 
 

@@ -134,7 +134,7 @@ def test_a_fold_of_an_earlier_split_that_was_left_is_told(tmp_path):
     assert load_training("ours", [tmp_path / "evaluation"])
     crossval.write_fold(tmp_path, 7, rows[2], splits=crossval.write_splits(tmp_path / "other", [["a"], ["b"]]))
     shutil.rmtree(tmp_path / "evaluation" / "fold2")
-    with pytest.raises(DataError, match=r"evaluation/fold7: are folds of different splits(.|\n)*given as ours"):
+    with pytest.raises(DataError, match=r"evaluation/fold7: are folds of different splits(.|\n)*in ours"):
         load_training("ours", [tmp_path / "evaluation"])
 
 
@@ -198,7 +198,7 @@ def test_equal_trainings_do_not_differ(tmp_path):
 
 
 def test_bad_tables_are_named(tmp_path):
-    with pytest.raises(DataError, match="is no evaluated fold"):
+    with pytest.raises(DataError, match="is not an evaluated fold"):
         load_training("a", [tmp_path])
     folder = write_fold(tmp_path / "a", random_cases(["c0"], 0))
     with pytest.raises(DataError, match="scored in two folds"):
@@ -210,10 +210,10 @@ def test_bad_tables_are_named(tmp_path):
         assert words in str(caught.value)
     text = (folder / "cases.csv").read_text()
     (folder / "cases.csv").write_text(re.sub("c0,A,[^,]*", "c0,A,good", text))
-    with pytest.raises(DataError, match="a score is no number"):
+    with pytest.raises(DataError, match="a score is not a number"):
         load_training("a", [folder])
     (folder / "cases.csv").write_text("case,dice\n")
-    with pytest.raises(DataError, match="is no table of scores"):
+    with pytest.raises(DataError, match="is not a table of scores"):
         load_training("a", [folder])
 
 
@@ -261,7 +261,7 @@ def test_cross_validations_are_compared_with_their_costs(tmp_path, capsys):
     capsys.readouterr()
     fold = tmp_path / "a" / "evaluation" / "fold0"
     for _ in ("no table", "a table without rows"):
-        with pytest.raises(DataError, match=r"fold0: holds no scores after(.|\n)*cases_postprocessed.csv"):
+        with pytest.raises(DataError, match=r"fold0: has no scores after(.|\n)*cases_postprocessed.csv"):
             load_training("a", [fold], postprocessed=True)
         (fold / "cases_postprocessed.csv").write_text("case,label\n")
     with open(tmp_path / "out" / "costs.csv", newline="") as stream:

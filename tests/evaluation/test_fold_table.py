@@ -90,11 +90,11 @@ def test_one_fold_has_no_standard_deviation_over_folds(tmp_path):
 def test_every_case_is_held_out_once(tmp_path):
     splits, rows = write_folds(tmp_path)
     write_fold(tmp_path, 1, [*rows[1], *rows[0][:2]], splits=splits)
-    with pytest.raises(DataError, match=r"held out in two folds\n  seen: case00, in fold 0 too"):
+    with pytest.raises(DataError, match=r"held out in two folds\n  seen: case00, also in fold 0"):
         load(tmp_path)
     write_fold(tmp_path, 1, rows[1][2:], splits=splits)
     load(tmp_path)  # not all of the cases: only the split tells
-    with pytest.raises(DataError, match=r"not those held out(.|\n)*1 differ, first case10"):
+    with pytest.raises(DataError, match=r"not the held-out cases(.|\n)*1 differ, first case10"):
         load(tmp_path, splits)
     write_fold(tmp_path, 1, [*rows[1], rows[1][0]], splits=splits)
     with pytest.raises(DataError, match="scored twice"):
@@ -157,7 +157,7 @@ def test_folds_that_are_missing_or_damaged(tmp_path):
         load(tmp_path, numbers=(0, 4))
     (tmp_path / "evaluation" / "fold0").rename(tmp_path / "evaluation" / "fold5")
     (tmp_path / "models" / "fold0").rename(tmp_path / "models" / "fold5")
-    with pytest.raises(DataError, match="holds another fold"):
+    with pytest.raises(DataError, match="contains another fold"):
         load(tmp_path, numbers=(5,))
     cases = tmp_path / "evaluation" / "fold1" / "cases.csv"
     cases.write_text(cases.read_text().replace("dice", "dise"))
@@ -165,7 +165,7 @@ def test_folds_that_are_missing_or_damaged(tmp_path):
         load(tmp_path, numbers=(1,))
     write_fold(tmp_path, 1, rows[1], splits=splits)
     cases.write_text(cases.read_text().replace("shell,0.", "shell,x0.", 1))
-    with pytest.raises(DataError, match="no number"):
+    with pytest.raises(DataError, match="not a number"):
         load(tmp_path, numbers=(1,))
 
 

@@ -143,9 +143,9 @@ def test_notes_say_what_makes_scores_optimistic_or_others(work, evaluation, tmp_
     write_report(work, replace(evaluation, config=config, ensemble=[other], training_cost=cost))
     text = text_of(work / "report.html")
     for words in (
-        "The checkpoint was chosen on these very cases: the scores are optimistic.",
-        "The scores are of predictions averaged over mirrored views.",
-        "The scores are of 2 networks, averaged",
+        "The checkpoint was chosen on these same cases, so the scores are optimistic.",
+        "The scored predictions are averaged over mirrored views.",
+        "Predictions are the average of 2 networks",
         "99 parameters",
         "unet2d (width=0.5) + unet3d (width=0.5)",
         "MLflow run none",

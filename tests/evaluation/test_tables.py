@@ -136,7 +136,7 @@ def test_files_hold_six_digits_and_are_read_again(tmp_path):
     for broken, words in (
         (text.replace("dice", "dise"), "lacks dice"),
         (text.splitlines()[0], "lacks all rows"),
-        (text.replace("0.3", "good"), "a score is no number(.|\n)*good"),
+        (text.replace("0.3", "good"), "a score is not a number(.|\n)*good"),
     ):
         path.write_text(broken)
         with pytest.raises(DataError, match=words):

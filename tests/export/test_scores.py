@@ -96,7 +96,7 @@ def test_a_damaged_evaluation_stops(trained):
     text = (evaluation / "cases.csv").read_text()
     unreadable = r"evaluation: is not a readable evaluation[\s\S]*evaluate the fold"
     for broken, words in (
-        (text.replace("0.5", "x", 1), r"cases\.csv: a score is no number"),
+        (text.replace("0.5", "x", 1), r"cases\.csv: a score is not a number"),
         (text.replace("one,b", "one,c"), unreadable),
         (text.replace("0.5", "nan", 1), unreadable),
         (text.replace("0.5", "", 1), unreadable),
