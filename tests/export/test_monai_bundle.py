@@ -86,17 +86,12 @@ def test_a_scan_in_metres_is_taken_as_predict_takes_it(made, tmp_path):
         np.testing.assert_array_equal(mask.dataobj, masks[name])
 
 
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"scale": 1e-3}, "impossible geometry"), ({"scale": 30}, "another order of size"), ({"shear": 0.3}, "sheared")],
-    ids=str,
-)
-def test_geometries_that_predict_refuses(made, tmp_path, change, words):
+def test_a_geometry_that_predict_refuses(made, tmp_path):
     from distilldsm.inference.monai import ToNetworkSpaced
 
     case = write_case(tmp_path, "one", channels=CHANNELS)
-    paths = [str(stretched(tmp_path / name, tmp_path / Path(name).name, **change)) for name in case.images]
-    with pytest.raises(DataError, match=words):
+    paths = [str(stretched(tmp_path / name, tmp_path / Path(name).name, scale=30)) for name in case.images]
+    with pytest.raises(DataError, match="another order of size"):
         ToNetworkSpaced(str(made.export / "plan.json"))({"image": paths, "source": "one"})
 
 

@@ -20,7 +20,7 @@ from distilldsm.inference.windows import (
     tile_starts,
 )
 from tests.export.fake import CHANNELS, random_network
-from tests.inference.engines import HALO, Function, neighbours
+from tests.inference.engines import Function
 
 
 def volume(*shape: int, seed: int = 0) -> np.ndarray:
@@ -159,10 +159,3 @@ def test_images_are_padded_around_with_zeros_and_cut_back(shape, stride, halo, s
     engine = Function(run, stride=stride, depth_halo=halo * stride[0])
     found = predict_logits(engine, image, max_voxels=slices * in_plane[0] * in_plane[1])
     np.testing.assert_array_equal(found, image)
-
-
-def test_logits_of_windows_are_those_of_the_whole():
-    image = volume(30, 8, 4)
-    engine = Function(neighbours)
-    for slices in (1, 2 * HALO + 1, 11, 30):
-        np.testing.assert_array_equal(predict_logits(engine, image, max_voxels=32 * slices), neighbours(image[None])[0])

@@ -14,8 +14,7 @@ import pytest
 import yaml
 
 import distilldsm
-from distilldsm.cli.main import main
-from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.loading import load_exported
@@ -23,7 +22,6 @@ from distilldsm.inference.service import ROOT_VARIABLE, answer
 from distilldsm.io import read_scan
 from distilldsm.models.package import verify
 from distilldsm.tracking import describe, flavor
-from tests.data.volumes import stretched
 from tests.export.fake import NETWORK, Exported, exported
 from tests.tracking.store import CONFIG, publish_known, the_run
 
@@ -183,33 +181,3 @@ def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
             answer(predictor, None, {"paths": scan, "output": output}, remote=False)
     with pytest.raises(UserError, match="neither an image"):
         answer(predictor, np.zeros((2, 3, 4), np.float32), remote=False)
-
-
-@pytest.mark.parametrize(("unit", "scale"), [("meter", 1e-3), ("micron", 1e3)])
-def test_a_scan_in_another_unit_gets_the_mask_that_predict_writes(made, scan, tmp_path, monkeypatch, unit, scale):
-    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
-    paths = [str(stretched(Path(p), tmp_path / Path(p).name, scale=scale, unit=unit)) for p in scan]
-    predictor = load_exported(made.export)
-    answer(predictor, None, {"paths": paths, "output": str(tmp_path / "mask.nii.gz")}, remote=False)
-    assert main(["predict", str(made.export), *paths, "-o", str(tmp_path / "ours.nii.gz")]) == 0
-    mask, ours = nib.load(tmp_path / "mask.nii.gz"), nib.load(tmp_path / "ours.nii.gz")
-    assert mask.header == ours.header
-    assert mask.header.get_xyzt_units()[0] == unit
-    np.testing.assert_allclose(mask.affine, nib.load(paths[0]).affine, rtol=1e-6)
-    np.testing.assert_array_equal(mask.dataobj, ours.dataobj)
-    in_mm = answer(predictor, None, {"paths": scan}, remote=False)["mask"]
-    assert in_mm.any()
-    np.testing.assert_array_equal(mask.dataobj, in_mm)
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [({"scale": 1e-3}, "impossible geometry"), ({"scale": 30}, "another order of size"), ({"shear": 0.3}, "sheared")],
-    ids=str,
-)
-def test_geometries_that_predict_refuses(made, scan, tmp_path, monkeypatch, change, words):
-    monkeypatch.delenv(ROOT_VARIABLE, raising=False)
-    paths = [str(stretched(Path(p), tmp_path / Path(p).name, **change)) for p in scan]
-    with pytest.raises(DataError, match=words):
-        answer(load_exported(made.export), None, {"paths": paths, "output": str(tmp_path / "m.nii")}, remote=False)
-    assert not (tmp_path / "m.nii").exists()
