@@ -54,8 +54,9 @@ def check_kubeflow(limit_s: float) -> list[Finding]:
         return [Finding(name=name, status="skip", seen="not configured (KF_PIPELINES_ENDPOINT)")]
     connection = Connection.from_environment()
     probe(connection, limit_s * 0.8)
-    used = "a token" if connection.token else "cookies" if connection.cookies else "no token"
-    return [Finding(name=name, status="ok", seen=f"{connection.host}: healthy, requested with {used}")]
+    return [
+        Finding(name=name, status="ok", seen=f"{connection.host}: healthy, requested with {connection.credentials}")
+    ]
 
 
 CHECKS = (

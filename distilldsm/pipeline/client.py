@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import ssl
@@ -10,7 +11,7 @@ import urllib.error
 import urllib.request
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,11 @@ class Connection:
             cookies=os.environ.get("KF_PIPELINES_COOKIES") or None,
             ca_file=ca_file,
         )
+
+    @property
+    def credentials(self) -> str:
+        """What is sent to log in, in words."""
+        return "a token" if self.token else "cookies" if self.cookies else "no token and no cookies"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +169,10 @@ def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
 
 def _refusal(status: int, connection: Connection, what: str) -> UserError:
     if status in (401, 403):
-        used = "a token" if connection.token else "cookies" if connection.cookies else "no token and no cookies"
         return UserError(
             "access is refused: the token or cookies are missing, expired, or not allowed to do this",
             where=connection.host,
-            seen=f"HTTP {status} with {used}",
+            seen=f"HTTP {status} with {connection.credentials}",
             hint="set a fresh KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; for several users --namespace too",
         )
     if status == 404:
@@ -229,7 +234,8 @@ def submit(
     Raises:
         UserError: the server refused a step; what was uploaded before stays, and a version is used again.
     """
-    with explained(connection), _silent():
+    # kfp's client prints addresses of its own, which would end up in `--json` output.
+    with explained(connection), redirect_stdout(io.StringIO()):
         pipeline_id = client.get_pipeline_id(NAME)
         if pipeline_id is None:
             pipeline_id = client.upload_pipeline(
@@ -263,16 +269,6 @@ def submit(
         recurring=cron is not None,
         run_url=f"{connection.host}/#/{kind}/details/{run_id}",
     )
-
-
-@contextmanager
-def _silent() -> Iterator[None]:
-    """kfp's client prints addresses of its own, which may end up in `--json` output."""
-    import contextlib
-    import io
-
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def _version(client: Any, pipeline_id: str, name: str) -> str | None:

@@ -273,4 +273,4 @@ def test_kubeflow(place, monkeypatch):
     with serving(FakeKfp()) as fake:
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", fake.url)
         (found,) = run_checks([CHECKS["kubeflow"]], 5)
-    assert (found.status, found.seen) == ("ok", f"{fake.url}: healthy, asked with no token")
+    assert (found.status, found.seen) == ("ok", f"{fake.url}: healthy, requested with no token and no cookies")
