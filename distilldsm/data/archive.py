@@ -1,4 +1,4 @@
-"""Unpacking tar and zip archives that may come from anywhere: nothing is written outside the target."""
+"""Unpacks tar and zip archives that may be untrusted. Nothing is written outside the target."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from distilldsm.core.machine import check_space
 from distilldsm.core.progress import meter
 
 MAX_RATIO = 200
-"""Unpacked to packed size: medical volumes reach 20 at most; more is taken for a decompression bomb."""
+"""Largest ratio of unpacked to packed size. Medical volumes reach 20; a larger ratio is a decompression bomb."""
 RATIO_FREE_BYTES = 100_000_000
-"""Below this unpacked size the ratio is not looked at (small label maps compress very well)."""
+"""Below this unpacked size the ratio is not checked, because small label maps compress very well."""
 MAX_MEMBERS = 1_000_000
-"""Files in one archive: a disk runs out of file names as it does of space."""
+"""Largest number of files in one archive: a disk can run out of inodes before it runs out of space."""
 _JUNK = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 _BROKEN = (
     tarfile.TarError,
@@ -35,7 +35,7 @@ _BROKEN = (
     RuntimeError,
     ValueError,
 )
-"""What the readers raise on bytes that are no archive."""
+"""Exceptions that the readers raise for bytes that are not an archive."""
 _CHUNK = 1 << 20
 _MAX_WRAPPING = 8
 
@@ -52,12 +52,12 @@ class Member:
 def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> Path:
     """Unpack a tar (plain, gz, bz2, xz) or zip archive into `target`.
 
-    All members are looked at before the first is written. macOS and Windows litter (`._*`, `__MACOSX`, `.DS_Store`) is
-    skipped; owner, permissions and times of the archive are not taken over.
+    All members are checked before the first is written. System files of macOS and Windows (`._*`, `__MACOSX`,
+    `.DS_Store`) are skipped. Owners, permissions and times of the archive are not restored.
 
     Raises:
-        DataError: not an archive, truncated, a member that would land outside, a link or device, a decompression bomb,
-            or not enough space.
+        DataError: the file is not an archive, is truncated, is a decompression bomb, holds a link, a device or a path
+            outside the target; or the disk has not enough space.
     """
     archive, target = Path(archive), Path(target)
     with _opened(archive) as (members, read):
@@ -76,9 +76,9 @@ def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
 
 
 def wrapped(folder: Path) -> Iterator[Path]:
-    """The folder, then the only folder inside it, and so on inwards as long as there is nothing else (archives wrap
-    data sets so); litter and hidden files count for nothing."""
-    for _ in range(_MAX_WRAPPING):  # a link may lead back to where it lies
+    """Yield the folder, then the only folder in it, and so on while there is nothing else (archives often wrap data
+    sets in this way). System files and hidden files do not count."""
+    for _ in range(_MAX_WRAPPING):  # a link may lead back to a folder that holds it
         yield folder
         inside = [p for p in sorted(folder.iterdir()) if not p.name.startswith(".") and p.name not in _JUNK]
         if len(inside) != 1 or not inside[0].is_dir():
@@ -87,22 +87,22 @@ def wrapped(folder: Path) -> Iterator[Path]:
 
 
 def find_root(folder: Path, marker: str = "dataset.json") -> Path:
-    """The folder that holds `marker`: this one, or one that alone wraps it; without a marker the innermost such."""
+    """The folder that holds `marker`, among the folders of `wrapped`; the innermost of them if none holds it."""
     folders = list(wrapped(folder))
     return next((inner for inner in folders if (inner / marker).exists()), folders[-1])
 
 
 def is_litter(path: PurePosixPath) -> bool:
-    """Whether a file was left by macOS or Windows and belongs to no data set."""
+    """Whether a file is a system file of macOS or Windows, which is not part of a data set."""
     return any(part in _JUNK or part.startswith("._") for part in path.parts)
 
 
 @contextmanager
 def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member], IO[bytes]]]]:
-    """The archive's members, in the order they are stored, and how to open one."""
+    """Yield the archive's members, in stored order, and a function that opens one of them."""
     try:
         with open(archive, "rb") as stream:
-            # Not zipfile.is_zipfile: it takes a tar whose last member is a zip for a zip.
+            # Not zipfile.is_zipfile: it calls a tar file with a zip as its last member a zip file.
             is_zip = stream.read(2) == b"PK"
         if is_zip:
             with zipfile.ZipFile(archive) as packed_zip:
@@ -116,34 +116,34 @@ def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member]
         raise
     except (*_BROKEN, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
-            raise  # the disk's trouble; what gzip and bz2 say of bad bytes carries no number
+            raise  # an error of the disk; errors of gzip and bz2 about bad bytes have no number
         if archive.name.endswith((".nii", ".nii.gz", ".dcm", ".json")):
             raise DataError(
-                "is one file, no data set",
+                "is one file, not a data set",
                 where=archive,
                 rule="download.source: sample, msd:TASK, an address, an archive (tar, tar.gz/bz2/xz, zip) or a folder",
                 hint="name the folder that holds scans and masks",
             ) from None
         raise DataError(
-            "is no readable archive, or is truncated",
+            "is not a readable archive, or is truncated",
             where=archive,
-            seen=f"{type(error).__name__}: {error}".splitlines()[0],  # tarfile adds a line for each way it tried
+            seen=f"{type(error).__name__}: {error}".splitlines()[0],  # tarfile adds a line for each format it tried
             rule="tar (also gz, bz2, xz) or zip",
             hint="download or copy it again",
         ) from None
 
 
 def _checked(members: Iterator[Member], archive: Path) -> list[Member]:
-    """All members, looked at one by one, so that a bomb is noticed before the rest of it is decompressed."""
+    """Check the members one by one and return them. A bomb is noticed before the rest of it is decompressed."""
     packed = archive.stat().st_size
     files: dict[PurePosixPath, Member] = {}
     unpacked = 0
     for member in members:
-        files[member.path] = member  # a name stored twice: the later one counts, as tar does
+        files[member.path] = member  # if a name is stored twice, the later one counts, as in tar
         unpacked += member.size
         if unpacked > max(RATIO_FREE_BYTES, packed * MAX_RATIO) or len(files) > MAX_MEMBERS:
             raise DataError(
-                "would grow suspiciously (decompression bomb?)",
+                "would unpack to a suspicious size (decompression bomb?)",
                 where=archive,
                 seen=f"{packed:,} to {unpacked:,} bytes and more, in {len(files):,} files",
                 rule=f"at most {MAX_RATIO} times and {MAX_MEMBERS:,} files",
@@ -166,11 +166,11 @@ def _tar_members(packed: tarfile.TarFile, archive: Path) -> Iterator[Member]:
             kind = "link" if info.issym() or info.islnk() else "device or special file"
             raise DataError(f"holds a {kind}", where=archive, seen=info.name, rule="plain files and folders only")
         yield Member(path, info.size, info)
-    # A tar cut between two members looks whole but for the zeros that end every tar.
+    # A tar that was cut between two members looks complete, but the zeros at the end of every tar are missing.
     assert packed.fileobj is not None
     if packed.fileobj.tell() <= packed.offset:
         raise tarfile.ReadError("the end mark is missing")
-    # Compressed streams carry their checksum at the end, which tarfile has no cause to read.
+    # Compressed streams have their checksum at the end; tarfile does not read that far.
     rest = 0
     while chunk := packed.fileobj.read(_CHUNK):
         rest += len(chunk)
@@ -200,7 +200,7 @@ def _zip_members(packed: zipfile.ZipFile, archive: Path) -> Iterator[Member]:
 
 
 def _safe_path(name: str, archive: Path) -> PurePosixPath | None:
-    """The member's path, None for litter; raises for one that would land outside the target."""
+    """The member's path, None for a system file; raises DataError for a path outside the target."""
     path = PurePosixPath(name.replace("\\", "/"))
     if path.is_absolute() or ".." in path.parts or "\0" in name or (path.parts and path.parts[0].endswith(":")):
         raise DataError(
@@ -214,7 +214,7 @@ def _safe_path(name: str, archive: Path) -> PurePosixPath | None:
 
 
 def _copy_exactly(source: IO[bytes], sink: IO[bytes], member: Member, archive: Path) -> None:
-    """Copy a member, never more than its declared size: a lying header cannot fill the disk."""
+    """Copy a member, but never more than its declared size: a wrong header must not fill the disk."""
     left = member.size
     while left > 0:
         chunk = source.read(min(_CHUNK, left))

@@ -1,4 +1,4 @@
-"""Public data sets by name: where they lie, how their archives are checked, whose they are."""
+"""Public data sets by name: addresses, checksums, channels, licence and reference."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _HOSTS = (
     "https://msd-for-monai.s3.us-west-2.amazonaws.com",
     "https://s3-us-west-2.amazonaws.com/msd-for-monai",
 )
-"""The bucket of the Medical Segmentation Decathlon on AWS Open Data, by its three forms of address."""
+"""The three addresses of the Medical Segmentation Decathlon's bucket on AWS Open Data."""
 
 MSD_REFERENCE = (
     "Medical Segmentation Decathlon, medicaldecathlon.com; Antonelli et al., Nature Communications 13, 4128 (2022)"
@@ -28,9 +28,9 @@ class CatalogEntry:
     """The official address first, then mirrors."""
     md5: str
     channels: Mapping[str, Modality]
-    """What is imaged, and by what."""
+    """Channel name to modality."""
     cases: int
-    """Labelled cases."""
+    """Number of labelled cases."""
     licence: str
     reference: str
 
@@ -51,7 +51,7 @@ _MSD: Mapping[str, tuple[str, int, Mapping[str, Modality]]] = {
     "Task09_Spleen": ("410d4a301da4e5b2f6f86ec3ddba524e", 41, {"CT": "CT"}),
     "Task10_Colon": ("bad7a188931dc2f6acf72b08eb6202d0", 126, {"CT": "CT"}),
 }
-"""Checksum (as MONAI publishes it with its DecathlonDataset), labelled cases, channels."""
+"""MD5 checksum (as published in MONAI's DecathlonDataset), number of labelled cases, channels."""
 
 CATALOG: Mapping[str, CatalogEntry] = {
     f"msd:{task}": CatalogEntry(
@@ -67,10 +67,10 @@ CATALOG: Mapping[str, CatalogEntry] = {
 
 
 def lookup(source: str) -> CatalogEntry:
-    """The entry of a `msd:` name.
+    """The entry for a name such as `msd:Task04_Hippocampus`.
 
     Raises:
-        ConfigError: no such data set; names the nearest one.
+        ConfigError: the data set is unknown; the hint names the most similar one.
     """
     if source in CATALOG:
         return CATALOG[source]

@@ -1,4 +1,4 @@
-"""A data set as every stage sees it: cases, channels, labels, whatever layout the files came in."""
+"""The index of a data set: cases, channels and labels. It is the same for every file layout."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from distilldsm.data.targets import Region
 
 INDEX = "dataset_index.json"
 SAMPLE_SOURCE = "embedded sample (MNI152 template)"
-"""The `source` of a data set made from the template."""
+"""The `source` of the synthetic sample data set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +25,15 @@ class Case:
 
     id: str
     patient: str
-    """Cases of one patient are never split between training and held-out."""
+    """Cases of one patient are all in training, or all held out."""
     images: tuple[str, ...]
     """One file per channel, or one 4-D file that holds all channels along its last axis."""
     label: str
 
     def check_names(self) -> None:
-        """Raise DataError for an id that is no file name (it becomes one in every output), or a path that leads out."""
+        """Raise DataError if the id cannot be a file name (outputs use it as one), or a path leaves the data set."""
         if self.id in ("", ".", "..") or re.search(r"[/\\\0]", self.id):
-            raise DataError("a case id is no file name", seen=self.id, rule="no slash, not '.' or '..'")
+            raise DataError("a case id cannot be a file name", seen=self.id, rule="no slash, not '.' or '..'")
         for path in (*self.images, self.label):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
                 raise DataError("an index names a file outside the data set", seen=path, rule="paths below its folder")
@@ -55,16 +55,16 @@ class DatasetIndex:
     labels: Mapping[str, int]
     """Label name to value in the files; background is 0."""
     regions: tuple[Region, ...] = ()
-    """Overlapping unions of labels that this data set is meant to be scored by, in the order masks are written."""
+    """Overlapping unions of labels for the evaluation of this data set, in the order in which masks are written."""
     ignored_value: int | None = None
-    """Value of nnU-Net's label `ignore`, where one is declared: validation refuses masks that hold it."""
+    """Value of nnU-Net's label `ignore`, if declared. Validation refuses masks that hold it."""
     cases: tuple[Case, ...]
     licence: str = "unknown"
     reference: str = "unknown"
     source: str = "unknown"
-    """Where it was taken from: sample, an address, a path's last part."""
+    """Origin of the data: sample, an address, or the last part of a path."""
     note: str = ""
-    """What a reader of any result must know, e.g. that all subjects derive from one template."""
+    """Text that readers of every result must know, e.g. that all subjects come from one template."""
     layout: str = "msd"
     extra: Mapping[str, str] = field(default_factory=dict)
 
@@ -78,7 +78,7 @@ class DatasetIndex:
 
     @property
     def class_values(self) -> tuple[int, ...]:
-        """Label values in ascending order; a network's class k stands for the k-th of them."""
+        """Label values in ascending order. Class k of a network has the value at position k."""
         return tuple(sorted(self.labels.values()))
 
     @property
@@ -94,7 +94,7 @@ class DatasetIndex:
         path = Path(root) / INDEX
         try:
             index = from_mapping(cls, read_json(path), where=str(path))
-            for case in index.cases:  # the file may have been changed on its way here
+            for case in index.cases:  # somebody may have edited the file
                 case.check_names()
             return index
         except DataError as error:

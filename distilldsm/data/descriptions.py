@@ -1,4 +1,4 @@
-"""What a data set's `dataset.json` says: channels, labels, regions. Errors name the file and how to fix it."""
+"""Reads a data set's `dataset.json`: channels, labels, regions. Errors name the file and how to fix it."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def read(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        DataError: it cannot be read, or is none.
+        DataError: the file cannot be read, or does not hold a JSON object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors put a byte order mark first
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # some editors write a byte order mark first
     except (OSError, ValueError, RecursionError) as error:
         raise DataError(
             "cannot be read as JSON", where=path, seen=str(error), hint="correct it, or get the data set again"
@@ -32,10 +32,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def need(description: Mapping[str, Any], key: str, kind: type, path: Path) -> Any:
-    """The entry `key`, a dictionary or list (`kind`) that is not empty.
+    """The entry `key`: a dictionary or list (`kind`) that is not empty.
 
     Raises:
-        DataError: it is missing or of another form.
+        DataError: the entry is missing, empty or of another type.
     """
     value = description.get(key)
     if not isinstance(value, kind) or not value:
@@ -44,19 +44,19 @@ def need(description: Mapping[str, Any], key: str, kind: type, path: Path) -> An
             f"'{key}' is missing or has the wrong form",
             where=path,
             seen=repr(value)[:100],
-            rule=f"{form} with one entry at least",
-            hint=f"add '{key}' as the format's description says",
+            rule=f"{form} with at least one entry",
+            hint=f"add '{key}' as described for this format",
         )
     return value
 
 
 def text(description: Mapping[str, Any], *keys: str) -> str | None:
-    """The first of the entries that says something."""
+    """The first of these entries that is not empty, as text."""
     return next((str(description[key]) for key in keys if description.get(key)), None)
 
 
 def channels_of(numbered: Mapping[str, Any], path: Path, key: str) -> tuple[Channel, ...]:
-    """Channels from {"0": "T2", "1": "ADC"}; equal names get their number added."""
+    """Channels from {"0": "T2", "1": "ADC"}. If names are equal, their number is added."""
     if {str(number) for number in numbered} != {str(k) for k in range(len(numbered))}:
         raise DataError(
             f"'{key}' must number the channels from 0", where=path, seen=", ".join(map(str, numbered)) or "nothing"
@@ -72,28 +72,28 @@ def labels_of(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
     """Name to value, from either {"0": "background"} or {"background": 0}, without nnU-Net's `ignore`.
 
     Raises:
-        DataError: names or values that appear twice, are none, or are too few.
+        DataError: a name or value appears twice, a value is not a whole number from 0 to 255, or there is no label
+            besides background.
     """
-    found = _named(labels, path)
-    zero = next((name for name, value in found.items() if value == 0), None)
+    values = _named(labels, path)
+    zero = next((name for name, value in values.items() if value == 0), None)
     if zero is None:
-        found = {"background": 0, **found}
+        values = {"background": 0, **values}
     elif zero != "background":
-        found["background"] = found.pop(zero)
-    distinct = len(set(found.values())) == len(found) and all(0 <= v <= 255 for v in found.values())
-    classes = {name: value for name, value in found.items() if name != "ignore"}
+        values["background"] = values.pop(zero)
+    distinct = len(set(values.values())) == len(values) and all(0 <= v <= 255 for v in values.values())
+    classes = {name: value for name, value in values.items() if name != "ignore"}
     if not distinct or len(classes) < 2:
-        raise DataError(
-            "'labels' are impossible", where=path, seen=found, rule="distinct values 0 to 255, one besides background"
-        )
+        rule = "distinct values from 0 to 255, at least one besides background"
+        raise DataError("'labels' are impossible", where=path, seen=values, rule=rule)
     return classes
 
 
 def ignored_of(labels: Mapping[str, Any], path: Path) -> int | None:
-    """The value of nnU-Net's label `ignore`; None where there is none.
+    """The value of nnU-Net's label `ignore`; None if it is not declared.
 
     Raises:
-        DataError: as `labels_of`.
+        DataError: see `labels_of`.
     """
     return _named(labels, path).get("ignore") or None
 
@@ -113,7 +113,7 @@ def _named(labels: Mapping[str, Any], path: Path) -> dict[str, int]:
 
 
 def modality_of(name: str) -> Modality:
-    """What kind of image a channel's name speaks of: decides the normalisation."""
+    """Modality, guessed from a channel's name. It decides the normalisation."""
     lowered = name.lower()
     if re.search(r"\bct\b|^ct", lowered):
         return "CT"
@@ -129,13 +129,13 @@ def modality_of(name: str) -> Modality:
 def split_regions(
     labels: Mapping[str, Any], description: Mapping[str, Any], path: Path
 ) -> tuple[dict[str, Any], tuple[Region, ...]]:
-    """Plain labels and regions of nnU-Net's `labels`, where some name lists of values.
+    """Plain labels and regions from nnU-Net's `labels`. An entry with a list of values is a region.
 
-    `regions_class_order` says, region by region, which value masks hold for it. Values that have no name of their own
-    are called `label_<value>`.
+    `regions_class_order` gives, for each region, the value that masks hold for it. A value without its own name is
+    called `label_<value>`.
 
     Raises:
-        DataError: lists that hold no values, or a `regions_class_order` that does not fit them.
+        DataError: a list holds something other than values above 0, or `regions_class_order` does not fit.
     """
     if not any(isinstance(value, list) for value in labels.values()):
         return dict(labels), ()

@@ -1,4 +1,4 @@
-"""Fetching archives: resumed, retried, mirrored, checked."""
+"""Downloads archives: with resuming, retries, mirrors and checksums."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ from distilldsm.core.progress import meter
 from distilldsm.core.redaction import public_address, redact
 
 ATTEMPTS = 5
-"""Tries per address before the next mirror; one that got further than all before starts the count anew."""
+"""Tries per address before the next mirror. A try that gets further than all earlier ones resets the count."""
 TIMEOUT_SECONDS = (10.0, 60.0)
-"""To connect, and between two packets."""
+"""Timeout for the connection, and between two packets."""
 _CHUNK = 1 << 20
 _NO_SPACE_HINT = "free space, or set download.archive_dir to another disk"
 _GONE = {400, 401, 403, 404, 410, 451}
-"""Answers that another try will not change."""
+"""HTTP status codes for which another try is useless."""
 _QUERY = re.compile(r"\?[^\s)'\"]+=[^\s)'\"]*")
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
 class _GiveUpError(Exception):
-    """This address will not serve the file."""
+    """This address cannot serve the file."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class _Checksums:
     md5: str | None
 
     def problem(self, path: Path) -> str | None:
-        """What is wrong with the file, None if nothing is (or there is nothing to check)."""
+        """The error of the file; None if its checksums are right, or there is nothing to check."""
         for name, expected in (("sha256", self.sha256), ("md5", self.md5)):
             if expected is None:
                 continue
@@ -60,12 +60,12 @@ class _Checksums:
 
 
 def is_url(source: str) -> bool:
-    """Whether a source is an address rather than a path."""
+    """Whether a source is an address and not a path."""
     return urlsplit(source).scheme in ("http", "https", "file")
 
 
 def local_path(source: str) -> Path | None:
-    """The path a `file://` address or plain path (with `~` for the home folder) names; None for http."""
+    """The path of a `file://` address or of a plain path (`~` is the home folder); None for http(s)."""
     parts = urlsplit(source)
     if parts.scheme == "file":
         return Path(url2pathname(parts.path))
@@ -74,7 +74,7 @@ def local_path(source: str) -> Path | None:
 
 @dataclass(frozen=True)
 class Credentials:
-    """What a server asks for, for the server of `address` only: never a mirror's, never where a redirect leads to."""
+    """Login data for the server of `address` only. They are never sent to a mirror or to the target of a redirect."""
 
     address: str
     username: str = ""
@@ -85,29 +85,29 @@ class Credentials:
 
     @classmethod
     def from_environment(cls, address: str) -> Credentials:
-        """DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or _TOKEN (a bearer's), or _SIGNATURE; none of them: no secret.
+        """Read DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or _TOKEN (bearer token), or _SIGNATURE. All are optional.
 
         Raises:
-            ConfigError: a user without a password, both a password and a token, or an address that is not encrypted.
+            ConfigError: a user without a password, a password and a token together, or an unencrypted address.
         """
         names = ("username", "password", "token", "signature")
         found = {name: os.environ.get(f"DISTILLDSM_DOWNLOAD_{name.upper()}", "") for name in names}
-        given = ", ".join(f"DISTILLDSM_DOWNLOAD_{name.upper()}" for name, value in found.items() if value)
+        variables = ", ".join(f"DISTILLDSM_DOWNLOAD_{name.upper()}" for name, value in found.items() if value)
         if bool(found["username"]) != bool(found["password"]) or (found["password"] and found["token"]):
             rule = "DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or DISTILLDSM_DOWNLOAD_TOKEN"
-            raise ConfigError("cannot tell how to log in for the download", seen=f"set: {given}", rule=rule)
+            raise ConfigError("cannot tell how to log in for the download", seen=f"set: {variables}", rule=rule)
         parts = urlsplit(address)
-        if given and parts.scheme == "http" and parts.hostname not in _LOCAL:
+        if variables and parts.scheme == "http" and parts.hostname not in _LOCAL:
             raise ConfigError(
-                "a password would go over the network for all to read",
+                "the password would be sent unencrypted",
                 where="download.source",
-                seen=f"{public_address(address)} and {given}",
-                rule="https:// where the environment holds a secret for it",
+                seen=f"{public_address(address)} and {variables}",
+                rule="https:// if the environment holds a secret for the address",
             )
         return cls(address, **found)
 
     def applied(self, url: str) -> tuple[str, dict[str, Any]]:
-        """The address to ask for, and requests' arguments."""
+        """The address to request, and the keyword arguments for requests."""
         mine, other = urlsplit(self.address), urlsplit(url)
         if (mine.scheme, mine.netloc) != (other.scheme, other.netloc):
             return url, {}
@@ -118,7 +118,7 @@ class Credentials:
         return url, {"auth": (self.username, self.password)} if self.username else {}
 
     def _bear(self, request: Any) -> Any:
-        # As `auth` and not as a header: else requests would prefer an entry of .netrc.
+        # Passed as `auth` and not as a header: requests would replace the header with an entry of .netrc.
         request.headers["Authorization"] = f"Bearer {self.token}"
         return request
 
@@ -132,20 +132,20 @@ def fetch(
     credentials: Credentials | None = None,
     sleep: Callable[[float], None] = time.sleep,
 ) -> Path:
-    """Bring a file to `target` from the first address that serves it whole and with the right checksum.
+    """Download a file to `target` from the first address that serves it completely and with the right checksum.
 
-    A file that is already there and has the right checksum (or none to check) is used as it is. An interrupted download
-    lies beside the target as `.part` and is continued with an HTTP range request, as long as the server still has the
-    same file (ETag or Last-Modified). The target appears whole, by a rename.
+    An existing file with the right checksum (or without one to check) is used. An interrupted download stays beside
+    the target as `.part`. It is resumed with an HTTP range request if the server still has the same file (ETag or
+    Last-Modified). The target is complete from the start, because it is renamed at the end.
 
     Args:
         urls: http(s):// or file:// addresses or paths, in the order to try them.
         sha256, md5: expected checksums, hex.
-        credentials: for the one server that they name.
-        sleep: waits between two tries, seconds.
+        credentials: login data; they are used for their own server only.
+        sleep: function that waits between two tries, seconds.
 
     Raises:
-        DataError: no address served the file (tells what each of them answered), or there is not enough space.
+        DataError: no address served the file (the error lists each answer), or there is not enough space.
         UserError: another process is fetching the same file.
     """
     target = Path(target)
@@ -193,23 +193,23 @@ def _part(target: Path) -> Path:
 
 
 def _sidecar(target: Path) -> Path:
-    """Where the version of the file that the part belongs to is remembered."""
+    """File that stores which version of the remote file the `.part` file belongs to."""
     return target.with_name(target.name + ".part.json")
 
 
 def _validator(target: Path) -> str | None:
-    """The ETag or date of the file whose beginning the part is; None where that is not known."""
+    """ETag or date of the remote file to which the `.part` file belongs; None if it is unknown."""
     try:
         found = json.loads(_sidecar(target).read_text(encoding="utf-8"))["validator"]
     except (OSError, ValueError, KeyError, TypeError):
-        return None  # a damaged note costs a new start, no more
+        return None  # with a damaged note, the download only starts again
     return found if isinstance(found, str) else None
 
 
 def _fetch_checked(
     url: str, target: Path, checksums: _Checksums, credentials: Credentials | None, sleep: Callable[[float], None]
 ) -> str | None:
-    """Download `url` into the part file and check it; returns what went wrong."""
+    """Download `url` into the part file and check it. Returns the error, or None."""
     problem = None
     for _ in range(2):
         try:
@@ -222,18 +222,18 @@ def _fetch_checked(
         _part(target).unlink()
         if from_start:
             break
-        # The beginning may come from another mirror or day: the address deserves one try of its own.
+        # The beginning may come from another mirror or an older version: try this address once from the start.
     return problem
 
 
 def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: Callable[[float], None]) -> bool:
-    """Download `url` completely into the part file; returns whether all of it came in this call."""
+    """Download `url` completely into the part file. Returns whether it started from the first byte."""
     path = local_path(url)
     if path is not None:
         if not path.is_file():
             raise _GiveUpError("no such file")
         check_space(target.parent, path.stat().st_size, hint=_NO_SPACE_HINT)
-        _sidecar(target).unlink(missing_ok=True)  # what is copied now is not what a server's version speaks of
+        _sidecar(target).unlink(missing_ok=True)  # the copied file has nothing to do with the server's version
         shutil.copyfile(path, _part(target))
         return True
     import requests
@@ -260,15 +260,15 @@ def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: C
         except requests.RequestException as error:
             problem = _hide_query(error, url)
         failures += 1
-        # Compared with the best so far, not with the last try: a server that always starts again may get a little
-        # further by chance now and then, and must not keep us here for ever.
+        # Compare with the best try so far, not with the last one: a server that always starts again may get further
+        # than the last time by chance, and we would try for ever.
         fruitless = 0 if _size(part) > best > 0 else fruitless + 1
         best = max(best, _size(part))
     raise _GiveUpError(f"{problem} (after {failures} tries)")
 
 
 def _hide_query(error: Exception, url: str) -> str:
-    """The error without the queries in it: that of a redirect's target may be a signature too."""
+    """The error without queries of addresses: the query of a redirect's target may be a signature too."""
     return redact(_QUERY.sub("", str(error).replace(url, public_address(url))))
 
 
@@ -277,7 +277,7 @@ def _size(path: Path) -> int:
 
 
 def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[bool, bool]:
-    """One try; returns whether the part file is whole now, and whether it continued what was there."""
+    """One try. Returns whether the part file is complete now, and whether the try resumed an older part."""
     import requests
 
     part = _part(target)
@@ -285,7 +285,7 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
     validator = _validator(target) if have else None
     headers = {"Accept-Encoding": "identity"}
     if have and validator:
-        # If-Range: the server sends the rest only if its file is still the one we began with.
+        # If-Range: the server sends the rest only if it still has the same file.
         headers |= {"Range": f"bytes={have}-", "If-Range": validator}
     asked, options = credentials.applied(url) if credentials else (url, {})
     with requests.get(asked, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, **options) as answer:
@@ -300,7 +300,7 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
         answer.raise_for_status()
         resumed = answer.status_code == 206
         if resumed and not (have and span.startswith(f"bytes {have}-")):
-            part.unlink(missing_ok=True)  # another range than the one asked for
+            part.unlink(missing_ok=True)  # the server sent another range than requested
             return False, False
         if not resumed:
             have = 0
@@ -308,10 +308,10 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
         total = have + int(length) if length else None
         check_space(target.parent, (total or 0) - have, hint=_NO_SPACE_HINT)
         if not resumed:
-            # The old bytes go before the new note comes: at no time does a note vouch for bytes of another version.
+            # Delete the old bytes before the new note is written: a note must never describe bytes of another version.
             part.unlink(missing_ok=True)
             found = answer.headers.get("ETag") or answer.headers.get("Last-Modified")
-            # A weak ETag does not promise the same bytes.
+            # A weak ETag does not guarantee the same bytes.
             strong = None if (found or "W/").startswith("W/") else found
             write_json(_sidecar(target), {"validator": strong, "address": public_address(url)})
         with (

@@ -1,4 +1,4 @@
-"""The measures that drift is judged by: what each one is, how it is scaled, and what a change of it may mean."""
+"""The measures for drift: the name, the scale and the meaning of each."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Measure:
     unit: str
     group: str
     transform: Transform
-    """In which scale distances are taken: log for sizes, cube root for volumes, asinh for intensities of any unit."""
+    """Scale for computing distances: log for sizes, cube root for volumes, asinh for intensities of any unit."""
     floor: float
-    """Differences below this, in that scale, are rounding or none of interest."""
+    """Differences below this, in that scale, are ignored."""
     undone: bool
-    """The model's preprocessing undoes a change of it: told, but no drift."""
+    """The model's preprocessing undoes a change of this measure. The change is listed, but it is not drift."""
     meaning: str
-    """What it may mean."""
+    """Possible causes of a change."""
 
     def scaled(self, value: float) -> float:
         """The value in the scale of `transform`."""
@@ -142,7 +142,7 @@ def _intensities(channel: Channel, rule: Normalisation) -> list[Measure]:
 
 
 def values_of(scan: ScanMeasures, plan: Plan) -> dict[str, float]:
-    """The measures of one scan; those of structures only where there is a mask and the structure is in it."""
+    """The measures of one scan. Measures of a structure need a mask that holds the structure."""
     found: dict[str, float] = {}
     for a, size, spacing in zip(AXES, scan.shape, scan.spacing_mm, strict=True):
         found |= {f"spacing_{a}_mm": spacing, f"fov_{a}_mm": size * spacing, f"shape_{a}": float(size)}
@@ -188,11 +188,11 @@ def _normalise(value: float, rule: Normalisation, one: ChannelMeasures) -> float
 
 
 def _share_below(quantiles: tuple[float, ...], limit: float) -> float:
-    """Share of voxels below a limit, linear between the quantiles that were kept."""
+    """Share of voxels below a limit, interpolated linearly between the stored quantiles."""
     if limit <= quantiles[0]:
         return 0.0
     if limit >= quantiles[-1]:
         return 1.0
-    # Equal quantiles would make the steps of a function of no value.
+    # np.interp needs increasing values; equal quantiles are moved apart a little.
     spread = np.array(quantiles) + np.arange(len(quantiles)) * 1e-9
     return float(np.interp(limit, spread, QUANTILES)) / 100

@@ -1,4 +1,4 @@
-"""What a data set is: shapes, spacings, intensities and label volumes of its cases, measured once."""
+"""The fingerprint of a data set: shapes, spacings, intensities and label volumes of its cases, measured once."""
 
 from __future__ import annotations
 
@@ -21,38 +21,38 @@ SAMPLES_PER_CASE = 20_000
 
 @dataclass(frozen=True, kw_only=True)
 class CaseFingerprint:
-    """One case, its axes in RAS order (x, y, z)."""
+    """Measures of one case. Axes are in RAS order (x, y, z)."""
 
     case: str
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     nonzero_fraction: float
-    """Share of voxels that are not zero in every channel."""
+    """Share of voxels that are not zero in at least one channel."""
     foreground_mean: tuple[float, ...]
-    """Per channel, over the voxels of any foreground label (of all non-zero voxels where there are none)."""
+    """Per channel, over the voxels of all foreground labels (over all non-zero voxels if there is no foreground)."""
     foreground_sd: tuple[float, ...]
     foreground_percentiles: tuple[tuple[float, ...], ...]
     """Per channel, at PERCENTILES."""
     label_volumes_ml: Mapping[str, float]
     nonzero_shape: tuple[int, int, int]
-    """Extent of the box around the voxels that are not zero in every channel."""
+    """Size of the box around the voxels that are not zero in at least one channel."""
     scan: ScanMeasures
-    """What a new scan can be compared with (docs/drift.md)."""
+    """Measures for the comparison with new scans (docs/drift.md)."""
 
     @property
     def has_foreground(self) -> bool:
-        """Whether a label is in it: intensities are those of all non-zero voxels otherwise."""
+        """Whether the case has a labelled voxel. If not, the intensities are those of all non-zero voxels."""
         return any(self.label_volumes_ml.values())
 
 
 def load_case(root: Path, case: Case, index: DatasetIndex) -> tuple[Scan, npt.NDArray[np.uint8]]:
-    """Read image and label of one case, the label as class indices.
+    """Read image and label of one case, with the label as class indices.
 
     Returns:
-        The scan, its voxels in memory, and classes (X, Y, Z) in its grid.
+        The scan, with its voxels in memory, and classes (X, Y, Z) on its grid.
 
     Raises:
-        DataError: unreadable files, label off the image's grid, or values outside the declared labels.
+        DataError: a file cannot be read, the label has another grid, or it holds values that are not declared.
     """
     scan = read_scan([root / p for p in case.images], len(index.channels))
     labels = read_labels(root / case.label, on=scan)
@@ -65,7 +65,7 @@ def classes_from_values(
     """Map label values to class indices 0..K-1.
 
     Raises:
-        DataError: a value that is not declared.
+        DataError: a value is not declared.
     """
     table = np.full(256, 255, dtype=np.uint8)
     table[list(class_values)] = np.arange(len(class_values), dtype=np.uint8)
@@ -83,7 +83,7 @@ def classes_from_values(
 
 
 def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerprint:
-    """Measure one case; raises DataError as `load_case` does."""
+    """Measure one case; raises the errors of `load_case`."""
     scan, classes = load_case(root, case, index)
     intensities = scan.intensities()
     nonzero = (intensities != 0).any(axis=0)
@@ -91,7 +91,7 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
     mask = classes > 0
     if not mask.any():
         mask = nonzero
-    # A fixed, evenly spaced sample keeps percentiles of large volumes cheap and repeatable.
+    # A fixed, evenly spaced sample makes percentiles of large volumes cheap and repeatable.
     step = max(1, int(mask.sum()) // SAMPLES_PER_CASE)
     samples = intensities[:, mask][:, ::step].astype(np.float64)
     if samples.size == 0:
@@ -114,9 +114,9 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
 
 
 def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str, object]:
-    """The data set's fingerprint as plain JSON types: medians and ranges, and every case.
+    """The data set's fingerprint as plain JSON types: medians, ranges, and every case.
 
-    Foreground intensities are those of the cases that have a label, if any have.
+    Foreground intensities come from the cases with a labelled voxel, or from all cases if there is none.
     """
     labelled = [c for c in cases if c.has_foreground] or cases
 

@@ -1,7 +1,7 @@
-"""From a scan's grid to the network's and back: orientation, crop, resampling, each recorded and undone exactly.
+"""Transforms a scan to the network's grid and back: orientation, crop, resampling. Each step is recorded and undone.
 
-Network space is (C, D, H, W): the axes are RAS directions ordered (depth, height, width), at the plan's spacing. Both
-ways go slice by slice, so that memory does not grow with the depth: there is no other way for whole volumes.
+Network space is (C, D, H, W): RAS directions in the order (depth, height, width), at the plan's spacing. Both
+directions work slice by slice, so memory does not grow with the depth. Whole volumes use the same code.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ Float32 = npt.NDArray[np.float32]
 Uint8 = npt.NDArray[np.uint8]
 Size = tuple[int, int, int]
 CONSTANT = 1e-6
-"""Voxels whose sd is this share of their mean differ by float32's rounding only."""
+"""Voxels with an sd below this share of their mean are equal up to float32 rounding."""
 MAX_SCALE = 20.0
 """Largest factor, per axis, between the scan's spacing and the model's."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class GeometryRecord:
-    """What was done to a scan, so that it can be undone."""
+    """The steps that brought a scan into network space, recorded to undo them."""
 
     affine: tuple[tuple[float, ...], ...]
-    """(4, 4) of the file."""
+    """(4, 4), affine of the file."""
     shape: tuple[int, int, int]
-    """(X, Y, Z) of the file."""
+    """(X, Y, Z), shape of the file."""
     axis_order: tuple[int, int, int]
     """RAS axes in the order (depth, height, width)."""
     crop_start: tuple[int, int, int]
-    """First voxel kept, (D, H, W) after reorientation."""
+    """First voxel of the crop box, (D, H, W) after reorientation."""
     crop_stop: tuple[int, int, int]
-    """One past the last voxel kept."""
+    """One past the last voxel of the crop box."""
     resampled: tuple[int, int, int]
     """(D, H, W) after resampling: the network array's shape."""
     coarse_slices: bool
 
     @property
     def cropped(self) -> Size:
-        """(D, H, W) of the box that is kept."""
+        """(D, H, W), size of the crop box."""
         d, h, w = (b - a for a, b in zip(self.crop_start, self.crop_stop, strict=True))
         return d, h, w
 
@@ -72,7 +72,7 @@ class NetworkImage:
         rows, columns = slice(start[1], stop[1]), slice(start[2], stop[2])
 
         class Planes:
-            """The cropped slices of one channel; iterated twice for its mean and sd."""
+            """The cropped slices of one channel. They are read twice, for its mean and sd."""
 
             def __init__(self, channel: int) -> None:
                 self.channel = channel
@@ -96,7 +96,7 @@ class NetworkImage:
         return self.record.resampled
 
     def slices(self, low: int, high: int) -> Iterator[Float32]:
-        """Slices [low, high), (C, H, W) each; asked for with ascending `low`, each is computed once."""
+        """Slices [low, high), each (C, H, W). If `low` ascends from call to call, each slice is computed once."""
         for k in [k for k in self._kept if k < low]:
             del self._kept[k]
         for k in range(low, high):
@@ -119,16 +119,17 @@ def to_network_space(scan: Scan, plan: Plan) -> tuple[Float32, GeometryRecord]:
 
 
 class ScanMask:
-    """The way back: class probabilities, slice after slice, become labels on the scan's own grid.
+    """Converts class probabilities, slice after slice, to labels on the scan's own grid.
 
-    Probabilities are resampled linearly, then the plan's targets decide; what was cropped away is background.
+    Probabilities are resampled linearly; then the plan's targets choose the class. Voxels outside the crop box are
+    background.
 
     Args:
-        probabilities: (X, Y, Z, K) zeros, filled too where given: uint8 with round(255 p), or float32.
+        probabilities: optional array (X, Y, Z, K) of zeros to fill: uint8 with round(255 p), or float32.
 
     Attributes:
         mask: (X, Y, Z) label values.
-        counts: voxels of each class.
+        counts: number of voxels per class.
     """
 
     def __init__(self, record: GeometryRecord, plan: Plan, probabilities: npt.NDArray | None = None) -> None:
@@ -143,7 +144,7 @@ class ScanMask:
         if probabilities is not None:
             self._whole = 255 if probabilities.dtype == np.uint8 else 1
             if not plan.regions:
-                probabilities[..., 0] = self._whole  # what is cropped away is background
+                probabilities[..., 0] = self._whole  # outside the crop box is background
             self._maps = reorient(np.moveaxis(probabilities, -1, 0), affine, record.axis_order)
         self._kept: dict[int, Float32] = {}
         self._restored = ResampledSlices(
@@ -152,7 +153,7 @@ class ScanMask:
         self._done = 0
 
     def add(self, first: int, planes: list[Float32]) -> None:
-        """Probabilities (K, H, W) of the slices from `first` on, in ascending order; the list is emptied."""
+        """Add probabilities (K, H, W) of the slices `first`, `first` + 1 ... in ascending order; empties the list."""
         stop, depth = first + len(planes), self.record.cropped[0]
         self._kept.update(enumerate(planes, start=first))
         planes.clear()
@@ -171,7 +172,7 @@ class ScanMask:
 
 
 def mask_of(probabilities: Float32, record: GeometryRecord, plan: Plan) -> Uint8:
-    """Probabilities (K, D, H, W) of a whole volume to label values (X, Y, Z), as `ScanMask`."""
+    """Convert probabilities (K, D, H, W) of a whole volume to label values (X, Y, Z), see `ScanMask`."""
     if probabilities.shape[1:] != record.resampled:
         raise ValueError(f"probabilities {probabilities.shape[1:]} do not fit the record {record.resampled}")
     restored = ScanMask(record, plan)
@@ -182,7 +183,7 @@ def mask_of(probabilities: Float32, record: GeometryRecord, plan: Plan) -> Uint8
 def make_record(
     affine: npt.NDArray[np.float64], shape: Size, start: Sequence[int], stop: Sequence[int], plan: Plan
 ) -> GeometryRecord:
-    """What bringing a scan into network space means: its geometry, the box that is kept, the new size."""
+    """The record of a scan: its geometry, the crop box (`start`, `stop`) and the size after resampling."""
     cropped = [int(b) - int(a) for a, b in zip(start, stop, strict=True)]
     return GeometryRecord(
         affine=tuple(tuple(float(v) for v in row) for row in affine),
@@ -196,10 +197,10 @@ def make_record(
 
 
 def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: int) -> Uint8:
-    """Classes (X, Y, Z) in the scan's grid to (D, H, W) in the network's.
+    """Resample classes (X, Y, Z) on the scan's grid to (D, H, W) on the network's grid.
 
-    Each class is resampled linearly as a map of its own and the largest wins: no label value is made up between two
-    others, and boundaries stay smooth. Of equal ones the smaller class wins.
+    Each class is resampled linearly as a separate map, and the class with the largest value wins. So no new label
+    values appear between two others, and boundaries stay smooth. Of equal values, the smaller class wins.
     """
     box = tuple(slice(a, b) for a, b in zip(record.crop_start, record.crop_stop, strict=True))
     array = reorient(classes[None], np.array(record.affine), record.axis_order)[0][box]
@@ -224,10 +225,10 @@ def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: 
 
 
 def nonzero_box(planes: Iterable[npt.NDArray[np.bool_]], shape: Sequence[int]) -> tuple[Size, Size]:
-    """Bounding box (start, stop) of the true voxels of a volume; all of it if there are none.
+    """Bounding box (start, stop) of the true voxels of a volume; the whole volume if there are none.
 
     Args:
-        planes: along the first axis of a volume of this shape.
+        planes: slices along the first axis of a volume with shape `shape`.
     """
     hits = [np.zeros(n, dtype=bool) for n in shape]
     for k, plane in enumerate(planes):
@@ -243,12 +244,12 @@ def nonzero_box(planes: Iterable[npt.NDArray[np.bool_]], shape: Sequence[int]) -
 
 
 class Normaliser:
-    """A channel's normalisation as a function of a piece of it.
+    """The normalisation of a channel, as a function of any part of the channel.
 
     Args:
-        rule: what the plan says.
-        planes: the channel's slices, gone through twice for a z-score. Sums are taken slice by slice, so that it does
-            not matter whether the volume is in memory.
+        rule: the normalisation in the plan.
+        planes: the channel's slices; a z-score reads them twice. Sums are computed slice by slice, so the result is the
+            same whether the volume is in memory or not.
     """
 
     def __init__(self, rule: Normalisation, planes: Iterable[npt.NDArray]) -> None:
@@ -270,9 +271,9 @@ class Normaliser:
 
 
 def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
-    """Of the voxels that are not zero; 0 and 1 where there are none. `planes` is iterated twice.
+    """Mean and sd of the non-zero voxels; 0 and 1 if there are none. `planes` is iterated twice.
 
-    Where they are all the same, as of a mask, the sd is their size: voxels that are zero are then one sd away.
+    If all these voxels are equal, as in a mask, the sd is their absolute value. Voxels of 0 are then one sd away.
     """
 
     def nonzero() -> Iterable[npt.NDArray[np.float64]]:
@@ -292,10 +293,10 @@ def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
 
 
 def check_scale(scan: Scan, plan: Plan) -> None:
-    """Refuse a scan whose spacing has nothing to do with what the model was trained on.
+    """Refuse a scan with a spacing that is very different from the model's spacing.
 
     Raises:
-        DataError: a factor beyond MAX_SCALE along an axis.
+        DataError: along an axis, the spacings differ by a factor above MAX_SCALE.
     """
     spacing_mm = spacing_along(scan.affine, plan.axis_order)
     for seen, target in zip(spacing_mm, plan.target_spacing_mm, strict=True):

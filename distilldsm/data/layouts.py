@@ -1,4 +1,4 @@
-"""Recognising how a folder of labelled volumes is laid out, and making its index."""
+"""Recognises the layout of a folder with labelled volumes, and makes its index."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _BRATS_REGIONS = {
     "TC": ("necrotic_core", "enhancing_tumour"),
     "ET": ("enhancing_tumour",),
 }
-"""Whole tumour, tumour core, enhancing tumour: what BraTS scores."""
+"""The regions that BraTS scores: whole tumour, tumour core, enhancing tumour."""
 _BRATS_TOP = "MICCAI_BraTS2020_TrainingData"
 _SUFFIXES = (".nii.gz", ".nii")
 
@@ -32,7 +32,7 @@ Layout = Literal["msd", "nnunet", "brats2020", "pattern"]
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """What a layout tells of a data set."""
+    """The facts about a data set that its layout and description give."""
 
     channels: tuple[Channel, ...]
     labels: Mapping[str, int]
@@ -46,16 +46,16 @@ class Found:
 
 
 def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> DatasetIndex:
-    """Index the labelled cases below `root`, whose paths the index names relative to it.
+    """Make the index of the labelled cases below `root`. Its paths are relative to `root`.
 
     Args:
-        root: an unpacked data set; a folder that only wraps another is looked into.
-        config: layout, patient pattern and what the data set does not say itself.
-        source: where it came from, for the index.
+        root: an unpacked data set. If it holds only one folder, that folder is searched.
+        config: layout, patient pattern, and facts that the data set does not state itself.
+        source: origin of the data set, stored in the index.
 
     Raises:
-        DataError: no known layout, a broken description, or files that are missing (all of them are counted, the first
-            ones named).
+        DataError: the layout is unknown, the description is wrong, or files are missing (the error counts all of them
+            and names the first ones).
         ConfigError: `modalities` names a channel that the data set does not have.
     """
     layout: Layout
@@ -100,10 +100,10 @@ def needed_files(index: DatasetIndex) -> Sequence[str]:
 
 
 def recognise(root: Path) -> tuple[Layout, Path]:
-    """The layout (`msd`, `nnunet` or `brats2020`) and the folder it begins in.
+    """The layout (`msd`, `nnunet` or `brats2020`) and its top folder.
 
     Raises:
-        DataError: none of them.
+        DataError: the folder has none of these layouts.
     """
     inner = find_root(root)
     description = inner / "dataset.json"
@@ -116,7 +116,7 @@ def recognise(root: Path) -> tuple[Layout, Path]:
         "the layout is not recognised",
         where=inner,
         seen="no dataset.json, no */*_seg.nii.gz with _flair, _t1, _t1ce or _t2 beside it",
-        rule="Medical Segmentation Decathlon, nnU-Net raw, BraTS 2020, or a pattern of your own",
+        rule="Medical Segmentation Decathlon, nnU-Net raw, BraTS 2020, or your own pattern",
         hint="set download.layout: pattern and download.pattern (see docs/data.md)",
     )
 
@@ -130,12 +130,12 @@ def _check_files(root: Path, cases: Sequence[Files]) -> None:
             f"{len(missing)} file(s) of the data set are missing",
             where=root,
             seen=some(missing),
-            hint="complete the data set, or take these cases out of it (and of its dataset.json, if it has one)",
+            hint="add the files, or remove these cases (also from dataset.json, if there is one)",
         )
     ids = [files.id for files in cases]
     twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
     if twice:
-        raise DataError("case ids appear twice", where=root, seen=some(twice), hint="give each case a name of its own")
+        raise DataError("case ids appear twice", where=root, seen=some(twice), hint="give each case a unique name")
 
 
 def _with_modalities(channels: tuple[Channel, ...], wanted: Mapping[str, Modality]) -> tuple[Channel, ...]:
@@ -156,11 +156,11 @@ def _numbered(description: Mapping[str, Any], key: str, path: Path) -> tuple[Cha
 
 
 def _refuse_other_format(root: Path, description: Mapping[str, Any], layout: Layout) -> None:
-    """Raise DataError for the description of another format than the layout's: it would only seem to lack a key."""
+    """Raise DataError if the description belongs to another format. Otherwise the error would be a missing key."""
     path = root / "dataset.json"
     if _is_first_nnunet(root, description):
         raise DataError(
-            "is a description of nnU-Net's first version",
+            "has the format of nnU-Net's first version",
             where=path,
             seen="'modality', and images CASE_0000.nii.gz",
             rule="nnU-Net's second version names the channels in 'channel_names'",
@@ -171,7 +171,7 @@ def _refuse_other_format(root: Path, description: Mapping[str, Any], layout: Lay
         own, other, layout_of_other = other, own, "msd"
     if own not in description and other in description:
         raise DataError(
-            f"is no description of the layout {layout}",
+            f"is not a description of the layout {layout}",
             where=path,
             seen=f"'{other}'",
             rule=f"'{own}'",
@@ -180,7 +180,7 @@ def _refuse_other_format(root: Path, description: Mapping[str, Any], layout: Lay
 
 
 def _is_first_nnunet(root: Path, description: Mapping[str, Any]) -> bool:
-    """The Decathlon's keys (at times without its list) over files that end in their channel's number."""
+    """Whether the description has the Decathlon's keys, but the files end with a channel number."""
     if "modality" not in description or "channel_names" in description:
         return False
     training = description.get("training")
@@ -207,7 +207,7 @@ def _msd(root: Path) -> Found:
 
 
 def _described(description: Mapping[str, Any], path: Path, *, labels: Mapping[str, Any], **found: Any) -> Found:
-    """What a `dataset.json` says of the data set; `found`: the channels, cases and regions."""
+    """The facts in a `dataset.json`, together with the channels, cases and regions in `found`."""
     return Found(
         name=descriptions.text(description, "name"),
         labels=descriptions.labels_of(labels, path),
@@ -229,7 +229,7 @@ def _nnunet(root: Path) -> Found:
         raise DataError(
             "only NIfTI files can be read", where=path, seen=f"file_ending {ending}", rule=", ".join(_SUFFIXES)
         )
-    # From images of any channel and from labels: a case that lacks one of them is a finding, not a smaller data set.
+    # Ids come from the images of all channels and from the labels, so that a missing file is reported.
     ids = {name[: -len("_0000")] for name in _stems(root / "imagesTr", ending) if re.search(r"._\d{4}\Z", name)}
     ids |= set(_stems(root / "labelsTr", ending))
     cases = [
@@ -257,14 +257,14 @@ def _stems(folder: Path, ending: str) -> list[str]:
 
 
 def _brats_root(root: Path) -> Path | None:
-    """The folder whose sub-folders are BraTS cases: one that wraps nothing else, or the named one beside others."""
+    """The folder that holds the BraTS cases: one of `wrapped`, or the folder `_BRATS_TOP` in one of them."""
     folders = list(wrapped(root))
     folders += [folder / _BRATS_TOP for folder in folders if (folder / _BRATS_TOP).is_dir()]
     return next((folder for folder in folders if _holds_brats(folder)), None)
 
 
 def _holds_brats(root: Path) -> bool:
-    """Whether some case has a modality beside its label: `masks/CASE_seg.nii.gz` alone is anybody's way to name one."""
+    """Whether a case has a modality beside its label. Names such as `masks/CASE_seg.nii.gz` alone prove nothing."""
     for label in root.glob("*/*_seg.nii*"):
         case = label.name.rpartition("_seg.nii")[0]
         beside = [case + f"_{channel}{suffix}" for channel in _BRATS_CHANNELS for suffix in _SUFFIXES]
@@ -283,7 +283,7 @@ def _brats2020(root: Path) -> Found:
         name, suffix = re.sub(r"_(flair|seg)\.nii.*", "", anchor), _suffix(anchor)
         label = f"{name}_seg{suffix}"
         if label not in files:
-            # The published data set holds one label under its maker's name, *_Segm.nii (case 355).
+            # In the published data set, the label of case 355 has another name, *_Segm.nii.
             label = next((other for other in files if re.search(r"_Segm\.nii", other)), label)
         images = tuple(f"{folder.name}/{name}_{c}{suffix}" for c in _BRATS_CHANNELS)
         cases.append(Files(name, images, f"{folder.name}/{label}"))
@@ -321,7 +321,7 @@ def _suffix(name: str) -> str:
 
 
 def _name(source: str) -> str:
-    """A data set's name from its folder, or from the last part of what it came from."""
+    """The data set's name, from its folder or from the last part of its source."""
     base = source.rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"^Dataset\d+_|\.(tar(\.\w+)?|tgz|tbz2|txz|zip)$", "", base) or "data set"
 

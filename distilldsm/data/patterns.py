@@ -1,4 +1,4 @@
-"""Finding the cases of a folder by file name patterns such as `*/{case}/flair.nii.gz`."""
+"""Finds the cases in a folder by file name patterns such as `*/{case}/flair.nii.gz`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SHOWN = 10
 
 @dataclass(frozen=True)
 class Files:
-    """One case as a layout names it: paths relative to the data set's root."""
+    """The files of one case, as paths relative to the data set's root."""
 
     id: str
     images: tuple[str, ...]
@@ -27,19 +27,21 @@ class Files:
 
 
 def some(findings: Sequence[str]) -> str:
-    """The first findings, and how many there are besides."""
+    """The first findings as text, and how many more there are."""
     more = f" and {len(findings) - _SHOWN} more" if len(findings) > _SHOWN else ""
     return ", ".join(findings[:_SHOWN]) + more
 
 
 def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
-    """Cases are what `{case}` of the label pattern matches; the images are looked for with that id filled in.
+    """Find all cases: `{case}` in the label pattern gives the ids, and the image patterns must match the same ids.
 
-    Returns the folder the patterns are relative to (the root, or what it only wraps) and the cases; scans without a
-    label are told on stderr.
+    Scans without a label are listed on stderr.
+
+    Returns:
+        The folder to which the patterns are relative (the root, or the only folder in it), and the cases.
 
     Raises:
-        DataError: no label matches, or a pattern does not name one file for each case.
+        DataError: no label matches, or a pattern does not match exactly one file for each case.
     """
     inner, files, labels = root, [], {}
     for inner in wrapped(root):
@@ -79,7 +81,7 @@ def find_cases(root: Path, pattern: PatternConfig) -> tuple[Path, list[Files]]:
 
 
 def _walk(root: Path) -> Iterator[str]:
-    """All files below `root` but litter, relative POSIX paths in order; linked folders count, each once."""
+    """All files below `root`, as sorted relative POSIX paths, without system files. Linked folders count once."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)

@@ -1,4 +1,4 @@
-"""What is decided from the fingerprint: a versioned file that a person may read and edit."""
+"""The plan: the decisions made from the fingerprint, in a versioned file that a person may read and edit."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from distilldsm.core.mapping import from_mapping
 from distilldsm.data.dataset import Channel, DatasetIndex
 from distilldsm.data.targets import Region, Targets, regions_from_labels
 
-if TYPE_CHECKING:  # it reads scans, which training has no need to
+if TYPE_CHECKING:  # this module reads scans, which training does not need
     from distilldsm.data.fingerprint import CaseFingerprint
 
 AXES = ("x", "y", "z")
 IN_PLANE_STRIDE = 16
 ANISOTROPY_THRESHOLD = 3.0
-"""From this ratio of depth spacing to in-plane spacing on, slices count as coarse."""
+"""Slices are coarse if depth spacing is at least this many times the in-plane spacing."""
 VOXELS_PER_STEP = 400_000
 TRAINING_BYTES_PER_VOXEL = 1_300
 """Measured on the paper-size network, bf16: activations and gradients per voxel of a batch."""
@@ -30,11 +30,11 @@ TRAINING_BYTES_PER_VOXEL = 1_300
 
 @dataclass(frozen=True, kw_only=True)
 class Normalisation:
-    """How a channel's intensities are made comparable; applied before resampling."""
+    """How a channel's intensities are made comparable. It is applied before resampling."""
 
     scheme: Literal["zscore", "zscore_foreground", "ct", "none"]
-    """`zscore`: by mean and sd of the case's non-zero voxels; `zscore_foreground`: the same, and zero voxels stay
-    zero (skull-stripped data); `ct`: clip to [low, high] HU, then by the data set's mean and sd."""
+    """`zscore`: z-score with mean and sd of the case's non-zero voxels. `zscore_foreground`: the same, but zero voxels
+    stay zero (skull-stripped data). `ct`: clip to [low, high] HU, then z-score with the data set's mean and sd."""
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0
@@ -53,14 +53,14 @@ class Plan:
     class_values: tuple[int, ...]
     """The network's class k is written into masks as class_values[k]."""
     regions: tuple[Region, ...] = ()
-    """What the output channels stand for where they are not the classes, in the order masks are written."""
+    """The regions that the output channels stand for, in the order in which masks are written. Empty: classes."""
     depth_axis: Literal["x", "y", "z"]
     """Scanner axis (RAS) that becomes D of (C, D, H, W)."""
     target_spacing_mm: tuple[float, float, float]
     """(depth, height, width)."""
     crop_to_nonzero: bool
     coarse_slices: bool
-    """True: along the depth axis resampling is linear, not cubic, as slices are too far apart for splines."""
+    """True: resampling along the depth axis is linear, not cubic, because slices are too far apart for splines."""
     patch_size: tuple[int, int, int]
     """(depth, height, width) of a training patch, in voxels."""
     batch_size: int
@@ -69,7 +69,7 @@ class Plan:
     training_memory_gb: float
     """Rough estimate for one optimizer step of the paper-size network."""
     reasons: Mapping[str, str]
-    """Why each value was chosen, for the reader."""
+    """Value to the reason for it, for readers of the plan."""
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
@@ -107,7 +107,7 @@ class Plan:
 
 
 def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: PreprocessConfig) -> Plan:
-    """Decide the plan from the cases' fingerprints; what the config sets is taken as it is."""
+    """Make the plan from the cases' fingerprints. Values that the config sets are used unchanged."""
     reasons: dict[str, str] = {}
     spacings = np.array([c.spacing_mm for c in cases])
 
@@ -169,7 +169,7 @@ def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: Pre
 
 
 def _depth_axis(config: PreprocessConfig, spacing: np.ndarray, median: np.ndarray) -> tuple[int, str]:
-    """Position of the depth axis among x, y, z, and why; from spacing (mm) and extent (voxels) in that order."""
+    """Index of the depth axis among x, y, z, and the reason; from spacing (mm) and extent (voxels) in that order."""
     if config.depth_axis != "auto":
         return AXES.index(config.depth_axis), "set in preprocess.depth_axis"
     if spacing.max() / spacing.min() > 1.25:
@@ -180,10 +180,10 @@ def _depth_axis(config: PreprocessConfig, spacing: np.ndarray, median: np.ndarra
 
 
 def regions_of(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, ...]:
-    """What the output channels stand for besides the labels, see `preprocess.regions`.
+    """The regions to segment instead of the labels, see `preprocess.regions`; empty: none.
 
     Raises:
-        ConfigError: regions that name unknown labels or that no mask can show.
+        ConfigError: a region names an unknown label, or a mask cannot show it.
     """
     if config.regions is None or (config.regions == "labels" and index.regions):
         return index.regions
@@ -194,13 +194,13 @@ def regions_of(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, .
 def resampled_shape(
     shape: Sequence[int], spacing_mm: Sequence[float], target_mm: Sequence[float]
 ) -> tuple[int, int, int]:
-    """Shape after resampling, the field of view kept as closely as whole voxels allow."""
+    """Shape after resampling. The field of view stays the same, up to whole voxels."""
     x, y, z = (max(1, round(n * old / new)) for n, old, new in zip(shape, spacing_mm, target_mm, strict=True))
     return x, y, z
 
 
 def choose_patch(median_shape: Sequence[int], max_voxels: int) -> tuple[int, int, int]:
-    """Patch (D, H, W): the median shape, in plane rounded up to the stride, shrunk until it has `max_voxels` at most.
+    """Patch (D, H, W): the median shape, rounded up to the stride in plane, then shrunk to `max_voxels` or fewer.
 
     The depth shrinks first, down to 16 slices (more context than the network's depth reach of 8 to each side), then
     the larger in-plane side, then the depth again.
@@ -242,7 +242,7 @@ def _normalisation(
             scheme, reasons[key] = "zscore", f"modality {channel.modality}"
     if scheme != "ct":
         return Normalisation(scheme=scheme)
-    # Of a case without labels the foreground is not known: its intensities are those of air and all else.
+    # Leave out cases without labels: their foreground is unknown, and their intensities include air.
     cases = [c for c in cases if c.has_foreground] or cases
     percentiles = np.median([c.foreground_percentiles[k] for c in cases], axis=0)
     mean = float(np.mean([c.foreground_mean[k] for c in cases]))

@@ -28,10 +28,10 @@ from distilldsm.data.splits import make_splits, read_splits
 from distilldsm.io.formats import read_file
 
 LOCATIONS_PER_CLASS = 2_000
-"""Foreground voxels remembered per case and class, for oversampling."""
+"""Largest number of foreground voxels stored per case and class, for oversampling."""
 LARGEST_STORED = 65_000
 _BYTES_PER_VOXEL = 40
-"""Peak of reading, normalising and resampling one channel (float64 temporaries), bytes."""
+"""Peak memory, per voxel, of reading, normalising and resampling one channel (float64 temporaries), bytes."""
 
 
 def preprocess_dataset(
@@ -45,11 +45,11 @@ def preprocess_dataset(
     `cases/<id>.json` exists is done.
 
     Args:
-        left_out: cases of the data set that are not in `index`, which `config.splits` may name.
+        left_out: cases that validation excluded from `index`; the file `config.splits` may still name them.
 
     Raises:
-        DataError: cases that cannot be read (all of them are named), or folds of one's own that are impossible.
-        ConfigError: too few patients for the folds.
+        DataError: cases cannot be read (the error counts all of them), or the folds in `config.splits` are impossible.
+        ConfigError: there are too few patients for the folds.
     """
     if config.splits:
         origin: dict[str, Any] = {"source": Path(config.splits).name}
@@ -59,7 +59,7 @@ def preprocess_dataset(
         folds = make_splits(index, count=config.folds, seed=config.split_seed)
     for name in ("images", "labels", "locations", "cases", ".fingerprint"):
         (output / name).mkdir(parents=True, exist_ok=True)
-    # What a task needs of the data set; sending all cases along would take the square of their number.
+    # A task needs only the head of the index. With all cases in it, the data sent would grow with their square.
     about = replace(index, cases=index.cases[:1])
 
     todo = [c for c in index.cases if not (output / ".fingerprint" / f"{c.id}.json").exists()]
@@ -72,7 +72,7 @@ def preprocess_dataset(
     plan = Plan.load(config.plan) if config.plan else make_plan(index, fingerprints, config)
     _check_plan(plan, index, config)
 
-    # The arrays in a resumed directory belong to the same plan: the directory's key holds data and config.
+    # Arrays in a resumed directory belong to the same plan, because the directory's key holds data and config.
     todo = [c for c in index.cases if not (output / "cases" / f"{c.id}.json").exists()]
     order = plan.axis_order
     spacing = [plan.target_spacing_mm[order.index(k)] for k in range(3)]
@@ -91,7 +91,7 @@ def preprocess_dataset(
 
 
 def run_cases(title: str, function: Callable[..., None], tasks: Sequence[tuple], workers: int) -> None:
-    """Call `function` once per task in worker processes; collect what goes wrong, then raise it as one DataError.
+    """Call `function` once per task in worker processes. Collect the errors and raise them as one DataError.
 
     The second item of each task is its `Case`.
     """
@@ -123,7 +123,7 @@ def _guard(function: Callable[..., None], task: tuple) -> UserError | None:
     try:
         function(*task)
     except UserError as error:
-        return DataError(str(error))  # a plain message survives the way back from the worker
+        return DataError(str(error))  # only a plain message can be sent back from the worker
     return None
 
 
@@ -138,7 +138,7 @@ def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output:
     largest = max(float(image.max(initial=0)), -float(image.min(initial=0)))
     if not largest <= LARGEST_STORED:
         raise DataError(
-            "has intensities too large to be stored for training",
+            "has intensities that are too large to store for training",
             where=root / case.images[0],
             seen=f"{largest:.4g} after normalisation",
             rule=f"at most {LARGEST_STORED} (half precision)",
@@ -162,44 +162,44 @@ def foreground_locations(label: npt.NDArray[np.uint8], class_count: int) -> npt.
 
 
 def save_array(path: Path, array: npt.NDArray) -> None:
-    """Write .npy, whole or not at all."""
+    """Write a .npy file completely or not at all."""
     with whole_file(path) as temporary, open(temporary, "wb") as stream:
         np.save(stream, array, allow_pickle=False)
 
 
 def _largest_scan(root: Path, index: DatasetIndex) -> int:
-    """Voxels of the largest scan, by the headers of some fifty of them."""
+    """Number of voxels of the largest scan, from the headers of about fifty scans."""
     largest = 0
     for case in index.cases[:: max(1, len(index.cases) // 50)]:
-        with contextlib.suppress(DataError):  # a damaged case is reported with all others, later
+        with contextlib.suppress(DataError):  # a damaged case is reported later, with all others
             largest = max(largest, math.prod(read_file(root / case.images[0]).shape))
     return largest
 
 
 def _workers(index: DatasetIndex, config: PreprocessConfig, largest: int) -> int:
-    """As many workers as there are cores and as cases of `largest` voxels fit into the memory budget."""
+    """Number of workers, limited by the cores and by the memory budget for cases of `largest` voxels."""
     per_worker = largest * _BYTES_PER_VOXEL * (len(index.channels) + 1) + 150_000_000
     return max(1, min(worker_count(config.workers, len(index.cases)), int(config.memory_gb * 1e9 // per_worker)))
 
 
 def _check_plan(plan: Plan, index: DatasetIndex, config: PreprocessConfig) -> None:
-    def told(channels: Sequence[Channel], names: Sequence[str], values: Sequence[int]) -> str:
+    def summary(channels: Sequence[Channel], names: Sequence[str], values: Sequence[int]) -> str:
         labels = ", ".join(f"{value} {name}" for value, name in zip(values, names, strict=True))
         return f"channels {', '.join(f'{c.name} ({c.modality})' for c in channels)}; labels {labels}"
 
-    seen = told(plan.channels, plan.class_names, plan.class_values)
-    rule = told(index.channels, index.class_names, index.class_values)
+    seen = summary(plan.channels, plan.class_names, plan.class_values)
+    rule = summary(index.channels, index.class_names, index.class_values)
     if seen != rule:
         raise ConfigError(
             "the plan is for another data set",
             where=config.plan,
             seen=seen,
             rule=rule,
-            hint="make a plan of this data (preprocess.plan: null), or correct the names in a copy of the plan",
+            hint="make a new plan (preprocess.plan: null), or correct the names in a copy of the plan",
         )
     if config.regions is not None and plan.regions != regions_of(index, config):
         raise ConfigError(
-            "the plan has other regions than preprocess.regions",
+            "the plan's regions differ from preprocess.regions",
             where=config.plan,
             seen=[region.name for region in plan.regions],
             hint="set preprocess.regions to null, or correct a copy of the plan",

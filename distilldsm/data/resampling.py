@@ -1,8 +1,8 @@
-"""Resampling slice by slice along the depth: a slice costs the same memory however deep the volume is.
+"""Resampling slice by slice along the depth. The memory for a slice does not depend on the depth of the volume.
 
-Every slice is computed on its own from the input slices it needs, in an order of operations that does not depend on
-what else is computed. A volume resampled in pieces is therefore, bit for bit, the volume resampled at once. Voxel edges
-are aligned: the field of view stays. Beyond its ends a volume continues with its edge voxels.
+Each slice is computed from the input slices that it needs, always with the same order of operations. So a volume
+resampled in pieces equals, bit for bit, the volume resampled at once. Voxel edges are aligned, so the field of view
+stays the same. Outside the volume, its edge voxels are repeated.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ import numpy.typing as npt
 Float32 = npt.NDArray[np.float32]
 Float64 = npt.NDArray[np.float64]
 ReadSlice = Callable[[int], Float32]
-"""From a slice's number along the depth to (C, H, W)."""
+"""Slice index along the depth to the slice (C, H, W)."""
 Weights = tuple[Sequence[int], Sequence[float]]
-"""Input samples in ascending order, and what each counts."""
+"""Indices of input samples in ascending order, and their weights."""
 
 SPLINE_REACH = 16
-"""Slices to each side that take part in a cubic spline's coefficient; what is left out weighs less than 1e-9."""
+"""Number of slices on each side that contribute to a cubic spline's coefficient. The others weigh less than 1e-9."""
 _POLE = math.sqrt(3) - 2
 
 
 def _place(index: int, old: int, new: int) -> tuple[int, float]:
-    """Where the centre of output sample `index` of `new` lies among `old` input samples: whole part and fraction."""
+    """Position of output sample `index` (of `new`) among the `old` input samples: whole part and fraction."""
     position = (index + 0.5) * (old / new) - 0.5
     first = math.floor(position)
     return first, position - first
@@ -44,8 +44,8 @@ def linear_weights(index: int, old: int, new: int) -> Weights:
 def cubic_weights(index: int, old: int, new: int) -> Weights:
     """Input samples and weights for output sample `index` of an interpolating cubic B-spline.
 
-    The recursive prefilter of the usual implementation is written out as a sum over `SPLINE_REACH` neighbours: a sum
-    that ends needs no other slices of the volume (Unser, Aldroubi, Eden, B-spline signal processing, 1993).
+    The usual recursive prefilter needs the whole volume. Here it is a finite sum over `SPLINE_REACH` neighbours on each
+    side (Unser, Aldroubi, Eden, B-spline signal processing, 1993).
     """
     if old == new:
         return [index], [1.0]
@@ -62,7 +62,7 @@ def cubic_weights(index: int, old: int, new: int) -> Weights:
 
 
 def zoom_plane(image: npt.NDArray[np.floating], shape: Sequence[int], order: int) -> Float32:
-    """Resample (C, H, W) in plane by splines of that order."""
+    """Resample (C, H, W) in plane with splines of order `order`."""
     if image.shape[1:] == tuple(shape):
         return np.asarray(image, dtype=np.float32)
     from scipy import ndimage
@@ -77,26 +77,26 @@ def zoom_plane(image: npt.NDArray[np.floating], shape: Sequence[int], order: int
 
 
 class ResampledSlices:
-    """Slices of an image on a new grid by splines; asked for in ascending order, each input slice is read once.
+    """Slices of an image on a new grid, by splines. If called in ascending order, it reads each input slice once.
 
     Args:
         read: input slice k as (C, H, W) float32.
         old: (D, H, W) of the input.
         new: (D, H, W) of the output.
-        order: of the splines, 1 (linear) or 3 (cubic).
-        coarse_slices: linear along the depth, as splines overshoot between distant slices.
+        order: order of the splines, 1 (linear) or 3 (cubic).
+        coarse_slices: linear along the depth, because splines overshoot between distant slices.
     """
 
     def __init__(
         self, read: ReadSlice, old: Sequence[int], new: Sequence[int], *, order: int, coarse_slices: bool
     ) -> None:
         self.old, self.new, self.order, self._read = tuple(old), tuple(new), order, read
-        # Linear along the depth, the planes are resampled first: each of them once.
+        # If it is linear along the depth, planes are resampled first, each of them once.
         self._planes_first = coarse_slices or order == 1
         self._kept: dict[int, Float32] = {}
 
     def needed(self, index: int) -> range:
-        """The input slices that output slice `index` is made of."""
+        """The range of input slices from which output slice `index` is computed."""
         samples, _ = self._weights(index)
         return range(samples[0], samples[-1] + 1)
 

@@ -1,10 +1,10 @@
-"""The embedded sample: a cohort made from the MNI152 template, real anatomy without a download.
+"""The sample data set: synthetic subjects made from the MNI152 template. Real anatomy without a download.
 
-nilearn's package carries the ICBM 2009a nonlinear symmetric T1 template (MNI, McGill University) with its grey- and
-white-matter probability maps. Each subject is that one head, cropped, deformed by a smooth invertible field (scaling
-and squaring of a random velocity field, Arsigny et al., MICCAI 2006), given a contrast, a bias field and noise of its
-own, and sampled on coarse slices. It shows that everything works; as all subjects derive from one template, it is no
-benchmark.
+nilearn's package holds the ICBM 2009a nonlinear symmetric T1 template (MNI, McGill University) with its grey- and
+white-matter probability maps. Each subject is this head, cropped and deformed by a smooth invertible field (scaling
+and squaring of a random velocity field, Arsigny et al., MICCAI 2006). Each gets its own contrast, bias field and noise,
+and is sampled on coarse slices. The sample shows that the pipeline works. It is not a benchmark, because all subjects
+come from one template.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distilldsm.core.machine import usable_cores
 from distilldsm.core.progress import progress
 
 VERSION = 1
-"""Goes up whenever the same configuration makes other bytes, so that a kept archive is not taken for the new one."""
+"""Increase this when the same configuration gives other bytes. Then an archive of an older version is not used."""
 NAME = "MNI152Sample"
 NOTE = (
     "All subjects are deformations of one template head (MNI152, ICBM 2009a): "
@@ -50,21 +50,21 @@ _FILES = {
     "white": "mni_icbm152_wm_tal_nlin_sym_09a_converted.nii.gz",
 }
 _CENTRE_MM = (34.0, -20.0, 10.0)
-"""Middle of the block that is cut out: one hemisphere around the insula, with both tissues in every slice."""
+"""Centre of the block that is used: one hemisphere around the insula, with both tissues in every slice."""
 _BLOCK_MM = 104
 _FIELD_MM = (72.0, 84.0, 54.0)
 """Field of view of a subject (x, y, z)."""
 
 ORIENTATION_EVERY = 4
-"""One subject of so many is stored as LPS instead of RAS."""
+"""One of this many subjects is stored as LPS instead of RAS."""
 MIN_JACOBIAN = 0.15
-"""Tissue is never squeezed below this share of its volume, and never folded."""
+"""Smallest local change of volume by a deformation. Above 0, tissue is not folded."""
 
 Float32 = npt.NDArray[np.float32]
 
 
 def make_sample_archive(path: str | os.PathLike[str], config: SampleConfig) -> Path:
-    """Write the cohort as a tar in the layout of the Medical Segmentation Decathlon; the same bytes for the same seed.
+    """Write the sample as a tar in the Medical Segmentation Decathlon's layout. Equal seeds give equal bytes.
 
     Raises:
         UserError: nilearn's template is not installed.
@@ -99,14 +99,14 @@ def make_sample_archive(path: str | os.PathLike[str], config: SampleConfig) -> P
 
 
 def _add(archive: tarfile.TarFile, name: str, content: bytes) -> None:
-    info = tarfile.TarInfo(f"{NAME}/{name}")  # fixed owner, mode and time: the same bytes every day
+    info = tarfile.TarInfo(f"{NAME}/{name}")  # fixed owner, mode and time give the same bytes at any time
     info.size = len(content)
     archive.addfile(info, io.BytesIO(content))
 
 
 def _load_template() -> dict[str, Float32]:
     """The block of the template and its maps at 1 mm, (X, Y, Z) in RAS, scaled to 0..1."""
-    # The files are found without importing nilearn, which would load scikit-learn and more.
+    # Find the files without importing nilearn, which would also import scikit-learn.
     package = importlib.util.find_spec("nilearn")
     folder = Path(package.origin).parent / "datasets" / "data" if package and package.origin else None
     if folder is None or not all((folder / name).is_file() for name in _FILES.values()):
@@ -114,7 +114,7 @@ def _load_template() -> dict[str, Float32]:
             "the sample needs nilearn's MNI152 template",
             where="download.source",
             seen="sample",
-            hint="pip install nilearn, or name a data set of your own",
+            hint="pip install nilearn, or set download.source to your data set",
         )
     block = {}
     for key, name in _FILES.items():
@@ -142,7 +142,7 @@ def _subject(template: dict[str, Float32], seed: int, number: int) -> tuple[byte
     image = _acquire(_average_slices(t1, grid, spacing), maps, rng)
     affine = np.diag([*spacing, 1.0])
     affine[:3, 3] = rng.uniform(-60, 60, 3)
-    if number % ORIENTATION_EVERY == 3:  # some scanners store LPS: the pipeline must not care
+    if number % ORIENTATION_EVERY == 3:  # some scanners store LPS; the pipeline must handle both
         image, label = image[::-1, ::-1], label[::-1, ::-1]
         affine[:3, 3] += affine[:3, :3] @ np.array([image.shape[0] - 1, image.shape[1] - 1, 0])
         affine[:3, 0] *= -1
@@ -151,8 +151,8 @@ def _subject(template: dict[str, Float32], seed: int, number: int) -> tuple[byte
 
 
 def _positions(shape: tuple[int, ...], rng: np.random.Generator) -> Float32:
-    """Where each voxel of a subject lies in the template, (3, X, Y, Z) voxels: an affine after a smooth deformation."""
-    # Sigma is 12 voxels: a quarter of the resolution holds the field, at a sixty-fourth of the work.
+    """Template position of each voxel of a subject, (3, X, Y, Z) voxels: a smooth deformation, then an affine."""
+    # Sigma is 12 voxels, so a quarter of the resolution is enough for the field, with 1/64 of the work.
     coarse = tuple(-(-n // 4) for n in shape)
     velocity = np.stack(
         [ndimage.gaussian_filter(rng.normal(size=coarse).astype(np.float32), 3, truncate=3) for _ in range(3)]
@@ -163,7 +163,7 @@ def _positions(shape: tuple[int, ...], rng: np.random.Generator) -> Float32:
         moved = _flow(velocity)
         if jacobian_determinant(grid + moved).min() > MIN_JACOBIAN:
             break
-        velocity *= 0.8  # scaling and squaring is invertible in the limit only; a rare wild draw is tamed
+        velocity *= 0.8  # scaling and squaring is only approximately invertible; reduce a rare extreme draw
     factors = [n / c for n, c in zip(shape, coarse, strict=True)]
     moved = 4 * np.stack([ndimage.zoom(m, factors, order=1, mode="nearest", grid_mode=True) for m in moved])
     identity = np.indices(shape, dtype=np.float32)
@@ -181,10 +181,10 @@ def _positions(shape: tuple[int, ...], rng: np.random.Generator) -> Float32:
 
 
 def _flow(velocity: Float32) -> Float32:
-    """The displacement after unit time along a stationary velocity field, both (3, X, Y, Z) in voxels."""
+    """Displacement after unit time along a stationary velocity field; both (3, X, Y, Z) in voxels."""
     grid = np.indices(velocity.shape[1:], dtype=np.float32)
     steps = 5
-    # Scaling and squaring: flows of smooth velocities are invertible, which plain random displacements are not.
+    # Scaling and squaring: flows of smooth velocities are invertible; plain random displacements are not.
     moved = velocity / 2**steps
     for _ in range(steps):
         at = grid + moved
@@ -201,7 +201,7 @@ def jacobian_determinant(positions: Float32) -> Float32:
 def _subject_grid(
     shape: tuple[int, ...], spacing: npt.NDArray[np.floating], rng: np.random.Generator
 ) -> list[npt.NDArray[np.floating]]:
-    """Voxel centres along each axis, in template voxels (1 mm), of a field of view of varying size and place."""
+    """Voxel centres along each axis, in template voxels (1 mm), for a field of view with random size and place."""
     axes = []
     for n, field, step in zip(shape, _FIELD_MM, spacing, strict=True):
         count = int(rng.uniform(0.92, 1.08) * field / step)
@@ -212,14 +212,14 @@ def _subject_grid(
 
 
 def _average_slices(array: Float32, grid: list[npt.NDArray[np.floating]], spacing: npt.NDArray[np.floating]) -> Float32:
-    """Sample on the grid after a blur of half a voxel: thick slices average over what lies in them."""
+    """Sample on the grid after a blur that imitates thick slices: a voxel averages the tissue in it."""
     blurred = ndimage.gaussian_filter(array, 0.35 * (spacing - 0.9))
     points = np.stack(np.meshgrid(*grid, indexing="ij"))
     return ndimage.map_coordinates(blurred, points, order=1, mode="nearest")
 
 
 def _acquire(t1: Float32, maps: list[Float32], rng: np.random.Generator) -> Float32:
-    """A scanner's view: tissue contrast, gamma, bias field, Rician noise, an arbitrary intensity scale."""
+    """Simulate a scanner: tissue contrast, gamma, bias field, Rician noise, an arbitrary intensity scale."""
     signal = t1 ** rng.uniform(0.8, 1.25)
     signal = signal + maps[0] * rng.uniform(-0.05, 0.05) + maps[1] * rng.uniform(-0.05, 0.05)
     bias = ndimage.zoom(rng.normal(size=(3, 3, 3)), [n / 3 for n in t1.shape], order=3)

@@ -1,4 +1,4 @@
-"""What one scan looks like, measured the same way on training data and on a new scan, read a slice at a time."""
+"""Measures of one scan, computed in the same way for training data and new scans. The scan is read slice by slice."""
 
 from __future__ import annotations
 
@@ -17,44 +17,44 @@ from distilldsm.io.orientation import Affine, ras_orientation
 
 QUANTILES = (0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5)
 SAMPLES = 1_000_000
-"""Voxels of a channel that quantiles are taken from, at most; means are of all."""
+"""Largest number of voxels of a channel for the quantiles. Means use all voxels."""
 
 Plane = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ChannelMeasures:
-    """One channel; for other modalities than CT over the voxels that are not 0, as its normalisation is."""
+    """Measures of one channel. For CT they use all voxels, else the voxels that are not 0 (as in normalisation)."""
 
     quantiles: tuple[float, ...]
     """Intensities at QUANTILES."""
     mean: float
     sd: float
     centre: float
-    """Mean of the middle half along each axis minus mean of the rest, in sd: changes its sign with the contrast."""
+    """Mean of the inner box (half of each axis) minus mean of the rest, in sd. Inverted contrast changes its sign."""
     roughness: float
-    """Mean absolute difference of neighbours, mean over the axes, in sd: noise and sharpness."""
+    """Mean absolute difference of neighbours, mean over the axes, in sd. It depends on noise and sharpness."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelMeasures:
-    """One structure."""
+    """Measures of one structure."""
 
     volume_ml: float
     means: tuple[float, ...] | None
-    """Mean intensity per channel; None where the structure is absent."""
+    """Mean intensity per channel; None if the structure is absent."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScanMeasures:
-    """One scan, its axes in RAS order (x, y, z)."""
+    """Measures of one scan. Axes are in RAS order (x, y, z)."""
 
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     orientation: str
     """Directions of the stored axes, e.g. LPS."""
     nonzero_fraction: float
-    """Smallest over the channels."""
+    """Share of voxels that are not 0, smallest over the channels."""
     channels: tuple[ChannelMeasures, ...]
     labels: Mapping[str, LabelMeasures] = field(default_factory=dict)
     """Empty without a mask."""
@@ -62,12 +62,12 @@ class ScanMeasures:
 
 @dataclass(frozen=True, kw_only=True)
 class MeasuredChannel:
-    """What `measure_channel` found."""
+    """The result of `measure_channel`."""
 
     measures: ChannelMeasures
     nonzero_fraction: float
     label_means: tuple[float | None, ...]
-    """By class index; empty without classes."""
+    """Mean intensity by class index; empty without classes."""
 
 
 def measure_scan(
@@ -76,7 +76,7 @@ def measure_scan(
     class_names: Sequence[str] = (),
     classes: npt.NDArray[np.integer] | None = None,
 ) -> ScanMeasures:
-    """Measure a scan, and with `classes` (X, Y, Z), indices into `class_names` on its grid, its structures."""
+    """Measure a scan, and its structures if `classes` is given: (X, Y, Z) on its grid, indices into `class_names`."""
     names = class_names if classes is not None else ()
     found = []
     for channel, stored in zip(channels, scan.channels, strict=True):
@@ -106,7 +106,7 @@ def measure_scan(
 
 
 def in_ras_order(values: Sequence, affine: Affine) -> tuple:
-    """Values along the three array axes, in the order of the scanner's axes x, y, z."""
+    """Sort values of the three array axes into the order of the scanner's axes x, y, z."""
     order = np.argsort(ras_orientation(affine)[:, 0])
     return tuple(values[int(k)] for k in order)
 
@@ -122,9 +122,9 @@ def measure_channel(
     """Measure a channel in one pass.
 
     Args:
-        read: slice k along the last stored axis, (X, Y).
+        read: returns slice k along the last stored axis, (X, Y).
         shape: (X, Y, Z) as stored.
-        whole: measure all voxels, not only those that are not 0.
+        whole: True measures all voxels, False only those that are not 0.
         classes: (X, Y, Z) class indices below `class_count`.
     """
     step = _step(shape)
@@ -174,7 +174,7 @@ def measure_channel(
 
 
 def _step(shape: tuple[int, int, int]) -> int:
-    """Every how manieth voxel is a sample: no divisor of a line's length, which would take the same columns only."""
+    """Sampling step, in voxels. Coprime to the line length, or only some columns would be sampled."""
     step = -(-math.prod(shape) // SAMPLES)
     while step > 1 and math.gcd(step, shape[1]) > 1:
         step += 1
@@ -182,7 +182,7 @@ def _step(shape: tuple[int, int, int]) -> int:
 
 
 class _Moments:
-    """Count, mean and standard deviation of pieces, without cancellation (Chan et al. 1983)."""
+    """Count, mean and standard deviation of values that arrive in pieces, numerically stable (Chan et al. 1983)."""
 
     def __init__(self) -> None:
         self.count, self.mean, self.squares = 0, 0.0, 0.0

@@ -14,7 +14,7 @@ from distilldsm.data.dataset import DatasetIndex
 
 
 def make_splits(index: DatasetIndex, *, count: int, seed: int) -> list[dict[str, list[str]]]:
-    """Deal the patients into `count` folds whose sizes differ by one patient at most.
+    """Divide the patients into `count` folds. Their sizes differ by one patient at most.
 
     Returns:
         For each fold `{"train": [case ids], "held_out": [case ids]}`; every case is held out exactly once.
@@ -48,13 +48,13 @@ def read_splits(
     """Folds from a file: nnU-Net's `splits_final.json`, [{"train": [case ids], "val": [...]}, ...], or a `splits.json`.
 
     Args:
-        left_out: cases that validation has excluded; they are dropped from the folds. Cases that no fold names are not
+        left_out: cases that validation has excluded; they are removed from the folds. Cases that no fold names are not
             used.
 
     Raises:
-        UserError: the file is missing or no JSON.
-        DataError: it says something else, a case is unknown, is held out twice, or is trained on and held out in
-            the same fold as itself or as another scan of its patient; a fold has no training or no held-out case.
+        UserError: the file is missing or is not valid JSON.
+        DataError: the file has another form; a case is unknown or held out twice; a fold trains on a patient that it
+            holds out; a fold has no training case or no held-out case.
     """
     content = read_json(path)
     folds = content.get("folds") if isinstance(content, dict) else content
@@ -115,16 +115,16 @@ def _require_apart(path: object, number: int, train: list[str], held_out: list[s
                 f"fold {number} trains on a patient that it holds out",
                 where=str(path),
                 seen=f"{patients[case]}: trains on {trained[patients[case]]}, holds out {case}",
-                rule="all scans of a patient on one side",
-                hint="move them to one side; if they are different patients, set download.patient_pattern",
+                rule="all scans of a patient are in training, or all are held out",
+                hint="move them together; if they are different patients, set download.patient_pattern",
             )
 
 
 def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
-    """A model is scored on what it has not seen: the fold of the split that was held out of its training.
+    """Check that fold `fold` of `splits` was held out when the model was trained.
 
     Raises:
-        DataError: `model.json` names another fold or split.
+        DataError: `model.json` names another fold or another split.
     """
     path = model_dir / "model.json"
     model = read_json(path)
@@ -133,15 +133,15 @@ def check_held_out(model_dir: Path, splits: Path, fold: int) -> None:
             "is the model of another fold",
             where=path,
             seen=f"fold {model.get('fold')}",
-            rule=f"fold {fold}: a model is scored on the cases that it has not seen",
+            rule=f"fold {fold}: a model is evaluated on cases that it was not trained on",
             hint=f"give the model of fold {fold}, or train it",
         )
     if model.get("splits") != sha256_file(splits):
         raise DataError(
             "was trained on another split",
             where=path,
-            seen=f"{splits} is not the one of its training",
-            rule="a model is scored on the cases that it has not seen",
+            seen=f"{splits} differs from the split of its training",
+            rule="a model is evaluated on cases that it was not trained on",
             hint="train again (dvc repro), or give the preprocessed data of the training (--preprocessed)",
         )
 
@@ -150,7 +150,7 @@ def load_fold(path: object, fold: int) -> tuple[list[str], list[str]]:
     """Case ids (train, held out) of one fold from a `splits.json`.
 
     Raises:
-        DataError: there is no such fold, or it lacks cases.
+        DataError: the fold does not exist, or it lacks training or held-out cases.
     """
     folds = read_json(str(path))["folds"]
     if not 0 <= fold < len(folds):

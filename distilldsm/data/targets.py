@@ -1,8 +1,8 @@
 """What a network's output channels stand for: classes that exclude each other, or regions that overlap.
 
-Classes: softmax, the most probable one wins. Regions (BraTS: whole tumour, tumour core, enhancing tumour): one
-sigmoid each; a region holds every voxel above one half, and a mask is written region by region, later ones over
-earlier ones. Needs numpy only: prediction uses it.
+Classes: a softmax; the most probable class wins. Regions (BraTS: whole tumour, tumour core, enhancing tumour): one
+sigmoid per region. A region holds every voxel with a probability above one half. A mask is written region by region;
+later regions replace earlier ones. This module needs numpy only, because prediction uses it.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ class Region:
 
     name: str
     values: tuple[int, ...]
-    """Label values in the files that belong to it."""
+    """Label values in the files that belong to the region."""
     written_as: int
-    """The label value a mask holds where this region, and no later one, was found."""
+    """Value in the mask for voxels of this region that are in no later region."""
 
     def __post_init__(self) -> None:
         if not self.values or 0 in self.values or len(set(self.values)) != len(self.values):
@@ -44,10 +44,10 @@ class Region:
 
 @dataclass(frozen=True)
 class Targets:
-    """How logits become labels, and which structures are scored.
+    """How logits become labels, and which structures are evaluated.
 
-    class_values: label values in the files, ascending from background 0; a class is a position in it.
-    regions: in the order of writing; empty: the output channels are the classes.
+    class_values: label values in the files, ascending from background 0. Class k is the value at position k.
+    regions: in the order in which masks are written. If empty, the output channels are the classes.
     """
 
     class_names: tuple[str, ...]
@@ -69,29 +69,29 @@ class Targets:
 
     @property
     def channels(self) -> int:
-        """Output channels of the network."""
+        """Number of output channels of the network."""
         return len(self.regions) or len(self.class_names)
 
     @property
     def channel_names(self) -> tuple[str, ...]:
-        """What each output channel stands for."""
+        """The region or class of each output channel."""
         return tuple(region.name for region in self.regions) or self.class_names
 
     @property
     def structures(self) -> dict[str, tuple[int, ...]]:
-        """What is scored: name to label values in the files."""
+        """The structures that are evaluated: name to label values in the files."""
         if self.regions:
             return {region.name: region.values for region in self.regions}
         return {name: (v,) for name, v in zip(self.class_names, self.class_values, strict=True) if v}
 
     @property
     def largest(self) -> dict[str, tuple[int, ...]]:
-        """Of what post-processing may keep the largest connected component only: structure to its values in a mask.
+        """Structures of which post-processing may keep only the largest component: name to its values in a mask.
 
-        Labels, and regions that share no label: each by itself. Of regions that overlap: the one that contains all
-        others; what is cut off it becomes background in all of them, as in the first step of nnU-Net (Isensee et al.,
-        2021), the whole foreground's. Where none does, nothing: of a part that is cut off one region, another one
-        would have to say what it becomes.
+        Labels, and regions that share no label: each structure by itself. Regions that overlap: only the region that
+        contains all others. A removed part becomes background in all of them, as in nnU-Net's first step for the whole
+        foreground (Isensee et al., 2021). If no region contains all others, the result is empty: it would be unclear
+        which label a removed part should get.
         """
         structures = self.structures
         listed = [value for values in structures.values() for value in values]
@@ -102,23 +102,23 @@ class Targets:
 
     @property
     def changed_with(self) -> dict[str, tuple[str, ...]]:
-        """Of each key of `largest` the structures that lose what it loses, itself among them."""
+        """For each structure in `largest`: all structures that lose the voxels it loses, including itself."""
         return {
             name: tuple(other for other, own in self.structures.items() if set(own) & set(values))
             for name, values in self.largest.items()
         }
 
     def describe_regions(self) -> str:
-        """Each region with its labels, e.g. `whole (core, shell); inner (core)`; empty where there are none."""
+        """Each region with its labels, e.g. `whole (core, shell); inner (core)`; empty without regions."""
         names = dict(zip(self.class_values, self.class_names, strict=True))
         return "; ".join(f"{region.name} ({', '.join(names[v] for v in region.values)})" for region in self.regions)
 
     def membership(self) -> npt.NDArray[np.bool_]:
-        """(structures, classes): which class belongs to which structure."""
+        """(structures, classes): True if the class belongs to the structure."""
         return np.array([[value in values for value in self.class_values] for values in self.structures.values()])
 
     def probabilities(self, logits: Float32) -> Float32:
-        """Probabilities (channels, ...) of logits (channels, ...): softmax over the classes, or a sigmoid a region."""
+        """Probabilities (channels, ...) of logits (channels, ...): a softmax over classes, or a sigmoid per region."""
         return sigmoid(logits) if self.regions else softmax(logits)
 
     def classes(self, probabilities: npt.NDArray[np.floating]) -> npt.NDArray[np.uint8]:
@@ -131,7 +131,7 @@ class Targets:
         return found
 
     def classes_of_logits(self, logits: Float32) -> npt.NDArray[np.uint8]:
-        """As `classes`, without the way over probabilities."""
+        """The same result as `classes`, directly from logits (channels, ...)."""
         # A sigmoid is above one half where its logit is above zero.
         return self.classes(logits + 0.5 if self.regions else logits)
 
@@ -140,7 +140,7 @@ def softmax(logits: Float32) -> Float32:
     """Softmax over the first axis."""
     shifted = logits - logits.max(axis=0, keepdims=True)
     np.exp(shifted, out=shifted)
-    # Added up class by class: numpy's own sum takes another order for some shapes, and pieces must equal the whole.
+    # Add class by class: numpy's sum uses another order for some shapes, and pieces must equal the whole volume.
     total = shifted[0].copy()
     for row in shifted[1:]:
         total += row
@@ -149,7 +149,7 @@ def softmax(logits: Float32) -> Float32:
 
 
 def sigmoid(logits: Float32) -> Float32:
-    """1 / (1 + exp(-x)), without overflow; values that are not finite stay so."""
+    """1 / (1 + exp(-x)), without overflow. NaN stays NaN."""
     small = np.exp(-np.abs(logits))
     return np.where(logits >= 0, 1 / (1 + small), small / (1 + small)).astype(np.float32)
 
@@ -157,11 +157,11 @@ def sigmoid(logits: Float32) -> Float32:
 def regions_from_labels(wanted: Mapping[str, Sequence[str]], labels: Mapping[str, int]) -> tuple[Region, ...]:
     """Regions from names: {"WT": ["oedema", "core", "enhancing"], "TC": ["core", "enhancing"], "ET": ["enhancing"]}.
 
-    Masks are written from the region of most labels to that of fewest (equal ones by name: what a mapping holds has no
-    order everywhere parameters travel). A region is written as the one label of it that no later region holds.
+    Masks are written from the region with most labels to the one with fewest. Equal regions are sorted by name, because
+    not every tool keeps the order of a mapping. A region is written as its one label that no later region holds.
 
     Raises:
-        ConfigError: an unknown label, or a region of which no label, or more than one, is left.
+        ConfigError: a label is unknown, or a region does not have exactly one label that no later region holds.
     """
     regions = []
     items = sorted(wanted.items(), key=lambda item: (-len(item[1]), item[0]))
@@ -181,7 +181,7 @@ def regions_from_labels(wanted: Mapping[str, Sequence[str]], labels: Mapping[str
                 f"region '{name}' cannot be written into a mask",
                 where="preprocess.regions",
                 seen=f"labels that no later region holds: {', '.join(left) or 'none'}",
-                rule="exactly one, where later regions are those of fewer labels",
+                rule="exactly one; later regions are those with fewer labels",
             )
         regions.append(Region(name=name, values=tuple(labels[m] for m in members), written_as=labels[left[0]]))
     return tuple(regions)

@@ -1,4 +1,4 @@
-"""`training_distribution.json` of an exported model: every measure over the training cases, without their ids."""
+"""`training_distribution.json` of an exported model: the values of every measure in training, without case ids."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from distilldsm.data.scan_measures import ScanMeasures
 
 DISTRIBUTION = "training_distribution.json"
 KEPT = 200
-"""Values kept per measure: where there are more cases, that many evenly spaced quantiles."""
+"""Largest number of values per measure. With more cases, this many evenly spaced quantiles are stored."""
 MINIMUM_CASES = 3
-"""With fewer training cases nothing can be judged."""
+"""Smallest number of training cases for a comparison."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,20 +30,20 @@ class TrainingDistribution:
 
     schema_version: int = 1
     name: str
-    """Of the data set."""
+    """Name of the data set."""
     cases: int
-    """Training cases of the fold."""
+    """Number of training cases of the fold."""
     orientations: Mapping[str, int]
-    """Directions of the stored axes, and in how many cases."""
+    """Directions of the stored axes to the number of cases."""
     measures: Mapping[str, tuple[float, ...]]
-    """Measure to its values in the training cases, each sorted by itself, so that none belongs to a case."""
+    """Measure to its values in the training cases. Each list is sorted, so a value cannot be traced to a case."""
 
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the distribution", seen=self.schema_version, rule="1")
         for name, values in self.measures.items():
             if not values or not np.isfinite(values).all() or list(values) != sorted(values):
-                raise ConfigError(f"the values of '{name}' are no distribution", rule="finite numbers, ascending")
+                raise ConfigError(f"the values of '{name}' are not a distribution", rule="finite numbers, ascending")
 
 
 def make_distribution(name: str, scans: Sequence[ScanMeasures], plan: Plan) -> TrainingDistribution:
@@ -81,7 +81,7 @@ def load_distribution(model_dir: Path) -> TrainingDistribution:
     path = model_dir / DISTRIBUTION
     if not path.is_file():
         raise DataError(
-            "the model does not tell what it was trained on", where=path, seen="no such file", hint="export it again"
+            "the model has no record of its training data", where=path, seen="no such file", hint="export it again"
         )
     found = read_record(TrainingDistribution, path, hint="export the model again")
     if found.cases < MINIMUM_CASES:

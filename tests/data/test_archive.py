@@ -206,7 +206,7 @@ def test_damaged_zip(tmp_path):
 )
 def test_other_files(tmp_path, content):
     (tmp_path / "x").write_bytes(content)
-    refused(tmp_path / "x", "no readable archive|no files")
+    refused(tmp_path / "x", "not a readable archive|no files")
 
 
 @pytest.mark.parametrize("name", ["scan.nii.gz", "scan.nii", "dataset.json"])
@@ -214,7 +214,7 @@ def test_a_single_file_is_told_what_a_source_may_be(tmp_path, name):
     content = b"\1" * 2000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     refused(
-        tmp_path / name, r"is one file, no data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*hint: name the folder"
+        tmp_path / name, r"is one file, not a data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*hint: name the folder"
     )
 
 

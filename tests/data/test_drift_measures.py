@@ -159,7 +159,7 @@ def test_the_distribution_of_a_fold_is_that_of_its_training_cases(tmp_path):
     ("values", "version"), [((), 1), ((2.0, 1.0), 1), ((1.0, math.inf), 1), ((math.nan,), 1), ((1.0, 2.0), 2)]
 )
 def test_what_is_no_distribution_is_refused(values, version):
-    with pytest.raises(ConfigError, match=r"no distribution|unknown version"):
+    with pytest.raises(ConfigError, match=r"not a distribution|unknown version"):
         TrainingDistribution(schema_version=version, name="x", cases=3, orientations={}, measures={"m": values})
 
 
@@ -172,5 +172,5 @@ def test_two_training_cases_are_too_few_to_judge_by(tmp_path):
     with pytest.raises(DataError, match="too few training cases"):
         load_distribution(tmp_path)
     (tmp_path / "training_distribution.json").unlink()
-    with pytest.raises(DataError, match="does not tell what it was trained on"):
+    with pytest.raises(DataError, match="has no record of its training data"):
         load_distribution(tmp_path)

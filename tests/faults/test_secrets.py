@@ -195,7 +195,7 @@ def test_how_to_log_in(monkeypatch):
     with_password = {"DISTILLDSM_DOWNLOAD_USERNAME": "me", "DISTILLDSM_DOWNLOAD_PASSWORD": WORD}
     for name, value in with_password.items():
         monkeypatch.setenv(name, value)
-    with pytest.raises(ConfigError, match=r"for all to read(.|\n)*https://") as caught:
+    with pytest.raises(ConfigError, match=r"sent unencrypted(.|\n)*https://") as caught:
         Credentials.from_environment("http://example.org/x?a=1")
     assert WORD not in str(caught.value)
     assert Credentials.from_environment("https://example.org/x").applied("https://example.org/y") == (
