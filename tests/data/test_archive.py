@@ -214,7 +214,7 @@ def test_a_single_file_is_told_what_a_source_may_be(tmp_path, name):
     content = b"\1" * 2000
     (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
     refused(
-        tmp_path / name, r"is one file, not a data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*hint: name the folder"
+        tmp_path / name, r"one file, not a data set(.|\n)*tar\.gz/bz2/xz, zip\) or a folder(.|\n)*hint: name the folder"
     )
 
 

@@ -186,7 +186,7 @@ def test_nnunet_descriptions_that_do_not_fit(tmp_path, change, words):
 
 def test_a_description_of_another_format_is_told_by_name(tmp_path):
     for write, layout, other in ((write_nnunet, "msd", "nnunet"), (write_msd, "nnunet", "msd")):
-        with pytest.raises(DataError, match=rf"not a description of the layout {layout}(.|\n)*layout: {other}, or auto"):
+        with pytest.raises(DataError, match=rf"a description of the layout {layout}(.|\n)*layout: {other}, or auto"):
             index(write(tmp_path / layout), layout=layout)
         assert index(tmp_path / layout).layout == other
 

@@ -59,7 +59,7 @@ def obvious(scores: np.ndarray) -> np.ndarray:
 @given(st.integers(0, 2**32 - 1))
 def test_masks_are_written_region_by_region(seed):
     logits = np.random.default_rng(seed).normal(0, 2, (3, 4, 3, 5)).astype(np.float32)
-    scores = BRATS.scores(logits)
+    scores = BRATS.probabilities(logits)
     np.testing.assert_allclose(scores, 1 / (1 + np.exp(-logits.astype(np.float64))), rtol=1e-6)
     values = np.array(BRATS.class_values)[BRATS.classes(scores)]
     np.testing.assert_array_equal(values, obvious(scores))
@@ -69,8 +69,8 @@ def test_masks_are_written_region_by_region(seed):
 def test_classes_exclude_each_other_where_there_are_no_regions():
     plain = Targets(tuple(LABELS), tuple(LABELS.values()))
     logits = np.random.default_rng(0).normal(size=(4, 2, 3, 4)).astype(np.float32)
-    np.testing.assert_allclose(plain.scores(logits).sum(axis=0), 1, rtol=1e-6)
-    np.testing.assert_array_equal(plain.classes(plain.scores(logits)), logits.argmax(axis=0))
+    np.testing.assert_allclose(plain.probabilities(logits).sum(axis=0), 1, rtol=1e-6)
+    np.testing.assert_array_equal(plain.classes(plain.probabilities(logits)), logits.argmax(axis=0))
     assert plain.structures == {"necrotic_core": (1,), "oedema": (2,), "enhancing_tumour": (4,)}
 
 
