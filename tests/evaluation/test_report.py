@@ -164,7 +164,7 @@ def test_numbers_order_and_notes():
     assert f"<td>0.7000<i>{low:.3f} to {high:.3f}</i></td>" in text
     assert "bootstrap over patients" in text
     assert "1,234,567 parameters, 42,384 multiply-accumulate operations" in text
-    assert "No validation report" in text
+    assert "had no validation report" in text
     # What is not there has no heading either.
     assert "Look at the volumes" not in text
     assert 'href="#viewer"' not in text

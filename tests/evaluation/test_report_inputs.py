@@ -114,7 +114,7 @@ def test_the_page_tells_cases_numbers_and_where_they_come_from(work, evaluation,
         "train.model.name unet2d",
         "train.seed -",
         "evaluate.nsd_tolerance_mm 1.5",
-        "No validation report",
+        "had no validation report",
     ):
         assert words in text, words
     assert "optimistic" not in text
