@@ -1,7 +1,7 @@
-"""What is measured on one case: header, voxels, label, and how well they agree. Reads everything, refuses nothing.
+"""Measures one case: header, voxels, label, and how well they agree. Reads everything and refuses nothing.
 
-Where a value breaks a rule, the reader must learn which of the case's files to fix: a measure may carry details, one
-per file, with what was seen there.
+If a value breaks a rule, the user must know which file of the case to fix. So a measure may have details: one per
+file, with the value seen there.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What is measured on an image's voxels to tell a picture of a body from a mask, from noise and from fill values."""
+"""Measures an image's voxels, to distinguish a scan of a body from a mask, noise or fill values."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from distilldsm.validation.case_row import CaseRow, Detail
 Float32 = npt.NDArray[np.float32]
 
 _BOX = 128
-"""Neighbours are compared in the middle of the volume, so many voxels along each axis: enough, and quick."""
+"""Edge length, voxels, of the central box in which neighbours are compared. It is large enough, and fast."""
 _PAIRS = 200
-"""Fewer pairs of neighbours tell nothing."""
+"""Smallest number of neighbouring pairs for a correlation."""
 
 
 def measure_content(row: CaseRow, file: str, array: Float32, values: Float32, labels: Mapping[str, int]) -> None:

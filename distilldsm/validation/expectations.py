@@ -1,4 +1,4 @@
-"""The expectation suite: rules a person can read, checked by Great Expectations, told as findings a person can hint."""
+"""The expectation suite: readable rules, checked by Great Expectations. Each finding says how to fix the data."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ class _SuiteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Rules that are known to fit the case table's columns and Great Expectations."""
+    """Checked rules: they fit the case table's columns and Great Expectations."""
 
     path: str
     rules: tuple[Rule, ...]
@@ -92,7 +92,7 @@ class Finding:
     """One broken rule in one file."""
 
     case: str | None
-    """None where the rule speaks of the whole data set."""
+    """None if the rule is about the whole data set."""
     file: str
     """Relative to the data set's root, POSIX style."""
     rule: str
