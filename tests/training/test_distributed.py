@@ -157,6 +157,6 @@ def test_another_process_that_ended_is_told_once(joined, monkeypatch, error):
 def test_a_batch_is_shared_evenly(set_to, begun, planned, unit, batch):
     assert batch_size_of(set_to, begun_with=begun, planned=planned, unit=unit) == batch
     for options in ({"set_to": 5, "begun_with": 0}, {"set_to": None, "begun_with": 5}):
-        with pytest.raises(ConfigError, match="cannot be shared evenly") as caught:
+        with pytest.raises(ConfigError, match="cannot be divided evenly") as caught:
             batch_size_of(**options, planned=8, unit=2)
-        assert ("begun with" in str(caught.value.seen)) == (options["set_to"] is None)
+        assert ("start of this training" in str(caught.value.seen)) == (options["set_to"] is None)

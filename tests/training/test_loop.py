@@ -163,6 +163,14 @@ def test_margins_are_read_for_what_turns_or_bends(trainer, tmp_path, preprocesse
         assert Trainer(settings, preprocessed=preprocessed, work=tmp_path, fold=0).sampler.margin == 1.2
 
 
+@pytest.mark.parametrize("levels", [0, 2])
+def test_lower_levels_are_trained_too_if_asked_for(trainer, levels, capsys):
+    made = trainer(deep_supervision=levels)
+    assert len(getattr(made.trained, "heads", ())) == levels
+    assert (made.trained is made.network) == (levels == 0)
+    assert "deep_supervision" not in capsys.readouterr().err
+
+
 def test_each_step_and_process_draws_its_own(trainer):
     made = trainer()
     seeds = [made.config.seed, 3, 4, 0]

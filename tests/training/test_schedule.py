@@ -48,6 +48,7 @@ def test_ten_steps_of_each(schedule, expected):
         assert beyond == pytest.approx(1e-3)
     if schedule == "poly":
         assert learning_rate_at(11, total_steps=10, peak=1, schedule=schedule, warmup_fraction=0) == 0
+        assert learning_rate_at(1, total_steps=1, peak=1, schedule=schedule, warmup_fraction=0) == 0
         assert learning_rate_at(0, total_steps=0, peak=1, schedule=schedule, warmup_fraction=0) == 1
 
 
@@ -77,8 +78,8 @@ def test_what_is_said_of_few_steps_reaches_them(epochs, cases, samples, batch):
 
 def test_what_is_said_of_few_steps():
     assert remark_on_few_steps(epochs=10, steps_per_epoch=7, cases=13, batch_size=2) == (
-        "train: 70 optimizer steps in all are few for real scans. 500 or more by train.epochs=72, "
-        "or by train.samples_per_case=8"
+        "train: 70 optimizer steps in all are few for real scans. For 500 or more, set "
+        "train.epochs=72 or train.samples_per_case=8"
     )
 
 

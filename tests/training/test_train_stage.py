@@ -71,7 +71,7 @@ def test_it_says_how_many_steps_and_whether_they_are_few(preprocessed, tmp_path,
     told = capsys.readouterr()
     assert told.out.splitlines()[0].endswith("; 2 steps, 2 an epoch")
     assert "train: 2 optimizer steps in all are few" in told.err
-    assert "by train.epochs=250, or by train.samples_per_case=250\n" in told.err
+    assert "set train.epochs=250 or train.samples_per_case=250\n" in told.err
     monkeypatch.setattr(schedule, "FEW_STEPS", 2)
     train(preprocessed, tmp_path / "n", config(epochs=1))
     monkeypatch.setattr(schedule, "FEW_STEPS", 500)

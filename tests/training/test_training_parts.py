@@ -152,7 +152,7 @@ def test_the_device_that_is_asked_for(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
         assert choose_device("cpu", 1) == torch.device("cpu")
         assert choose_device("auto", 1) == (torch.device("cuda", 1) if gpu else torch.device("cpu"))
-    with pytest.raises(ConfigError, match="no GPU can be used"):
+    with pytest.raises(ConfigError, match="no GPU is available"):
         choose_device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert choose_device("cuda", 2) == torch.device("cuda", 2)
