@@ -212,7 +212,7 @@ def test_what_validation_found_is_told_and_evaluates_anew(trained, tmp_path, mon
     monkeypatch.setattr(scoring, "_predictor", lambda *_: Oracle(trained["dataset"]))
     config = EvaluateConfig(workers=1)
     inputs = {**trained, "validation": tmp_path / "validation"}
-    assert "No validation report" in evaluated(config, inputs, tmp_path / "e"), "the report need not be there"
+    assert "no validation report" in evaluated(config, inputs, tmp_path / "e"), "the report need not be there"
     assert is_current(tmp_path / "e", **STAGE.key(config, trained, 0))
     counts = {"cases": 6, "patients": 6, "accepted": 6, "excluded": 0, "errors": 0, "warnings": 1}
     finding = {"severity": "warning", "rule": "sound_header", "case": "x7"}

@@ -85,7 +85,7 @@ def test_the_export_holds_one_with_a_placeholder_and_the_command_fills_it_in(pac
 
 @pytest.mark.parametrize("uri", ["models:/m/1", "/local", "file:///x", "s3://", ""])
 def test_addresses_that_kserve_does_not_fetch(package, uri):
-    with pytest.raises(ConfigError, match="no address"):
+    with pytest.raises(ConfigError, match="is not a model's address"):
         inference_service(verify(package), storage_uri=uri)
 
 
