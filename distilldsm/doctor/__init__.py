@@ -1,5 +1,5 @@
-"""`distilldsm doctor`: what this machine has, what the services answer, and what to fix. Changes nothing.
+"""`distilldsm doctor`: checks this machine and the services, and says what to fix. It changes nothing.
 
-`checks` runs, `report` prints; `machine`, `settings` and `services` hold the checks. Those of DVC, git and Kubeflow,
-and the command, are in `distilldsm.cli.doctor`.
+`checks` runs the checks, `report` prints their findings. `machine`, `settings` and `services` hold the checks; those of
+DVC, git and Kubeflow are in `distilldsm.cli.doctor`, beside the command.
 """

@@ -1,4 +1,4 @@
-"""Runs checks: all at once, each with a limit of time, and none can bring down the others."""
+"""Runs all checks at once. Each has a time limit, and a check that fails does not disturb the others."""
 
 from __future__ import annotations
 
@@ -22,59 +22,60 @@ from distilldsm.core.shell import environment_of_modules
 Status = Literal["ok", "warn", "fail", "skip"]
 STATUSES: tuple[Status, ...] = get_args(Status)
 LIMIT_S = 10.0
-"""For what a check does; importing what it needs comes on top, for that tells nothing about a service."""
+"""Time limit of a check, in seconds. Imports are not counted: their duration says nothing about a service."""
 LOADING_S = 45.0
-_LAST_WORDS_S = 1.0
+"""Additional time for imports, in seconds."""
+_GRACE_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finding:
-    """One line of the report; texts hold no secrets."""
+    """One line of the report. Its texts contain no secrets."""
 
     name: str
     status: Status
     seen: str
     hint: str | None = None
-    """For what is not ok."""
+    """How to fix it; shown if the status is not ok."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Check:
-    """Something to look at; may have several findings."""
+    """One check. It may return several findings."""
 
     name: str
     about: str
     run: Callable[[float], Sequence[Finding]]
-    """Gets the limit of time, seconds."""
+    """Called with the time limit, in seconds."""
     loads: bool = False
-    """Imports something (numpy on a busy machine takes seconds), or see `in_child`: gets more time for that."""
+    """The check gets more time: it imports a large package (numpy takes seconds on a busy CPU) or uses `in_child`."""
 
 
 def clean(text: object, length: int = 300) -> str:
-    """A text of others as one line without secrets, not endless."""
+    """A text from another program on one line, without secrets, cut after `length` characters."""
     words = " ".join(redact(str(text)).split())
     return words if len(words) <= length else f"{words[:length]} ..."
 
 
 def failure(name: str, error: BaseException) -> Finding:
-    """What went wrong as a finding. An error that is not meant for the user is the check's own fault."""
+    """An error as a finding. Any error other than a UserError is a fault of the check itself."""
     if not isinstance(error, UserError):
         return Finding(name=name, status="fail", seen=clean(f"the check broke: {type(error).__name__}: {error}"))
     where = f"{error.where}: " if error.where else ""
-    told = [f"{where}{error.problem}", "" if error.seen is None else f"seen: {error.seen}", error.rule or ""]
+    parts = [f"{where}{error.problem}", "" if error.seen is None else f"seen: {error.seen}", error.rule or ""]
     hint = clean(error.hint) if error.hint else None
-    return Finding(name=name, status="fail", seen=clean("; ".join(filter(None, told))), hint=hint)
+    return Finding(name=name, status="fail", seen=clean("; ".join(filter(None, parts))), hint=hint)
 
 
 def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> list[Finding]:
-    """The findings, in the order of the checks. Ends for certain, whatever a check waits for."""
-    found: dict[str, list[Finding]] = {}
+    """The findings, in the order of the checks. This always ends: a check that hangs is reported as "no answer"."""
+    findings_of: dict[str, list[Finding]] = {}
 
     def run(check: Check) -> None:
         try:
-            found[check.name] = list(check.run(limit_s))
-        except BaseException as error:  # even SystemExit of a library ends nothing but its check
-            found[check.name] = [failure(check.name, error)]
+            findings_of[check.name] = list(check.run(limit_s))
+        except BaseException as error:  # a library's SystemExit, too, must end only this check
+            findings_of[check.name] = [failure(check.name, error)]
 
     threads = [threading.Thread(target=run, args=(check,), daemon=True) for check in checks]
     for thread in threads:
@@ -82,22 +83,22 @@ def run_checks(checks: Sequence[Check], limit_s: float = LIMIT_S) -> list[Findin
     deadline = time.monotonic() + limit_s
     findings: list[Finding] = []
     for check, thread in zip(checks, threads, strict=True):
-        patience_s = deadline - time.monotonic() + (LOADING_S + 2 * _LAST_WORDS_S if check.loads else 0.0)
+        patience_s = deadline - time.monotonic() + (LOADING_S + 2 * _GRACE_S if check.loads else 0.0)
         thread.join(max(patience_s, 0.0))
-        findings += found.get(check.name) or [no_answer(check.name, limit_s)]
+        findings += findings_of.get(check.name) or [no_answer(check.name, limit_s)]
     return findings
 
 
 def no_answer(name: str, limit_s: float) -> Finding:
-    return Finding(name=name, status="fail", seen=f"no answer within {limit_s:g} s", hint="--timeout gives it longer")
+    return Finding(name=name, status="fail", seen=f"no answer within {limit_s:g} s", hint="--timeout gives more time")
 
 
 def in_child(name: str, function: str, limit_s: float, environment: Mapping[str, str] | None = None) -> list[Finding]:
-    """Run a check in a process of its own, for what is heavy to import, or may hang where nothing stops it.
+    """Run a check in its own process: its packages load slowly, or it may hang in code that cannot be interrupted.
 
     Args:
-        function: `package.module:function`, called with the limit of time, seconds.
-        environment: added to this process's own.
+        function: `package.module:function`, called with the time limit in seconds.
+        environment: variables added to those of this process.
     """
     process = subprocess.Popen(
         [sys.executable, "-m", "distilldsm.doctor.child", name, function, str(limit_s)],
@@ -120,13 +121,13 @@ def in_child(name: str, function: str, limit_s: float, environment: Mapping[str,
         return [Finding(**row) for row in json.loads(out.splitlines()[-1])]
     except (IndexError, ValueError, TypeError):
         last = (err.strip().splitlines() or ["nothing"])[-1]
-        told = f"the check's process ended with {process.returncode}, its last words: {last}"
-        return [Finding(name=name, status="fail", seen=clean(told))]
+        seen = f"the check's process ended with exit code {process.returncode}; its last line: {last}"
+        return [Finding(name=name, status="fail", seen=clean(seen))]
 
 
 @contextlib.contextmanager
 def leaving_no_folder(path: Path) -> Iterator[None]:
-    """Remove afterwards, where it is empty, the folder and those above it that are not there yet."""
+    """Afterwards remove the folder and its parents, if they did not exist before and are empty."""
     missing = [one for one in (path, *path.parents) if not one.exists()]
     try:
         yield
@@ -137,9 +138,9 @@ def leaving_no_folder(path: Path) -> Iterator[None]:
 
 
 def _end(process: subprocess.Popen[str]) -> None:
-    """A word first, so that a probe can be taken back; then the end, with all that it started."""
+    """Send SIGTERM first, so that the check can delete its probe, then SIGKILL; both also to its child processes."""
     for number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=_LAST_WORDS_S)
+            process.communicate(timeout=_GRACE_S)

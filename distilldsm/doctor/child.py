@@ -1,4 +1,4 @@
-"""One check in a process of its own: `python -m distilldsm.doctor.child NAME MODULE:FUNCTION SECONDS`."""
+"""Runs one check in its own process: `python -m distilldsm.doctor.child NAME MODULE:FUNCTION SECONDS`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from distilldsm.doctor.checks import Check, Finding, run_checks
 
 
 def main() -> None:
-    """Print the findings as the last line of stdout. The limit of time begins when all is imported."""
+    """Print the findings as the last line of stdout. The time limit starts after the imports."""
     name, function, limit = sys.argv[1:]
     module_name, _, attribute = function.partition(":")
     try:
         run = getattr(importlib.import_module(module_name), attribute)
     except ModuleNotFoundError as error:
-        found = [_missing(name, error)]
+        findings = [_missing(name, error)]
     else:
-        found = run_checks([Check(name=name, about="", run=run)], float(limit))
-    print(f"\n{json.dumps([asdict(one) for one in found])}", flush=True)
-    os._exit(0)  # a thread that hangs in native code would keep the process
+        findings = run_checks([Check(name=name, about="", run=run)], float(limit))
+    print(f"\n{json.dumps([asdict(one) for one in findings])}", flush=True)
+    os._exit(0)  # otherwise a thread that hangs in native code keeps the process alive
 
 
 def _missing(name: str, error: ModuleNotFoundError) -> Finding:

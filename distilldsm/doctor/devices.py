@@ -1,4 +1,4 @@
-"""What OpenVINO and PyTorch say of CPU and GPU. Each runs in a process of its own: native code may hang or crash."""
+"""What OpenVINO and PyTorch report about CPU and GPU. Each runs in its own process: native code may hang or crash."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from distilldsm.doctor.machine import driver_version
 
 
 def openvino_finding(limit_s: float) -> list[Finding]:
-    """Version, and the precision that `predict --precision auto` computes in here."""
+    """Version, and the precision that `predict --precision auto` selects on this CPU."""
     import openvino
 
     from distilldsm.inference.engines import openvino_core
 
     core = openvino_core()
-    able = sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
+    capabilities = sorted(core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"))
     precision = str(core.get_property("CPU", "INFERENCE_PRECISION_HINT").to_string())
     version = openvino.__version__.partition("-")[0]
-    seen = f"{version}; CPU: {', '.join(able)}; --precision auto is {precision}, the default f32"
+    seen = f"{version}; CPU: {', '.join(capabilities)}; --precision auto selects {precision}; the default is f32"
     return [Finding(name="openvino", status="ok", seen=clean(seen))]
 
 
@@ -27,30 +27,30 @@ def gpu_finding(limit_s: float) -> list[Finding]:
     import torch
 
     driver = driver_version()
-    told = f"PyTorch {torch.__version__}" + (f", driver {driver}" if driver else "")
+    build = f"PyTorch {torch.__version__}" + (f", driver {driver}" if driver else "")
     if not torch.cuda.is_available():
         if not (torch.version.cuda or torch.version.hip):
-            seen = f"a GPU is there, but {told} is the build for CPUs"
+            seen = f"a GPU is present, but {build} is the build for CPUs"
             hint = "install PyTorch's build for your GPU, see its installation page; or train on the CPU"
         else:
-            seen = f"a GPU is there, but {told} (CUDA {torch.version.cuda}) cannot use it"
+            seen = f"a GPU is present, but {build} (CUDA {torch.version.cuda}) cannot use it"
             hint = "update the driver; in a container, start it with --gpus all; is CUDA_VISIBLE_DEVICES empty?"
         return [Finding(name="gpu", status="warn", seen=seen, hint=hint)]
-    return [_gpu(torch, number, told) for number in range(torch.cuda.device_count())]
+    return [_gpu(torch, number, build) for number in range(torch.cuda.device_count())]
 
 
-def _gpu(torch: Any, number: int, told: str) -> Finding:
+def _gpu(torch: Any, number: int, build: str) -> Finding:
     facts = torch.cuda.get_device_properties(number)
-    seen = f"{facts.name}, {facts.total_memory / 1e9:.0f} GB; {told}"
+    seen = f"{facts.name}, {facts.total_memory / 1e9:.0f} GB; {build}"
     try:
         numbers = torch.arange(4096, device=f"cuda:{number}", dtype=torch.float32).reshape(64, 64)
         trace = float((numbers @ numbers.T).trace())
         free, _ = torch.cuda.mem_get_info(number)
     except RuntimeError as error:
-        hint = "another process may hold all of its memory (nvidia-smi); does this PyTorch build know the GPU?"
+        hint = "does another process use all of its memory (nvidia-smi)? does this PyTorch build support the GPU?"
         return Finding(name="gpu", status="fail", seen=clean(f"{seen}; a computation fails: {error}"), hint=hint)
     expected = sum(k * k for k in range(4096))
     if abs(trace / expected - 1) > 1e-3:
-        seen += f"; computes wrongly: {trace:.6g}, not {expected:.6g}"
-        return Finding(name="gpu", status="fail", seen=seen, hint="look at the GPU's health: nvidia-smi -q")
-    return Finding(name="gpu", status="ok", seen=f"{seen}; computes, {free / 1e9:.0f} GB free")
+        seen += f"; a computation is wrong: {trace:.6g} instead of {expected:.6g}"
+        return Finding(name="gpu", status="fail", seen=seen, hint="check the GPU's health: nvidia-smi -q")
+    return Finding(name="gpu", status="ok", seen=f"{seen}; a computation is correct, {free / 1e9:.0f} GB free")

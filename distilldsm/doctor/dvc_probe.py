@@ -1,4 +1,4 @@
-"""Does DVC's remote take an object, and give it back? One small object, deleted at once."""
+"""Checks that DVC's remote can be written and read, with one small object that is deleted at once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _REFUSED = re.compile(
 
 
 def check(limit_s: float) -> list[Finding]:
-    """The default remote of the repository in the current directory."""
+    """Check the default remote of the repository in the current directory."""
     config = Config(str(Path(".dvc").absolute()))
     remote = config["core"].get("remote")
     if not remote:
         others = ", ".join(config["remote"])
         if others:
             hint = f"dvc remote default {next(iter(config['remote']))}"
-            return [Finding(name=NAME, status="warn", seen=f"none is the default one (there is {others})", hint=hint)]
+            return [Finding(name=NAME, status="warn", seen=f"no default remote (configured: {others})", hint=hint)]
         return [Finding(name=NAME, status="skip", seen="not configured: data and models stay on this machine")]
     url = _public(config["remote"][remote]["url"])
     with _explained(remote, url):
@@ -39,8 +39,8 @@ def check(limit_s: float) -> list[Finding]:
         fs = cls(**settings)
         if cls.protocol in _READ_ONLY:
             fs.exists(path)
-            return [Finding(name=NAME, status="ok", seen=f"{remote}: {url}: answers (only reading was tried)")]
-        if fs.protocol != "local":  # nothing is made: for an object store that would be the bucket
+            return [Finding(name=NAME, status="ok", seen=f"{remote}: {url}: answers (writing was not tested)")]
+        if fs.protocol != "local":  # create no folder: in an object store that would be a bucket
             _round_trip(fs, path)
         else:
             with leaving_no_folder(Path(path)):
@@ -54,7 +54,7 @@ def _round_trip(fs: Any, folder: str) -> None:
     try:
         fs.pipe_file(path, content)
         if fs.cat_file(path) != content:
-            raise OSError("what is read is not what was written")
+            raise OSError("the content read differs from the content written")
     finally:
         with contextlib.suppress(FileNotFoundError):
             fs.rm_file(path)
@@ -75,9 +75,9 @@ def _explained(remote: str, url: str) -> Iterator[None]:
             hint = f"pip install -c constraints.txt 'dvc[{url.partition('://')[0]}]'"
         elif isinstance(error, PermissionError) or _REFUSED.search(text):
             problem = f"access to {url} is refused"
-            hint = "the credentials are missing, expired or not allowed to write: for S3 AWS_ACCESS_KEY_ID and "
-            hint += "AWS_SECRET_ACCESS_KEY; for a folder its owner"
+            hint = "the credentials are missing, expired or do not allow writing; for S3 check AWS_ACCESS_KEY_ID and "
+            hint += "AWS_SECRET_ACCESS_KEY, for a folder its owner"
         else:
             problem = f"{url} cannot be used"
-            hint = "is the address right (dvc remote list), the disk mounted, the network there?"
+            hint = "is the address right (dvc remote list), the disk mounted, the network up?"
         raise UserError(problem, where=remote, seen=text, hint=hint) from None

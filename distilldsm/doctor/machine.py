@@ -29,7 +29,7 @@ from distilldsm.doctor.services import is_installed
 OLDEST_PYTHON = (3, 11)
 EXTRAS = ("data", "train", "export", "pipeline", "dicom", "monai")
 PARTS = {"mlflow": "mlflow-skinny"}
-"""A smaller package that does for what the images do."""
+"""Package to a smaller one that the images contain instead."""
 FLAGS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -40,18 +40,18 @@ FLAGS = {
     "asimd": "NEON",
     "sve": "SVE",
 }
-"""As the kernel calls it, as people do: what OpenVINO and PyTorch are faster with."""
+"""CPU flag in /proc/cpuinfo to its usual name: the vector extensions that speed up OpenVINO and PyTorch."""
 FOLDERS = ("data", "models", "evaluation", "export")
 LITTLE_DISK_GB, NO_DISK_GB = 10.0, 1.0
 SHARED_BYTES = 64 << 20
-"""Docker's default; too little for several processes on GPUs (NCCL)."""
+"""Docker's default for /dev/shm; too small for several GPU processes (NCCL)."""
 _PROBE_BYTES = 1 << 20
 _SLICE = 512 * 512
 _MOST_SLICES = 20_000
 
 
 def check_python(limit_s: float) -> list[Finding]:
-    """Python's version and place."""
+    """Check Python's version; show where it is installed."""
     seen = f"{platform.python_version()}, {sys.prefix}"
     if sys.version_info < OLDEST_PYTHON:
         oldest = ".".join(map(str, OLDEST_PYTHON))
@@ -60,7 +60,7 @@ def check_python(limit_s: float) -> list[Finding]:
 
 
 def check_packages(limit_s: float) -> list[Finding]:
-    """What is installed of each optional group, against the minimums of pyproject.toml."""
+    """Compare the installed packages of each optional group with the minimums of pyproject.toml."""
     table = requirements()
     base = {_name(line) for line in table[""]}
     found = [_group("packages", "", table[""], set())]
@@ -71,7 +71,7 @@ def check_packages(limit_s: float) -> list[Finding]:
 
 
 def requirements() -> dict[str, list[str]]:
-    """Requirements by optional group, "" for those always needed: of this checkout, else of the installed package."""
+    """Requirements by optional group ("": always needed), from this checkout or else from the installed package."""
     project = Path(__file__).resolve().parents[2] / "pyproject.toml"
     if project.is_file():
         import tomllib
@@ -110,7 +110,7 @@ def _group(name: str, extra: str, lines: Sequence[str], shared: set[str]) -> Fin
     if missing and extra and not own:
         return Finding(name=name, status="skip", seen="not installed (an optional group)")
     if missing:
-        # The image of the first stages leaves out OpenVINO: they do not predict.
+        # The image of the first stages has no OpenVINO: they do not predict.
         only_later = missing == ["openvino"] or extra
         seen = f"not installed: {', '.join(missing)}"
         return Finding(name=name, status="warn" if only_later else "fail", seen=seen, hint=hint)
@@ -126,18 +126,18 @@ def _version(name: str) -> str | None:
 
 
 def check_cpu(limit_s: float) -> list[Finding]:
-    """Cores that may be used, and what the CPU can."""
+    """Usable cores, the container's CPU limit, and the vector extensions."""
     name, cores, quota = "cpu", usable_cores(), core_quota()
     flags = _cpu_field("flags").split() or _cpu_field("Features").split()
-    able = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
-    limited = f", limited to the time of {quota:g} (cgroup)" if quota is not None else ""
-    seen = f"{cpu_name()}; {cores} cores usable of {os.cpu_count()}{limited}; {able or 'no vector extensions told'}"
+    extensions = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
+    limited = f", limited to the CPU time of {quota:g} cores (cgroup)" if quota is not None else ""
+    seen = f"{cpu_name()}; {cores} cores usable of {os.cpu_count()}{limited}; {extensions or 'no vector extensions'}"
     if quota is not None and quota < cores * 0.75:
         whole = max(1, math.floor(quota))
         hint = f"set OMP_NUM_THREADS={whole}, and {whole} for preprocess.workers, validate.workers, evaluate.workers"
         return [Finding(name=name, status="warn", seen=seen, hint=hint)]
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
-        return [Finding(name=name, status="warn", seen=seen, hint="works, but slowly: take a CPU with AVX2")]
+        return [Finding(name=name, status="warn", seen=seen, hint="use a CPU with AVX2; this one works, but slowly")]
     return [Finding(name=name, status="ok", seen=seen)]
 
 
@@ -147,14 +147,14 @@ def _cpu_field(key: str) -> str:
 
 
 def check_openvino(limit_s: float) -> list[Finding]:
-    """What prediction will run on, in a process of its own: native code."""
+    """Check OpenVINO, which prediction runs on; in its own process, because it is native code."""
     if not is_installed("openvino"):
         return [Finding(name="openvino", status="skip", seen="not installed")]
     return in_child("openvino", "distilldsm.doctor.devices:openvino_finding", limit_s)
 
 
 def check_gpu(limit_s: float) -> list[Finding]:
-    """Whether PyTorch computes on the GPU; it is only imported where there is a sign of one."""
+    """Check that PyTorch computes on the GPU. It is only imported if there is a sign of a GPU."""
     if not is_installed("torch"):
         return [Finding(name="gpu", status="skip", seen="PyTorch is not installed: no training here")]
     if not has_gpu():
@@ -169,7 +169,7 @@ def has_gpu() -> bool:
 
 
 def driver_version() -> str:
-    """Of NVIDIA's driver; empty where nothing tells."""
+    """Version of NVIDIA's driver; empty if unknown."""
     found = re.search(r"Kernel Module.*?\s(\d+\.\d+[.\d]*)\s", _read(Path("/proc/driver/nvidia/version")))
     if found:
         return found[1]
@@ -180,26 +180,26 @@ def driver_version() -> str:
 
 
 def check_memory(limit_s: float) -> list[Finding]:
-    """Memory, and the largest scan that prediction takes in it by its own estimate."""
+    """Free memory, and the largest scan that prediction accepts with it, by its own estimate."""
     from distilldsm.inference.memory import budget_bytes
 
     name, free, total = "memory", available_memory_bytes(), total_memory_bytes()
     if free is None:
-        return [Finding(name=name, status="skip", seen="this system does not tell")]
+        return [Finding(name=name, status="skip", seen="this system does not report its free memory")]
     limit = memory_limit_bytes()
     of = f" of {total / 1e9:.1f}" if total else ""
     limited = f", limit of the container {limit / 1e9:.1f} GB" if limit is not None else ""
     budget = budget_bytes(None)
     slices = largest_scan(budget)
-    scan = f"a CT of 512 x 512 x {slices}" if slices else "no CT of 512 x 512 slices"
-    seen = f"{free / 1e9:.1f}{of} GB free{limited}; predict takes up to {budget / 1e9:.1f} GB: {scan}"
+    scan = f"enough for a CT of 512 x 512 x {slices}" if slices else "too little for a CT of 512 x 512"
+    seen = f"{free / 1e9:.1f}{of} GB free{limited}; predict uses up to {budget / 1e9:.1f} GB, {scan}"
     if slices < 200:
-        return [Finding(name=name, status="warn", seen=seen, hint="free memory, or take a machine with 4 GB free")]
+        return [Finding(name=name, status="warn", seen=seen, hint="free some memory, or use a machine with 4 GB free")]
     return [Finding(name=name, status="ok", seen=seen)]
 
 
 def largest_scan(budget: int) -> int:
-    """Slices of 512 x 512 voxels, one channel of int16, that the default network takes within a budget."""
+    """Most slices (512 x 512 voxels, one channel, int16) that the default network can predict within `budget` bytes."""
     from distilldsm.core.errors import DataError
     from distilldsm.inference.memory import activation_bytes, plan_pieces
 
@@ -212,7 +212,7 @@ def largest_scan(budget: int) -> int:
                 per_voxel=activation_bytes("distill_dsm", {}, "openvino"),
                 channels=1,
                 classes=3,
-                held_bytes=slices * _SLICE * 3 + _SLICE * (160 + 3 * 40),  # the scan, its mask, slices on their way
+                held_bytes=slices * _SLICE * 3 + _SLICE * (160 + 3 * 40),  # the scan, its mask, slices in work
                 budget=budget,
                 where=None,
             )
@@ -228,7 +228,7 @@ def largest_scan(budget: int) -> int:
 
 
 def check_disk(limit_s: float) -> list[Finding]:
-    """Space where outputs and temporary files go, and whether they can be written."""
+    """Free space for outputs and temporary files, and write permission."""
     places: dict[int, list[Path]] = {}
     for path in (*map(Path, FOLDERS), Path(tempfile.gettempdir())):
         places.setdefault(_existing(path).stat().st_dev, []).append(path)
@@ -236,7 +236,7 @@ def check_disk(limit_s: float) -> list[Finding]:
 
 
 def _existing(path: Path) -> Path:
-    """The folder, or the nearest above it that is there."""
+    """The folder, or its nearest parent that exists."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if one.is_dir())
 
@@ -249,9 +249,9 @@ def _disk(paths: Sequence[Path]) -> Finding:
             _write_and_delete(folder)
         except OSError as error:
             seen = f"{folder}: cannot be written: {error.strerror or error}; {free_gb:.1f} GB free"
-            hint = "free space" if free_gb < NO_DISK_GB else "give yourself the right to write, or use another folder"
+            hint = "free space" if free_gb < NO_DISK_GB else "get write permission, or use another folder"
             return Finding(name=name, status="fail", seen=clean(seen), hint=hint)
-    seen = f"{free_gb:.1f} GB free, written and deleted"
+    seen = f"{free_gb:.1f} GB free, a test file was written and deleted"
     if free_gb < LITTLE_DISK_GB:
         status: Status = "fail" if free_gb < NO_DISK_GB else "warn"
         return Finding(name=name, status=status, seen=seen, hint="free space, or link the folders to another disk")
@@ -265,17 +265,17 @@ def _write_and_delete(folder: Path) -> None:
         probe.flush()
         os.fsync(probe.fileno())
         if Path(probe.name).read_bytes() != content:
-            raise OSError("what is read is not what was written")
+            raise OSError("the content read differs from the content written")
 
 
 def _shared_memory() -> list[Finding]:
-    if not Path("/dev/shm").is_dir():  # noqa: S108 - looked at, not written
+    if not Path("/dev/shm").is_dir():  # noqa: S108 - only read
         return []
     size = shutil.disk_usage("/dev/shm").total  # noqa: S108
     seen = f"{size / 1e9:.1f} GB"
     if size > SHARED_BYTES:
         return [Finding(name="disk: /dev/shm", status="ok", seen=seen)]
-    hint = "for several GPUs: docker run --shm-size 1g; in conf/cluster.yaml shared_memory"
+    hint = "for several GPUs: docker run --shm-size 1g, or shared_memory in conf/cluster.yaml"
     return [Finding(name="disk: /dev/shm", status="warn", seen=seen, hint=hint)]
 
 

@@ -1,4 +1,4 @@
-"""The doctor's findings as a person, or a program, reads them."""
+"""The doctor's findings as text for a person, or as JSON for a program."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def has_failed(findings: Sequence[Finding]) -> bool:
 
 
 def wants_colour(stream: TextIO) -> bool:
-    """Whether colours are shown: on a terminal that has them, and where NO_COLOR does not forbid it."""
+    """Whether colours are shown: on a terminal that supports them, unless NO_COLOR is set."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def render(findings: Sequence[Finding], seconds: float, *, colour: bool, width: int | None = None) -> str:
-    """Aligned lines, with the hint under those that are not ok."""
+    """Aligned lines; a finding that is not ok has its hint below."""
     name_width = min(max(len(one.name) for one in findings), _WIDEST_NAME)
     room = max((width or shutil.get_terminal_size((120, 24)).columns) - name_width - 8, 40)
     lines: list[str] = []
@@ -41,8 +41,8 @@ def render(findings: Sequence[Finding], seconds: float, *, colour: bool, width: 
         lines += [" " * (name_width + 8) + line for line in rest]
     counts = Counter(one.status for one in findings)
     words = {"ok": "ok", "warn": "warnings", "fail": "failed", "skip": "skipped"}
-    told = ", ".join(f"{counts[status]} {words[status]}" for status in STATUSES)
-    return "\n".join([*lines, "", f"{told} ({seconds:.1f} s)"])
+    totals = ", ".join(f"{counts[status]} {words[status]}" for status in STATUSES)
+    return "\n".join([*lines, "", f"{totals} ({seconds:.1f} s)"])
 
 
 def to_json(findings: Sequence[Finding], seconds: float) -> str:

@@ -1,4 +1,4 @@
-"""Checks of MLflow's store, and of the outputs that it does not hold yet."""
+"""Checks of MLflow's store, and of the outputs that are not in it yet."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ def is_installed(package: str) -> bool:
 
 
 def check_mlflow(limit_s: float) -> list[Finding]:
-    """Whether a run can be written to the store and read back; see `distilldsm.doctor.tracking_probe`."""
+    """Check that a run can be written to the store and read back; see `distilldsm.doctor.tracking_probe`."""
     from distilldsm.tracking import default_uri, sqlite_path
 
     name, uri = "mlflow", default_uri()
     database = sqlite_path(uri)
     if database is not None and not database.is_file():
-        # A probe would make it, with all its tables.
+        # A probe would create the database with all its tables.
         folder = database.parent
         if folder.is_dir() and os.access(folder, os.W_OK):
-            return [Finding(name=name, status="ok", seen=f"{database}: not there yet, the first training makes it")]
-        hint = "make the folder, or set MLFLOW_TRACKING_URI to another place"
-        return [Finding(name=name, status="fail", seen=f"{folder}: is no folder that can be written", hint=hint)]
+            return [Finding(name=name, status="ok", seen=f"{database}: the first training creates it")]
+        hint = "create the folder, or set MLFLOW_TRACKING_URI to another place"
+        return [Finding(name=name, status="fail", seen=f"{folder}: does not exist or is not writable", hint=hint)]
     if not is_installed("mlflow"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'train')")]
     return in_child(name, "distilldsm.doctor.tracking_probe:check", limit_s, _environment(uri, limit_s))
 
 
 def check_outputs(limit_s: float) -> list[Finding]:
-    """Outputs that MLflow does not hold yet; see `distilldsm.doctor.tracking_probe`."""
+    """Find outputs that are not in MLflow yet; see `distilldsm.doctor.tracking_probe`."""
     from distilldsm.tracking import default_uri
     from distilldsm.tracking.publish import known_outputs
 
     name = "mlflow outputs"
     if not known_outputs():
-        return [Finding(name=name, status="ok", seen="there are none yet")]
+        return [Finding(name=name, status="ok", seen="there are no outputs yet")]
     if not is_installed("mlflow"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'train')")]
     environment = _environment(default_uri(), limit_s)

@@ -1,7 +1,7 @@
-"""Does MLflow's store take a run, and give it back? Written as a training writes, and taken away again.
+"""Checks that MLflow's store can be written and read, with a run like that of a training, which is deleted at once.
 
-In a SQLite store nothing is left. A server only marks as deleted: one experiment, `distilldsm-doctor`, is used again
-each time, and its runs go with `mlflow gc`.
+Nothing stays in a SQLite store. A server only marks things as deleted: the experiment `distilldsm-doctor` stays and is
+used again each time, and `mlflow gc` removes its runs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _FILE = "probe.txt"
 
 
 def check(limit_s: float) -> list[Finding]:
-    """The store that MLFLOW_TRACKING_URI names; its requests have a limit of their own, by the environment."""
+    """Check the store that MLFLOW_TRACKING_URI names. The environment sets the time limit of each request."""
     uri = default_uri()
     probe_store(uri)
     seen = f"{redact_uri(uri)}: a run with a metric and an artifact was written, read back and deleted"
@@ -36,32 +36,32 @@ def check(limit_s: float) -> list[Finding]:
 
 
 def check_outputs(limit_s: float) -> list[Finding]:
-    """Outputs below the current directory that MLflow does not hold, or not all of."""
+    """Find outputs below the current directory that are not, or not completely, in MLflow."""
     name, missing = "mlflow outputs", []
     found = [one for one in map(Publisher, known_outputs()) if one.uri is not None]
     for one in found:
         uri = str(one.uri)
-        with _explained(uri, "asking for the runs"):
+        with _explained(uri, "searching the runs"):
             if _is_new(uri) or not one.is_published():
                 missing.append(str(one.directory))
     if not missing:
         return [Finding(name=name, status="ok", seen=f"all {len(found)} outputs are in MLflow")]
-    seen = f"{len(missing)} of {len(found)} outputs are not, or not all, in MLflow: {', '.join(missing[:3])}"
-    hint = "the next stage that runs here sends them; now: distilldsm publish"
+    seen = f"{len(missing)} of {len(found)} outputs are not, or not completely, in MLflow: {', '.join(missing[:3])}"
+    hint = "distilldsm publish sends them now; otherwise the next stage does"
     return [Finding(name=name, status="warn", seen=seen + (" ..." if len(missing) > 3 else ""), hint=hint)]
 
 
 def _is_new(uri: str) -> bool:
-    """A SQLite store that is not there yet: asking would make it, with all its tables."""
+    """Whether a SQLite store does not exist yet. A query would create it with all its tables."""
     database = sqlite_path(uri)
     return database is not None and not database.is_file()
 
 
 def probe_store(uri: str) -> None:
-    """Write a run, read it, take it away.
+    """Write a run, read it, delete it.
 
     Raises:
-        UserError: tells who refused what, and the hint.
+        UserError: the store refuses a request, or returns something else than was written.
     """
     database = sqlite_path(uri)
     with contextlib.ExitStack() as stack:
@@ -70,8 +70,8 @@ def probe_store(uri: str) -> None:
             artifacts = database.parent.absolute() / "mlartifacts" / EXPERIMENT
             stack.enter_context(leaving_no_folder(artifacts.parent))
             stack.callback(shutil.rmtree, artifacts, ignore_errors=True)
-            stack.enter_context(leaving_no_folder(Path("mlruns")))  # MLflow makes it, whether or not it is used
-        with _explained(uri, "asking for the experiments"):
+            stack.enter_context(leaving_no_folder(Path("mlruns")))  # MLflow creates it even if it is not used
+        with _explained(uri, "listing the experiments"):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
         with _explained(uri, "writing a run"):
@@ -84,7 +84,7 @@ def probe_store(uri: str) -> None:
                 client.log_metric(run_id, "probe", 0.5)
                 stored = client.get_run(run_id).data.metrics
             if stored != {"probe": 0.5}:
-                raise UserError("what was written is not what is read", where=redact_uri(uri), seen=stored)
+                raise UserError("the metrics read differ from those written", where=redact_uri(uri), seen=stored)
             with _explained(uri, "writing an artifact"):
                 _round_trip(client, run_id)
         finally:
@@ -97,23 +97,23 @@ def _round_trip(client: MlflowClient, run_id: str) -> None:
     with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:
         seen = Path(client.download_artifacts(run_id, _FILE, folder)).read_text()
     if seen != text:
-        raise UserError("an artifact is not what was written", seen=seen[:100])
+        raise UserError("the artifact read differs from the one written", seen=seen[:100])
 
 
 def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
-    """An experiment of its own: one that an earlier probe has left marked as deleted, else a new one."""
+    """The id of the probe's experiment. If an earlier probe left it marked as deleted, it is restored."""
     found = client.get_experiment_by_name(EXPERIMENT)
     if found is None:
         return client.create_experiment(EXPERIMENT, artifact_location=artifacts.as_uri() if artifacts else None)
     if found.lifecycle_stage == "deleted":
         client.restore_experiment(found.experiment_id)
-        for run in client.search_runs([found.experiment_id]):  # they come back with it
+        for run in client.search_runs([found.experiment_id]):  # the experiment's old runs are restored with it
             client.delete_run(run.info.run_id)
     return found.experiment_id
 
 
 def _take_away(client: MlflowClient, experiment: str, run_id: str | None, *, permanently: bool) -> None:
-    """Errors are of no use here: what could not be written is told already."""
+    """Errors are ignored: a failed write has been reported already."""
     with contextlib.suppress(Exception):
         if run_id is not None:
             uri = client.get_run(run_id).info.artifact_uri
@@ -122,10 +122,10 @@ def _take_away(client: MlflowClient, experiment: str, run_id: str | None, *, per
             client.set_terminated(run_id)
             client.delete_run(run_id)
         if client.search_runs([experiment], max_results=1):
-            return  # another doctor is at it
+            return  # another doctor uses it now
         client.delete_experiment(experiment)
         if permanently:
-            store: Any = client._tracking_client.store  # what `mlflow gc` calls, which has no interface for one run
+            store: Any = client._tracking_client.store  # as `mlflow gc` does, which cannot delete a single run
             for deleted in store._get_deleted_runs():
                 if store.get_run(deleted).info.experiment_id == experiment:
                     store._hard_delete_run(deleted)

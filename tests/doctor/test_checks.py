@@ -57,7 +57,7 @@ def test_texts_of_others_are_one_line_without_secrets(monkeypatch):
         (
             "tests.doctor.children:dies",
             "fail",
-            "the check's process ended with 7, its last words: about to crash at https://host/x",
+            "the check's process ended with exit code 7; its last line: about to crash at https://host/x",
         ),
         ("tests.doctor.children:breaks", "fail", "the check broke: SystemExit: a library ends the process"),
         ("mlflow_that_is_not_there:check", "fail", "the package 'mlflow_that_is_not_there' is not installed"),

@@ -94,7 +94,7 @@ def test_cpu(monkeypatch):
     monkeypatch.setattr(machine, "core_quota", lambda: 2.5)
     (found,) = machine.check_cpu(1)
     assert found.status == "warn"
-    assert "limited to the time of 2.5 (cgroup)" in found.seen
+    assert "limited to the CPU time of 2.5 cores (cgroup)" in found.seen
     assert found.hint.startswith("set OMP_NUM_THREADS=2, and 2 for preprocess.workers")
     monkeypatch.setattr(machine, "core_quota", lambda: None)
     fields["flags"] = "fpu sse2"
@@ -124,11 +124,11 @@ def test_memory_and_the_largest_scan(monkeypatch):
     monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 9_000_000_000)
     (found,) = machine.check_memory(1)
     assert found.status == "ok"
-    assert f"limit of the container 9.0 GB; predict takes up to 3.0 GB: a CT of 512 x 512 x {slices}" in found.seen
+    assert found.seen.endswith(f"container 9.0 GB; predict uses up to 3.0 GB, enough for a CT of 512 x 512 x {slices}")
     free["bytes"] = 600_000_000
     (found,) = machine.check_memory(1)
     assert found.status == "warn"
-    assert "no CT of 512 x 512 slices" in found.seen
+    assert "too little for a CT of 512 x 512" in found.seen
     free["bytes"] = None
     assert statuses(machine.check_memory(1)) == {"memory": "skip"}
 
@@ -148,7 +148,7 @@ def test_a_disk_that_is_full_or_cannot_be_written(place, monkeypatch):
     free = SimpleNamespace(free=5e9, total=1e12)
     monkeypatch.setattr(machine.shutil, "disk_usage", lambda _: free)
     folders = machine.check_disk(1)[0]
-    assert (folders.status, folders.seen) == ("warn", "5.0 GB free, written and deleted")
+    assert (folders.status, folders.seen) == ("warn", "5.0 GB free, a test file was written and deleted")
     free.free = 5e8
     assert machine.check_disk(1)[0].status == "fail"
 
@@ -160,7 +160,7 @@ def test_a_disk_that_is_full_or_cannot_be_written(place, monkeypatch):
     folders = machine.check_disk(1)[0]
     assert folders.status == "fail"
     assert folders.seen == f"{place}: cannot be written: Permission denied; 500.0 GB free"
-    assert "right to write" in folders.hint
+    assert "write permission" in folders.hint
     free.total = 64 << 20
     assert machine.check_disk(1)[-1].hint.startswith("for several GPUs: docker run --shm-size 1g")
 
@@ -204,8 +204,8 @@ def torch_of(monkeypatch, *, available=True, cuda="13.0", right=1.0, error: Exce
 @pytest.mark.parametrize(
     ("torch", "status", "words"),
     [
-        ({}, "ok", "H200, 150 GB; PyTorch 2.13.0, driver 580.1; computes, 140 GB free"),
-        ({"right": 0.5}, "fail", "computes wrongly"),
+        ({}, "ok", "H200, 150 GB; PyTorch 2.13.0, driver 580.1; a computation is correct, 140 GB free"),
+        ({"right": 0.5}, "fail", "a computation is wrong"),
         ({"error": RuntimeError("out of memory")}, "fail", "a computation fails: out of memory"),
         ({"available": False}, "warn", "(CUDA 13.0) cannot use it"),
         ({"available": False, "cuda": None}, "warn", "is the build for CPUs"),

@@ -127,10 +127,10 @@ def test_a_file_that_is_no_store(place):
 
 def test_a_store_that_is_not_there_yet_is_not_made(place, monkeypatch):
     (found,) = services.check_mlflow(1)
-    assert (found.status, found.seen) == ("ok", f"{place}/mlflow.db: not there yet, the first training makes it")
+    assert (found.status, found.seen) == ("ok", f"{place}/mlflow.db: the first training creates it")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{place}/gone/mlflow.db")
     (found,) = services.check_mlflow(1)
-    assert (found.status, found.seen) == ("fail", f"{place}/gone: is no folder that can be written")
+    assert (found.status, found.seen) == ("fail", f"{place}/gone: does not exist or is not writable")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(services, "is_installed", lambda package: False)
     assert services.check_mlflow(1)[0].status == "skip"
@@ -151,7 +151,7 @@ def test_requests_end_before_the_check_does(place, monkeypatch):
 
 def test_outputs_that_mlflow_does_not_hold(store, place, no_sender):
     (found,) = services.check_outputs(1)
-    assert (found.status, found.seen) == ("ok", "there are none yet")
+    assert (found.status, found.seen) == ("ok", "there are no outputs yet")
     for fold in (0, 1):
         trained(place / f"models/fold{fold}")
     assert publish(place / "models/fold1").is_complete
@@ -161,7 +161,7 @@ def test_outputs_that_mlflow_does_not_hold(store, place, no_sender):
     before = contents(place), tables(place)
     (found,) = probe.check_outputs(10)
     assert (contents(place), tables(place)) == before
-    assert (found.status, found.seen) == ("warn", "1 of 2 outputs are not, or not all, in MLflow: models/fold0")
+    assert (found.status, found.seen) == ("warn", "1 of 2 outputs are not, or not completely, in MLflow: models/fold0")
     assert "distilldsm publish" in found.hint
     publish(place / "models/fold0")
     (found,) = probe.check_outputs(10)
