@@ -1,8 +1,8 @@
-"""MLflow tracking that never stops or slows the work: the output directory is the journal.
+"""MLflow tracking that never stops or slows the work. Each output directory is its own journal.
 
-A stage writes what it has to say into its output (`describe`), and a process of its own brings MLflow to that state
-(`send`; `followed` while a training runs). What a server did not take is sent by the next stage, or by
-`distilldsm publish`. Nothing here imports MLflow, which takes seconds; `publish` does, when it is called.
+A stage writes a tracking record into its output (`describe`). A separate process copies the record's contents to MLflow
+(`send`; `followed` while a training runs). The next stage, or `distilldsm publish`, sends what a server did not accept.
+Importing MLflow takes seconds, so this module does not; `publish` imports it when it is called.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Addresses of MLflow stores: which one is meant, and how it is shown."""
+"""Addresses of MLflow stores: which one to use, and how to show it without secrets."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ def redact_uri(uri: str) -> str:
 
 
 def live_uri(recorded: str) -> str:
-    """The address to use for a recorded one: the environment's where it is the same but for the secrets.
+    """The address to connect to for a recorded address, which holds no secrets.
 
-    A SQLite file that is gone is taken to have been moved to where the environment says.
+    MLFLOW_TRACKING_URI is used if it names the same server: it may add user and password. If a recorded SQLite file no
+    longer exists, it was probably moved, and the environment's SQLite address is used.
     """
     current = default_uri()
     database = sqlite_path(recorded)
@@ -43,7 +44,7 @@ def live_uri(recorded: str) -> str:
 
 
 def uri_to_attach(recorded: str) -> str:
-    """As `live_uri`, but a server goes by the environment's name: it may have another one where the training ran."""
+    """As `live_uri`, but always the environment's server: its host name may differ on the machine that trained."""
     current = default_uri()
     is_server = sqlite_path(recorded) is None and sqlite_path(current) is None
     return current if is_server else live_uri(recorded)

@@ -1,4 +1,4 @@
-"""What publishing reads of an output: numbers of an epoch, lines of samples, tables."""
+"""Readers for the files that publishing sends: metrics of an epoch, lines of samples, tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def numbers_of(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
 
 
 def lines_of(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file, one a line; what a killed process has left unfinished is passed over."""
+    """The JSON objects of a file, one per line. Incomplete lines, left by a killed process, are skipped."""
     if not path.is_file():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -33,7 +33,7 @@ def lines_of(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def table_of(path: Path) -> dict[str, Any]:
-    """A CSV file as MLflow shows tables; numbers are numbers, and what is empty or no number is null."""
+    """A CSV file in MLflow's table format: numbers and text; empty cells, NaN and infinities become null."""
     with open(path, newline="", encoding="utf-8") as stream:
         columns, *rows = csv.reader(stream)
     return {"columns": columns, "data": [[_cell(text) for text in row] for row in rows]}

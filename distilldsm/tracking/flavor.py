@@ -1,6 +1,6 @@
-"""An exported model directory as an MLflow model: code that takes arrays and scans, without pickle and torch.
+"""Saves an exported model directory as an MLflow model for arrays and scans, without pickle and torch.
 
-The code is `scan_model.py` (models from code, as MLflow calls it).
+The model's code is `scan_model.py` (MLflow calls this "models from code").
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import distilldsm
 from distilldsm.models.package import TensorInfo, load_metadata
 
 PACKAGES = ("numpy", "scipy", "nibabel", "PyYAML", "filelock", "tqdm", "openvino")
-"""What prediction imports: this package's own dependencies."""
+"""Packages that prediction imports."""
 
 
 def requirements() -> list[str]:
-    """What serving an exported model needs, pinned to what is installed here."""
+    """The packages that serving an exported model needs, pinned to the versions installed here."""
     return ["mlflow" + _pin("mlflow", "mlflow-skinny"), *(name + _pin(name) for name in PACKAGES)]
 
 
@@ -32,12 +32,12 @@ def _pin(*names: str) -> str:
 
 
 def save(model_dir: Path, path: Path, mlflow_model: Any, *, pip_requirements: list[str], metadata: Any) -> None:
-    """Write the MLflow model: its own files and all of `model_dir`, so that it is a model directory again.
+    """Write the MLflow model: MLflow's own files and a copy of `model_dir`. The result is also a model directory.
 
     Args:
         path: new directory.
-        mlflow_model: an `mlflow.models.Model` that says whose it is.
-        metadata: goes into the model's description.
+        mlflow_model: an `mlflow.models.Model` with the ids of the run and of the logged model.
+        metadata: added to the MLflow model's description.
 
     Raises:
         DataError: the directory holds no exported model, or its metadata are damaged.
@@ -62,10 +62,10 @@ def save(model_dir: Path, path: Path, mlflow_model: Any, *, pip_requirements: li
 
 
 def scan_signature(model_dir: Path) -> Any:
-    """`image` to `logits` of any size, as the metadata describe them; parameters `paths` and `output` for scans.
+    """The signature: tensors `image` and `logits` of any size, and the parameters `paths` and `output` for scans.
 
-    MLflow's schemas know either tensors or columns, not both: paths come as parameters, so that arrays keep a signature
-    that MLflow and KServe check. (MLflow also lets an array of objects pass, so that from Python paths may be `image`.)
+    An MLflow schema holds either tensors or columns, not both. Paths are parameters, and MLflow and KServe can still
+    check the arrays. (MLflow also accepts an array of objects: from Python, `image` may hold paths.)
     """
     import numpy as np
     from mlflow.models import ModelSignature

@@ -1,4 +1,4 @@
-"""An exported model becomes a logged model of MLflow, and perhaps a registered one."""
+"""Logs an exported model to MLflow and registers it if the record asks for that."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from distilldsm.tracking.store import Store, patience
 
 
 def log_model(store: Store, run: Any, record: Record, directory: Path) -> str | None:
-    """Log the directory as a model, once for a record, and register it; returns what became of that, one line.
+    """Log the directory as a model, once per record, and register it. Returns one line with the result of registering.
 
     Raises:
-        ImportError: a package that its flavour needs is not installed; the entry is taken back.
+        ImportError: a package that the MLflow model needs is not installed. The entry in MLflow is deleted again.
     """
     from mlflow.entities import Metric
 
@@ -62,7 +62,7 @@ def _upload(client: Any, run: Any, model: Model, logged: Any, directory: Path) -
 
 
 def _logged_model(client: Any, run: Any, record_id: str) -> Any:
-    """The model entry of this very record, from an attempt before or new."""
+    """The logged model of this record: the one from an earlier attempt, else a new one."""
     experiment, run_id, page = run.info.experiment_id, run.info.run_id, None
     while True:
         found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", page_token=page)

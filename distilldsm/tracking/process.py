@@ -1,4 +1,4 @@
-"""The stage's side of publishing: starts the process that sends (`follower`), waits, and reports what is left."""
+"""The stage's side of publishing: starts the publishing process (`follower`), waits, and reports what was not sent."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from distilldsm.tracking.record import FILE, Status, describe, forgiving, is_tra
 
 SYSTEM_METRICS_S = 10.0
 SERVER_TIMEOUT_S, LOCAL_TIMEOUT_S = 20.0, 60.0
-"""A local store can be slow, but not away."""
+"""A local store may be slow, but it is always there."""
 
 
 class Sender:
-    """The process that publishes `directories`, with `follow` the first one while it grows."""
+    """The process that publishes `directories`. With `follow` it publishes the first one while a training writes it."""
 
     def __init__(self, directories: Sequence[Path], *, follow: bool = False) -> None:
         self.directories = list(directories)
         self.outcomes: dict[str, dict[str, Any]] = {}
-        """Directory to what its last attempt came to, the fields of `publish.Outcome`."""
+        """Directory to the fields of the `publish.Outcome` of its last attempt."""
         self._is_reported = not follow
         arguments = [*map(str, directories), "--parent", str(os.getpid())]
         if follow:
@@ -42,7 +42,7 @@ class Sender:
             stderr=subprocess.DEVNULL,
             text=True,
             env={**environment_of_modules(), "MLFLOW_TRACKING_URI": default_uri(), "OMP_NUM_THREADS": "1"},
-            start_new_session=True,  # an interrupt from the keyboard must not take the last records along
+            start_new_session=True,  # Ctrl-C must not stop it before the last records are sent
         )
         self._reader = threading.Thread(target=self._read, name="mlflow", daemon=True)
         self._reader.start()
@@ -54,21 +54,21 @@ class Sender:
                 outcome = json.loads(line)
                 self.outcomes[outcome["directory"]] = outcome
                 if not self._is_reported:
-                    # A wrong password is then known at the start of a training, not at its end.
+                    # The user learns of a wrong password at the start of a training, not at its end.
                     self._is_reported = True
                     if outcome["problems"]:
                         logger.warning("MLflow: %s; the work goes on, nothing is lost", outcome["problems"][0])
 
     def wait(self, timeout_s: float, *, finish: bool = False) -> None:
-        """Wait for it, and kill it where it takes too long: what it was about to send is still in the output.
+        """Wait for the process, and kill it after `timeout_s` seconds. The output still holds everything unsent.
 
         Args:
-            finish: tell it first that nothing more is written.
+            finish: first tell the process that the stage will write nothing more.
         """
         try:
             if finish and self._process.stdin is not None:
                 with contextlib.suppress(OSError):
-                    # A word, not only the end of the pipe: forked children may hold a copy of it open.
+                    # A message, not only the end of the pipe: forked children may keep the pipe open.
                     self._process.stdin.write("finish\n")
                     self._process.stdin.flush()
             self._process.wait(timeout_s)
@@ -83,7 +83,7 @@ class Sender:
                     self._process.stdin.close()
 
     def report(self) -> None:
-        """One plain line for each reason why something is not in MLflow yet, with the command that sends it."""
+        """Log one line for each reason why something is not in MLflow yet, with the command that sends it."""
         reasons: dict[str, list[str]] = {}
         for directory in dict.fromkeys([*map(str, self.directories), *self.outcomes]):
             outcome = self.outcomes.get(directory, {"problems": ["the store did not take it in time"]})
@@ -105,10 +105,10 @@ class Sender:
 
 
 def send(*directories: Path) -> None:
-    """Publish finished outputs, and what other outputs of this folder have left; never an error.
+    """Publish finished outputs, and what was not sent of other outputs in the current directory. Never raises.
 
-    Waits 20 s for a server and 60 s for a local file, prints what became of a model in the registry, and reports
-    what is left.
+    Waits at most 20 s for a server and 60 s for a local file. Prints the result of registering a model, and reports
+    what was not sent.
     """
     with forgiving("publishing"):
         tracked = [path for path in directories if (path / FILE).is_file() and _has_run(path)]
@@ -126,25 +126,25 @@ def send(*directories: Path) -> None:
 
 
 def start(directories: Sequence[Path], *, follow: bool = False) -> Sender | None:
-    """Start the process that publishes."""
+    """Start the publishing process."""
     return Sender(directories, follow=follow)
 
 
 @contextlib.contextmanager
 def followed(
-    config: TrackingConfig | None, directory: Path, *, at_end: Mapping[str, Sequence[Path]], **said: Any
+    config: TrackingConfig | None, directory: Path, *, at_end: Mapping[str, Sequence[Path]], **described: Any
 ) -> Iterator[None]:
-    """Publish an unfinished output while the block makes it; the run ends FINISHED, FAILED or (interrupted) KILLED.
+    """Publish an output while the block writes it. The run ends as FINISHED, FAILED or (after an interrupt) KILLED.
 
     Args:
         directory: the stage's work directory.
-        at_end: MLflow's folders to files that are there at the end.
-        said: as for `describe`.
+        at_end: MLflow's folders to files that exist only when the block has finished.
+        described: further arguments of `describe`.
     """
     is_on = is_tracked(config)
     sender: Sender | None = None
     if is_on:
-        describe(config, directory, status="RUNNING", **said)
+        describe(config, directory, status="RUNNING", **described)
         with forgiving("starting to publish"):
             sender = start([directory], follow=True)
     status: Status = "KILLED"  # SystemExit is how a SIGTERM handler ends a stage
@@ -156,7 +156,8 @@ def followed(
         raise
     finally:
         if is_on:
-            describe(config, directory, status=status, **{**said, "files": {**said.get("files", {}), **at_end}})
+            files = {**described.get("files", {}), **at_end}
+            describe(config, directory, status=status, **{**described, "files": files})
             with forgiving("publishing"):
                 if sender is not None:
                     _finish(sender, directory)
@@ -194,6 +195,6 @@ def _is_finished(directory: Path) -> bool:
 
 
 def _final(directory: Path) -> str:
-    """The name that an unfinished output gets."""
+    """The name that an unfinished output has when its stage is done."""
     name = directory.name
     return str(directory.with_name(name[1:].removesuffix(".partial")) if name.endswith(".partial") else directory)

@@ -1,7 +1,7 @@
-"""Brings MLflow to the state of an output directory: each thing once, in order, as often as it takes.
+"""Copies the contents of an output directory to MLflow: each item once, in order. May be repeated until all is sent.
 
-Nothing is written into the directory. What MLflow has already, MLflow is asked: the run is found by the key that is its
-tag, metrics by their steps, files by their list; at the end a tag of the run says that the record is complete.
+Publishing writes nothing into the directory. It asks MLflow what is already there: it finds the run by its key (a tag),
+metrics by their steps, and files by their names and sizes. At the end it sets a tag: the record is complete.
 """
 
 from __future__ import annotations
@@ -26,55 +26,55 @@ from distilldsm.tracking.values import clean, key_name
 
 PUBLISHED_TAG = "distilldsm.published"
 METRICS_PER_BATCH = 900
-"""The REST API takes 1,000 items and 1 MB."""
+"""MLflow's REST API accepts at most 1,000 items and 1 MB."""
 ITEMS_PER_BATCH = 90
-"""Parameters or tags; it takes 100."""
+"""Parameters or tags; the API accepts at most 100."""
 _MANY_PROBLEMS = 5
 _NO_METRICS = ("epoch", "unix_seconds")
 _TOPS = ("models/*", "evaluation/*", "export/*", "cross_validation")
 
 open_store = functools.lru_cache(maxsize=4)(Store)
-"""Opening one takes a while."""
+"""Opening a store is slow, therefore cached."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What publishing an output came to."""
+    """The result of one attempt to publish an output."""
 
     directory: Path
     run_id: str | None = None
     is_complete: bool = False
-    """MLflow holds all that the record says."""
+    """MLflow holds everything in the record."""
     problems: tuple[str, ...] = ()
-    """What was not taken, or why nothing was; it is sent by the next attempt."""
+    """Items that MLflow refused, or why nothing was sent. The next attempt sends them again."""
     notes: tuple[str, ...] = ()
-    """What can never be sent: a file that is gone."""
+    """Items that can never be sent, such as a deleted file."""
     registration: str | None = None
-    """What became of the exported model in the registry, one line."""
+    """The result of registering the exported model, one line."""
     is_away: bool = False
-    """The store itself did not answer."""
+    """The store did not answer at all."""
 
 
 def publish(directory: Path, *, to: str | None = None) -> Outcome:
-    """Publish one output; raises nothing of MLflow's.
+    """Publish one output. Errors of MLflow are in the outcome; none is raised.
 
     Args:
-        to: address of another store than the one the output was meant for.
+        to: address of the store to use instead of the recorded one.
     """
     return Publisher(directory, to=to).publish()
 
 
 def known_outputs(root: Path = Path()) -> list[Path]:
-    """Outputs below `root` that have something to say, in the order of the stages; unfinished ones too."""
+    """Outputs below `root` with a tracking record, in the order of the stages, including unfinished ones."""
     patterns = [f"{up}{top}/{FILE}" for top in _TOPS for up in ("", "*/", "*/*/")]
-    found = [path.parent for pattern in patterns for path in sorted(root.glob(pattern))]
-    return [path for path in dict.fromkeys(found) if not path.name.endswith(".old")]
+    outputs = [path.parent for pattern in patterns for path in sorted(root.glob(pattern))]
+    return [path for path in dict.fromkeys(outputs) if not path.name.endswith(".old")]
 
 
 def publish_all(directories: Iterable[Path], *, to: str | None = None) -> Iterator[Outcome]:
-    """Publish outputs one after the other; a store that does not answer is not asked again.
+    """Publish outputs one after the other. After a store has failed to answer, its other outputs are not tried.
 
-    What a training at work on this machine publishes itself is left to it.
+    The output of a training that runs on this machine is skipped: the training publishes it itself.
     """
     away: dict[str, Outcome] = {}
     for directory in directories:
@@ -91,11 +91,11 @@ def publish_all(directories: Iterable[Path], *, to: str | None = None) -> Iterat
 
 
 class Publisher:
-    """Publishes one output; asked again, it sends what has come since.
+    """Publishes one output. Each further call of `publish` sends only what is new.
 
     Args:
-        to: address of another store than the one the output was meant for.
-        stores: makes a store from an address.
+        to: address of the store to use instead of the recorded one.
+        stores: opens the store of an address.
     """
 
     def __init__(self, directory: Path, *, to: str | None = None, stores: Callable[[str], Store] = open_store) -> None:
@@ -110,7 +110,7 @@ class Publisher:
 
     @property
     def uri(self) -> str | None:
-        """The store's address; None where the output says nothing."""
+        """The store's address; None for an output without a tracked run."""
         try:
             record = load(self.directory)
         except UserError:
@@ -119,7 +119,7 @@ class Publisher:
 
     @property
     def is_followed(self) -> bool:
-        """Whether the process that makes the output is at work, and publishes it itself."""
+        """Whether the process that writes the output is running. It then publishes the output itself."""
         try:
             record = load(self.directory)
         except UserError:
@@ -127,7 +127,7 @@ class Publisher:
         return record is not None and record.is_at_work() is True
 
     def is_published(self) -> bool:
-        """Whether MLflow holds all that the record says; sends nothing.
+        """Whether MLflow holds everything in the record. Sends nothing.
 
         Raises:
             Exception: the store does not answer.
@@ -139,11 +139,11 @@ class Publisher:
         return run is not None and run.data.tags.get(_mark(record)) == _digest(record)
 
     def publish(self, *, is_abandoned: bool = False, patience_s: float = 60) -> Outcome:
-        """Send what MLflow has not got yet.
+        """Send what MLflow does not have yet.
 
         Args:
-            is_abandoned: the process that made the output is gone: where it was at work, the run is called KILLED.
-            patience_s: how long to wait for another process that publishes the same run.
+            is_abandoned: the process that wrote the output has died. An unfinished run then ends as KILLED.
+            patience_s: seconds to wait for another process that publishes the same run.
         """
         self._problems, self._notes = [], []
         is_complete = is_away = False
@@ -154,14 +154,14 @@ class Publisher:
             if record.status == "RUNNING" and (is_abandoned or record.is_at_work() is False):
                 record = replace(record, status="KILLED")
             with run_lock(identity.key, patience_s):
-                is_complete = self._pass(record, identity)
+                is_complete = self._send_new(record, identity)
         except Timeout:
             self._problems.append("another process is publishing the same run")
         except UserError as error:
             self._problems.append(clean(str(error)))
         except Exception as error:
             is_away, self._run = True, None
-            self._problems.append(_in_words(error, self.uri))
+            self._problems.append(_error_text(error, self.uri))
         return Outcome(
             directory=self.directory,
             run_id=None if self._run is None else str(self._run.info.run_id),
@@ -172,8 +172,8 @@ class Publisher:
             is_away=is_away,
         )
 
-    def _pass(self, record: Record, identity: RunIdentity) -> bool:
-        """Send what is new, in order; whether all of a finished record has arrived."""
+    def _send_new(self, record: Record, identity: RunIdentity) -> bool:
+        """Send what is new, in order. Returns True when the record is final and MLflow holds all of it."""
         store = self._stores(self._to or live_uri(identity.tracking_uri))
         self._store, self._client = store, store.client
         mark, digest = _mark(record), _digest(record)
@@ -181,10 +181,10 @@ class Publisher:
             self._run = store.run(replace(identity, id=None) if self._to else identity, is_placeholder=record.adds)
             self._sent.clear()
             self._steps.clear()
-            # A file of the same name and size may be that of another record: then all files are sent again.
+            # Another record of the same kind may have sent a file of the same name and size: then send all files again.
             kind = mark.rpartition(".")[0]
-            alone = [tag for tag in self._run.data.tags if tag.startswith(f"{kind}.")] == [mark]
-            self._listings = {} if alone else None
+            is_only_record = [tag for tag in self._run.data.tags if tag.startswith(f"{kind}.")] == [mark]
+            self._listings = {} if is_only_record else None
         if self._run.data.tags.get(mark) == digest:
             return True
         run_id = self._run.info.run_id
@@ -215,7 +215,7 @@ class Publisher:
         return True
 
     def _once(self, what: str, send: Callable[[], object]) -> bool:
-        """Do it, unless this process has done it before; a store that fails on this only keeps the rest going.
+        """Send an item, unless this process has sent it before. If the store refuses only this item, note the problem.
 
         Raises:
             Exception: the store does not answer at all.
@@ -227,7 +227,7 @@ class Publisher:
         except Exception as error:
             if not self._store.reachable():
                 raise
-            self._problems.append(f"{what}: {_in_words(error, self.uri)}")
+            self._problems.append(f"{what}: {_error_text(error, self.uri)}")
             return False
         self._sent.add(what)
         return True
@@ -239,7 +239,7 @@ class Publisher:
             self._sent |= {f"{what} {key}={value}" for key, value in todo[start : start + ITEMS_PER_BATCH]}
 
     def _in_halves(self, what: str, items: Sequence[Any], send: Callable[[Sequence[Any]], object]) -> None:
-        """Send items together; where the store refuses, in halves: one must not take its neighbours along."""
+        """Send items together. If the store refuses, send each half: one bad item must not block the others."""
         try:
             send(items)
         except Exception as error:
@@ -247,7 +247,7 @@ class Publisher:
                 raise
             if len(items) == 1 or len(self._problems) >= _MANY_PROBLEMS:
                 name = f" {items[0][0]}" if isinstance(items[0], tuple) else ""
-                self._problems.append(f"{what}{name}: {_in_words(error, self.uri)}")
+                self._problems.append(f"{what}{name}: {_error_text(error, self.uri)}")
                 return
             half = len(items) // 2
             self._in_halves(what, items[:half], send)
@@ -283,7 +283,7 @@ class Publisher:
         self._client.log_inputs(self._run.info.run_id, [DatasetInput(dataset, tags)])
 
     def _send_history(self, record: Record) -> None:
-        """Metrics of each epoch, and the machine's load; an epoch that was trained again is not sent again."""
+        """Send the metrics of each epoch and the machine's load. An epoch that was trained twice is sent once."""
         from mlflow.entities import Metric
 
         rows = []
@@ -318,7 +318,7 @@ class Publisher:
         return self._steps[key]
 
     def _send_values(self, record: Record) -> None:
-        """Metrics without an epoch, at step 0: those whose latest value is another one."""
+        """Send metrics without an epoch, at step 0, if MLflow's latest value differs."""
         from mlflow.entities import Metric
 
         known = self._run.data.metrics
@@ -347,17 +347,17 @@ class Publisher:
                 self._client.log_artifact(run_id, str(path), file.to)
 
     def _size_in_store(self, artifact: str) -> int | None:
-        """Bytes of an artifact that was sent by an earlier attempt; None where it was not."""
+        """Size in bytes of an artifact that an earlier attempt has sent, else None."""
         if self._listings is None:
             return None
         folder = artifact.rpartition("/")[0]
         if folder not in self._listings:
-            found = self._client.list_artifacts(self._run.info.run_id, folder or None)
-            self._listings[folder] = {one.path: int(one.file_size or 0) for one in found if not one.is_dir}
+            entries = self._client.list_artifacts(self._run.info.run_id, folder or None)
+            self._listings[folder] = {entry.path: int(entry.file_size or 0) for entry in entries if not entry.is_dir}
         return self._listings[folder].get(artifact)
 
     def _send_child(self, child: RunIdentity) -> None:
-        """Tag another run with this one as its parent; one that has not arrived is made, and filled later."""
+        """Make this run the parent of `child`. If the child has no run in MLflow yet, create it; it is filled later."""
         run = self._store.run(child, is_placeholder=True)
         self._client.set_tag(run.info.run_id, PARENT_TAG, self._run.info.run_id)
 
@@ -371,15 +371,15 @@ class Publisher:
 
 
 def _digest(record: Record) -> str:
-    """Of what the record says; where the run is, and its id, is none of that."""
+    """Hash of the record's contents, without the run's address and id."""
     return sha256_json(replace(record, run=None))[:16]
 
 
 def _mark(record: Record) -> str:
-    """The tag that tells how far a record is published; those of one kind may send files of the same names."""
+    """The tag that marks a record as begun or published. Records of the same kind may have files of the same names."""
     kind = record.files[0].to.partition("/")[0] if record.files else "values"
     return f"{PUBLISHED_TAG}.{kind}.{record.id[:12]}"
 
 
-def _in_words(error: Exception, uri: str | None) -> str:
+def _error_text(error: Exception, uri: str | None) -> str:
     return clean(str(error) if isinstance(error, UserError) else str(explain(error, uri or "")))

@@ -1,7 +1,7 @@
-"""What an output has to say to MLflow: `tracking.json` in its directory, written by its stage. Imports no MLflow.
+"""The tracking record of an output, `tracking.json`: a stage writes it, `publish` sends its contents to MLflow.
 
-The output itself is the journal: the record names what lies in it (a history, files, a model), and copies nothing.
-`publish` brings MLflow to that state, as often as it takes.
+The record names files in the output (history, figures, a model) and copies none of them. This module does not import
+MLflow.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from distilldsm.tracking.values import (
 
 FILE = "tracking.json"
 SYSTEM = "system.jsonl"
-"""Beside it where a training is sampled: the machine's load, a JSON object a line."""
+"""The machine's load while a training runs, one JSON object per line. Lies beside `tracking.json`."""
 PARENT_TAG = "mlflow.parentRunId"
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 logger = logging.getLogger("distilldsm.tracking")
@@ -47,27 +47,27 @@ logger = logging.getLogger("distilldsm.tracking")
 
 @dataclass(frozen=True, kw_only=True)
 class RunIdentity:
-    """Which run of MLflow an output belongs to."""
+    """The MLflow run that an output belongs to."""
 
     key: str
-    """32 hexadecimal digits, a tag of the run: name it before a server has given it an id."""
+    """32 hexadecimal digits, set as a tag of the run. It identifies the run before MLflow has assigned an id."""
     experiment: str
     name: str
     started_ms: int
-    """Milliseconds since 1970, as all times here."""
+    """Milliseconds since 1970, like all times in the record."""
     tracking_uri: str
-    """The store it was meant for, without user, password and query."""
+    """Address of the store, without user, password and query."""
     id: str | None = None
-    """MLflow's id, where it was known when the output was finished."""
+    """MLflow's id of the run, if it was known when the output was finished."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9a-f]{32}", self.key):
-            raise ConfigError("is no key of a run", seen=self.key, rule="32 hexadecimal digits")
+            raise ConfigError("is not the key of a run", seen=self.key, rule="32 hexadecimal digits")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Dataset:
-    """The data that a run was made from."""
+    """The input data of a run."""
 
     name: str
     digest: str
@@ -80,23 +80,23 @@ class File:
     """A file that becomes an artifact of the run."""
 
     path: str
-    """Relative to the output's directory; may lie outside of it (in an input of the stage)."""
+    """Relative to the output's directory. The file may lie outside of it, in an input of the stage."""
     to: str
-    """MLflow's folder; for a table the whole name of the artifact."""
+    """Folder in MLflow; for a table, the full name of the artifact."""
     sha256: str
-    """What it was when the record was written: a file that has changed since is not sent."""
+    """Hash of the file when the record was written. A file that has changed since then is not sent."""
     table: bool = False
-    """A CSV file that MLflow's pages shall show as a table."""
+    """The file is a CSV file that MLflow's pages show as a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """The output is an exported model, which becomes a logged and perhaps a registered one."""
+    """An exported model: it is logged in MLflow and, with a `registered_name`, registered."""
 
     registered_name: str | None = None
-    """None does not register."""
+    """None: do not register."""
     gate: Mapping[str, Any] = field(default_factory=dict)
-    """What it must fulfil to become champion, the fields of `distilldsm.export.gate.Gate`."""
+    """Conditions for becoming champion: the fields of `distilldsm.export.gate.Gate`."""
     metrics: Mapping[str, float | str] = field(default_factory=dict)
     version_tags: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
@@ -109,23 +109,23 @@ class Record:
 
     schema_version: int = 1
     id: str = ""
-    """Names this record for ever: what was published of it is known by it."""
+    """Permanent id of this record. Published items carry it."""
     run: RunIdentity | None = None
-    """None where nothing is tracked."""
+    """None: the output is not tracked."""
     adds: bool = False
-    """Adds to the run of another output, and leaves its status and tags alone."""
+    """The record adds to the run of another output. It does not change that run's status and tags."""
     status: Status = "FINISHED"
     time_ms: int = 0
-    """When it was written; of its metrics, and the end of the run."""
+    """Time of writing: also the time of the metrics and of the run's end."""
     process: int | None = None
     """Process id of the writer while the status is RUNNING."""
     host: str | None = None
     tags: Mapping[str, str] = field(default_factory=dict)
     params: Mapping[str, str] = field(default_factory=dict)
     metrics: Mapping[str, float | str] = field(default_factory=dict)
-    """NaN and the infinities as text."""
+    """NaN and infinities are text."""
     history: str | None = None
-    """File with metrics of each epoch, see `publish`."""
+    """Name of the file with the metrics of each epoch."""
     dataset: Dataset | None = None
     files: tuple[File, ...] = ()
     model: Model | None = None
@@ -137,7 +137,7 @@ class Record:
             raise ConfigError("unknown version of the record", seen=self.schema_version, rule="1")
 
     def is_at_work(self) -> bool | None:
-        """Whether the process of a record that says RUNNING still lives; None where it ended, or ran elsewhere."""
+        """Whether the process of a RUNNING record is alive. None: not RUNNING, or written on another machine."""
         if self.status != "RUNNING" or self.process is None or self.host != socket.gethostname():
             return None
         try:
@@ -150,17 +150,17 @@ class Record:
 
 
 def load(directory: Path) -> Record | None:
-    """The record of an output; None where there is none.
+    """The record of an output; None if the output has no record.
 
     Raises:
-        UserError: it cannot be read, or is no record.
+        UserError: the file cannot be read, or is not a valid record.
     """
     path = directory / FILE
     return from_mapping(Record, read_json(path), where=str(path)) if path.is_file() else None
 
 
 def identity_of(directory: Path) -> RunIdentity | None:
-    """The run that an output belongs to; None where it was made without tracking, or its record is damaged."""
+    """The run that an output belongs to; None if it was made without tracking or its record is damaged."""
     try:
         record = load(directory)
     except UserError as error:
@@ -170,19 +170,19 @@ def identity_of(directory: Path) -> RunIdentity | None:
 
 
 def run_key_of(directory: Path) -> str | None:
-    """The key of the run that an output belongs to; None where it was made without tracking."""
+    """The key of the run that an output belongs to; None if it was made without tracking."""
     identity = identity_of(directory)
     return None if identity is None else identity.key
 
 
 def run_id_of(directory: Path) -> str:
-    """MLflow's id of the run that an output belongs to; empty where that was not known, or nothing is tracked."""
+    """MLflow's id of the run that an output belongs to; empty if it is unknown or the output is not tracked."""
     identity = identity_of(directory)
     return "" if identity is None else identity.id or ""
 
 
 def is_tracked(config: TrackingConfig | None) -> bool:
-    """Whether this process tracks: not in any process of a distributed training but the first."""
+    """Whether this process tracks. In a distributed training only the first process does."""
     return config is not None and config.enabled and os.environ.get("RANK", "0") == "0"
 
 
@@ -204,34 +204,34 @@ def describe(
     model: Mapping[str, Any] | None = None,
     children: Mapping[str, Path] | None = None,
 ) -> None:
-    """Write the record of an output, whose files lie there already; a failure is a warning, never an error.
+    """Write the tracking record of an output. Its files must exist already. A failure is only logged, as a warning.
 
-    An output that was begun before goes on in its run. MLflow lets no run change its parameters: the first ones stay,
-    and others become tags `resumed.NAME`.
+    A resumed output keeps its run. MLflow does not allow changes to a run's parameters: the first values stay, and
+    changed values become tags `resumed.NAME`.
 
     Args:
-        config: None, or tracking switched off, writes a record that says nothing.
-        run_of: another output, whose run this one adds to; None makes a run of its own.
-        name: of a run of its own.
-        run_key: of a run of its own, where the same work shall always be the same run.
-        params: nested ones get dotted names, lists and null become JSON, over-long values are cut.
-        history: name of the file with a record an epoch.
+        config: None or `enabled: false` writes an empty record.
+        run_of: another output; this one adds to its run. None creates a new run.
+        name: name of the new run.
+        run_key: key of the new run, if repeating the same work must give the same run.
+        params: nested parameters get dotted names; lists and null become JSON; values that are too long are cut.
+        history: name of the file with the metrics of each epoch.
         dataset: `name`, `digest`, `source` and `profile` of the input data.
-        files: MLflow's folders to files or folders; those that do not exist are left out.
-        tables: names of artifacts (`.json`) to CSV files, which MLflow's pages show as tables.
-        model: `registered_name`, `gate`, `metrics`, `version_tags`, `metadata`: `directory` is an exported model.
-        children: names to outputs whose runs become children; without a run, or in another store, they are left out.
+        files: folders in MLflow to files or folders. Missing ones are left out.
+        tables: names of artifacts (`.json`) to CSV files. MLflow's pages show them as tables.
+        model: `registered_name`, `gate`, `metrics`, `version_tags`, `metadata` of the exported model in `directory`.
+        children: names to outputs. Their runs become children; outputs without a run in the same store are left out.
     """
     record = Record()
     with forgiving(f"describing {directory}"):
         identity = None
         if config is not None and is_tracked(config):
-            record = _begun(config, directory) or record
+            record = _earlier_record(config, directory) or record
             identity = record.run or (_attached(run_of) if run_of else _new_identity(config, name, run_key))
         if identity is not None:
-            own = texts(tags or {}, TAG_LENGTH)
+            own_tags = texts(tags or {}, TAG_LENGTH)
             all_params = texts(flatten(to_mapping(dict(params or {}))), PARAM_LENGTH)
-            changed = {k: v for k, v in all_params.items() if record.params.get(k, v) != v}
+            changed = {f"resumed.{k}": v for k, v in all_params.items() if record.params.get(k, v) != v}
             is_running = status == "RUNNING"
             record = replace(
                 record,
@@ -242,7 +242,7 @@ def describe(
                 time_ms=time.time_ns() // 1_000_000,
                 process=os.getpid() if is_running else None,
                 host=socket.gethostname() if is_running else None,
-                tags=own if run_of else {**_origin(), **own, **{f"resumed.{k}": v for k, v in changed.items()}},
+                tags=own_tags if run_of else {**_origin(), **own_tags, **changed},
                 params={**all_params, **record.params},
                 metrics=_numbers(metrics or {}),
                 history=history,
@@ -255,13 +255,13 @@ def describe(
         write_json(directory / FILE, record)
 
 
-def _begun(config: TrackingConfig, directory: Path) -> Record | None:
-    """The record of an output that was begun in the same store and experiment."""
-    found = load(directory)
-    if found is None or found.run is None:
+def _earlier_record(config: TrackingConfig, directory: Path) -> Record | None:
+    """The record that an earlier attempt has written, if it belongs to the same store and experiment."""
+    record = load(directory)
+    if record is None or record.run is None:
         return None
-    place = (found.run.tracking_uri, found.run.experiment)
-    return found if place == (redact_uri(default_uri()), config.experiment) else None
+    place = (record.run.tracking_uri, record.run.experiment)
+    return record if place == (redact_uri(default_uri()), config.experiment) else None
 
 
 def _attached(directory: Path) -> RunIdentity | None:
@@ -282,9 +282,9 @@ def _new_identity(config: TrackingConfig, name: str, run_key: str | None) -> Run
 
 
 def _origin() -> dict[str, str]:
-    """Tags of a new run: the versions of code and data, and the run it is nested in.
+    """Tags of a new run: the versions of code and data, and the parent run.
 
-    Kubeflow's MLflow plugin makes a run for the task and names it in MLFLOW_RUN_ID.
+    Kubeflow's MLflow plugin creates a run for the task and sets MLFLOW_RUN_ID to its id.
     """
     outer = os.environ.get("MLFLOW_RUN_ID")
     return {**version_tags(), **({PARENT_TAG: outer} if outer else {})}
@@ -295,17 +295,17 @@ def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:
 
 
 def _dataset(name: str, digest: str, source: str, profile: Mapping[str, Any] | None = None) -> Dataset:
-    """MLflow keeps 36 characters of the digest, the profile keeps all of it."""
+    """MLflow stores only 36 characters of the digest; the profile holds the full digest."""
     facts = plain({**to_mapping(dict(profile or {})), "digest": digest})
     return Dataset(name=name[:500], digest=digest[:DIGEST_LENGTH], source=redact_uri(source), profile=facts)
 
 
 def _files(directory: Path, files: Mapping[str, Sequence[Path]]) -> Iterator[File]:
-    """Every file, those of folders too, with its hash."""
+    """Every file with its hash, including the files of folders."""
     for to, paths in files.items():
         for path in paths:
-            found = sorted(path.rglob("*")) if path.is_dir() else [path]
-            for file in filter(Path.is_file, found):
+            candidates = sorted(path.rglob("*")) if path.is_dir() else [path]
+            for file in filter(Path.is_file, candidates):
                 below = file.parent.relative_to(path).as_posix() if path.is_dir() else "."
                 yield _file(directory, file, to if below == "." else f"{to}/{below}")
 
@@ -329,7 +329,7 @@ def _model(
     metadata: Mapping[str, Any] | None = None,
 ) -> Model:
     if not (directory / METADATA).is_file():
-        raise FileNotFoundError(f"{directory} holds no {METADATA}: it is no exported model")
+        raise FileNotFoundError(f"{directory} is not an exported model: {METADATA} is missing")
     return Model(
         registered_name=registered_name,
         gate=plain(to_mapping(gate or {})),
@@ -353,7 +353,7 @@ def _children(parent: RunIdentity, children: Mapping[str, Path]) -> Iterator[Run
 
 @contextlib.contextmanager
 def forgiving(what: str) -> Iterator[None]:
-    """Turn any error into a warning: the work matters more than its record."""
+    """Turn any error into a warning: tracking must not stop the work."""
     try:
         yield
     except Exception as error:

@@ -1,7 +1,7 @@
-"""The model registry: versions, the aliases `challenger` and `champion`, and what decides who is champion.
+"""The model registry: versions, the aliases `challenger` and `champion`, and the decision on a new champion.
 
-The decision is made here, where the registry can be asked, so that a record delivered late is judged against the
-champion of that time. Every step may be repeated: a version that has been judged is not judged again.
+The decision is made while publishing: a model that is published late is compared with the champion of that time. Every
+step may be repeated: each version is judged only once.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ CHALLENGER, CHAMPION = "challenger", "champion"
 RECORD_TAG = "distilldsm.record"
 JUDGED_TAG = "gate.judged"
 _ATTEMPTS = 5
-_TURN_S, _GLANCE_S = 15.0, 0.5
+_TURN_S, _POLL_S = 15.0, 0.5
 
 
 def register(store: Store, model: Model, *, run_id: str, model_id: str, record_id: str, source: Path) -> str:
-    """Register a logged model as a version, name it challenger, and champion where it passes the gate.
+    """Register a logged model as a version, make it the challenger, and the champion if it passes the gate.
 
     Args:
-        record_id: names the record for ever: a second attempt finds the first one's version by it.
-        source: the exported model's directory; holds `scores.json`, or the model is not comparable.
+        record_id: id of the record. A second attempt uses it to find the version that the first one has registered.
+        source: the exported model's directory. Without `scores.json` there the model cannot be compared.
 
     Returns:
-        What became of it, one line.
+        One line with the result.
     """
     from mlflow.exceptions import MlflowException
 
@@ -52,7 +52,7 @@ def register(store: Store, model: Model, *, run_id: str, model_id: str, record_i
     number = str(version.version)
     tags: Mapping[str, str] = dict(version.tags or {})
     if JUDGED_TAG not in tags:
-        # Where all who register share a lock it orders them; else each waits for the versions before it.
+        # A local store has a lock for all registering processes. On a server, each version waits for the earlier ones.
         if store.registry_lock is None:
             _wait_for_turn(client, name, number)
         with store.registry_lock or nullcontext():
@@ -80,7 +80,7 @@ def _version(client: MlflowClient, model: Model, run_id: str, model_id: str, rec
 
 @contextmanager
 def _as_default_store(uri: str) -> Iterator[None]:
-    """A local registry looks for the logged model in MLflow's default store, whatever store the client is of."""
+    """Make `uri` MLflow's default store. A local registry looks for logged models there, not in the client's store."""
     import mlflow
     from mlflow.tracking._tracking_service.utils import _use_tracking_uri
 
@@ -99,40 +99,41 @@ def _as_default_store(uri: str) -> Iterator[None]:
 
 
 def _wait_for_turn(client: MlflowClient, name: str, number: str) -> None:
-    """Wait until the versions registered just before this one have been judged, so that no two are judged at once.
+    """Wait until the versions registered shortly before this one have been judged: one version is judged at a time.
 
-    A server has no lock and no "set if unchanged", but it numbers the versions: that is the order. One that stays
-    unjudged (its process was killed) is waited for by those that come within `_TURN_S` seconds, and only so long.
+    A server has no lock and no "set if unchanged", but it numbers the versions. They are judged in this order. The wait
+    ends after `_TURN_S` seconds, and ignores versions that were registered more than `_TURN_S` seconds before this one:
+    an earlier version may never be judged, because its process was killed.
     """
-    for _ in range(round(_TURN_S / _GLANCE_S)):
-        found = client.search_model_versions(f'name = "{name}"', max_results=100, order_by=["version_number DESC"])
-        own = next((version.creation_timestamp for version in found if str(version.version) == number), 0)
-        ahead = any(
+    for _ in range(round(_TURN_S / _POLL_S)):
+        versions = client.search_model_versions(f'name = "{name}"', max_results=100, order_by=["version_number DESC"])
+        created_ms = next((one.creation_timestamp for one in versions if str(one.version) == number), 0)
+        is_early = any(
             int(version.version) < int(number)
             and RECORD_TAG in version.tags
             and JUDGED_TAG not in version.tags
-            and own - version.creation_timestamp < 1000 * _TURN_S
-            for version in found
+            and created_ms - version.creation_timestamp < 1000 * _TURN_S
+            for version in versions
         )
-        if not ahead:
+        if not is_early:
             return
-        time.sleep(_GLANCE_S)
+        time.sleep(_POLL_S)
 
 
 def _name_challenger(client: MlflowClient, name: str, number: str) -> None:
-    """The newest version is the challenger; an older record delivered again does not take the name back."""
-    now = _aliases(client, name).get(CHALLENGER)
-    if now is None or int(now) < int(number):
+    """Make the version the challenger, unless a newer version already is."""
+    challenger = _aliases(client, name).get(CHALLENGER)
+    if challenger is None or int(challenger) < int(number):
         client.set_registered_model_alias(name, CHALLENGER, number)
 
 
 def _judge(client: MlflowClient, model: Model, number: str, run_id: str, scores: Scores | None) -> Mapping[str, str]:
-    """Decide, write it down, name the champion: in this order, so that what is interrupted can be taken up again."""
+    """Decide, store the decision as tags, then set the champion: in this order, interrupted work can be repeated."""
     name = str(model.registered_name)
     for _ in range(_ATTEMPTS):
         champion = _champion(client, name)
         if champion is not None and str(champion.version) == number:
-            # An attempt before this one was interrupted after the last step; its tags are whole.
+            # An earlier attempt was interrupted after the last step; its tags are complete.
             tags = dict(champion.tags or {})
             break
         decision = _decide(client, model, scores, champion)
@@ -141,7 +142,7 @@ def _judge(client: MlflowClient, model: Model, number: str, run_id: str, scores:
             client.set_model_version_tag(name, number, key, value)
         if not decision.promoted:
             break
-        if _aliases(client, name).get(CHAMPION) == decision.champion:  # nobody else became champion meanwhile
+        if _aliases(client, name).get(CHAMPION) == decision.champion:  # no other version became champion meanwhile
             client.set_registered_model_alias(name, CHAMPION, number)
             break
     else:
@@ -154,9 +155,9 @@ def _judge(client: MlflowClient, model: Model, number: str, run_id: str, scores:
 
 
 def _decide(client: MlflowClient, model: Model, scores: Scores | None, champion: Any) -> Decision:
-    theirs = None if champion is None else registered_scores(client, champion)
+    champion_scores = None if champion is None else registered_scores(client, champion)
     version = None if champion is None else str(champion.version)
-    return decide(scores, theirs, gate_from(model.gate), version=version)
+    return decide(scores, champion_scores, gate_from(model.gate), version=version)
 
 
 def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
@@ -164,7 +165,7 @@ def _aliases(client: MlflowClient, name: str) -> dict[str, str]:
 
 
 def _champion(client: MlflowClient, name: str) -> Any:
-    """The champion's version; None where there is none, or it has been deleted and the alias was left behind."""
+    """The champion's version; None if there is none. An alias of a deleted version is removed."""
     from mlflow.exceptions import MlflowException
 
     number = _aliases(client, name).get(CHAMPION)
@@ -180,12 +181,12 @@ def _champion(client: MlflowClient, name: str) -> Any:
 
 
 def registered_scores(client: MlflowClient, version: Any) -> Scores | None:
-    """The scores that travel with a registered version; None where it carries none."""
+    """The scores that are stored with a registered version; None if there are none."""
     from mlflow.exceptions import MlflowException
     from mlflow.store.artifact.artifact_repository_registry import get_artifact_repository
 
     model_id = str(version.source or "").removeprefix("models:/")
-    if not model_id.startswith("m-"):  # registered by something else than this
+    if not model_id.startswith("m-"):  # not registered by distilldsm
         return None
     try:
         location = client.get_logged_model(model_id).artifact_location
@@ -194,7 +195,7 @@ def registered_scores(client: MlflowClient, version: Any) -> Scores | None:
             raise
         return None
     files = get_artifact_repository(location, tracking_uri=client.tracking_uri)
-    # Asked for first: stores say in different ways that a file is missing, and "away" must not pass for "missing".
+    # List first: stores report a missing file in different ways, and a store that is down must not look like one.
     if SCORES not in {file.path for file in files.list_artifacts(None)}:
         return None
     with tempfile.TemporaryDirectory(prefix="distilldsm-") as folder:

@@ -1,6 +1,6 @@
-"""The code that travels with the registered model: MLflow runs this file, from the model's folder, to load it.
+"""The code of a registered model: to load the model, MLflow runs the copy of this file in the model's folder.
 
-Beside it lie the files of the exported model, and `code/` with this package; nothing is pickled.
+The folder also holds the files of the exported model and this package (in `code/`). Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from distilldsm.inference.service import answer
 
 
 class ScanModel(PythonModel):
-    """See `distilldsm.inference.service.answer` for what goes in and what comes out."""
+    """The MLflow model; `distilldsm.inference.service.answer` describes its inputs and outputs."""
 
     def load_context(self, context: PythonModelContext) -> None:
-        """Compile the network; its files are checked against their hashes.
+        """Check the model's files against their hashes and compile the network.
 
         Raises:
             DataError: a file is missing or has changed.
         """
         self.predictor = load_exported(Path(__file__).parent)
 
-    # The hint is one of those that MLflow leaves alone; from most others it would make a signature.
+    # MLflow ignores the type hint `np.ndarray`. From most other hints it would derive a signature.
     def predict(
         self, context: PythonModelContext, model_input: np.ndarray, params: dict[str, Any] | None = None
     ) -> Any:
         """Logits or a mask.
 
         Raises:
-            UserError: what was asked cannot be done; from a server as MLflow's own error, which it hands to the client.
+            UserError: the request is invalid.
+            MlflowException: the same on a server; MLflow passes its text to the client.
         """
         remote = os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true" or "mlserver" in sys.modules
         try:

@@ -1,4 +1,4 @@
-"""One MLflow store: connecting to it, its experiments and runs, and what its errors mean."""
+"""One MLflow store: the connection, its experiments and runs, and explanations of its errors."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ logger = logging.getLogger("distilldsm.tracking")
 
 
 def prepare_environment() -> None:
-    """Short timeouts, files by way of the server, no telemetry; before MLflow is imported. What is set stays."""
+    """Set short timeouts, files through the server, no telemetry. Call before importing MLflow. User settings stay."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    # Else a server on S3 sends its clients to the bucket, whose address they need not be able to reach.
+    # Otherwise a server on S3 redirects its clients to the bucket, which they may be unable to reach.
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD", "false")
     os.environ.setdefault("MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD", "false")
     os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
@@ -44,9 +44,9 @@ def prepare_environment() -> None:
 
 @contextmanager
 def patience() -> Iterator[None]:
-    """Wait longer for files: a server answers only when it has passed the whole file on to its own store.
+    """Use a longer timeout for files: a server answers only when its own storage has received the whole file.
 
-    What the user has set stays.
+    A timeout that the user has set is kept.
     """
     variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
     before = os.environ.get(variable)
@@ -61,7 +61,7 @@ def patience() -> Iterator[None]:
 
 
 class Store:
-    """A store and what publishing needs of it, by MLflow's client only: no global state is changed."""
+    """An MLflow store with the operations that publishing needs. Uses only MLflow's client, no global state."""
 
     def __init__(self, uri: str) -> None:
         prepare_environment()
@@ -77,7 +77,7 @@ class Store:
         database.parent.mkdir(parents=True, exist_ok=True)
         self._artifact_root = database.parent.absolute() / "mlartifacts"
         self.registry_lock = FileLock(f"{database}.lock")
-        # MLflow fails where several processes create the tables of a new file at once.
+        # MLflow fails if several processes create the tables of a new file at once.
         with self.registry_lock:
             self.client = MlflowClient(tracking_uri=uri)
             self.client.search_experiments(max_results=1)
@@ -91,7 +91,7 @@ class Store:
         return True
 
     def experiment(self, name: str) -> str:
-        """The id of an experiment, which is made where there is none."""
+        """The id of an experiment. A missing one is created, a deleted one is restored."""
         from mlflow.exceptions import MlflowException
 
         for _ in range(2):
@@ -112,7 +112,7 @@ class Store:
         raise RuntimeError(f"experiment '{name}' can be neither found nor created")
 
     def find_run(self, identity: RunIdentity) -> Any:
-        """The run of an identity, by MLflow's id or by the key's tag; None where there is none, or it was deleted."""
+        """The run of an identity, found by MLflow's id or by the tag with the key; None if it is missing or deleted."""
         from mlflow.exceptions import MlflowException
 
         if identity.id is not None:
@@ -131,11 +131,11 @@ class Store:
         return found[0] if found else None
 
     def run(self, identity: RunIdentity, *, is_placeholder: bool, tags: dict[str, str] | None = None) -> Any:
-        """The run of an identity, made where there is none.
+        """The run of an identity. A missing one is created.
 
         Args:
-            is_placeholder: it is made for another output, before its own has arrived, which then gives it its name.
-            tags: for a run that is there already, too.
+            is_placeholder: another output needs the run before its own output is published, which later sets the name.
+            tags: tags of a run that is created here.
         """
         with run_lock(identity.key):
             run = self.find_run(identity)
@@ -153,7 +153,7 @@ class Store:
         return run
 
     def announce_table(self, run_id: str, artifact: str) -> None:
-        """List a table among those that MLflow's pages can show and compare across runs."""
+        """Add a table to the list that MLflow's pages can show and compare across runs."""
         tables = json.loads(self.client.get_run(run_id).data.tags.get(_TABLES_TAG, "[]"))
         entry = {"path": artifact, "type": "table"}
         if entry not in tables:
@@ -162,29 +162,29 @@ class Store:
 
 @contextmanager
 def run_lock(key: str, timeout_s: float = 60) -> Iterator[None]:
-    """Hold a run against other processes of this user and machine, so that none sends the same beside this one.
+    """Lock a run: no other process of this user on this machine may publish it at the same time.
 
     Raises:
-        filelock.Timeout: another process has held it for so long.
+        filelock.Timeout: another process held the lock for `timeout_s` seconds.
     """
     user = os.getuid() if hasattr(os, "getuid") else "user"
-    # A singleton is re-entrant: a run that is held may be looked for.
+    # A singleton lock is re-entrant: `Store.run` takes it again while `publish` holds it.
     lock = FileLock(Path(tempfile.gettempdir()) / f"distilldsm-{user}-{key}.lock", is_singleton=True)
     with lock.acquire(timeout=timeout_s):
         yield
 
 
 def explain(error: Exception, uri: str, doing: str = "") -> UserError:
-    """Who refused, and the hint: the password, the network, the server, or the store's disk.
+    """Turn an error of MLflow into a message with the cause and a hint: password, network, server or disk.
 
     Args:
-        doing: what was being done, e.g. `writing an artifact`.
+        doing: the operation that failed, e.g. `writing an artifact`.
     """
     text = clean(str(error))
     reason = re.search(r"Caused by (.*)\)$", text)
     found = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
     code = _DENIALS.get(str(getattr(error, "error_code", None)))
-    # Files sent through the server fail with an HTTPError of requests.
+    # A file upload through the server fails with an HTTPError of requests.
     code = code or getattr(getattr(error, "response", None), "status_code", None)
     code = code or (int(found[1] or found[2]) if found else 0)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")

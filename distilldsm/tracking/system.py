@@ -1,4 +1,4 @@
-"""Samples the machine's load while a training runs: a JSON object a line, in `system.jsonl` beside its record."""
+"""Samples the machine's load while a training runs: one JSON object per line of `system.jsonl`, beside its record."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from distilldsm.tracking.record import SYSTEM
 
 
 class SystemSampler:
-    """Load of the machine and memory of the tracked process and its children, under MLflow's own metric names."""
+    """Measures the machine's load and the memory of the training and its children. Uses MLflow's metric names."""
 
     def __init__(self, pid: int) -> None:
         import psutil
 
         self._psutil, self._pid = psutil, pid
-        psutil.cpu_percent()  # the first call only sets the starting point
+        psutil.cpu_percent()  # the first call only starts the measurement
         self._gpu = None
-        with contextlib.suppress(Exception):  # no GPU, or no library to ask it
+        with contextlib.suppress(Exception):  # no GPU, or its library is not installed
             from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
 
             self._gpu = GPUMonitor()
 
     def sample(self) -> dict[str, float]:
-        """One reading: percent, and megabytes of 10^6 bytes.
+        """One measurement, in percent and megabytes (10^6 bytes).
 
         Raises:
-            psutil.Error: the tracked process is gone.
+            psutil.Error: the tracked process has ended.
         """
         memory = self._psutil.virtual_memory()
         process = self._psutil.Process(self._pid)
@@ -56,10 +56,10 @@ class SystemSampler:
 def sample_until(
     finish: threading.Event, directory: Path, sampler: SystemSampler, interval_s: float, started_ms: int
 ) -> None:
-    """Append a sample every `interval_s` seconds; the steps are seconds since the first start of the run.
+    """Append a sample every `interval_s` seconds. The steps are seconds since the run first started.
 
     Raises:
-        Exception: the process is gone, or the file cannot be written.
+        Exception: the process has ended, or the file cannot be written.
     """
     path = directory / SYSTEM
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a killed process may have left half a line

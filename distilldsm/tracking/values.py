@@ -1,4 +1,4 @@
-"""What is written into a run: values in the form that MLflow takes, and tags that lead back to code and data."""
+"""Converts values to a form that MLflow accepts, and lists the tags with the versions of code and data."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ KEY_LENGTH, PARAM_LENGTH, TAG_LENGTH, DIGEST_LENGTH = 250, 6000, 5000, 36
 
 
 def version_tags() -> dict[str, str]:
-    """What leads from the run back to the code and the data."""
+    """Tags with the versions of the code and the data."""
     tags = {"distilldsm.version": __version__, "mlflow.source.type": "LOCAL", "mlflow.source.name": sys.argv[0] or "-"}
     with contextlib.suppress(Exception):  # a container's user may have no name
         tags["mlflow.user"] = getpass.getuser()
@@ -31,19 +31,19 @@ def version_tags() -> dict[str, str]:
 
 
 def key_name(name: object) -> str:
-    """A name that MLflow takes: letters, digits and a little punctuation, and no path that leads elsewhere."""
+    """A valid MLflow name: letters, digits and some punctuation; no path that leaves its folder."""
     name = re.sub(r"[^\w .:/-]", "_", str(name))[:KEY_LENGTH]
     parts = name.split("/")
     return "_".join(parts) if {"", ".", ".."} & set(parts) else name
 
 
 def texts(values: Mapping[str, Any], length: int) -> dict[str, str]:
-    """Names and values as MLflow's parameters and tags take them, values of at most `length` characters."""
+    """Valid names and values for MLflow's parameters and tags; values have at most `length` characters."""
     return {key_name(key): text(value, length) for key, value in values.items()}
 
 
 def text(value: Any, length: int) -> str:
-    """A parameter as YAML would show it; an over-long one ends in a hash of the whole."""
+    """A string unchanged, any other value as JSON. Text over `length` characters is cut and ends in its SHA-256."""
     whole = value if isinstance(value, str) else json.dumps(plain(value), ensure_ascii=False)
     if len(whole) <= length:
         return whole
@@ -51,7 +51,7 @@ def text(value: Any, length: int) -> str:
 
 
 def plain(value: Any) -> Any:
-    """Only what strict JSON knows: numbers of numpy become Python's, NaN and infinities null, anything else text."""
+    """The value in strict JSON types: NumPy numbers become Python's, NaN and infinities null, other types text."""
     if isinstance(value, Mapping):
         return {str(key): plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
@@ -66,12 +66,12 @@ def plain(value: Any) -> Any:
 
 
 def encode_number(value: float) -> float | str:
-    """A float for strict JSON: NaN and the infinities become text, which `float` reads back."""
+    """A float for strict JSON: NaN and infinities become text that `float` can read."""
     value = float(value)
     return value if math.isfinite(value) else str(value)
 
 
 def clean(error: BaseException | str) -> str:
-    """An error's text for a person: one line, no passwords, not endless."""
+    """An error's text for users: one line, without passwords, at most 600 characters."""
     text = error if isinstance(error, str) else f"{type(error).__name__}: {error}"
     return redaction.redact(" ".join(text.split()))[:600]
