@@ -170,7 +170,7 @@ def left_behind(folder: Path, patience_s: float = 15) -> list[str]:
         for process in psutil.process_iter(["pid", "cmdline", "cwd", "status"]):
             words = " ".join(process.info["cmdline"] or [])
             here = process.info["cwd"] == str(folder) and process.info["status"] != psutil.STATUS_ZOMBIE
-            if here and "distilldsm.tracking.worker" not in words:
+            if here and "distilldsm.tracking.follower" not in words:
                 found.append(words[:120])
         if not found or time.monotonic() > deadline:
             return found
