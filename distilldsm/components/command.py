@@ -1,4 +1,4 @@
-"""The command line of every stage, made from its record."""
+"""The command line of a stage, built from its record."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from distilldsm.core.stage import Input, Stage
 
 
 def parser(stage: Stage) -> argparse.ArgumentParser:
-    """Of `distilldsm STAGE` and `python -m distilldsm.components.STAGE`."""
-    made = argparse.ArgumentParser(prog=f"distilldsm {stage.name}", description=stage.help)
-    add_parameters(made)
+    """The argument parser of `distilldsm STAGE` and `python -m distilldsm.components.STAGE`."""
+    result = argparse.ArgumentParser(prog=f"distilldsm {stage.name}", description=stage.help)
+    add_parameters(result)
     if stage.per_fold:
-        made.add_argument("--fold", type=int, default=0, help="default: %(default)s")
+        result.add_argument("--fold", type=int, default=0, help="default: %(default)s")
     for one in stage.inputs:
-        where = ", where it is there" if one.optional else ""
-        made.add_argument(f"--{one.name}", type=Path, metavar="PATH", help=f"default: {_shown(one.path)}{where}")
+        condition = ", if it exists" if one.optional else ""
+        result.add_argument(f"--{one.name}", type=Path, metavar="PATH", help=f"default: {_shown(one.path)}{condition}")
     for option in stage.options:
-        made.add_argument(
+        result.add_argument(
             f"--{option.name}", type=Path, action="append", default=[], metavar=option.metavar, help=option.help
         )
-    made.add_argument("--output", type=Path, metavar="DIR", help=f"default: {_shown(stage.output.path)}")
-    return made
+    result.add_argument("--output", type=Path, metavar="DIR", help=f"default: {_shown(stage.output.path)}")
+    return result
 
 
 def _shown(path: str) -> str:
@@ -35,9 +35,9 @@ def _shown(path: str) -> str:
 
 
 def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
-    """Run a stage's command line; print what the user must fix to stderr and return the exit code (0 only for success).
+    """Run a stage from the command line. Prints user errors to stderr. Returns the exit code: 0 means success.
 
-    An output that these parameters, inputs and code have made already is not made again.
+    If the output exists and its parameters, inputs and code have not changed, the stage does not run again.
     """
     args = parser(stage).parse_args(argv)
 
@@ -63,10 +63,10 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
     return run_shell(command)
 
 
-def _place(one: Input, named: Path | None, fold: int | None) -> Path | None:
-    """Where an input lies; None for an optional one that is not there."""
+def _place(one: Input, argument: Path | None, fold: int | None) -> Path | None:
+    """The path of an input: the argument, else the default. None for an optional input that does not exist."""
     default = Path(one.path.format(fold=fold))
-    return named or (default if default.exists() or not one.optional else None)
+    return argument or (default if default.exists() or not one.optional else None)
 
 
 def perform(
@@ -80,17 +80,17 @@ def perform(
     run: Callable[..., None] | None = None,
     **options: Sequence[Path],
 ) -> None:
-    """Run a stage, unless its output is there already and nothing that decides it has changed.
+    """Run a stage, unless its output exists and its parameters, inputs and code have not changed.
 
     Args:
-        config: the stage's section.
-        run: stands for the stage's own `run`, with the same arguments.
+        config: the stage's section of the parameters.
+        run: called instead of the stage's own `run`, with the same arguments.
 
     Raises:
-        UserError: what the stage raises.
+        UserError: any error of the stage.
     """
-    made = is_current(output, **stage.key(config, inputs, fold, **options))
-    if made and not (stage.outdated and stage.outdated(config, output)):
+    is_up_to_date = is_current(output, **stage.key(config, inputs, fold, **options))
+    if is_up_to_date and not (stage.outdated and stage.outdated(config, output)):
         print(f"{stage.name}: up to date")
         return
     keywords = {"fold": fold} if stage.per_fold else {}

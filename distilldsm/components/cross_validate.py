@@ -1,4 +1,4 @@
-"""Stage cross_validate: the evaluated folds in one table, and as children of one MLflow run."""
+"""Stage cross_validate: summarises the evaluated folds in one table and groups their runs below one MLflow run."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ def run(
     *,
     tracking: TrackingConfig | None = None,
 ) -> None:
-    """Sum up the folds of `config`; others that lie beside them are not looked at.
+    """Summarise the folds that `config` lists. Other folds in the same folders are ignored.
 
     Args:
-        inputs: `evaluation` and `models`, the folders that hold `fold0` ...; `splits` (of the preprocessed data) where
-            it is at hand.
+        inputs: `evaluation` and `models`, the folders that hold `fold0` ...; optionally `splits` (of the preprocessed
+            data).
         outputs: `cross_validation`: `summary.json`, `table.csv`, `cases.csv`, `metrics.json`, `dice.png`,
             `report.html`, `cases_postprocessed.csv` (empty for a single fold); `tracking.json`.
-        tracking: makes a run with the folds' runs as its children, unless there is one fold only.
+        tracking: with two or more folds, creates a run with the folds' runs as its children.
 
     Raises:
         UserError: a fold is missing.
-        DataError: the folds do not belong together, see `load_folds`.
+        DataError: the folds do not belong together; see `load_folds`.
     """
     from distilldsm.evaluation import fold_report as report
     from distilldsm.evaluation import fold_table as table
@@ -49,7 +49,7 @@ def run(
         write_csv(work / "table.csv", table.table_rows(summary))
         rows = _rows({fold.number: fold.rows for fold in folds})
         write_csv(work / "cases.csv", rows)
-        # There always, as DVC expects it: only the names of its columns where no other fold is left to decide.
+        # DVC expects this file always. With a single fold no other fold can decide: only the header is written.
         processed = _rows(table.postprocessed_rows(folds))
         if processed:
             write_csv(work / CASES_POSTPROCESSED, processed)
@@ -67,7 +67,7 @@ def _rows(by_fold: Mapping[int, Sequence[Mapping]]) -> list[dict[str, Any]]:
 
 
 def _places(folds: Sequence[Fold]) -> list[Path]:
-    """Whose runs become children; of an ensemble the evaluations: the trainings stay children of others."""
+    """The outputs with the child runs: trainings, or the evaluations of an ensemble (a run has only one parent)."""
     return [fold.evaluation_directory if fold.ensemble else fold.model_directory for fold in folds]
 
 
@@ -77,7 +77,7 @@ def _describe(tracking: TrackingConfig | None, folds: Sequence[Fold], summary: M
 
     train, evaluate = folds[0].train["config"], folds[0].evaluate["config"]
     places = _places(folds)
-    # The same trainings, evaluated alike, are the same run, wherever and however often they are summed up.
+    # The same trainings with the same evaluation give the same run, wherever and however often they are summarised.
     parts = [tracking and tracking.experiment, evaluate, [run_key_of(one) or content_hash(one) for one in places]]
     network = "ensemble" if folds[0].ensemble else summary["network"]["name"]
     size = {key: round(summary["cost"][key] or folds[0].model[key]) for key in ("parameters", "macs_per_voxel")}
@@ -98,7 +98,7 @@ def _describe(tracking: TrackingConfig | None, folds: Sequence[Fold], summary: M
 
 STAGE = Stage(
     name="cross_validate",
-    help="the evaluated folds in one table, and as children of one MLflow run",
+    help="summarise the evaluated folds in one table and group their MLflow runs",
     section="cv",
     inputs=(
         Input(name="evaluation", path="evaluation", per_fold=True),

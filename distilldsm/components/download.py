@@ -1,4 +1,4 @@
-"""Stage download: labelled volumes from wherever they are to `data/raw`, with an index of cases."""
+"""Stage download: fetches labelled volumes into `data/raw` and writes an index of the cases."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     Args:
         inputs: none.
-        outputs: `dataset`: the files the cases need, and `dataset_index.json`.
+        outputs: `dataset`: the files that the cases need, and `dataset_index.json`.
 
-    What the user gave is copied, never linked or changed.
+    The user's files are copied, never linked or changed.
     """
     import tempfile
 
@@ -41,8 +41,8 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     STAGE.keep_apart(outputs["dataset"], source=source, archive_dir=Path(config.archive_dir))
     with output_directory(outputs["dataset"], **STAGE.key(config, inputs)) as work:
         source, name = _obtain(config)
-        # Unpacked inside the output's work directory: moving the needed files costs nothing, and what a killed run
-        # leaves is cleared by the next.
+        # Unpack inside the output's work directory: moving files there is cheap, and the next run cleans up after a
+        # killed one.
         with tempfile.TemporaryDirectory(dir=work, prefix=".unpacked-") as scratch:
             unpacked = source if source.is_dir() else extract(source, scratch)
             index = _index(unpacked, config, name)
@@ -60,7 +60,7 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """What the data set is."""
+    """Name, size, channels, labels and origin of the data set."""
     from distilldsm.data.dataset import DatasetIndex
 
     index = DatasetIndex.load(output)
@@ -76,14 +76,14 @@ def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
 
 
 def outdated(config: DownloadConfig, output: Path) -> bool:
-    """Whether something of a source on this machine has changed since `output` was made."""
+    """Whether a local source has changed since `output` was written."""
     from distilldsm.data.download import local_path
 
     path = None if config.source == "sample" or config.source.startswith("msd:") else local_path(config.source)
     if path is None or not path.exists():
         return False
     made_ns = (output / MANIFEST).stat().st_mtime_ns
-    # The time of the last change of the entry itself: a copied file may bring an old time of modification with it.
+    # ctime, not mtime: a file that was copied here later may keep its old modification time.
     return any(entry.stat().st_ctime_ns > made_ns for entry in (path, *path.rglob("*")) if entry.exists())
 
 
@@ -98,7 +98,7 @@ def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
 
 
 def _obtain(config: DownloadConfig) -> tuple[Path, str]:
-    """The archive or folder on this machine, and what to call its source."""
+    """The archive or folder on this machine, and the name of its source."""
     import hashlib
     import tempfile
 
@@ -107,12 +107,12 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
     from distilldsm.data.download import Credentials, fetch, is_url, local_path
 
     store = Path(config.archive_dir)
-    if not os.access(Path.cwd(), os.W_OK):  # a container whose file system is read-only
+    if not os.access(Path.cwd(), os.W_OK):  # a container with a read-only file system
         store = Path(os.environ.get(WORK_VARIABLE) or tempfile.gettempdir()) / store
     if config.source == "sample":
         from distilldsm.data.sample import VERSION, make_sample_archive
 
-        # The name holds what the archive is made from: other parameters make another archive.
+        # The name depends on version and parameters: other parameters give another archive.
         archive = store / f"sample-v{VERSION}-{sha256_json(config.sample)[:12]}.tar"
         if not archive.is_file():
             make_sample_archive(archive, config.sample)
@@ -143,7 +143,7 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
             )
         return path, path.name
     name = unquote(urlsplit(config.source).path).rsplit("/", 1)[-1] or "archive"
-    # Two addresses may end in the same name: each has a file of its own.
+    # Two addresses may end in the same name: the hash keeps their files apart.
     target = store / f"{hashlib.sha256(config.source.encode()).hexdigest()[:8]}-{name}"
     public = public_address(config.source) if is_url(config.source) else name
     credentials = Credentials.from_environment(config.source) if path is None else None

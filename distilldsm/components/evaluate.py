@@ -1,4 +1,4 @@
-"""Stage evaluate: a trained fold, or the mean of several, on its held-out cases, in the scans' own geometry."""
+"""Stage evaluate: scores a trained fold, or an ensemble, on its held-out cases, in the scans' own geometry."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ def run(
     ensemble: Sequence[Path] = (),
     tracking: TrackingConfig | None = None,
 ) -> None:
-    """Predict and score every held-out case; resumable per case.
+    """Predict and score every held-out case. An interrupted run resumes after the last finished case.
 
     Args:
-        inputs: `dataset` (scans and truth), `preprocessed` (splits, fingerprint), `model` (of this fold), and, for
-            a page that shows what was found in the data, `validation`.
+        inputs: `dataset` (scans and labels), `preprocessed` (splits, fingerprint), `model` (of this fold), optionally
+            `validation` (its findings are shown on the page).
         outputs: `evaluation`: `cases.csv`, `summary.json`, `metrics.json`, `timing.json`, `report.html`, `figures/`,
-            `plots/`, `predictions/`: all of the predictions as they are; `postprocessed.csv` and
-            `postprocessing.json`: what keeping the largest component of each label or region would change.
-        ensemble: further models of this fold: what is scored is the mean of all networks' scores.
-        tracking: the scores are added to the model's training run; those of an ensemble are a run of their own.
+            `plots/`, `predictions/`: the predictions without postprocessing; `postprocessed.csv` and
+            `postprocessing.json`: the effect of keeping only the largest component of each label or region.
+        ensemble: further models of this fold. The mean of all networks' probabilities is scored.
+        tracking: adds the metrics to the model's training run. An ensemble gets its own run.
 
     Raises:
-        DataError: a model is of another fold or split, is found twice, does not fit to the first one, or held-out cases
-            are missing.
+        DataError: a model belongs to another fold or split, is listed twice or does not match the first one; or
+            held-out cases are missing.
     """
     from distilldsm.data.dataset import DatasetIndex
     from distilldsm.evaluation.postprocess import POSTPROCESSING
@@ -56,41 +56,42 @@ def run(
 
     key = STAGE.key(config, inputs, fold, ensemble=ensemble)
     with output_directory(outputs["evaluation"], **key, resumable=True, kept=kept) as work:
-        found = score_fold(config, inputs, work, index, cases, fold=fold, ensemble=ensemble)
-        _describe(tracking, found, work)
-    print(format_table(found.summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
-    if found.postprocessing is not None:
-        for label in found.postprocessing.kept:
-            reason = found.postprocessing.labels[label].reason
+        evaluation = score_fold(config, inputs, work, index, cases, fold=fold, ensemble=ensemble)
+        _describe(tracking, evaluation, work)
+    print(format_table(evaluation.summary, f"{index.name}, fold {fold}, {len(cases)} held-out cases"))
+    if evaluation.postprocessing is not None:
+        for label in evaluation.postprocessing.kept:
+            reason = evaluation.postprocessing.labels[label].reason
             print(f"{label}, largest component only: {reason} ({POSTPROCESSING})")
     send(outputs["evaluation"], inputs["model"], *ensemble)
 
 
-def _describe(tracking: TrackingConfig | None, found: Evaluation, work: Path) -> None:
-    """Add to the training's run; an ensemble gets one of its own: its scores are none of a single training's."""
+def _describe(tracking: TrackingConfig | None, evaluation: Evaluation, work: Path) -> None:
+    """Write the tracking record. It adds to the training's run; an ensemble of several trainings gets its own run."""
     from distilldsm.evaluation.postprocess import POSTPROCESSING
     from distilldsm.evaluation.scoring import recipes
     from distilldsm.evaluation.tables import metrics_for_mlflow
     from distilldsm.tracking import describe, run_key_of
 
-    models = [found.inputs["model"], *found.ensemble]
-    validation = found.inputs.get("validation", found.inputs["dataset"].parent / "validation")
-    whose: dict[str, Any] = {"run_of": models[0]}
-    if found.ensemble:
-        # The same trainings, evaluated alike, are the same run.
+    models = [evaluation.inputs["model"], *evaluation.ensemble]
+    validation = evaluation.inputs.get("validation", evaluation.inputs["dataset"].parent / "validation")
+    run_options: dict[str, Any] = {"run_of": models[0]}
+    if evaluation.ensemble:
+        # The same trainings with the same evaluation give the same run.
+        config, fold = evaluation.config, evaluation.fold
         trainings = [run_key_of(model) or content_hash(model) for model in models]
         experiment = None if tracking is None else tracking.experiment
-        whose = {
-            "run_key": sha256_json([experiment, result_config(found.config), found.fold, trainings])[:32],
-            "name": f"{(tracking and tracking.run_name) or 'ensemble'}-fold{found.fold}",
-            "tags": {"fold": found.fold},
-            "params": {"evaluate": asdict(found.config), "fold": found.fold, "ensemble": recipes(models)},
+        run_options = {
+            "run_key": sha256_json([experiment, result_config(config), fold, trainings])[:32],
+            "name": f"{(tracking and tracking.run_name) or 'ensemble'}-fold{fold}",
+            "tags": {"fold": fold},
+            "params": {"evaluate": asdict(config), "fold": fold, "ensemble": recipes(models)},
         }
     describe(
         tracking,
         work,
-        **whose,
-        metrics=metrics_for_mlflow(found.summary, found.intervals),
+        **run_options,
+        metrics=metrics_for_mlflow(evaluation.summary, evaluation.intervals),
         files={
             "evaluation": [work / "report.html", work / POSTPROCESSING],
             "evaluation/figures": [work / "figures"],
@@ -102,7 +103,7 @@ def _describe(tracking: TrackingConfig | None, found: Evaluation, work: Path) ->
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """The mean Dice."""
+    """The fold and its mean Dice."""
     summary = read_json(output / "summary.json")
     return {"fold": summary["fold"], "dice": summary["mean"]["dice"]}
 

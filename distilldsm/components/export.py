@@ -1,4 +1,4 @@
-"""Stage export: a trained fold to ONNX and OpenVINO IR, compared with the network on real volumes."""
+"""Stage export: converts a trained fold to ONNX and OpenVINO IR, and compares both with the network on real volumes."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def run(
     fold: int,
     tracking: TrackingConfig | None = None,
 ) -> None:
-    """Export one fold's model; nothing is written where it disagrees with the network.
+    """Export one fold's model. If it disagrees with the network, nothing is written.
 
     Args:
-        inputs: `model` (from train), `preprocessed` (its held-out volumes are what is compared on), and `evaluation`
-            where the fold was evaluated: its scores per case travel with the model, see distilldsm/export/scores.py.
+        inputs: `model` (from train), `preprocessed` (its held-out volumes are used for the comparison), and optionally
+            `evaluation` (its scores per case are stored with the model, see distilldsm/export/scores.py).
         outputs: `export`: the model directory, see distilldsm/models/package.py.
         fold: the fold that was held out.
-        tracking: attaches to the training run; None leaves MLflow out.
+        tracking: adds the model to the training's MLflow run. None: no tracking.
     """
     from distilldsm.evaluation.postprocess import POSTPROCESSING, load_postprocessing
     from distilldsm.export.build import build_package
@@ -42,9 +42,9 @@ def run(
         scores = collect_scores(
             inputs["model"], inputs["preprocessed"], inputs.get("evaluation"), fold=fold, checkpoint=config.checkpoint
         )
-        # Only an evaluation of this very model decides.
-        scored = scores.source == "evaluation"
-        decided = load_postprocessing(inputs["evaluation"] / POSTPROCESSING).kept if scored else None
+        # Postprocessing is decided only by an evaluation of exactly this model.
+        is_evaluated = scores.source == "evaluation"
+        postprocessing = load_postprocessing(inputs["evaluation"] / POSTPROCESSING).kept if is_evaluated else None
         built = build_package(
             inputs["model"],
             inputs["preprocessed"],
@@ -54,7 +54,7 @@ def run(
             parity_cases=config.parity_cases,
             max_voxel_difference=config.max_voxel_difference,
             int8=config.int8,
-            postprocessing=decided,
+            postprocessing=postprocessing,
         )
         write_json(work / SCORES, scores)
         _describe(config, built, scores, inputs["model"], work, tracking)
@@ -71,7 +71,7 @@ def run(
 def _describe(
     config: ExportConfig, built: Built, scores: Scores, trained: Path, work: Path, tracking: TrackingConfig | None
 ) -> None:
-    """Attach the model to its training's run."""
+    """Write the tracking record: it adds the model to its training's run."""
     from distilldsm.export.gate import Gate
     from distilldsm.tracking import describe
 
@@ -99,14 +99,14 @@ def _describe(
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """Of the exported model."""
+    """Framework, name, fold and labels of the exported model."""
     metadata = read_json(output / "metadata.json")
     return {"framework": "openvino", **{key: metadata[key] for key in ("name", "fold", "labels")}}
 
 
 STAGE = Stage(
     name="export",
-    help="one fold to ONNX and OpenVINO IR, compared with the network",
+    help="export one fold to ONNX and OpenVINO IR, and compare both with the network",
     section="export",
     inputs=(
         Input(name="model", path="models/fold{fold}"),

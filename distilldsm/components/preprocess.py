@@ -1,4 +1,4 @@
-"""Stage preprocess: raw volumes to arrays, plan and splits."""
+"""Stage preprocess: converts raw volumes to arrays, and writes the plan and the splits."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
     """Preprocess the accepted cases.
 
     Args:
-        inputs: `dataset` (from download), `validation` (its accepted.json says which cases to use).
+        inputs: `dataset` (from download), `validation` (its accepted.json lists the cases to use).
         outputs: `preprocessed`.
     """
     from distilldsm.data.dataset import DatasetIndex
@@ -26,9 +26,9 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
 
     root = inputs["dataset"]
     accepted = read_json(inputs["validation"] / "accepted.json")["accepted"]
-    everything = DatasetIndex.load(root)
-    index = everything.subset(set(accepted))
-    left_out = {case.id for case in everything.cases} - {case.id for case in index.cases}
+    full_index = DatasetIndex.load(root)
+    index = full_index.subset(set(accepted))
+    left_out = {case.id for case in full_index.cases} - {case.id for case in index.cases}
 
     def kept(work: Path) -> str:
         done = {name: len(list((work / name).glob("*.json"))) for name in ("cases", ".fingerprint")}
@@ -55,7 +55,7 @@ def _print_splits(path: str, folds: Sequence[Mapping[str, Sequence[str]]], cases
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """What was decided."""
+    """The main decisions of the plan."""
     from distilldsm.data.plan import Plan
 
     plan = Plan.load(output / "plan.json")
@@ -70,7 +70,7 @@ def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
 
 STAGE = Stage(
     name="preprocess",
-    help="fingerprint, plan, arrays in network space, splits by patient",
+    help="write fingerprint, plan, arrays in network space, and splits by patient",
     section="preprocess",
     inputs=(
         Input(name="dataset", path="data/raw"),

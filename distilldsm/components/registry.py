@@ -1,4 +1,4 @@
-"""The stages in the order in which they run. Importing this loads nothing heavy."""
+"""The stages in the order in which they run. Importing this module loads no large package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stage train: one fold of a preprocessed data set to weights, tracked in MLflow."""
+"""Stage train: trains one fold of a preprocessed data set and tracks the training in MLflow."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def run(
     fold: int,
     tracking: TrackingConfig | None = None,
 ) -> None:
-    """Train one fold; a run that was interrupted goes on after its last resumable epoch.
+    """Train one fold. An interrupted training resumes after the last epoch for which a state was saved.
 
     Args:
         inputs: `preprocessed`.
         outputs: `model`: `last.safetensors`, `best.safetensors`, `model.json`, `plan.json`, `history.json`,
             `cost.json`, `tracking.json`.
         fold: the fold that is held out.
-        tracking: how the run is tracked; None leaves MLflow out.
+        tracking: how the run is tracked; None: no tracking.
 
-    Under torchrun every process calls this; only the first one writes.
+    Under torchrun every process calls this function; only the first one writes.
     """
     from distilldsm.config import TrackingConfig
     from distilldsm.training.distributed import training_processes
@@ -59,7 +59,7 @@ def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold:
 
 
 def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
-    """What is trained and how long, and whether that is short."""
+    """Print the network, the device and the number of steps. Warn if the steps are few."""
     from distilldsm.data.dataset import SAMPLE_SOURCE
     from distilldsm.training.schedule import remark_on_few_steps
 
@@ -75,7 +75,7 @@ def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
         cases=len(sampler.case_ids),
         batch_size=sampler.batch_size,
     )
-    if remark and source != SAMPLE_SOURCE:  # deformations of one head are learned in 190
+    if remark and source != SAMPLE_SOURCE:  # the sample is one deformed head: 190 steps suffice
         print(remark, file=sys.stderr, flush=True)
 
 
@@ -96,7 +96,7 @@ def _train_as_main(
         work=work,
         fold=fold,
         processes=processes,
-        on_epoch=lambda _: spent.write(trainer.state.history),  # now, for what is killed later was measured too
+        on_epoch=lambda _: spent.write(trainer.state.history),  # after each epoch: a killed training has a cost, too
     )
     size = {"parameters": trainer.cost.parameters, "macs_per_voxel": trainer.cost.macs_per_voxel}
     facts = {
@@ -139,7 +139,7 @@ def _train_as_main(
 
 
 def _model(config: TrainConfig, trainer: Any, state: Any, preprocessed: Path, fold: int) -> dict[str, Any]:
-    """What `model.json` says of the network and its training."""
+    """The contents of `model.json`: the network and its training."""
     return {
         "schema_version": 1,
         "name": config.model.name,
@@ -160,7 +160,7 @@ def _model(config: TrainConfig, trainer: Any, state: Any, preprocessed: Path, fo
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """Of the network and its training."""
+    """Main facts about the network and its training."""
     described = read_json(output / "model.json")
     keys = ("name", "options", "parameters", "macs_per_voxel", "fold", "epochs")
     return {"framework": "pytorch", "format": "safetensors", **{key: described[key] for key in keys}}

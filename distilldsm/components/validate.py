@@ -1,4 +1,4 @@
-"""Stage validate: every case against the expectation suite; all findings in one report."""
+"""Stage validate: checks every case against the expectation suite and reports all findings together."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from distilldsm.validation.expectations import Checked
 
 SHOWN = 10
-"""Findings that the error message lists; the report has all."""
+"""Number of findings in the error message; the report has all of them."""
 
 
 def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
@@ -27,12 +27,12 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     Args:
         inputs: `dataset` (from download).
-        outputs: `validation`: report.json, report.html, data_docs/, cases.csv, accepted.json and metrics.json. When
-            the data cannot be used, the same files go to `<validation>-failed`, and `validation` stays as it was.
+        outputs: `validation`: report.json, report.html, data_docs/, cases.csv, accepted.json and metrics.json. If
+            the data cannot be used, the same files go to `<validation>-failed`, and `validation` stays unchanged.
 
     Raises:
-        ConfigError: the suite or the bounds are wrong.
-        DataError: there are errors (`on_invalid: fail`), or fewer than two patients are left without them.
+        ConfigError: the suite or the bounds are invalid.
+        DataError: cases have errors (`on_invalid: fail`), or without them fewer than two patients remain.
     """
     from distilldsm.data.dataset import DatasetIndex
     from distilldsm.validation.case_table import build_case_table, table_columns
@@ -52,7 +52,7 @@ def run(config: ValidateConfig, inputs: Mapping[str, Path], outputs: Mapping[str
     if problem:
         raise _refusal(problem, report, root, failed)
     if (failed / MANIFEST).is_file() and read_json(failed / MANIFEST).get("stage") == "validate":
-        shutil.rmtree(failed)  # what it reported is fixed
+        shutil.rmtree(failed)  # the errors it reported are fixed
     counts = report["counts"]
     print(
         f"{index.name}: {counts['accepted']} of {counts['cases']} cases accepted, {counts['errors']} errors, "
@@ -67,11 +67,11 @@ def _problem(config: ValidateConfig, index: DatasetIndex, report: Mapping[str, A
         return f"{counts['errors']} errors in {counts['excluded']} of {counts['cases']} cases"
     if any(f["severity"] == "error" and f["case"] is None for f in report["findings"]):
         return "a rule for the whole data set is broken"
-    left = {case.patient for case in index.subset(set(report["accepted"])).cases} if report["accepted"] else set()
-    if len(left) < 2:
-        patients = "1 patient" if len(left) == 1 else f"{len(left)} patients"
-        left_over = f"left after {counts['errors']} errors" if counts["errors"] else "in all"
-        return f"{patients} {left_over}, but a split needs at least 2"
+    accepted = {case.patient for case in index.subset(set(report["accepted"])).cases} if report["accepted"] else set()
+    if len(accepted) < 2:
+        patients = "1 patient" if len(accepted) == 1 else f"{len(accepted)} patients"
+        remaining = f"left after {counts['errors']} errors" if counts["errors"] else "in all"
+        return f"{patients} {remaining}, but a split needs at least 2"
     return None
 
 
@@ -84,13 +84,13 @@ def _refusal(problem: str, report: Mapping[str, Any], root: Path, failed: Path) 
     if len(findings) > SHOWN:
         lines.append(f"\n    ... and {len(findings) - SHOWN} more")
     counts = report["counts"]
-    sound = not findings  # only the patients are too few
-    advice = "add cases" if sound else "fix the files, or leave such cases out (validate.on_invalid: exclude)"
+    too_few = not findings  # patients
+    advice = "add cases" if too_few else "fix the files, or exclude these cases (validate.on_invalid: exclude)"
     return DataError(
         f"the data set cannot be used: {problem}",
         where=root,
         seen=f"{counts['errors']} errors, {counts['warnings']} warnings" + "".join(lines),
-        rule="two patients at least, to hold one out" if sound else "every case fulfils the expectation suite",
+        rule="two patients at least, to hold one out" if too_few else "every case fulfils the expectation suite",
         hint=f"read {failed / 'report.html'}; {advice}",
     )
 
@@ -107,7 +107,7 @@ def _write(work: Path, report: Mapping[str, Any], table: CaseTable, checked: Che
 
 
 def facts(inputs: Mapping[str, Path], output: Path) -> dict[str, Any]:
-    """How many cases, errors and warnings there are."""
+    """Numbers of cases, errors and warnings."""
     return dict(read_json(output / "metrics.json"))
 
 
