@@ -1,6 +1,7 @@
-"""The stages of dvc.yaml without DVC, but the export: the data, every fold's training and scores, the table of all.
+"""The command `cross-validate`: the stages of dvc.yaml except the export, without DVC.
 
-What is there already, made from the same parameters and inputs, is not made again; an interrupted training goes on.
+It prepares the data, trains and evaluates every fold, and writes the table over all folds. An output that was made from
+the same parameters and inputs is kept; an interrupted training continues.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ STOP_S = 30.0
 
 
 class Folds:
-    """Runs the stages in subprocesses, of several folds at a time; one that fails stops the others.
+    """Runs the stages in subprocesses, for several folds at once. A stage that fails stops the others.
 
     Args:
-        arguments: `--params` and `--set`, for every stage.
-        jobs: folds at a time, 1 or more; they share the cores.
-        output: where `models/`, `evaluation/` and `logs/` go.
-        ensemble: folders that hold `models/` each: nothing is trained, their networks are averaged fold by fold.
+        arguments: `--params` and `--set`, passed to every stage.
+        jobs: number of folds at once, 1 or more; they share the cores.
+        output: folder for `models/`, `evaluation/` and `logs/`.
+        ensemble: folders with a `models/` each. Nothing is trained; their networks are averaged fold by fold.
         stages: all stages, in their order.
     """
 
@@ -56,7 +57,7 @@ class Folds:
         self._error: Exception | None = None
 
     def prepare(self) -> None:
-        """Download, validate and preprocess, as far as it is not done with these parameters.
+        """Download, validate and preprocess, unless this is done with these parameters.
 
         Raises:
             UserError: a stage failed; names its log.
@@ -67,7 +68,7 @@ class Folds:
             task.result()
 
     def of_scope(self, fold: int | None) -> list[Stage]:
-        """The stages of the data, or of a fold; an ensemble trains nothing."""
+        """The data stages (fold None), or the stages of a fold. An ensemble has no training stage."""
         if fold is None:
             return [stage for stage in self.stages if stage.scope == "data"]
         stages = [stage for stage in self.stages if stage.scope == "fold"]
@@ -100,7 +101,7 @@ class Folds:
         try:
             wait(tasks)
         except KeyboardInterrupt:
-            # From a keyboard it has reached the stages too, and a second one would disturb how they end.
+            # Ctrl-C has reached the stages too. A second signal would disturb their shutdown.
             self._stop(patience_s=5.0)
             raise
 
@@ -108,11 +109,11 @@ class Folds:
         try:
             self._run_stages(fold)
             if not self._stopped:
-                with _SAYING:
+                with _PRINTING:
                     shown.advance()
         except Exception as error:
             with self._lock:
-                if not self._stopped:  # what fails afterwards was stopped
+                if not self._stopped:  # stages that fail later were stopped by us
                     self._error = error
             self._stop()
 
@@ -146,7 +147,7 @@ class Folds:
         raise _failed(fold, stage.name, log, code)
 
     def command(self, stage: Stage, fold: int | None) -> list[str]:
-        """A stage's command line; what other stages of the fold have made lies below `output`."""
+        """A stage's command line. The outputs of the fold's other stages are below `output`."""
         words = [sys.executable, "-m", stage.run.__module__, *self.arguments]
         if fold is None:
             return words
@@ -168,7 +169,7 @@ class Folds:
         return {**inherited, "OMP_NUM_THREADS": str(max(1, usable_cores() // self.jobs))}
 
     def _stop(self, patience_s: float = 0.0) -> None:
-        """Start nothing more, and end what has not ended within `patience_s`."""
+        """Start no more stages, and end those that still run after `patience_s` seconds."""
         with self._lock:
             self._stopped = True
             running = list(self._running.values())
@@ -176,24 +177,24 @@ class Folds:
 
 
 def _failed(fold: int | None, stage: str, log: Path, code: int) -> UserError:
-    said = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
-    errors = [line for line in said if line.startswith("error:")]
+    lines = [line for line in log.read_text(encoding="utf-8").splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("error:")]
     error = UserError(
         f"{stage if fold is None else f'fold {fold}: {stage}'} failed, exit code {code}",
         where=log,
-        seen=(errors or said or ["nothing"])[-1],
-        hint="correct it and run the same command again: what is done stays, and a training goes on where it was",
+        seen=(errors or lines or ["nothing"])[-1],
+        hint="fix the error and run the same command again: finished outputs stay, and a training continues",
     )
     error.exit_code = code if code in (1, 2) else 1
     return error
 
 
-_SAYING = threading.Lock()
+_PRINTING = threading.Lock()
 
 
 def say(fold: int | None, text: str) -> None:
-    """Print a line of a fold, or of a stage that all folds share, whole."""
-    with _SAYING, beside_the_bar():
+    """Print a whole line, for a fold or (None) for a stage that all folds share."""
+    with _PRINTING, beside_the_bar():
         print(text if fold is None else f"fold {fold} | {text}", flush=True)
 
 
@@ -205,23 +206,23 @@ def run(
     output: Path = Path(),
     ensemble: Sequence[Path] = (),
 ) -> None:
-    """The command.
+    """Run the command.
 
     Args:
-        params_file, assignments: the parameters, and changes to them.
-        folds: which; None: all there are.
-        jobs: folds at a time.
-        output: where `models/`, `evaluation/`, `cross_validation/` and `logs/` go.
-        ensemble: outputs of earlier calls, whose networks are averaged fold by fold; nothing is trained.
+        params_file, assignments: the parameter file, and changes to it (`--set`).
+        folds: their numbers; None: all folds.
+        jobs: number of folds at once.
+        output: folder for `models/`, `evaluation/`, `cross_validation/` and `logs/`.
+        ensemble: output folders of earlier calls. Their networks are averaged fold by fold; nothing is trained.
 
     Raises:
-        UserError: no jobs, a fold that does not exist, an ensemble of one or into one of its own folders, or a stage
-            that failed.
+        UserError: `jobs` below 1, a fold that does not exist, an ensemble of one folder, an output that is one of the
+            ensemble's folders, or a stage that failed.
     """
     _check_ensemble(ensemble, output)
     if jobs < 1:
         raise ConfigError("is too small", where="--jobs", seen=jobs, rule="1 or more")
-    load_params(params_file, assignments)  # what is wrong in them is said once, before anything starts
+    load_params(params_file, assignments)  # report wrong parameters once, before anything starts
     arguments = ["--params", params_file, *(word for one in assignments for word in ("--set", one))]
     stages = Folds(arguments, jobs, output, ensemble)
     stages.prepare()
@@ -236,7 +237,7 @@ def run(
 
 
 def _over_folds(params: Params, output: Path, ensemble: Sequence[Path]) -> None:
-    """The stages over all folds, in this process: they take seconds, and what they print is the answer."""
+    """Run the stages over all folds in this process: they take seconds, and print the result."""
     for stage in (one for one in STAGES if one.scope == "folds"):
         inputs = {}
         for one in stage.inputs:
@@ -257,9 +258,9 @@ def _check_ensemble(ensemble: Sequence[Path], output: Path) -> None:
             )
     if ensemble and output.resolve() in {Path().resolve(), *(folder.resolve() for folder in ensemble)}:
         raise ConfigError(
-            "is where a training's own scores lie",
+            "holds the results of a training",
             where="--output",
             seen=output,
-            rule="an ensemble has a folder of its own",
+            rule="an ensemble needs its own folder",
             hint="e.g. --output runs/ensemble",
         )

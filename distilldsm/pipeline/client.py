@@ -1,4 +1,4 @@
-"""Talking to Kubeflow Pipelines: upload, start, follow. Every error says what to fix."""
+"""Client of Kubeflow Pipelines: upload, start and follow runs. Every error says what to fix."""
 
 from __future__ import annotations
 
@@ -20,51 +20,51 @@ from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.pipeline.definition import NAME
 
 TIMEOUT_S = 8.0
-"""How long the first answer of the server may take."""
+"""Time limit for the server's first answer."""
 END_STATES = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
 
 
 class ServerAwayError(UserError):
-    """The server does not answer now, but may later."""
+    """The server does not answer now. A later attempt may succeed."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Connection:
-    """Where Kubeflow Pipelines answers, and as whom. Secrets come from the environment, never from a command line."""
+    """Address and credentials of Kubeflow Pipelines. Secrets come from the environment, never from a command line."""
 
     host: str
     """e.g. `https://kubeflow.example.org/pipeline`."""
     namespace: str | None = None
-    """Of the user, in a multi-user installation."""
+    """The user's namespace, in a multi-user installation."""
     token: str | None = None
     cookies: str | None = None
     """As a browser sends them: `name=value; name=value`."""
     ca_file: str | None = None
-    """Certificates of the authority that signed the server's."""
+    """Certificates of the authority that signed the server's certificate."""
 
     @classmethod
     def from_environment(
         cls, host: str | None = None, namespace: str | None = None, ca_file: str | None = None
     ) -> Connection:
-        """Host: the argument or KF_PIPELINES_ENDPOINT. Token: KF_PIPELINES_TOKEN, or that of the pod this runs in.
-        Cookies: KF_PIPELINES_COOKIES.
+        """Host: the argument or KF_PIPELINES_ENDPOINT. Token: KF_PIPELINES_TOKEN, or the token of this pod. Cookies:
+        KF_PIPELINES_COOKIES.
 
         Raises:
-            ConfigError: no host, or it is no address.
+            ConfigError: the host is missing or not an address.
         """
         host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
         if not host and SERVICE_ACCOUNT_TOKEN.is_file():
             host = "http://ml-pipeline.kubeflow.svc:8888"
         if not host.startswith(("http://", "https://")):
             raise ConfigError(
-                "no address of Kubeflow Pipelines",
+                "the address of Kubeflow Pipelines is missing or not valid",
                 seen=host or "nothing",
                 rule="http://... or https://...",
                 hint="give --host, or set KF_PIPELINES_ENDPOINT",
             )
         if "@" in host.split("/")[2]:
-            raise ConfigError("the host holds a user or password", hint="set KF_PIPELINES_TOKEN or _COOKIES instead")
+            raise ConfigError("the host contains a user or password", hint="set KF_PIPELINES_TOKEN or _COOKIES instead")
         token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or SERVICE_ACCOUNT_TOKEN)
         token = os.environ.get("KF_PIPELINES_TOKEN") or (token_file.read_text().strip() if token_file.is_file() else "")
         return cls(
@@ -77,18 +77,18 @@ class Connection:
 
     @property
     def credentials(self) -> str:
-        """What is sent to log in, in words."""
+        """The kind of credentials that are sent, in words."""
         return "a token" if self.token else "cookies" if self.cookies else "no token and no cookies"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Submitted:
-    """What was started."""
+    """A run or recurring run that was started."""
 
     pipeline_id: str
     version_id: str
     run_id: str
-    """Of the run, or of the recurring run."""
+    """Id of the run or of the recurring run."""
     recurring: bool
     run_url: str
 
@@ -97,7 +97,7 @@ def connect(connection: Connection) -> Any:
     """kfp's client, after the server has answered.
 
     Raises:
-        UserError: unreachable, refused, or no Kubeflow Pipelines v2.
+        UserError: the server is unreachable, refuses access, or is not Kubeflow Pipelines v2.
     """
     probe(connection)
     import kfp
@@ -115,7 +115,7 @@ def connect(connection: Connection) -> Any:
 
 @contextmanager
 def _own_context(connection: Connection) -> Iterator[None]:
-    """kfp reads a saved context of other clusters from the home folder; this connection says all there is to say."""
+    """Keep kfp from reading a saved context of another cluster in the home folder: `connection` is complete."""
     import kfp
 
     before = kfp.Client._LOCAL_KFP_CONTEXT
@@ -127,10 +127,10 @@ def _own_context(connection: Connection) -> Iterator[None]:
 
 
 def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
-    """Ask the server for its health.
+    """Check the server's health endpoint.
 
     Raises:
-        UserError: unreachable, refused, or no Kubeflow Pipelines v2.
+        UserError: the server is unreachable, refuses access, or is not Kubeflow Pipelines v2.
     """
     url = f"{connection.host}/apis/v2beta1/healthz"
     headers = {"Accept": "application/json"}
@@ -152,7 +152,7 @@ def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
             "Kubeflow Pipelines does not answer",
             where=connection.host,
             seen=str(reason),
-            hint="is the address right, the port forwarded, the VPN on? For a private authority: --ca-file",
+            hint="is the address right, the port forwarded, the VPN on? For a private certificate authority: --ca-file",
         ) from None
     try:
         json.loads(body)
@@ -173,11 +173,11 @@ def _refusal(status: int, connection: Connection, what: str) -> UserError:
             "access is refused: the token or cookies are missing, expired, or not allowed to do this",
             where=connection.host,
             seen=f"HTTP {status} with {connection.credentials}",
-            hint="set a fresh KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; for several users --namespace too",
+            hint="set a new KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; in a multi-user installation --namespace too",
         )
     if status == 404:
         return UserError(
-            "is no Kubeflow Pipelines of version 2",
+            "is not Kubeflow Pipelines version 2",
             where=connection.host,
             seen=f"HTTP 404 for {what}",
             rule="the v2beta1 API (Kubeflow Pipelines 2.0 or newer)",
@@ -188,7 +188,7 @@ def _refusal(status: int, connection: Connection, what: str) -> UserError:
 
 @contextmanager
 def explained(connection: Connection) -> Iterator[None]:
-    """Turn what kfp's client raises into an error that says what to fix."""
+    """Turn exceptions of kfp's client into errors that say what to fix."""
     import kfp_server_api
     import urllib3
 
@@ -209,8 +209,8 @@ def explained(connection: Connection) -> Iterator[None]:
 
 def _server_message(body: Any) -> str:
     try:
-        found = json.loads(body)
-        return str(found.get("error_message") or found.get("message") or found.get("error") or found)[:400]
+        answer = json.loads(body)
+        return str(answer.get("error_message") or answer.get("message") or answer.get("error") or answer)[:400]
     except (TypeError, ValueError, AttributeError):
         return str(body)[:400]
 
@@ -232,9 +232,9 @@ def submit(
     """Upload a version of the pipeline, and start a run, or with `cron` a recurring run.
 
     Raises:
-        UserError: the server refused a step; what was uploaded before stays, and a version is used again.
+        UserError: the server refused a request. Earlier uploads stay, and a later call uses the version again.
     """
-    # kfp's client prints addresses of its own, which would end up in `--json` output.
+    # kfp's client prints addresses, which must not end up in `--json` output.
     with explained(connection), redirect_stdout(io.StringIO()):
         pipeline_id = client.get_pipeline_id(NAME)
         if pipeline_id is None:
@@ -272,7 +272,7 @@ def submit(
 
 
 def _version(client: Any, pipeline_id: str, name: str) -> str | None:
-    """A version of that name, uploaded before."""
+    """The id of an uploaded version with that name; None: there is no such version."""
     token = ""
     while True:
         page = client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100)
@@ -315,32 +315,32 @@ def wait(
     poll_s: float = 10.0,
     timeout_s: float = 0.0,
 ) -> dict[str, Any]:
-    """Follow a run to its end, a line for each change of a step; a server that is away for a while is waited for.
+    """Follow a run to its end. Print a line for each change of a step, and wait for a server that is briefly away.
 
-    (kfp's own wait does not know that a run can be cancelled.)
+    (kfp's own wait does not handle cancelled runs.)
 
     Raises:
-        UserError: access is refused, the server stays away for six polls, or `timeout_s` is over; the run
-            itself goes on then.
+        UserError: access is refused, the server stays away for six polls, or `timeout_s` is over. The run
+            itself continues.
     """
-    seen: dict[str, str] = {}
+    states: dict[str, str] = {}
     begun, misses = time.monotonic(), 0
     while True:
         try:
-            found = status(client, connection, run_id)
+            current = status(client, connection, run_id)
             misses = 0
         except ServerAwayError:
             misses += 1
             if misses > 6:
                 raise
-            found = None
-        if found is not None:
-            for task in found["tasks"]:
-                if seen.get(task["name"]) != task["state"]:
-                    seen[task["name"]] = task["state"]
+            current = None
+        if current is not None:
+            for task in current["tasks"]:
+                if states.get(task["name"]) != task["state"]:
+                    states[task["name"]] = task["state"]
                     say(f"{task['name']}: {task['state']}" + (f"  {task['error']}" if task["error"] else ""))
-            if found["state"] in END_STATES:
-                return found
+            if current["state"] in END_STATES:
+                return current
         if timeout_s and time.monotonic() - begun > timeout_s:
-            raise UserError("the run has not ended in time; it goes on", seen=run_id, hint="distilldsm pipeline status")
+            raise UserError("the time limit is over; the run continues", seen=run_id, hint="distilldsm pipeline status")
         time.sleep(poll_s)

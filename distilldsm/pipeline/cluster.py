@@ -1,4 +1,4 @@
-"""Cluster resources as data: profiles of CPU, memory, accelerators, volumes and secrets, one per stage."""
+"""Cluster resources (`conf/cluster.yaml`): profiles of CPU, memory, accelerators and volumes, one per stage."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from distilldsm.core.mapping import Natural, from_mapping, load_yaml
 from distilldsm.core.redaction import is_secret_name, public_address, secret_in_address
 
 STEPS = ("check", *(stage.name for stage in STAGES), "gate", "finish")
-"""The steps of the Kubeflow pipeline: the stages, and three of its own."""
+"""The steps of the Kubeflow pipeline: the stages and three more."""
 _QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(m|[KMGT]i?)?$")
 _FACTORS = {None: 1.0, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
     f"{unit}i": 1024.0**power for power, unit in enumerate("KMGT", start=1)
@@ -25,17 +25,17 @@ def quantity(text: str, where: str) -> float:
     """A Kubernetes quantity such as `500m` or `16Gi` as a number.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is not a quantity.
     """
     found = _QUANTITY.match(text)
     if found is None:
-        raise ConfigError("is no Kubernetes quantity", where=where, seen=repr(text), rule="e.g. 500m, 4, 16Gi")
+        raise ConfigError("is not a Kubernetes quantity", where=where, seen=repr(text), rule="e.g. 500m, 4, 16Gi")
     return float(found[1]) * _FACTORS[found[2]]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Toleration:
-    """A taint that pods of a profile may be scheduled onto."""
+    """A taint of nodes on which the pods of a profile may still run."""
 
     key: str
     operator: Literal["Equal", "Exists"] = "Exists"
@@ -44,7 +44,7 @@ class Toleration:
 
     def __post_init__(self) -> None:
         if (self.operator == "Equal") != (self.value is not None):
-            raise ConfigError("'value' is given with, and only with, 'operator: Equal'", seen=repr(self.value))
+            raise ConfigError("'operator: Equal' needs a 'value', and other operators have none", seen=repr(self.value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Volume:
     path: str
     """Where it is mounted."""
     work: bool = False
-    """Keep unfinished training there, so that a pod that was taken away goes on where it stopped."""
+    """Keep unfinished training here. If its pod is removed, the next pod continues the training."""
 
     def __post_init__(self) -> None:
         if not self.path.startswith("/"):
@@ -64,7 +64,7 @@ class Volume:
 
 
 def refuse_secrets(env: Mapping[str, str], rule: str) -> None:
-    """Raise ConfigError where a plain variable, readable by everyone, looks like a secret or holds one."""
+    """Raise ConfigError if a plain variable, readable by everyone, looks like a secret or contains one."""
     for key, value in env.items():
         if is_secret_name(key):
             raise ConfigError(f"'env.{key}' looks like a secret", rule=rule)
@@ -74,7 +74,7 @@ def refuse_secrets(env: Mapping[str, str], rule: str) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
-    """What the pods of a stage get."""
+    """Resources and settings of a stage's pods."""
 
     cpu: str = "1"
     """CPU request, e.g. `500m` or `4`."""
@@ -85,7 +85,7 @@ class Profile:
     accelerator: str | None = None
     """Resource name, e.g. `nvidia.com/gpu`."""
     accelerators: Natural = 0
-    """How many; a training runs a process on each."""
+    """Number of accelerators; a training runs one process on each."""
     shared_memory: str | None = None
     """Size of a memory-backed /dev/shm; it counts against `memory`."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
@@ -95,11 +95,11 @@ class Profile:
     timeout_s: Natural = 0
     """A pod that runs longer is stopped; 0: never."""
     retries: Natural = 0
-    """How often a failed pod is started again."""
+    """How many times a failed pod is started again."""
     retry_wait_s: Natural = 30
-    """Wait before the first retry, doubled each time."""
+    """Seconds before the first retry; doubled for each further retry."""
     env: Mapping[str, str] = field(default_factory=dict)
-    """Environment variables; no secrets here."""
+    """Environment variables. They must not contain secrets."""
 
     def __post_init__(self) -> None:
         for key in ("cpu", "cpu_limit", "memory", "shared_memory"):
@@ -118,7 +118,7 @@ class Profile:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """The most that a profile may ask for."""
+    """The most that a profile may request."""
 
     cpu: str = "64"
     memory: str = "512Gi"
@@ -130,22 +130,22 @@ class Storage:
     """One object store for KFP's artifacts, DVC's remote and MLflow's artifacts."""
 
     bucket: str | None = None
-    """e.g. `s3://team/distilldsm`; None: what each service is configured with."""
+    """e.g. `s3://team/distilldsm`; None: each service uses its own configuration."""
     endpoint_url: str | None = None
     """Address of an S3-compatible service; None: AWS."""
     region: str | None = None
     mlflow_tracking_uri: str | None = None
-    """e.g. `http://mlflow.mlflow:5000`; without it pods track nothing."""
+    """e.g. `http://mlflow.mlflow:5000`; None: pods track nothing."""
 
     def __post_init__(self) -> None:
         if self.bucket is not None and not re.match(r"^(s3|gs|minio)://[^/]+", self.bucket):
-            raise ConfigError("'bucket' is no address of a bucket", seen=self.bucket, rule="s3://NAME/PREFIX")
+            raise ConfigError("'bucket' is not the address of a bucket", seen=self.bucket, rule="s3://NAME/PREFIX")
         for key in ("bucket", "endpoint_url", "mlflow_tracking_uri"):
             if secret_in_address(getattr(self, key) or "") is not None:
-                raise ConfigError(f"'{key}' holds a user or password", rule="credentials come from secrets")
+                raise ConfigError(f"'{key}' contains a user or password", rule="credentials come from secrets")
 
     def address(self, service: Literal["kfp", "dvc", "mlflow"]) -> str | None:
-        """Where a service keeps its files; None where no bucket is set."""
+        """The folder of a service in the bucket; None if no bucket is set."""
         return f"{self.bucket.rstrip('/')}/{service}" if self.bucket else None
 
 
@@ -154,7 +154,7 @@ DOWNLOAD_KEYS = ("username", "password", "token", "signature")
 
 @dataclass(frozen=True, kw_only=True)
 class Secrets:
-    """Keys of Kubernetes secrets to environment variables; the secrets' names are parameters of the pipeline."""
+    """Which environment variable gets each key of a secret. The secrets' names are parameters of the pipeline."""
 
     mlflow: Mapping[str, str] = field(
         default_factory=lambda: {
@@ -178,24 +178,24 @@ class Cluster:
 
     profiles: Mapping[str, Profile]
     stages: Mapping[str, str]
-    """Step to the name of its profile; `default` is for those not named."""
+    """Profile name of each step; `default` applies to all other steps."""
     limits: Limits = Limits()
     storage: Storage = Storage()
     secrets: Secrets = Secrets()
     image_pull_secrets: tuple[str, ...] = ()
     parallel_folds: Natural = 0
-    """How many folds run at once; 0: all."""
+    """Number of folds that run at once; 0: all."""
     retries_everywhere: bool = True
     """False: no step is retried, e.g. in tests."""
 
     def __post_init__(self) -> None:
         for step, name in self.stages.items():
             if step not in (*STEPS, "default"):
-                raise ConfigError(f"'stages.{step}' is no step", rule=", ".join(("default", *STEPS)))
+                raise ConfigError(f"'stages.{step}' is not a step", rule=", ".join(("default", *STEPS)))
             if name not in self.profiles:
-                raise ConfigError(f"'stages.{step}' names no profile", seen=name, rule=", ".join(self.profiles))
+                raise ConfigError(f"'stages.{step}' is not a known profile", seen=name, rule=", ".join(self.profiles))
         if "default" not in self.stages:
-            raise ConfigError("'stages.default' is missing", rule="the profile of steps that are not named")
+            raise ConfigError("'stages.default' is missing", rule="it names the profile of all other steps")
         for name, profile in self.profiles.items():
             self._check_limits(name, profile)
 
@@ -205,11 +205,11 @@ class Cluster:
             most = getattr(self.limits, key.removesuffix("_limit"))
             if value is not None and quantity(value, key) > quantity(most, f"limits.{key}"):
                 raise ConfigError(
-                    f"'profiles.{name}.{key}' asks for more than it may", seen=value, rule=f"at most {most} (limits)"
+                    f"'profiles.{name}.{key}' exceeds the limit", seen=value, rule=f"at most {most} (limits)"
                 )
         if profile.accelerators > self.limits.accelerators:
             raise ConfigError(
-                f"'profiles.{name}.accelerators' asks for more than it may",
+                f"'profiles.{name}.accelerators' exceeds the limit",
                 seen=profile.accelerators,
                 rule=f"at most {self.limits.accelerators} (limits)",
             )
@@ -220,10 +220,10 @@ class Cluster:
 
 
 def load_cluster(path: str | os.PathLike[str], overrides: Mapping[str, str] | None = None) -> Cluster:
-    """Read and check the cluster file; `overrides` gives steps another profile.
+    """Read and check the cluster file; `overrides` assigns other profiles to steps.
 
     Raises:
-        ConfigError: names the file, the key, the value and what is allowed.
+        ConfigError: the file has an unknown key or a value that is not allowed.
     """
     values: dict[str, Any] = load_yaml(path)
     if overrides:
@@ -234,7 +234,7 @@ def load_cluster(path: str | os.PathLike[str], overrides: Mapping[str, str] | No
 def apply(
     task: Any, step: str, cluster: Cluster, *, mlflow_secret: Any, s3_secret: Any, download_secret: Any = None
 ) -> Any:
-    """Give a KFP task what its step's profile says; the secrets' names may be pipeline parameters."""
+    """Apply the profile of a step to its KFP task. The secrets' names may be pipeline parameters."""
     from kfp import kubernetes
 
     profile = cluster.profile(step)
@@ -245,7 +245,7 @@ def apply(
     if profile.shared_memory:
         size = profile.shared_memory
         kubernetes.empty_dir_mount(task, "shm", "/dev/shm", medium="Memory", size_limit=size)  # noqa: S108
-    # The image's root file system may be read-only; what programs scribble goes here.
+    # The image's root file system may be read-only; temporary files go here.
     kubernetes.empty_dir_mount(task, "tmp", "/tmp")  # noqa: S108
     for label, value in profile.node_selector.items():
         kubernetes.add_node_selector(task, label, value)
@@ -264,7 +264,7 @@ def apply(
     kubernetes.set_image_pull_policy(task, profile.image_pull_policy)
     if cluster.image_pull_secrets:
         kubernetes.set_image_pull_secrets(task, list(cluster.image_pull_secrets))
-    # All of a security context that kfp-kubernetes lets a pipeline say; the rest stands in docs/security.md.
+    # kfp-kubernetes supports only this part of a security context; SECURITY.md describes the rest.
     kubernetes.set_security_context(task, run_as_non_root=True)
     if profile.timeout_s:
         kubernetes.set_timeout(task, profile.timeout_s)
@@ -293,7 +293,7 @@ def _environment(task: Any, profile: Profile, cluster: Cluster, mlflow_secret: A
     }
     for name, value in {**{k: v for k, v in known.items() if v}, **profile.env}.items():
         task.set_env_variable(name, value)
-    # The run's id comes from the pod, not as a parameter: a parameter that differs each time would defeat the cache.
+    # The run's id comes from the pod. As a parameter it would differ in each run, and nothing would be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
     kubernetes.use_secret_as_env(task, mlflow_secret, dict(cluster.secrets.mlflow), optional=True)
     kubernetes.use_secret_as_env(task, s3_secret, dict(cluster.secrets.s3), optional=True)

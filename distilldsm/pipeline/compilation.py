@@ -1,4 +1,4 @@
-"""The pipeline as YAML: deterministic, checked against KFP's own schema and for references that lead nowhere."""
+"""Compiles the pipeline to YAML, always the same, and checks it: KFP's schema, and references to missing parts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from distilldsm.pipeline.definition import Images, build_pipeline
 def compile_pipeline(
     path: str | os.PathLike[str], params: Params, cluster: Cluster, images: Images, *, root: str | None = None
 ) -> None:
-    """Write the pipeline as YAML: the pipeline and, as a second document, what is Kubernetes'.
+    """Write the pipeline as YAML, with the Kubernetes settings as a second document.
 
     Args:
-        root: where KFP keeps artifacts; None: what the cluster is configured with.
+        root: where KFP keeps artifacts; None: `storage` of the cluster file, or else KFP's own setting.
 
     Raises:
         UserError: the file cannot be written.
@@ -29,7 +29,7 @@ def compile_pipeline(
 
     target = Path(path)
     if not target.parent.is_dir():
-        raise UserError("the directory does not exist", where=target.parent, hint="make it first")
+        raise UserError("the directory does not exist", where=target.parent, hint="create it first")
     pipeline = build_pipeline(params, cluster, images)
     root = root or cluster.storage.address("kfp")
     if root:
@@ -43,7 +43,7 @@ def compile_pipeline(
 
 
 def _write(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """In one order: kfp's own file begins with a comment whose mappings are in another order each time."""
+    """Write sorted keys: the comment in kfp's own file lists its mappings in a different order each time."""
     import yaml
 
     text = yaml.safe_dump_all(documents, sort_keys=True, width=120, allow_unicode=True)
@@ -52,7 +52,7 @@ def _write(documents: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def check_pipeline(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The documents of a compiled file (the pipeline, then Kubernetes' part), checked as strictly as the cluster does.
+    """The documents of a compiled file (pipeline, Kubernetes settings), checked as strictly as by the cluster.
 
     Raises:
         UserError: unknown fields, wrong types, or a reference to a component or executor that does not exist.
@@ -71,13 +71,13 @@ def check_pipeline(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
             for settings in platform["platforms"]["kubernetes"]["deploymentSpec"]["executors"].values():
                 json_format.ParseDict(settings, kubernetes.KubernetesExecutorConfig())
     except (OSError, yaml.YAMLError, json_format.ParseError, KeyError, TypeError, IndexError) as error:
-        raise UserError("is no compiled pipeline", where=path, seen=" ".join(str(error).split())[:400]) from None
+        raise UserError("is not a compiled pipeline", where=path, seen=" ".join(str(error).split())[:400]) from None
     _check_references(spec, path)
     return documents
 
 
 def _check_references(spec: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """KFP's schema accepts the name of a component that is not there."""
+    """Check that each component, executor and task exists that another names: KFP's schema does not check this."""
     components, executors = spec.get("components", {}), spec.get("deploymentSpec", {}).get("executors", {})
     graphs = {"root": spec["root"], **components}
     for name, component in graphs.items():
@@ -89,4 +89,4 @@ def _check_references(spec: Mapping[str, Any], path: str | os.PathLike[str]) -> 
                 raise UserError(f"task '{task_name}' has no component", where=path, seen=task["componentRef"]["name"])
             for needed in task.get("dependentTasks", []):
                 if needed not in tasks:
-                    raise UserError(f"task '{task_name}' waits for no task", where=path, seen=needed)
+                    raise UserError(f"task '{task_name}' waits for a task that does not exist", where=path, seen=needed)

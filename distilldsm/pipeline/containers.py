@@ -1,8 +1,8 @@
-"""KFP components in containers on this machine, by Docker's API (Docker Engine, Podman).
+"""Runs KFP components in containers on this machine, through Docker's API (Docker Engine, Podman).
 
-Takes the place of the task handler behind `kfp.local.DockerRunner`. That one (kfp 2.17) lets the engine remove a
-container when it ends, and takes one that is gone for a success: a step that fails at once is then reported as done.
-This one waits for the end, reads the exit code, and removes the container itself.
+It replaces the task handler of `kfp.local.DockerRunner`. kfp's handler (2.17) lets the engine remove a container at its
+end and counts a missing container as a success, so a step that fails at once is reported as successful. Our handler
+waits for the end, reads the exit code, and removes the container itself.
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ if TYPE_CHECKING:
 
 VERSION_LABEL = "org.opencontainers.image.version"
 CALLER_LABEL = "distilldsm.caller"
-"""Label of each container: the process that waits for it. Where that one was killed, its containers can be found."""
+"""Label of each container: id of the process that waits for it. It finds the containers of a killed process."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
-"""Environment variables of the caller that every container gets, and all that begin with PASSED_ON_PREFIXES."""
+"""The caller's environment variables that every container gets; also all that begin with PASSED_ON_PREFIXES."""
 PASSED_ON_PREFIXES = ("MLFLOW_TRACKING_", "DISTILLDSM_DOWNLOAD_")
 _PROBE_TIMEOUT_S, _TIMEOUT_S = 10, 120
 _SHARED_MEMORY = "1g"
-"""Size of `/dev/shm`, through which a training's processes exchange arrays."""
+"""Size of `/dev/shm`, which the processes of a training use to exchange arrays."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContainerSettings:
-    """How the containers run: always with a read-only root, a `/tmp` in memory, and no privilege."""
+    """Settings of the containers. All have a read-only root, a `/tmp` in memory, and no privileges."""
 
     volumes: tuple[Path, ...] = ()
-    """Folders and files that containers may write, each at its own path."""
+    """Folders and files that containers may write, mounted at the same path."""
     read_only_volumes: tuple[Path, ...] = ()
-    """The same, for reading only, e.g. where the data set lies."""
+    """The same, but read-only, e.g. the folder of the data set."""
     environment: Mapping[str, str] = field(default_factory=dict)
     network: str | None = None
     """`host`, `none` or a network's name; None: the engine's default."""
@@ -50,32 +50,32 @@ class ContainerSettings:
 def container_runner(
     *, images: Sequence[str], root: Path, engine: str | None = None, settings: ContainerSettings | None = None
 ) -> Iterator[Any]:
-    """Yield a runner for `kfp.local.init` under which each component runs in a container of its own.
+    """Yield a runner for `kfp.local.init` that runs each component in its own container.
 
-    Containers see `root`, where the artifacts lie, the MLflow store that the environment names, and what
-    `settings` adds. A tracking server on this machine is reached by the host's network.
+    Containers see `root` (the artifacts), the MLflow store of the environment, and the volumes of `settings`. If the
+    tracking server runs on this machine, they use the host's network.
 
     Args:
-        images: what will run; checked before anything does. No image is ever pulled.
-        root: parent of, or the same as, the `pipeline_root` of `kfp.local.init`.
-        engine: its address, e.g. `unix:///run/podman/podman.sock`; None: DOCKER_HOST, else Docker's own.
+        images: the images to run; checked before anything starts. No image is ever pulled.
+        root: the `pipeline_root` of `kfp.local.init`, or a parent of it.
+        engine: address, e.g. `unix:///run/podman/podman.sock`; None: DOCKER_HOST, or else Docker's default.
 
     Raises:
-        UserError: the engine does not answer, an image is missing, or was built from another version.
+        UserError: the engine does not answer, or an image is missing or of another version.
     """
     import kfp.local
     from kfp.local import docker_task_handler, status
 
-    given = settings or ContainerSettings()
-    complete = _with_tracking(replace(given, volumes=(*given.volumes, root)))
+    settings = settings or ContainerSettings()
+    complete = _with_tracking(replace(settings, volumes=(*settings.volumes, root)))
     with contextlib.closing(connect(engine)) as client:
         check_images(client, images)
     for path in complete.volumes:
         if not path.exists():
-            path.mkdir(parents=True)  # else the engine would make it, owned by root
+            path.mkdir(parents=True)  # otherwise the engine creates it, owned by root
 
     class TaskHandler:
-        """What kfp makes for each task, by keyword."""
+        """kfp creates one per task, with keyword arguments."""
 
         def __init__(
             self,
@@ -92,7 +92,7 @@ def container_runner(
                 code = run_container(client, self._image, self._command, complete, environment=self._environment)
             return status.Status.SUCCESS if code == 0 else status.Status.FAILURE
 
-    # kfp finds the handler by the runner's exact type: a subclass of DockerRunner would not be known to it.
+    # kfp finds the handler by the runner's exact type. It would not accept a subclass of DockerRunner.
     original = docker_task_handler.DockerTaskHandler
     docker_task_handler.DockerTaskHandler = TaskHandler
     try:
@@ -102,10 +102,10 @@ def container_runner(
 
 
 def connect(engine: str | None = None) -> docker.DockerClient:
-    """A client of the engine, which has answered.
+    """A client of the engine, after the engine has answered.
 
     Raises:
-        UserError: it does not answer, or the package `docker` is missing.
+        UserError: the engine does not answer, or the package `docker` is missing.
     """
     try:
         import docker
@@ -133,7 +133,7 @@ def connect(engine: str | None = None) -> docker.DockerClient:
 
 
 def check_images(client: docker.DockerClient, images: Sequence[str]) -> None:
-    """Check that the engine holds the images, of this version.
+    """Check that the engine has the images, in this version.
 
     Raises:
         UserError: an image is missing, or its version label is not this package's version.
@@ -164,13 +164,13 @@ def run_container(
     *,
     environment: Mapping[str, str] | None = None,
 ) -> int:
-    """Run a command in a new container, print its log as it comes, and return its exit code; the container is removed.
+    """Run a command in a new container, print its log, return its exit code, and remove the container.
 
     Args:
-        environment: comes before that of `settings`.
+        environment: variables; those of `settings` override them.
 
     Raises:
-        UserError: the image is missing, the engine refuses the container, or goes away.
+        UserError: the image is missing, the engine refuses the container, or the engine stops.
     """
     from docker.errors import APIError, DockerException
 
@@ -183,21 +183,21 @@ def run_container(
             code = int(container.wait()["StatusCode"])
             if code:
                 container.reload()
-                memory = ": it used more memory than it may" if container.attrs["State"].get("OOMKilled") else ""
+                memory = ": it exceeded its memory limit" if container.attrs["State"].get("OOMKilled") else ""
                 print(f"container of {image} ended with exit code {code}{memory}")
             return code
         finally:
-            # Also after an interrupt: nobody is left to wait for what goes on in it.
+            # Also after an interrupt: nobody would wait for the container.
             with contextlib.suppress(DockerException, OSError):
                 container.remove(force=True, v=True)
     except APIError as error:
         raise UserError("the engine could not run the container", where=image, seen=error.explanation) from None
     except (DockerException, OSError) as error:
-        raise UserError("the container engine went away", where=image, seen=str(error)[:300]) from None
+        raise UserError("the connection to the container engine broke", where=image, seen=str(error)[:300]) from None
 
 
 def _print_log(container: Any) -> None:
-    """Both streams, as they come. A log that breaks off is no reason to give up the container."""
+    """Print stdout and stderr as they come. If the log breaks off, the container continues."""
     from docker.errors import DockerException
 
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
@@ -219,7 +219,7 @@ def _options(
     return {
         "environment": {**passed, **environment, **settings.environment},
         "volumes": {path: {"bind": path, "mode": mode + label} for path, mode in mounts.items()},
-        # The caller owns the outputs; of root only the id: it has no capability.
+        # The caller owns the outputs. If the caller is root, the container has root's id but no capabilities.
         "user": f"{os.getuid()}:{os.getgid()}",
         "labels": {CALLER_LABEL: str(os.getpid())},
         "read_only": True,
@@ -232,14 +232,14 @@ def _options(
 
 
 def _with_tracking(settings: ContainerSettings) -> ContainerSettings:
-    """What the containers need to reach the MLflow store of the environment."""
+    """Add what the containers need to reach the MLflow store of the environment."""
     from distilldsm.tracking import default_uri, sqlite_path
 
     uri = settings.environment.get("MLFLOW_TRACKING_URI") or default_uri()
     volumes, network = settings.volumes, settings.network
     database = sqlite_path(uri)
     if database is not None:
-        # The folder, not the file: SQLite writes its journal beside the database, MLflow its artifacts.
+        # Mount the folder, not the file: SQLite writes its journal beside the database, and MLflow its artifacts.
         volumes = (*volumes, database.parent.absolute())
     elif network is None and urlsplit(uri).hostname in ("localhost", "127.0.0.1", "::1"):
         network = "host"

@@ -145,8 +145,8 @@ def test_one_command_scores_all_folds_and_tracks_them(place, tmp_path, monkeypat
         cost = read_json(place / "runs/ab/cross_validation/summary.json")["cost"]
         assert cost["parameters"] == 2 * read_json(model(place, "a") / "model.json")["parameters"]
         for words, seen in (
-            ([*command, "runs/a"], "an ensemble has a folder of its own"),
-            ([*command, "."], "an ensemble has a folder of its own"),
+            ([*command, "runs/a"], "an ensemble needs its own folder"),
+            ([*command, "."], "an ensemble needs its own folder"),
             (["cross-validate", "--ensemble", "runs/a", "--output", "runs/x"], "names one folder"),
             (["cross-validate", "--ensemble", "runs/a", "runs/none", "--output", "runs/x"], "holds no models"),
         ):

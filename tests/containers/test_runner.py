@@ -212,7 +212,7 @@ def test_tasks_of_kfp_end_as_their_containers_and_its_own_handler_is_back_afterw
         assert engine.options["environment"]["A"] == "b"
     out = capsys.readouterr().out
     assert out.startswith("Grüße\n")
-    assert out.endswith("ended with exit code 137: it used more memory than it may\n")
+    assert out.endswith("ended with exit code 137: it exceeded its memory limit\n")
 
 
 def test_a_socket_that_is_not_there(tmp_path) -> None:

@@ -245,7 +245,7 @@ def test_git_and_dvc_where_there_is_nothing(place, monkeypatch):
     ("answer", "seen", "hint"),
     [
         ("401", "access is refused", "KF_PIPELINES_TOKEN"),
-        ("404", "is no Kubeflow Pipelines of version 2", "ml-pipeline"),
+        ("404", "is not Kubeflow Pipelines version 2", "ml-pipeline"),
         ("login", "answers, but not as Kubeflow Pipelines", "ml-pipeline"),
         ("500", "HTTP 500", None),
         ("close", "does not answer", "the VPN"),

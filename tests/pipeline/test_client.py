@@ -169,7 +169,7 @@ def test_nobody_there_and_somebody_else_there(fake):
     with pytest.raises(UserError, match="does not answer"):
         connect(Connection(host=f"http://127.0.0.1:{port}"))
     fake.refuse = lambda method, path: (404, "what?")
-    with pytest.raises(UserError, match="no Kubeflow Pipelines of version 2"):
+    with pytest.raises(UserError, match="not Kubeflow Pipelines version 2"):
         connect(Connection(host=fake.url))
     fake.refuse = lambda method, path: None
     fake.answer = lambda *request: (200, b"<html>Log in</html>")  # type: ignore[method-assign]

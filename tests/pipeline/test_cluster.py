@@ -36,9 +36,9 @@ def test_what_is_no_quantity(text):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"profiles": {"p": {"cpu": "65"}}}, r"profiles.p.cpu.*more than it may"),
-        ({"profiles": {"p": {"memory": "513Gi"}}}, r"memory.*more than it may"),
-        ({"profiles": {"p": {"accelerator": "nvidia.com/gpu", "accelerators": 9}}}, "more than it may"),
+        ({"profiles": {"p": {"cpu": "65"}}}, r"profiles.p.cpu.*exceeds the limit"),
+        ({"profiles": {"p": {"memory": "513Gi"}}}, r"memory.*exceeds the limit"),
+        ({"profiles": {"p": {"accelerator": "nvidia.com/gpu", "accelerators": 9}}}, "exceeds the limit"),
         ({"profiles": {"p": {"accelerators": 1}}}, "belong together"),
         ({"profiles": {"p": {"shared_memory": "8Gi", "memory": "4Gi"}}}, "exceeds"),
         ({"profiles": {"p": {"cpu": "4", "cpu_limit": "2"}}}, "below"),
@@ -47,10 +47,10 @@ def test_what_is_no_quantity(text):
         ({"profiles": {"p": {"tolerations": [{"key": "k", "operator": "Equal"}]}}}, "'value'"),
         ({"profiles": {"p": {"memroy": "4Gi"}}}, "did you mean 'memory'"),
         ({"profiles": {"p": {"retries": -1}}}, r"profiles\.p\.retries(.|\n)*at least 0"),
-        ({"stages": {"default": "q"}}, "names no profile"),
-        ({"stages": {"default": "p", "training": "p"}}, "is no step"),
+        ({"stages": {"default": "q"}}, "is not a known profile"),
+        ({"stages": {"default": "p", "training": "p"}}, "is not a step"),
         ({"stages": {}}, "default"),
-        ({"storage": {"bucket": "team"}}, "no address of a bucket"),
+        ({"storage": {"bucket": "team"}}, "not the address of a bucket"),
         ({"storage": {"mlflow_tracking_uri": "http://u:p@mlflow"}}, "user or password"),
     ],
 )

@@ -180,8 +180,8 @@ def test_a_broken_file_is_refused(tmp_path):
     for what, by, words in (
         ("executorLabel: exec-train", "executorLabel: exec-nothing", "no executor"),
         ("name: comp-train", "name: comp-nothing", "no component"),
-        ("schemaVersion:", "schemaVersionn:", "no compiled pipeline"),
-        ("mountPath: /tmp", "mountPoint: /tmp", "no compiled pipeline"),
+        ("schemaVersion:", "schemaVersionn:", "not a compiled pipeline"),
+        ("mountPath: /tmp", "mountPoint: /tmp", "not a compiled pipeline"),
     ):
         assert what in text
         broken.write_text(text.replace(what, by))
@@ -192,6 +192,6 @@ def test_a_broken_file_is_refused(tmp_path):
 def test_nothing_is_left_where_compiling_fails(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert main(["pipeline", "compile", "-o", str(tmp_path / "p.yaml"), "--profile", "train=huge"]) == 2
-    assert "names no profile" in capsys.readouterr().err
+    assert "is not a known profile" in capsys.readouterr().err
     assert main(["pipeline", "compile", "-o", str(tmp_path / "none" / "p.yaml")]) == 1
     assert list(tmp_path.iterdir()) == []
