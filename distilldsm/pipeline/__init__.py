@@ -1,1 +1,1 @@
-"""The stages as a Kubeflow pipeline: definition, compilation, local runs, submission, cluster resources, lineage."""
+"""The stages put together: dvc.yaml, the Kubeflow pipeline, cross-validation, TrainJobs, sweeps and lineage."""

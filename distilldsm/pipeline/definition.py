@@ -1,4 +1,4 @@
-"""The Kubeflow pipeline from the stages' records: one training per fold, a gate before what runs for every model."""
+"""Builds the Kubeflow pipeline from the stages' records: folds in parallel, then a gate before export."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 NAME = "distilldsm"
 DESCRIPTION = "Labelled volumes to a trained, evaluated and exported Distill DSM network. Parameters: params.yaml."
 SECTIONS = tuple(field.name for field in fields(Params) if field.name != "cv")
-"""Sections of params.yaml that are inputs of the pipeline, a mapping each; of `cv` only the folds are."""
+"""Sections of params.yaml that are inputs of the pipeline, each a mapping. From `cv` only `folds` is an input."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,12 +55,12 @@ class Images:
 
     @property
     def by_digest(self) -> bool:
-        """Whether each image is named by its content, so that KFP's cache is one of content."""
+        """Whether each image is named by digest. KFP's cache then notices a rebuilt image."""
         return all("@sha256:" in image for image in (self.data, self.train, self.export))
 
 
 def data_version(params: Params) -> str:
-    """What the data is, as far as it is known before it is read: another value makes KFP fetch it anew."""
+    """Identifies the data before it is read. When the value changes, KFP downloads again; empty: unknown."""
     download = params.download
     if download.source == "sample":
         return f"sample-{sha256_json(download.sample)[:12]}"
@@ -68,13 +68,16 @@ def data_version(params: Params) -> str:
 
 
 def arguments(params: Params) -> dict[str, Any]:
-    """The pipeline's inputs for `params.yaml`: `folds`, a mapping a section, the data's version.
+    """The pipeline's inputs for `params.yaml`: `folds`, one mapping per section, and the data's version.
 
-    KFP's parameters know no null: such keys are left out, and the dataclasses' defaults stand for them.
+    KFP's parameters cannot be null: keys with null are left out, and get the default of their dataclass.
+
+    Raises:
+        ConfigError: a null is not the default of its key.
     """
     values = _without_null(sections_of(params))
     if check_parameters(values["folds"], {name: values[name] for name in SECTIONS}) != params:
-        raise ConfigError("a null in the parameters is not the default there, and KFP cannot carry it")
+        raise ConfigError("a parameter is null, but null is not its default, and KFP cannot pass null")
     return {**values, "data_version": data_version(params)}
 
 
@@ -87,7 +90,7 @@ def _without_null(value: Any) -> Any:
 def build_pipeline(
     params: Params, cluster: Cluster, images: Images, stages: Sequence[Stage] = STAGES
 ) -> GraphComponent:
-    """The pipeline, with the defaults of `params`."""
+    """The pipeline, with `params` as the defaults of its inputs."""
     from kfp import dsl
 
     inputs: dict[str, tuple[Any, Any]] = {
@@ -109,22 +112,22 @@ def build_pipeline(
 
 
 class _Wiring:
-    """The tasks of one pipeline: what runs when, and whose outputs go where."""
+    """Adds the tasks of one pipeline, and connects outputs with inputs."""
 
     def __init__(self, channels: Mapping[str, Any], cluster: Cluster, images: Images, stages: Sequence[Stage]) -> None:
         self.channels, self.cluster, self.images, self.stages = channels, cluster, images, stages
         self.outputs: dict[str, Any] = {}
-        """What earlier tasks have made, by the outputs' names."""
+        """Outputs of the tasks added so far, by name."""
 
     def build(self) -> None:
-        """Data, then every fold, then all folds together, then the gate and every model."""
+        """Add the tasks: data, every fold, all folds together, the gate, every model."""
         from kfp import dsl
 
         channels = self.channels
-        end = self.task("finish", "Say how it ended", FINISH, {"tracking": channels["tracking"]})
+        end = self.task("finish", "Report how the pipeline ended", FINISH, {"tracking": channels["tracking"]})
         end.set_caching_options(False)
         with dsl.ExitHandler(end, name="pipeline"):
-            checked = self.task("check", "Refuse wrong parameters before anything is computed", CHECK, channels)
+            checked = self.task("check", "Check all parameters before anything is computed", CHECK, channels)
             for stage in self.of("data"):
                 task = self.stage(stage)
                 if not stage.inputs:
@@ -160,7 +163,7 @@ class _Wiring:
         return task
 
     def gate(self) -> Any:
-        """Add the gate's task; returns its verdict."""
+        """Add the gate's task; return its output, true if the models may be exported."""
         from kfp import dsl
 
         read = {output.name: output for output, _ in outputs_for_models(self.stages)}
@@ -173,7 +176,7 @@ class _Wiring:
         }
         values = {"config": self.channels["export"], "cross_validation": self.outputs["cross_validation"]}
         values |= {name: dsl.Collected(self.outputs[name]) for name in read}
-        title = "Whether the models pass the quality threshold, and the models in one place"
+        title = "Check the quality threshold, and collect the models for their export"
         task = self.task("gate", title, parameters, values, returns="bool")
         self.outputs["collected"] = task.outputs["collected"]
         return task.outputs["Output"]
@@ -187,7 +190,7 @@ class _Wiring:
         image: str | None = None,
         returns: str = "None",
     ) -> Any:
-        """Add a task of the component that runs a step."""
+        """Add the task of a step."""
         role = image or {"check": "data"}.get(name, "train")
         made = component(name, title, parameters, returns, getattr(self.images, role))
         needed = {
@@ -205,26 +208,26 @@ FINISH = {"tracking": "dict", "status": "PipelineTaskFinalStatus"}
 
 def step_parameters(stage: Stage, stages: Sequence[Stage] = STAGES) -> dict[str, str]:
     """The parameters of a stage's component, with their annotations."""
-    found = {"folds": "list"} if stage.section == "cv" else {"config": "dict"}
-    found |= {} if stage.inputs else {"data_version": "str"}
-    found |= {"tracking": "dict"} if stage.scope != "data" else {}
-    found |= {"trainjob": "dict"} if stage.distributed else {}
-    found |= {"fold": "int"} if stage.per_fold else {}
+    parameters = {"folds": "list"} if stage.section == "cv" else {"config": "dict"}
+    parameters |= {} if stage.inputs else {"data_version": "str"}
+    parameters |= {"tracking": "dict"} if stage.scope != "data" else {}
+    parameters |= {"trainjob": "dict"} if stage.distributed else {}
+    parameters |= {"fold": "int"} if stage.per_fold else {}
     for one in stage.inputs:
         source = source_of(one, stages)
         kind = source.stage.output.kind
         if through_gate(stage, source):
-            found["collected"] = "Input[Model]"
+            parameters["collected"] = "Input[Model]"
         else:
-            found[one.name] = f"Input[List[{kind}]]" if source.collected else f"Input[{kind}]"
-    return found | {out.name: f"Output[{out.kind}]" for out in stage.outputs if out.kind}
+            parameters[one.name] = f"Input[List[{kind}]]" if source.collected else f"Input[{kind}]"
+    return parameters | {out.name: f"Output[{out.kind}]" for out in stage.outputs if out.kind}
 
 
 def component(name: str, title: str, parameters: Mapping[str, str], returns: str, image: str) -> Callable[..., Any]:
     """The component that runs a step in an image.
 
-    kfp puts the source of a function into the pipeline. It is written here from the step's parameters, and lies where
-    `inspect` finds it, as it does for the methods that `attrs` makes.
+    kfp copies the source of a function into the pipeline. This source is generated from the step's parameters, and put
+    into `linecache`, where `inspect` finds it. (`attrs` does the same with its methods.)
     """
     from kfp import dsl
 
@@ -237,8 +240,8 @@ def component(name: str, title: str, parameters: Mapping[str, str], returns: str
     file = f"<step {name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     names: dict[str, Any] = {**vars(dsl), "List": List}  # noqa: UP006
-    exec(compile(source, file, "exec", dont_inherit=True), names)  # noqa: S102 - made above from the records of this package
+    exec(compile(source, file, "exec", dont_inherit=True), names)  # noqa: S102 - source from above
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of kfp: a package of the image is not to be installed again
+        warnings.simplefilter("ignore")  # kfp warns that it does not install itself: the image has it
         made: Callable[..., Any] = dsl.component(names[name], base_image=image, install_kfp_package=False)
     return made

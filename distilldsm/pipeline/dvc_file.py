@@ -1,4 +1,4 @@
-"""dvc.yaml from the stages' records. `python -m distilldsm.pipeline.dvc_file` writes it."""
+"""Generates dvc.yaml from the stages' records. `python -m distilldsm.pipeline.dvc_file` writes it."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from distilldsm.core.stage import Input, Output, Stage
 
 HEAD = """\
 # Written by: python -m distilldsm.pipeline.dvc_file, from the records in distilldsm/components. Do not edit it by hand.
-# A stage runs again when its section of params.yaml, its code or its input changes. There is a copy of train, evaluate
-# and export for each fold in cv.folds. cross_validate waits for all folds, because their outputs lie below the folders
-# that it reads; of what lies there it reads cv.folds only.
-# Metrics and plots lie in DVC's cache as all outputs do, so that `dvc exp show` and `dvc plots diff` find those of each
-# experiment: the folders they lie in are no part of the git repository.
+# A stage runs again when its section of params.yaml, its code or its input changes. The stages train, evaluate and
+# export run once for each fold in cv.folds. cross_validate waits for all folds, because it reads the folders that hold
+# their outputs. There it reads only the folds of cv.folds.
+# Metrics and plots are in DVC's cache, like all outputs, and not in git. `dvc exp show` and `dvc plots diff` find those
+# of each experiment there.
 """
 
 
 def run_dvc(*arguments: str) -> None:
-    """Run a command of DVC.
+    """Run a DVC command.
 
     Raises:
-        UserError: DVC refuses it.
+        UserError: the command fails.
     """
     done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise UserError("DVC refused it", where=" ".join(["dvc", *arguments]), seen=done.stderr.strip()[-400:])
+        raise UserError("the DVC command failed", where=" ".join(["dvc", *arguments]), seen=done.stderr.strip()[-400:])
 
 
 def dvc_yaml(stages: Sequence[Stage] = STAGES) -> str:
     """The text of dvc.yaml."""
     import yaml
 
-    found = {stage.name: _per_fold(stage) if stage.per_fold else _definition(stage) for stage in stages}
-    return HEAD + yaml.safe_dump({"stages": found}, sort_keys=False, width=120)
+    definitions = {stage.name: _per_fold(stage) if stage.per_fold else _definition(stage) for stage in stages}
+    return HEAD + yaml.safe_dump({"stages": definitions}, sort_keys=False, width=120)
 
 
 def _per_fold(stage: Stage) -> dict[str, Any]:
@@ -47,23 +47,23 @@ def _per_fold(stage: Stage) -> dict[str, Any]:
 
 def _definition(stage: Stage) -> dict[str, Any]:
     outputs = [out for out in stage.outputs if not (out.metric or out.plot)]
-    directory, apart = outputs[0], [out for out in stage.outputs if out.metric or out.plot]
-    parts = [f"{directory.path}/{part}" for part in directory.parts] if apart else [directory.path]
+    directory, shown = outputs[0], [out for out in stage.outputs if out.metric or out.plot]
+    parts = [f"{directory.path}/{part}" for part in directory.parts] if shown else [directory.path]
     definition = {
         "desc": stage.help,
         "cmd": f"python -m {stage.run.__module__}{' --fold {fold}' if stage.per_fold else ''}",
         "params": [stage.section],
         "deps": [*_code(stage), *(path for one in stage.inputs for path in _read(one))],
         "outs": parts,
-        "metrics": [out.path for out in apart if out.metric],
-        "plots": [_plot(out) for out in apart if out.plot],
+        "metrics": [out.path for out in shown if out.metric],
+        "plots": [_plot(out) for out in shown if out.plot],
     }
     filled: dict[str, Any] = _with_item({key: value for key, value in definition.items() if value})
     return filled
 
 
 def _code(stage: Stage) -> list[str]:
-    """What of the code it depends on, and the files that always are named by its parameters."""
+    """The code that a stage depends on, and the input files that its parameters name by default."""
     defaults = getattr(Params(), stage.section)
     named = [f"${{{stage.section}.{name}}}" for name in stage.files if getattr(defaults, name) is not None]
     return [f"distilldsm/{path}" for path in stage.code_paths] + named
@@ -79,7 +79,7 @@ def _plot(out: Output) -> dict[str, Any]:
 
 
 def _with_item(value: Any) -> Any:
-    """`{fold}` as DVC writes it."""
+    """Replace `{fold}` with DVC's `${item}`."""
     if isinstance(value, dict):
         return {_with_item(key): _with_item(inner) for key, inner in value.items()}
     if isinstance(value, list):

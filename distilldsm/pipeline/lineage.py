@@ -1,4 +1,4 @@
-"""From any one of DVC's lock hash, an MLflow run id, a KFP run id, to the others and the hashes of the data."""
+"""Finds the runs, models and data that belong to an id: of an MLflow or KFP run, a commit, dvc.lock or a model."""
 
 from __future__ import annotations
 
@@ -16,39 +16,39 @@ from distilldsm.tracking.store import RUN_KEY_TAG
 
 TAGS = {"dvc": "dvc_lock_sha256", "kfp": "kfp_run_id", "git": "git_commit"}
 SHORTEST = 8
-"""Characters that an abbreviated identifier has at least."""
+"""Least number of characters of an abbreviated identifier."""
 
 
 def client() -> Any:
-    """MLflow's client of the configured store."""
+    """MLflow's client for the configured store."""
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=default_uri())
 
 
 def mark_runs(kfp_run_id: str, tags: Mapping[str, str]) -> list[str]:
-    """Set tags on every MLflow run of a KFP run; returns the ids of those runs."""
+    """Set tags on every MLflow run of a KFP run; return the ids of those MLflow runs."""
     mlflow = client()
-    found = search(mlflow, f"tags.{TAGS['kfp']} = '{kfp_run_id}'")
-    for run in found:
+    runs = search(mlflow, f"tags.{TAGS['kfp']} = '{kfp_run_id}'")
+    for run in runs:
         for key, value in tags.items():
             mlflow.set_tag(run.info.run_id, key, value)
-    return [run.info.run_id for run in found]
+    return [run.info.run_id for run in runs]
 
 
 def search(mlflow: Any, condition: str) -> list[Any]:
-    """Runs of all experiments that fulfil a condition, the newest first."""
+    """Runs of all experiments that match an MLflow filter, newest first."""
     experiments = [e.experiment_id for e in mlflow.search_experiments()]
     return list(mlflow.search_runs(experiments, filter_string=condition, order_by=["attributes.start_time DESC"]))
 
 
 def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
-    """What belongs together with `identifier`.
+    """Find the runs of `identifier`, with their ids, data and models.
 
     Args:
         identifier: an MLflow run id, a KFP run id, the SHA-256 of dvc.lock, a git commit (each also abbreviated to
             8 characters or more), or the name of a registered model as `NAME/VERSION`.
-        root: the repository, whose dvc.lock is compared with what the runs carry.
+        root: the repository. Its dvc.lock is compared with the runs' tags.
 
     Returns:
         `{"identifier", "kind", "runs": [{mlflow_run_id, run_key, name, status, fold, parent, kfp_run_id,
@@ -56,7 +56,7 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
         "dvc_lock": {...} or None}`; `parent` is the MLflow run of a cross-validation.
 
     Raises:
-        DataError: no run carries the identifier.
+        DataError: no run has the identifier.
     """
     mlflow = client()
     lock = _dvc_lock(root)
@@ -65,11 +65,11 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
         kind, runs = _find(mlflow, identifier)
     if not runs:
         raise DataError(
-            "is no identifier that an MLflow run carries",
+            "no MLflow run has this identifier",
             where=default_uri().split("@")[-1],
             seen=identifier,
             rule="an MLflow run id, a KFP run id, dvc.lock's SHA-256, a git commit, or MODEL/VERSION",
-            hint="is MLFLOW_TRACKING_URI the store the run was tracked in?",
+            hint="is MLFLOW_TRACKING_URI the store that holds the run?",
         )
     return {
         "identifier": identifier,
@@ -80,9 +80,9 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
 
 
 def _of_this_lock(mlflow: Any, identifier: str, lock: Mapping[str, Any] | None) -> tuple[str, list[Any]]:
-    """Runs of the models that the dvc.lock at hand describes.
+    """Runs of the models in this dvc.lock.
 
-    A run's own tag tells the lock as it was when the run began; DVC writes the model into it only afterwards.
+    The run's own tag is not enough: it holds the hash of dvc.lock from before DVC added the run's model.
     """
     if lock is None or len(identifier) < SHORTEST or not lock["sha256"].startswith(identifier):
         return "dvc", []
@@ -105,9 +105,9 @@ def _find(mlflow: Any, identifier: str) -> tuple[str, list[Any]]:
     conditions = [f"= '{identifier}'", f"LIKE '{identifier}%'"]
     for condition in conditions if len(identifier) >= SHORTEST else conditions[:1]:
         for kind, tag in TAGS.items():
-            found = search(mlflow, f"tags.{tag} {condition}")
-            if found:
-                return kind, found
+            runs = search(mlflow, f"tags.{tag} {condition}")
+            if runs:
+                return kind, runs
     every = search(mlflow, "") if len(identifier) >= SHORTEST else []
     return "mlflow", [run for run in every if run.info.run_id.startswith(identifier)]
 
@@ -141,7 +141,7 @@ def _source(text: str) -> Any:
 
 
 def _dvc_lock(root: Path) -> dict[str, Any] | None:
-    """Hash of the repository's dvc.lock and what it says of the data."""
+    """SHA-256 of the repository's dvc.lock, the data's hashes in it, and the run keys of its models."""
     path = root / "dvc.lock"
     if not path.is_file():
         return None
@@ -155,7 +155,7 @@ def _dvc_lock(root: Path) -> dict[str, Any] | None:
 
 
 def format_lineage(found: Mapping[str, Any]) -> str:
-    """The same as text."""
+    """The result of `lineage` as text."""
     lines = [f"{found['identifier']} ({found['kind']})"]
     for run in found["runs"]:
         lines.append(f"MLflow run   {run['mlflow_run_id']}  {run['name']}  {run['status']}")
@@ -171,6 +171,6 @@ def format_lineage(found: Mapping[str, Any]) -> str:
     lock = found["dvc_lock"]
     if lock is not None:
         same = any(run["run_key"] in lock["mlflow_run_keys"] for run in found["runs"])
-        lines.append(f"dvc.lock here is {'of this run' if same else 'of other runs'}: {lock['sha256']}")
+        lines.append(f"dvc.lock here {'belongs to this run' if same else 'belongs to other runs'}: {lock['sha256']}")
         lines += [f"  {path:34}{md5}" for path, md5 in lock["data"].items()]
     return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""The whole pipeline on this machine by kfp's local runner: in subprocesses, or in the cluster's containers."""
+"""Runs the whole pipeline on this machine with kfp's local runner, in subprocesses or in containers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from distilldsm.pipeline.definition import SECTIONS, Images, arguments
 from distilldsm.pipeline.step import check_parameters, whole_numbers
 
 _FOLDS_AT_ONCE = 2
-"""kfp's local runner takes no more."""
+"""kfp's local runner runs no more folds at once."""
 
 
 def run_local(
@@ -34,11 +34,11 @@ def run_local(
     values: Mapping[str, Any] | None = None,
     engine: str | None = None,
 ) -> str:
-    """Compile the pipeline and run it here; returns the run's id, which MLflow's runs carry as `kfp_run_id`.
+    """Compile the pipeline and run it here; return the run's id, which its MLflow runs have as tag `kfp_run_id`.
 
     Args:
-        root: folder of the runs; this one's artifacts lie in a folder of its own in it.
-        values: pipeline inputs that differ from `params`.
+        root: folder of all runs. The artifacts of this run go to `root/RUN_ID`.
+        values: inputs of the pipeline that override `params`.
         engine: address of the container engine, e.g. `unix:///run/podman/podman.sock`; None: DOCKER_HOST.
 
     Raises:
@@ -72,14 +72,14 @@ def run_local(
                 "the pipeline failed",
                 where=root / run_id,
                 seen=_plain(str(error)),
-                hint="the failed step's own message stands above",
+                hint="see the message of the failed step above",
             ) from None
     return run_id
 
 
 @contextmanager
 def _environment(run_id: str) -> Iterator[None]:
-    """What steps inherit: the run's id, one MLflow store for all, and their share of the cores."""
+    """Set the variables that steps inherit: the run's id, one MLflow store, and their share of the cores."""
     from distilldsm.tracking import default_uri
 
     variables = {
@@ -101,7 +101,7 @@ def _environment(run_id: str) -> Iterator[None]:
 
 
 def _prepare_store(uri: str) -> None:
-    """Several folds that open a new SQLite store at once would all fail."""
+    """Create a SQLite store before the folds start: if several create it at once, all fail."""
     if uri.startswith("sqlite:///"):
         from distilldsm.tracking.store import Store
 
@@ -116,13 +116,13 @@ def _runner(kind: str, images: Images, root: Path, engine: str | None, source: P
 
     if kind == "subprocess":
         with warnings.catch_warnings():
-            # kfp warns of image names without "python" in them.
+            # kfp warns about image names without "python".
             warnings.filterwarnings("ignore", category=RuntimeWarning)
             yield kfp.local.SubprocessRunner(use_venv=False)
         return
     from distilldsm.pipeline.containers import ContainerSettings, container_runner
 
-    # A data set on this machine is seen at its own place, for reading only.
+    # Mount a data set of this machine at its own path, read-only.
     settings = ContainerSettings(read_only_volumes=(source.absolute(),) if source.exists() else ())
     names = (images.data, images.train, images.export)
     with container_runner(images=names, root=root, engine=engine, settings=settings) as runner:
@@ -130,7 +130,7 @@ def _runner(kind: str, images: Images, root: Path, engine: str | None, source: P
 
 
 def _plain(text: str) -> str:
-    """Without the colours kfp writes."""
+    """Remove kfp's colour codes."""
     import re
 
     return re.sub(r"\x1b\[[0-9;]*m", "", text)

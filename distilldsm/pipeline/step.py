@@ -1,8 +1,7 @@
-"""What runs inside a Kubeflow step: a stage between the step's parameters and its artifacts, from the stage's record.
+"""Runs inside a Kubeflow step: turns the step's parameters and artifacts into a call of the stage.
 
-Beside the stages there are three steps of the pipeline itself: `check`, `gate` and `finish`. Nothing here imports kfp:
-artifacts are objects with `path` and `metadata`, so the same code runs in a subprocess, in a container, on a cluster
-and in a test.
+The pipeline has three more steps: `check`, `gate` and `finish`. Nothing here imports kfp. Artifacts are objects with
+`path` and `metadata`, and the same code runs in a subprocess, in a container, on a cluster and in a test.
 """
 
 from __future__ import annotations
@@ -32,13 +31,13 @@ from distilldsm.core.version import __version__
 from distilldsm.tracking import run_id_of
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
-"""Environment variable that names the version the pipeline was compiled with."""
+"""Environment variable: the version of distilldsm that compiled the pipeline."""
 
 T = TypeVar("T")
 
 
 class Artifact(Protocol):
-    """What is used of a KFP artifact."""
+    """The part of a KFP artifact that is used here."""
 
     path: str
     metadata: dict[str, Any]
@@ -46,18 +45,18 @@ class Artifact(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Where a step's input comes from."""
+    """The origin of a step's input."""
 
     stage: Stage
     """The stage that writes it."""
     below: str
-    """The part of that stage's output that is read; empty: all of it."""
+    """Subfolder of that stage's output that is read; empty: all of it."""
     collected: bool
-    """It is the outputs of all folds together."""
+    """Whether the input consists of the outputs of all folds."""
 
 
 def source_of(one: Input, stages: Sequence[Stage] = STAGES) -> Source:
-    """The stage whose output lies where the input is read, by the default paths of both."""
+    """The stage that writes an input, found by default paths. Raises ValueError if there is none."""
     for stage in stages:
         made = stage.output.path
         if one.per_fold and made == f"{one.path}/fold{{fold}}":
@@ -68,13 +67,13 @@ def source_of(one: Input, stages: Sequence[Stage] = STAGES) -> Source:
 
 
 def through_gate(stage: Stage, source: Source) -> bool:
-    """Whether an input reaches a stage in the gate's one artifact, and not from the step that wrote it."""
+    """Whether a stage gets an input from the gate's artifact, and not from the step that wrote it."""
     return stage.scope == "model" and source.stage.scope == "fold"
 
 
 def run(name: str, **values: Any) -> bool | None:
-    """Run a step with the parameters and artifacts of its component; `gate` returns whether the models may leave."""
-    if name == "finish":  # it says how the run ended, whatever the version
+    """Run a step with the parameters and artifacts of its component. Only `gate` returns a value (see there)."""
+    if name == "finish":  # it reports the end of the run for any version
         finish(**values)
         return None
     with component(name):
@@ -89,12 +88,12 @@ def run(name: str, **values: Any) -> bool | None:
 
 @contextmanager
 def component(name: str) -> Iterator[None]:
-    """Run a component's body: the image must fit the pipeline, and the user's errors are shown without a traceback."""
+    """Run a component's body: check that image and pipeline have one version; print user errors without a traceback."""
     try:
         compiled = os.environ.get(VERSION_VARIABLE)
         if compiled and compiled != __version__:
             raise ConfigError(
-                "the image holds another version than the pipeline was compiled with",
+                "the image and the pipeline have different versions of distilldsm",
                 where=name,
                 seen=f"distilldsm {__version__} in the image, {compiled} in the pipeline",
                 rule="the same version",
@@ -107,7 +106,7 @@ def component(name: str) -> Iterator[None]:
 
 
 def whole_numbers(value: Any) -> Any:
-    """Whole numbers as int again: KFP passes every number inside a mapping or list as a float."""
+    """Turn whole numbers back into int: KFP passes every number inside a mapping or list as a float."""
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, Mapping):
@@ -133,24 +132,24 @@ def sections_of(params: Params) -> dict[str, Any]:
 
 
 def check_parameters(folds: Sequence[float], sections: Mapping[str, Mapping[str, Any]]) -> Params:
-    """All parameters together, before anything is computed.
+    """Check all parameters together.
 
     Raises:
-        ConfigError: as for `params.yaml`; checks across sections too.
+        ConfigError: as for `params.yaml`, including the checks across sections.
     """
     return section(Params, {"cv": {"folds": list(folds)}, **sections}, "pipeline parameters")
 
 
 def check(folds: Sequence[float], **sections: Mapping[str, Any]) -> None:
-    """Step `check`: refuse wrong parameters in seconds rather than after hours."""
+    """Step `check`: report wrong parameters at once, not after hours of computing."""
     params = check_parameters(folds, sections)
     print(f"distilldsm {__version__}: {params.train.model.name} on {params.download.source}, folds {params.cv.folds}")
 
 
 def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
-    """Run a stage and fill its artifacts: the output, its facts, its pages and numbers.
+    """Run a stage and fill its artifacts: output, metadata, HTML pages and metrics.
 
-    A page is shown whether or not the stage could use its input: where `<output>-failed` was written, it is that one's.
+    If a stage refuses its input, it writes its pages to `<output>-failed`. Those pages are shown then.
     """
     received = {"folds": values["folds"]} if stage.section == "cv" else values["config"]
     config: Any = section(type(getattr(Params(), stage.section)), received, stage.section)
@@ -159,11 +158,11 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
     tracking = section(TrackingConfig, values["tracking"], "tracking") if "tracking" in values else None
     with tempfile.TemporaryDirectory() as folder:
         inputs = {one.name: _place(stage, one, values, fold, Path(folder)) for one in stage.inputs}
-        # Other data or parameters are another work: several may share the volume.
+        # Unfinished work is kept by data and parameters: several trainings may share the volume.
         work = sha256_json([{name: content_hash(path) for name, path in inputs.items()}, received])[:12]
-        kept = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
+        key = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
         try:
-            with resumable_output(artifact, kept) as target:
+            with resumable_output(artifact, key) as target:
                 perform(stage, config, inputs, target, fold=fold, tracking=tracking, run=_runner(stage, values))
         except UserError:
             failed = Path(artifact.path).with_name(f"{Path(artifact.path).name}-failed")
@@ -179,7 +178,7 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
 
 
 def _place(stage: Stage, one: Input, values: Mapping[str, Any], fold: int | None, folder: Path) -> Path:
-    """Where an input lies in this pod; what all folds made is put side by side as links in `folder`."""
+    """The path of an input in this pod. The outputs of all folds are put side by side in `folder`, as links."""
     source = source_of(one)
     if through_gate(stage, source):
         return Path(values["collected"].path) / one.path.format(fold=fold)
@@ -198,7 +197,7 @@ def fold_of(artifact: Artifact) -> int:
 
 
 def _runner(stage: Stage, values: Mapping[str, Any]) -> Any:
-    """What runs the stage: for a distributed one as many processes as there are GPUs, or a TrainJob of the cluster."""
+    """The function that runs a distributed stage: on all GPUs of this pod, or as a TrainJob. None: the stage's own."""
     if not stage.distributed:
         return None
     from distilldsm.pipeline.trainjob import run_train
@@ -210,7 +209,7 @@ def _runner(stage: Stage, values: Mapping[str, Any]) -> Any:
 
 @contextmanager
 def resumable_output(artifact: Artifact, key: str | None) -> Iterator[Path]:
-    """Where a stage writes: the artifact itself, or below WORK_VARIABLE, from where it is copied when it is whole."""
+    """Where a stage writes: the artifact, or a folder `key` below WORK_VARIABLE that is copied to it when complete."""
     root = os.environ.get(WORK_VARIABLE)
     if not (root and key):
         yield Path(artifact.path)
@@ -222,7 +221,7 @@ def resumable_output(artifact: Artifact, key: str | None) -> Iterator[Path]:
 
 
 def _show(stage: Stage, output: Path, values: Mapping[str, Any], *, pages_only: bool = False) -> None:
-    """Fill the artifacts that Kubeflow shows from the files of the output."""
+    """Fill the artifacts that Kubeflow displays from files of the output."""
     for file, shown in stage.shown().items():
         path = output / file
         if shown.kind in ("HTML", "Markdown"):
@@ -235,14 +234,14 @@ def _show(stage: Stage, output: Path, values: Mapping[str, Any], *, pages_only: 
 
 
 def _log_metrics(metrics: Any, path: Path, shown: Output) -> None:
-    """Numbers of a JSON file to a KFP Metrics artifact; what is no number is left out."""
+    """Copy the numbers of a JSON file to a KFP Metrics artifact; other values are left out."""
     for key, value in flatten(read_json(path), separator="_").items():
         if isinstance(value, int | float) and not isinstance(value, bool) and (not shown.keys or key in shown.keys):
             metrics.log_metric(key, float(value))
 
 
 def confusion_matrix(path: Path) -> tuple[list[str], list[list[int]]]:
-    """Counts by true (rows) and predicted label of the file that the evaluation draws from: a line per voxel share."""
+    """Labels and counts by true (rows) and predicted label, from the evaluation's file of the confusion matrix."""
     with path.open(newline="", encoding="utf-8") as stream:
         counts = Counter((row["actual"], row["predicted"]) for row in csv.DictReader(stream))
     names = sorted({name for pair in counts for name in pair}, key=lambda name: (name != "background", name))
@@ -256,17 +255,17 @@ def gate(
     summary: Artifact,
     **folds: Sequence[Artifact],
 ) -> bool:
-    """Step `gate`: whether the models may leave, by the mean Dice over labels and folds and `export.min_dice`.
+    """Step `gate`: allow the export of the models if the mean Dice over labels and folds reaches `export.min_dice`.
 
-    What their exports read of the folds goes to one artifact, with the paths of dvc.yaml below it: kfp cannot pass
-    collected artifacts on into the loop that exports them.
+    It also copies the files that the exports need from all folds to the artifact `collected`, with the paths of
+    dvc.yaml: kfp cannot pass the folds' own artifacts into the loop of the exports.
 
     Args:
         config: the section `export`.
-        folds: name of a fold's output to those of all folds.
+        folds: by output name, the artifacts of all folds.
 
     Returns:
-        Whether the models may leave. (One output only: kfp's local runner cannot tell several apart in a condition.)
+        Whether the models may be exported. (The only output value: kfp's local runner confuses several in a condition.)
     """
     from distilldsm.evaluation.metrics import METRICS
 
@@ -292,15 +291,15 @@ def gate(
 
 
 def outputs_for_models(stages: Sequence[Stage] = STAGES) -> list[tuple[Output, tuple[str, ...]]]:
-    """The outputs of folds that stages behind the gate read, with the files that are read; none: all."""
-    found: dict[str, tuple[Output, list[tuple[str, ...]]]] = {}
+    """The outputs of folds that the stages after the gate read, each with its files; no files: the whole folder."""
+    files_of: dict[str, tuple[Output, list[tuple[str, ...]]]] = {}
     for stage in (one for one in stages if one.scope == "model"):
         for one in stage.inputs:
             source = source_of(one, stages)
             if through_gate(stage, source):
                 output = source.stage.output
-                found.setdefault(output.name, (output, []))[1].append(tuple(one.files.values()))
-    return [(output, () if () in read else tuple(sorted(set().union(*read)))) for output, read in found.values()]
+                files_of.setdefault(output.name, (output, []))[1].append(tuple(one.files.values()))
+    return [(output, () if () in read else tuple(sorted(set().union(*read)))) for output, read in files_of.values()]
 
 
 def _copy(source: Path, target: Path, files: Sequence[str]) -> None:
@@ -309,12 +308,12 @@ def _copy(source: Path, target: Path, files: Sequence[str]) -> None:
         return
     target.mkdir(parents=True)
     for file in files:
-        if (source / file).is_file():  # the stage that reads it says what is missing
+        if (source / file).is_file():  # the stage that reads it reports missing files
             shutil.copyfile(source / file, target / file)
 
 
 def finish(tracking: Mapping[str, Any], status: Any) -> None:
-    """Step `finish`, run however the pipeline ended: says how, here and on its MLflow runs."""
+    """Step `finish`: always runs; reports how the pipeline ended, in the log and as tags of its MLflow runs."""
     from distilldsm.pipeline.lineage import mark_runs
 
     run_id, state, error = os.environ.get("KFP_RUN_ID", ""), status.state, status.error_message or ""
@@ -325,4 +324,4 @@ def finish(tracking: Mapping[str, Any], status: Any) -> None:
         marked = mark_runs(run_id, {"kfp_state": state, **({"kfp_error": error[:500]} if error else {})})
         print(f"MLflow runs of this pipeline run: {', '.join(marked) or 'none'}")
     except Exception as failure:  # the pipeline's end must not depend on another service
-        print(f"MLflow does not know how it ended: {type(failure).__name__}: {failure}")
+        print(f"the MLflow runs could not be marked: {type(failure).__name__}: {failure}")

@@ -1,6 +1,6 @@
-"""A search for hyper-parameters over the train stage: a Katib Experiment of TrainJobs, or experiments in DVC's queue.
+"""Searches for hyper-parameters of the training: a Katib Experiment of TrainJobs, or experiments in DVC's queue.
 
-Both draw from the same space (`conf/sweep.yaml`), whose keys are those of params.yaml and are checked like them.
+Both draw from the same space, `conf/sweep.yaml`. Its keys are those of params.yaml, with the same checks.
 """
 
 from __future__ import annotations
@@ -22,26 +22,26 @@ from distilldsm.pipeline.dvc_file import run_dvc
 from distilldsm.pipeline.trainjob_manifest import NODE, TrainJobConfig, check_against, manifest
 
 FIRST_POD = {"jobset.sigs.k8s.io/replicatedjob-name": NODE, "batch.kubernetes.io/job-completion-index": "0"}
-"""Labels that JobSet and Kubernetes give to the pod of rank 0, whose log holds the metrics."""
+"""Labels of the pod of rank 0, set by JobSet and Kubernetes. Its log contains the metrics."""
 
 HELP = "search for hyper-parameters: Katib, or DVC's queue"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Space:
-    """The values of one parameter."""
+    """The possible values of one parameter: a list, or a range."""
 
     values: tuple[Any, ...] | None = None
     min: float | None = None
     max: float | None = None
     log: bool = False
-    """Uniform in the logarithm."""
+    """Draw uniformly in the logarithm."""
     whole: bool = False
     """Whole numbers only."""
 
     def __post_init__(self) -> None:
         if (self.values is None) == (self.min is None) or (self.min is None) != (self.max is None):
-            raise ConfigError("a space has either 'values', or 'min' and 'max'", seen=to_mapping(self))
+            raise ConfigError("a parameter needs either 'values', or 'min' and 'max'", seen=to_mapping(self))
         if self.values is not None and not self.values:
             raise ConfigError("'values' is empty")
         if self.min is not None and self.max is not None and not self.min < self.max:
@@ -50,7 +50,7 @@ class Space:
             raise ConfigError("'log' needs a positive 'min'", seen=self.min)
 
     def draw(self, generator: random.Random) -> Any:
-        """One value."""
+        """Draw one value."""
         if self.values is not None:
             return generator.choice(self.values)
         assert self.min is not None
@@ -63,7 +63,7 @@ class Space:
 
     @property
     def extremes(self) -> tuple[Any, ...]:
-        """Values that stand for all: each listed one, or both ends."""
+        """The values to check: each listed value, or both ends of the range."""
         if self.values is not None:
             return self.values
         assert self.min is not None
@@ -100,34 +100,34 @@ class SweepConfig:
 
 
 def load_sweep(path: str, params: Mapping[str, Any]) -> SweepConfig:
-    """Read a sweep and try every listed value and both ends of every range against the parameters' checks.
+    """Read a sweep; check every listed value and both ends of every range as in params.yaml.
 
     Raises:
-        ConfigError: names the parameter, the value and what is allowed.
+        ConfigError: a key is not a training parameter, or a value is not allowed.
     """
     sweep = from_mapping(SweepConfig, load_yaml(path), where=path)
     for key, space in sweep.parameters.items():
         if not key.startswith("train."):
-            raise ConfigError("is no parameter of the training", where=path, seen=key, rule="train...")
+            raise ConfigError("is not a training parameter", where=path, seen=key, rule="train...")
         for value in space.extremes:
             from_mapping(Params, set_values(params, [f"{key}={json.dumps(value)}"]), where=path)
     return sweep
 
 
 def draw(sweep: SweepConfig, trials: int, seed: int) -> list[dict[str, Any]]:
-    """Values of every parameter, for each trial; the same for the same seed."""
+    """The parameter values of each trial, determined by the seed."""
     generator = random.Random(seed)  # noqa: S311  (no secret depends on it)
     return [{key: space.draw(generator) for key, space in sweep.parameters.items()} for _ in range(trials)]
 
 
 def experiment(sweep: SweepConfig, job: TrainJobConfig, *, name: str, preprocessed: str, params: str) -> dict[str, Any]:
-    """The Katib Experiment, checked by its API's models.
+    """The Katib Experiment, checked against the models of its API.
 
     Args:
-        preprocessed, params: where the data and params.yaml lie on the claim.
+        preprocessed, params: paths of the data and of params.yaml on the claim.
 
     Raises:
-        ConfigError: the models refuse it.
+        ConfigError: the models reject it.
     """
     short = {key: key.rsplit(".", 1)[-1].replace("_", "-") for key in sweep.parameters}
     if len(set(short.values())) < len(short):
@@ -171,23 +171,23 @@ def experiment(sweep: SweepConfig, job: TrainJobConfig, *, name: str, preprocess
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("--sweep", default="conf/sweep.yaml", help="the space (default: %(default)s)")
+    parser.add_argument("--sweep", default="conf/sweep.yaml", help="file with the search space (default: %(default)s)")
     parser.add_argument("--params", default="params.yaml")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
-    katib = commands.add_parser("katib", help="write the Experiment; kubectl apply -f starts it")
+    katib = commands.add_parser("katib", help="write the Experiment; start it with kubectl apply -f")
     katib.add_argument("-o", "--output", required=True, metavar="FILE")
-    katib.add_argument("--job", default="conf/trainjob.yaml", help="of every trial (default: %(default)s)")
+    katib.add_argument("--job", default="conf/trainjob.yaml", help="TrainJob of every trial (default: %(default)s)")
     katib.add_argument("--name", default="distilldsm-sweep")
-    katib.add_argument("--preprocessed", default="/work/preprocessed", help="on the claim (default: %(default)s)")
-    katib.add_argument("--params-on-claim", default="/work/params.yaml", help="(default: %(default)s)")
-    local = commands.add_parser("local", help="queue the trials as DVC experiments; dvc queue start runs them")
-    local.add_argument("--trials", type=int, help="default: max_trials")
+    katib.add_argument("--preprocessed", default="/work/preprocessed", help="path on the claim (default: %(default)s)")
+    katib.add_argument("--params-on-claim", default="/work/params.yaml", help="its path there (default: %(default)s)")
+    local = commands.add_parser("local", help="queue the trials as DVC experiments; start them with dvc queue start")
+    local.add_argument("--trials", type=int, help="number of trials (default: max_trials)")
     local.add_argument("--seed", type=int, default=0)
-    local.add_argument("--dry-run", action="store_true", help="print the commands only")
+    local.add_argument("--dry-run", action="store_true", help="only print the commands")
 
 
 def run(args: argparse.Namespace) -> None:
-    """Search for hyper-parameters, on Katib or through DVC's queue."""
+    """Search for hyper-parameters, with Katib or with DVC's queue."""
     sweep = load_sweep(args.sweep, to_mapping(load_params(args.params)))
     if args.command == "katib":
         _write_katib(sweep, args)
@@ -208,7 +208,7 @@ def queue(trials: Sequence[Mapping[str, Any]], *, dry_run: bool = False) -> None
     """Queue each trial as a DVC experiment.
 
     Raises:
-        UserError: DVC refuses one; those before it stay queued.
+        UserError: DVC rejects a trial; the trials before it stay queued.
     """
     for number, values in enumerate(trials):
         changes = [part for key, value in values.items() for part in ("-S", f"{key}={json.dumps(value)}")]

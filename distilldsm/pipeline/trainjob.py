@@ -1,7 +1,7 @@
-"""The train stage on as many processes as there are GPUs: in this pod by torchrun, or as a Kubeflow Trainer TrainJob.
+"""Runs the train stage with one process per GPU: in this pod with torchrun, or as a Kubeflow Trainer TrainJob.
 
-Both start `distilldsm.components.train`. A TrainJob's pods and the one that starts it share a claim:
-data and parameters are put there, the model is collected from there.
+Both start `distilldsm.components.train`. The pods of a TrainJob and the pod that starts it share a claim. Data and
+parameters are copied to the claim, and the model is copied back from it.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ from distilldsm.pipeline.trainjob_follow import TrainJobs, follow
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on
 
 COLLECT_POLLS = 12
-"""A network file system may show a finished model some seconds late."""
+"""Attempts to find the model: a network file system may show it some seconds late."""
 
 STOP_S = 30.0
-"""How long the processes of a training may take to end."""
+"""Seconds that the processes of a training have to end."""
 
 HELP = "train one fold as a Kubeflow TrainJob"
 
@@ -49,15 +49,15 @@ def run_train(
     processes: int = 0,
     api: TrainJobs | None = None,
 ) -> None:
-    """Run the train stage: `inputs` and `outputs` as in distilldsm/components/train.py.
+    """Run the train stage; `inputs` and `outputs` as in distilldsm/components/train.py.
 
     Args:
-        job: as a TrainJob of the cluster; None: in this pod.
-        processes: in this pod, how many; 0: one per visible GPU, one without a GPU.
-        api: stands for the cluster in tests.
+        job: settings of the TrainJob; None: train in this pod.
+        processes: number of processes in this pod; 0: one per visible GPU, or one without a GPU.
+        api: replaces the cluster in tests.
 
     Raises:
-        UserError: the training failed, was too slow, or left no model.
+        UserError: the training failed, exceeded its time limit, or left no model.
     """
     settings = {"train": to_mapping(config), "tracking": to_mapping(tracking or TrackingConfig(enabled=False))}
     if job is not None:
@@ -80,13 +80,13 @@ def run_train(
 
 
 def _launch(command: Sequence[str]) -> int:
-    """Run a command and return its exit code; it ends with this process, also on SIGTERM."""
+    """Run a command and return its exit code. SIGTERM ends the command too."""
     with handled({signal.SIGTERM: interrupt}):
         process = subprocess.Popen(command)
         try:
             return process.wait()
         except BaseException:
-            end_processes([process], grace_s=STOP_S)  # torchrun hands it on to its workers
+            end_processes([process], grace_s=STOP_S)  # torchrun passes the signal on to its workers
             raise
 
 
@@ -108,16 +108,16 @@ def _run_job(
     shared = Path(job.path)
     if not (shared.is_dir() and os.access(shared, os.W_OK)):
         raise UserError(
-            "the claim is not mounted here, or cannot be written",
+            "the claim is not mounted here or is not writable",
             where=shared,
             hint=f"give the train step a profile with the volume {job.claim} at {job.path}",
         )
-    # The name is that of the work: the same training, started again, goes on in the folder where it stopped.
+    # The name identifies the training. Started again, the same training continues in its folder.
     name = f"distilldsm-fold{fold}-{sha256_json([settings, read_json(preprocessed / MANIFEST)['files'], fold])[:10]}"
     folder = shared / name
     data, params, result = folder / "preprocessed", folder / "params.yaml", folder / "model"
     folder.mkdir(exist_ok=True)
-    if not (result / MANIFEST).is_file():  # else what started it ended before it could collect the model
+    if not (result / MANIFEST).is_file():  # it exists if an earlier start ended before it collected the model
         if not data.is_dir():
             _copy(preprocessed, data)
         params.write_text(json.dumps(settings), encoding="utf-8")
@@ -133,7 +133,7 @@ def _run_job(
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a directory; `target` is either what it was or a whole copy."""
+    """Copy a directory. `target` is never half written: it stays as it was until the copy is complete."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -142,9 +142,9 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _require_complete(model: Path) -> None:
-    """Raise UserError where a file that the model's manifest lists is missing or another one."""
+    """Raise UserError if a file in the model's manifest is missing or has another SHA-256."""
     if not (model / MANIFEST).is_file():
-        raise UserError("the TrainJob is complete but left no model", where=model, hint="look at its log above")
+        raise UserError("the TrainJob is complete but left no model", where=model, hint="see its log above")
     for name, expected in read_json(model / MANIFEST)["files"].items():
         path = model / name
         if not path.is_file() or sha256_file(path) != expected:
@@ -164,12 +164,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--preprocessed", type=Path, default=Path("data/preprocessed"))
     parser.add_argument("--output", type=Path, default=None, help="default: models/fold<FOLD>")
-    parser.add_argument("--manifest-only", action="store_true", help="write the manifest, start nothing")
+    parser.add_argument("--manifest-only", action="store_true", help="only write the manifest")
     parser.add_argument("-o", "--manifest", type=Path, default=Path("trainjob.yaml"), help="(default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> None:
-    """One fold as a TrainJob, or its manifest."""
+    """Train one fold as a TrainJob, or write its manifest."""
     import yaml
 
     params = load_params(args.params, args.set)

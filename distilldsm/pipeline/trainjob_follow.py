@@ -1,4 +1,4 @@
-"""A TrainJob from its creation to its end: log and states are shown, and nothing of it stays on the cluster."""
+"""Follows a TrainJob from creation to end: shows its log and states, then deletes it from the cluster."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from distilldsm.pipeline.trainjob_manifest import TrainJobConfig
 
 ENDED = ("Complete", "Failed")
 LOG_LINES = 20
-"""Last lines of the log that an error shows."""
+"""Number of last log lines that an error shows."""
 REQUEST_S = (5, 30)
-"""Longest waits for the API server, connecting and reading: a deletion must not hang while a pod's grace runs out."""
+"""Connect and read timeouts of the API server, seconds: a deletion must end within the pod's grace period."""
 DELETE_ATTEMPTS = 3
 
 
 class JobExistsError(Exception):
-    """A job of that name is there already."""
+    """A job with that name exists already."""
 
 
 class JobGoneError(Exception):
-    """No job of that name is there."""
+    """There is no job with that name."""
 
 
 class TrainJobs:
     """The TrainJobs of a cluster, through Kubeflow Trainer's SDK.
 
     Args:
-        namespace: None: the one this runs in.
-        configuration: of Kubernetes' client; None: kubeconfig, or the pod's service account.
+        namespace: Kubernetes namespace; None: the current one.
+        configuration: for Kubernetes' client; None: kubeconfig, or the pod's service account.
 
     Raises:
         UserError: the cluster does not answer.
@@ -48,7 +48,7 @@ class TrainJobs:
         config = KubernetesBackendConfig(namespace=namespace, client_configuration=configuration)
         try:
             self._client = TrainerClient(backend_config=config)
-        except Exception as error:  # the SDK raises what its Kubernetes client does, of many kinds
+        except Exception as error:  # the SDK passes on many kinds of errors of its Kubernetes client
             raise UserError(
                 "the cluster does not answer",
                 seen=str(error)[:300],
@@ -59,28 +59,28 @@ class TrainJobs:
         self._address = ("trainer.kubeflow.org", "v1alpha1", backend.namespace, "trainjobs")
 
     def create(self, manifest: Mapping[str, Any]) -> None:
-        """Raises JobExistsError. (The SDK's own `train` builds a manifest without volumes.)"""
+        """Create a job; raises JobExistsError. (The SDK's own `train` builds a manifest without volumes.)"""
         with _translated(409, JobExistsError):
             self._objects.create_namespaced_custom_object(
                 *self._address, body=dict(manifest), _request_timeout=REQUEST_S
             )
 
     def state(self, name: str) -> str:
-        """Raises JobGoneError."""
+        """The job's state; raises JobGoneError."""
         try:
             return str(self._client.get_job(name).status)
         except Exception:
-            # The SDK says the same of a job that is gone, of its runtime and of a server that is away.
+            # The SDK raises the same error for a missing job, a missing runtime and a server that is away.
             with _translated(404, JobGoneError):
                 self._objects.get_namespaced_custom_object(*self._address, name, _request_timeout=REQUEST_S)
             raise
 
     def logs(self, name: str) -> Iterator[str]:
-        """From the first line; ends with the pod, or at once where there is none yet."""
+        """Log lines from the first one on. Ends with the pod, or at once if there is no pod yet."""
         yield from self._client.get_job_logs(name, follow=True)
 
     def delete(self, name: str) -> None:
-        """Raises JobGoneError."""
+        """Delete the job; raises JobGoneError."""
         with _translated(404, JobGoneError):
             self._objects.delete_namespaced_custom_object(*self._address, name, _request_timeout=REQUEST_S)
 
@@ -100,13 +100,14 @@ def _translated(status: int, to: type[Exception]) -> Iterator[None]:
 def follow(
     job: TrainJobConfig, name: str, built: Mapping[str, Any], api: TrainJobs, *, say: Callable[[str], None] = print
 ) -> None:
-    """Create a TrainJob, print its log and states, and wait for its end; it is deleted however this ends.
+    """Create a TrainJob, print its log and states, wait for its end, and delete it. Errors delete it too.
 
-    One of the same name that is running is followed instead: it was left by a pod that could not delete it.
+    If a job with this name is already running, it is followed instead: a pod ended before it could delete the job.
+    With `job.keep: failed`, a failed job is not deleted.
 
     Raises:
-        UserError: it cannot be created, failed, vanished, or took longer than `timeout_s`; with the log's last lines.
-        KeyboardInterrupt: cancelled (Ctrl-C, or SIGTERM as of a pod that is deleted).
+        UserError: the job cannot be created, fails, disappears or exceeds `timeout_s`; shows the log's last lines.
+        KeyboardInterrupt: cancelled by Ctrl-C or SIGTERM (a deleted pod).
     """
     log = _Log(api, name, job.poll_s, say)
     keep = False
@@ -130,16 +131,16 @@ def follow(
 def _wait(
     api: TrainJobs, name: str, job: TrainJobConfig, until: float, tail: Sequence[str], say: Callable[[str], None]
 ) -> str:
-    """The state in which the job ends; each change of it is shown."""
+    """Wait for the job's end and return its last state; print each change of the state."""
     state, is_away = "", False
     while True:
         try:
             new, is_away = api.state(name), False
         except JobGoneError:
-            raise _failure("the TrainJob has vanished", name, "deleted by somebody else", tail) from None
-        except Exception as error:  # a server that is away for a moment; the time limit ends it if it stays so
+            raise _failure("the TrainJob no longer exists", name, "deleted by somebody else", tail) from None
+        except Exception as error:  # the server may be away for a moment; if it stays away, the time limit ends this
             if not is_away:
-                say(f"{name}: its state cannot be read, trying on: {error}")
+                say(f"{name}: its state cannot be read, trying again: {error}")
             new, is_away = state, True
         if new != state:
             say(f"{name}: {new}")
@@ -147,38 +148,38 @@ def _wait(
         if state in ENDED:
             return state
         if time.monotonic() > until:
-            raise _failure("the TrainJob took too long", name, f"{job.timeout_s:g} s", tail)
+            raise _failure("the TrainJob exceeded its time limit", name, f"{job.timeout_s:g} s", tail)
         time.sleep(job.poll_s)
 
 
 def _create(
     api: TrainJobs, name: str, built: Mapping[str, Any], until: float, poll_s: float, say: Callable[[str], None]
 ) -> None:
-    """Create the job, or leave one that does the same work; one that has ended makes room."""
+    """Create the job. A running job with this name does the same work and is kept; an ended one is deleted first."""
     while True:
         try:
             api.create(built)
             return
         except JobExistsError:
             pass
-        except Exception as error:  # of Kubernetes' client, of many kinds
+        except Exception as error:  # Kubernetes' client raises many kinds
             raise UserError("the TrainJob cannot be created", where=name, seen=str(error)[:400]) from None
         try:
             if api.state(name) not in ENDED:
-                say(f"{name}: is there already and does the same work; following it")
+                say(f"{name}: exists already and does the same work; it is followed")
                 return
             api.delete(name)
         except JobGoneError:
             pass
         except Exception as error:
-            say(f"{name}: is there already, its state cannot be read: {error}")
+            say(f"{name}: exists already, but its state cannot be read: {error}")
         if time.monotonic() > until:
-            raise UserError("an ended TrainJob of this name is in the way", where=name, hint="delete it")
+            raise UserError("an ended TrainJob with this name could not be deleted", where=name, hint="delete it")
         time.sleep(poll_s)
 
 
 class _Log:
-    """Prints a job's log as it comes, each line once although every connection starts at the first line."""
+    """Prints a job's log as it comes. Each line is printed once, although each connection starts at the first line."""
 
     def __init__(self, api: TrainJobs, name: str, poll_s: float, say: Callable[[str], None]) -> None:
         self.tail: deque[str] = deque(maxlen=LOG_LINES)
@@ -191,7 +192,7 @@ class _Log:
         self._thread.start()
 
     def finish(self) -> None:
-        """Read what is left of the log of a job that has ended."""
+        """Read the rest of the log of an ended job."""
         self._ended.set()
         self._thread.join(timeout=30)
 
@@ -204,9 +205,9 @@ class _Log:
             last = self._ended.is_set()
             try:
                 self._read()
-            except Exception as error:  # the log is a help; the job's state decides
+            except Exception as error:  # the log only informs; the job's state decides
                 if not broken:
-                    self._say(f"{self._name}: the log broke off: {error}")
+                    self._say(f"{self._name}: the log was interrupted: {error}")
                 broken = True
             if last:
                 return
@@ -216,7 +217,7 @@ class _Log:
         for number, line in enumerate(self._api.logs(self._name)):
             text = line.rstrip("\n")
             if number < len(self._seen) and self._seen[number] != hash(text):
-                del self._seen[number:]  # another pod: the training has been started again
+                del self._seen[number:]  # a new pod: the training was started again
             if number == len(self._seen):
                 self._seen.append(hash(text))
                 self.tail.append(text)
@@ -232,7 +233,7 @@ def _delete(api: TrainJobs, name: str, poll_s: float, say: Callable[[str], None]
             return
         except Exception as error:
             if attempt + 1 == DELETE_ATTEMPTS:
-                say(f"{name}: could not be deleted ({error}); kubectl delete trainjob {name}")
+                say(f"{name}: could not be deleted ({error}); run: kubectl delete trainjob {name}")
             else:
                 time.sleep(poll_s)
 

@@ -1,4 +1,4 @@
-"""The manifest of a Kubeflow Trainer v2 TrainJob, and the check of manifests against their API's models."""
+"""Builds the manifest of a Kubeflow Trainer v2 TrainJob, and checks manifests against the models of their API."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from distilldsm.core.redaction import secret_in_address
 from distilldsm.pipeline.cluster import refuse_secrets
 
 NODE = "node"
-"""Name that Trainer's torch runtimes give to the training's pods and containers."""
+"""Name of the training's pods and containers in Trainer's torch runtimes."""
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "KFP_RUN_ID")
-"""Variables that the pods get from the process that starts them."""
+"""Environment variables that the pods get from the process that starts them."""
 
 
 Processes = Annotated[int, Range(1, 1024)]
 
 
 def passed_on() -> dict[str, str]:
-    """Those of PASSED_ON that are set here."""
+    """The variables of PASSED_ON that are set here, with their values."""
     return {key: os.environ[key] for key in PASSED_ON if key in os.environ}
 
 
 @dataclass(frozen=True, kw_only=True)
 class SecretVariable:
-    """An environment variable from a Kubernetes secret, which may be missing."""
+    """An environment variable from a Kubernetes secret. The secret may be missing."""
 
     name: str
     secret: str
@@ -38,7 +38,7 @@ class SecretVariable:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainJobConfig:
-    """A training on several machines."""
+    """Settings of a TrainJob, `conf/trainjob.yaml`: a training on several machines."""
 
     image: str
     """The train image."""
@@ -52,24 +52,24 @@ class TrainJobConfig:
     runtime: str = "torch-distributed"
     """ClusterTrainingRuntime."""
     namespace: str | None = None
-    """None: the one this runs in."""
+    """None: the current namespace."""
     cpu: str = "8"
     memory: str = "32Gi"
     gpu: str | None = "nvidia.com/gpu"
-    """Resource name of the GPUs, `processes` of them per node; null: CPU only."""
+    """Resource name of the GPUs; each node gets `processes` of them. null: CPU only."""
     shared_memory: str = "8Gi"
     """Size of /dev/shm."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
     tolerations: tuple[Mapping[str, str], ...] = ()
     env: Mapping[str, str] = field(default_factory=dict)
-    """Further environment variables, readable by everyone who may read the job."""
+    """More environment variables. Everyone who may read the job can read them."""
     secrets: tuple[SecretVariable, ...] = ()
     """Environment variables from Kubernetes secrets."""
     timeout_s: Positive = 86400.0
-    """After that the job is stopped and deleted."""
+    """Seconds until the job is stopped and deleted."""
     poll_s: Positive = 5.0
     keep: Literal["never", "failed"] = "never"
-    """Whether a failed job stays, for looking at it."""
+    """Whether a failed job stays on the cluster for inspection."""
 
     def __post_init__(self) -> None:
         if not self.path.startswith("/"):
@@ -81,14 +81,14 @@ class TrainJobConfig:
 
 
 def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapping[str, str]) -> dict[str, Any]:
-    """The TrainJob, checked by the models of Trainer's API.
+    """The TrainJob, checked against the models of Trainer's API.
 
     Args:
-        arguments: of `distilldsm.components.train`.
-        env: variables beside those of the job's own, which win.
+        arguments: command line of `distilldsm.components.train`.
+        env: environment variables; those of `job.env` override them.
 
     Raises:
-        ConfigError: the API's models refuse it, or a variable's address holds a user name or password.
+        ConfigError: the models reject it, or an address in a variable contains a secret.
     """
     resources = {"cpu": job.cpu, "memory": job.memory} | ({job.gpu: str(job.processes)} if job.gpu else {})
     replicated = {"name": NODE, "template": {"spec": {"template": {"spec": _pod(job)}}}}
@@ -125,15 +125,15 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
 
 
 def _variables(job: TrainJobConfig, env: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Environment variables, those of secrets by reference."""
+    """Environment variables. Those from secrets are references."""
     secret = {s.name for s in job.secrets}
     plain = {key: value for key, value in {**env, **job.env}.items() if key not in secret}
     for key, value in plain.items():
         if secret_in_address(value) is not None:
             raise ConfigError(
-                "an address with a secret would stand in the TrainJob for all to read",
+                "an address with a secret would be readable in the TrainJob",
                 where=key,
-                hint="leave it out of the address; MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
+                hint="remove it from the address; set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD as secrets",
             )
     variables: list[dict[str, Any]] = [{"name": key, "value": value} for key, value in plain.items()]
     variables += [
@@ -144,7 +144,7 @@ def _variables(job: TrainJobConfig, env: Mapping[str, str]) -> list[dict[str, An
 
 
 def _pod(job: TrainJobConfig) -> dict[str, Any]:
-    """What the training's pods have beside what the runtime gives them: volumes, no privilege, where they may run."""
+    """Additions to the runtime's pods: volumes, no privileges, and the nodes on which they may run."""
     return {
         "containers": [
             {
@@ -190,7 +190,7 @@ def check_manifest(built: Mapping[str, Any]) -> None:
 
 
 def check_against(model: Any, built: Mapping[str, Any], kind: str) -> None:
-    """Check a manifest against a model of its API, unknown fields included (the models silently drop those).
+    """Check a manifest against a model of its API, including unknown fields, which the models silently drop.
 
     Raises:
         ConfigError: a wrong type, a missing or an unknown field.
@@ -201,26 +201,26 @@ def check_against(model: Any, built: Mapping[str, Any], kind: str) -> None:
     try:
         known = model.from_dict(plain)
     except ValidationError as error:
-        raise ConfigError(f"is no {kind}", seen=" ".join(str(error).split())[:400]) from None
+        raise ConfigError(f"is not a valid {kind}", seen=" ".join(str(error).split())[:400]) from None
     lost = unknown_field(plain, json.loads(known.to_json()))
     if lost:
-        raise ConfigError(f"is no {kind}: a field that its API does not know", seen=lost)
+        raise ConfigError(f"is not a valid {kind}: its API does not have this field", seen=lost)
 
 
-def unknown_field(ours: Any, kept: Any, where: str = "") -> str | None:
-    """The first field of `ours` that is not in `kept`, what an API's model made of it; None: all are known."""
+def unknown_field(ours: Any, parsed: Any, where: str = "") -> str | None:
+    """The first field of `ours` that is missing in `parsed`, the API model's version of it; None: none is missing."""
     if isinstance(ours, dict):
-        if not isinstance(kept, dict):
+        if not isinstance(parsed, dict):
             return where
         for key, value in ours.items():
-            if key not in kept and value not in ({}, [], None):
+            if key not in parsed and value not in ({}, [], None):
                 return f"{where}.{key}".lstrip(".")
-            found = unknown_field(value, kept.get(key, value), f"{where}.{key}")
-            if found:
-                return found
-    if isinstance(ours, list) and isinstance(kept, list):
-        for number, (one, other) in enumerate(zip(ours, kept, strict=False)):
-            found = unknown_field(one, other, f"{where}[{number}]")
-            if found:
-                return found
+            unknown = unknown_field(value, parsed.get(key, value), f"{where}.{key}")
+            if unknown:
+                return unknown
+    if isinstance(ours, list) and isinstance(parsed, list):
+        for number, (one, other) in enumerate(zip(ours, parsed, strict=False)):
+            unknown = unknown_field(one, other, f"{where}[{number}]")
+            if unknown:
+                return unknown
     return None

@@ -80,7 +80,7 @@ def test_the_mlflow_runs_and_the_pipeline_run_lead_to_each_other(finished, monke
     assert (found["kind"], [run["mlflow_run_id"] for run in found["runs"]]) == ("dvc", [wanted])
     assert found["dvc_lock"]["data"] == {"data/raw": "abc.dir"}
     assert lineage(sha256[:10])["runs"] == found["runs"]
-    with pytest.raises(DataError, match="no identifier"):
+    with pytest.raises(DataError, match="no MLflow run has"):
         lineage("0123456789abcdef")
 
 

@@ -123,7 +123,7 @@ def test_draws_repeat_with_the_seed_and_pass_the_parameters_checks():
         ({"train.learning_rate": {"min": -1.0, "max": 1.0}}, "learning_rate"),
         ({"train.epochs": {"min": 1.5, "max": 3.0}}, "whole number"),
         ({"train.optimizer": {"values": ["adamw", "adamx"]}}, "did you mean"),
-        ({"preprocess.folds": {"values": [3]}}, "no parameter of the training"),
+        ({"preprocess.folds": {"values": [3]}}, "not a training parameter"),
         ({"train.epochs": {"values": [1], "min": 1, "max": 2}}, "either"),
         ({"train.epochs": {"min": 3, "max": 2}}, "not below"),
         ({"train.ema_decay": {"min": 0.0, "max": 0.5, "log": True}}, "positive"),

@@ -110,7 +110,7 @@ def test_unknown_fields_and_wrong_types_are_refused(path, value):
     for key in path[:-1]:
         inner = inner[key]
     inner[path[-1]] = value if value != [] else [{"name": "x"}]
-    with pytest.raises(ConfigError, match="no TrainJob"):
+    with pytest.raises(ConfigError, match="not a valid TrainJob"):
         check_manifest(built)
 
 
@@ -159,11 +159,11 @@ def test_a_failed_job_is_deleted_and_the_error_holds_its_last_lines():
 @pytest.mark.parametrize(
     ("states", "timeout_s", "words"),
     [
-        (["Running"], 0.02, "too long"),
-        (["Running", JobGoneError()], 60, "vanished"),
+        (["Running"], 0.02, "time limit"),
+        (["Running", JobGoneError()], 60, "no longer exists"),
         (["Running", ConnectionError("away"), ConnectionError("away"), "Complete"], 60, None),
     ],
-    ids=["too long", "vanished", "server away for a moment"],
+    ids=["time limit", "vanished", "server away for a moment"],
 )
 def test_however_a_job_ends_it_is_deleted(states, timeout_s, words):
     api = FakeApi(states)
@@ -179,7 +179,7 @@ def test_a_running_job_of_the_same_name_is_followed_and_an_ended_one_makes_room(
         api.jobs["n"] = manifest(job(), "n", [], {})
         said = followed(api)
         assert api.created == created
-        assert any("following it" in line for line in said) == (not created)
+        assert any("it is followed" in line for line in said) == (not created)
 
 
 @pytest.mark.parametrize(
