@@ -1,7 +1,7 @@
-"""Measures one case: header, voxels, label, and how well they agree. Reads everything and refuses nothing.
+"""Measures one case: header, voxels, label, and how well they agree. It reads all files and raises no errors.
 
-If a value breaks a rule, the user must know which file of the case to fix. So a measure may have details: one per
-file, with the value seen there.
+If a value breaks a rule, the user must know which file of the case to fix. So a measure can have details: one per
+file, with the value in that file.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ PERCENTILES = {"p0_5": 0.5, "p50": 50.0, "p99_5": 99.5}
 def measure_case(
     root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int], ignored: int | None = None
 ) -> CaseRow:
-    """Measure one case; never raises.
+    """Measure one case. It never raises.
 
     Args:
         root: the data set's root.
         channels: the declared channels.
-        labels: label name to value in the files.
-        ignored: value of the label `ignore`, where the data set declares one.
+        labels: label name to value in the label files.
+        ignored: value of the label `ignore`, if the data set declares it.
     """
     row = CaseRow()
     row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
-        with np.errstate(all="ignore"):  # a broken header may hold infinity
+        with np.errstate(all="ignore"):  # a broken header can contain infinity
             image, blank = _measure_images(row, root, case.images, channels, labels)
             _measure_label(row, root, case.label, labels, image, blank, ignored)
-    except Exception as error:  # whatever a damaged file provokes must not hide the findings of the other cases
+    except Exception as error:  # no error in one damaged file may hide the findings of the other cases
         row.note("read_error", case.images[0], first_line(error))
     errors = row.details.get("read_error", [])
     row.values["read_error"] = "; ".join(f"{e.file}: {e.seen}" for e in errors) or None
@@ -62,10 +62,10 @@ def measure_case(
 
 
 def voxels_of_largest_file(root: Path, case: Case) -> int:
-    """Number of voxels in the largest of a case's files, by the headers; 0 where none can be read."""
+    """Number of voxels in the case's largest file, according to the headers. 0 if no header can be read."""
     largest = 0
     for file in (*case.images, case.label):
-        with suppress(DataError):  # the measurement itself reports it
+        with suppress(DataError):  # the measurement reports this error later
             scan = read_file(root / file, refuse=lambda error: None)
             largest = max(largest, math.prod(scan.stored_shape))
     return largest
@@ -77,7 +77,7 @@ def _measure_images(
     """Measure header and voxels of all channels, one file in memory at a time.
 
     Returns:
-        The first file's grid, which the others must share, and where every channel is 0.
+        The first file's grid, which the other files must share; and a mask of the voxels that are 0 in every channel.
     """
     grids: list[Grid] = []
     dtypes: set[str] = set()
@@ -109,34 +109,34 @@ def _measure_images(
 
 
 def _dtype(scan: Scan) -> str:
-    """Number type in the file."""
+    """The number type in the file."""
     return str(scan.source.dtype if isinstance(scan.source, NiftiFile) else scan.channels[0].raw.dtype)
 
 
 class _Intensities:
-    """Measures of the voxels of all channels of a case."""
+    """Measures the voxels of all channels of a case."""
 
     def __init__(self, row: CaseRow, channels: Sequence[Channel], labels: Mapping[str, int]) -> None:
         self.row, self.channels, self.labels = row, channels, labels
         self.blank: Mask | None = None
-        """Where every channel is 0."""
+        """Mask of the voxels that are 0 in every channel."""
         self._digest = hashlib.sha256()
         self._voxels = self._finite = self._constant = self._count = 0
 
     def add(self, file: str, array: Float32) -> None:
         """Measure the next channel, (X, Y, Z)."""
         ordered = np.sort(array, axis=None) + np.float32(0)  # -0 is 0
-        # A scan that is stored in another orientation is no other scan.
+        # Sorted voxels and a sorted shape: the digest does not depend on the stored orientation.
         self._digest.update(str(sorted(array.shape)).encode())
         self._digest.update(ordered.data)
         empty = array == 0
         self.blank = empty if self.blank is None or self.blank.shape != empty.shape else self.blank & empty
         finite = np.isfinite(array)
-        good = int(finite.sum())
-        self._voxels, self._finite = self._voxels + array.size, self._finite + good
-        if good < array.size:
-            self.row.note("finite_fraction", file, f"{array.size - good} voxels are NaN or infinite")
-        values = array if good == array.size else array[finite]
+        finite_count = int(finite.sum())
+        self._voxels, self._finite = self._voxels + array.size, self._finite + finite_count
+        if finite_count < array.size:
+            self.row.note("finite_fraction", file, f"{array.size - finite_count} voxels are NaN or infinite")
+        values = array if finite_count == array.size else array[finite]
         channel = self.channels[self._count] if self._count < len(self.channels) else None
         self._count += 1
         if values.size and values.min() == values.max():
@@ -144,12 +144,12 @@ class _Intensities:
             self.row.note("constant_channels", file, f"every voxel is {float(values.flat[0]):g}")
         elif values.size:
             measure_content(self.row, file, array, values, self.labels)
-            if channel is None or channel.modality != "CT":  # air in CT is not 0, and is known not to be
+            if channel is None or channel.modality != "CT":  # in CT, air is expected to differ from 0
                 _measure_padding(self.row, file, array)
         _measure_percentiles(self.row, values[values != 0], channel)
 
     def finish(self, file: str, *, whole: bool) -> None:
-        """Write what was measured over all channels; `whole`: all files could be read. `file` is the first one."""
+        """Write the measures over all channels. `whole`: all files could be read. `file`: the first file."""
         row = self.row
         if not self._voxels:
             return
@@ -184,7 +184,7 @@ def _measure_percentiles(row: CaseRow, nonzero: Float32, channel: Channel | None
 
 
 def _measure_padding(row: CaseRow, file: str, array: Float32) -> None:
-    """Share of voxels with the value of the first corner, where that is not 0: padding that looks like tissue."""
+    """Measure the share of voxels equal to the first corner voxel, if that is not 0: padding that looks like tissue."""
     corner = array.flat[0]
     fraction = float((array == corner).mean()) if corner != 0 and np.isfinite(corner) else 0.0
     row.worst("padding_fraction", fraction)
@@ -230,7 +230,7 @@ def _measure_label(
 
 
 def _measure_whole_numbers(row: CaseRow, file: str, data: Float32) -> Float32:
-    """Measure how far a label is from whole numbers; returns its finite values, rounded."""
+    """Measure how far a label is from whole numbers. Returns its finite values, rounded."""
     finite = np.isfinite(data)
     if not finite.all():
         row.note("label_finite_fraction", file, f"{int((~finite).sum())} voxels are NaN or infinite")
@@ -249,7 +249,7 @@ def _measure_whole_numbers(row: CaseRow, file: str, data: Float32) -> Float32:
 def _measure_values(
     row: CaseRow, file: str, counts: Mapping[int, int], labels: Mapping[str, int], ignored: int | None
 ) -> None:
-    """Which values a label holds, which of them are not declared, and which declared ones it lacks."""
+    """Note the values in a label, those that are not declared, and the declared labels that are absent."""
     row.values["label_values"] = " ".join(str(v) for v in list(counts)[:20]) + (" ..." if len(counts) > 20 else "")
     undeclared = sorted(set(counts) - set(labels.values()) - {ignored})
     row.values["undeclared_values"] = " ".join(str(v) for v in undeclared[:20]) or None
@@ -261,7 +261,7 @@ def _measure_values(
 
 
 def _measure_foreground(row: CaseRow, file: str, foreground: Mask, blank: Mask | None) -> None:
-    """How much of the foreground (X, Y, Z) lies where the image is 0, and on the volume's border."""
+    """Measure the share of the foreground (X, Y, Z) where the image is 0, and the share on the volume's border."""
     inside = int(np.count_nonzero(foreground))
     if not inside:
         return
@@ -274,7 +274,7 @@ def _measure_foreground(row: CaseRow, file: str, foreground: Mask, blank: Mask |
 
 
 def _count(rounded: Float32) -> dict[int, int]:
-    """Voxels per whole number, ascending."""
+    """Number of voxels per whole number, in ascending order."""
     if rounded.size and rounded.min() >= 0 and rounded.max() <= 255:
         counts = np.bincount(rounded.astype(np.uint8).ravel(order="K"), minlength=256)
         return {int(v): int(counts[v]) for v in np.flatnonzero(counts)}

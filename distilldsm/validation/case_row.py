@@ -1,4 +1,4 @@
-"""One row of the case table, and where each of its values was seen."""
+"""One row of the case table, and the files where its values were seen."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Value = str | int | float | None
 
 @dataclass(frozen=True, kw_only=True)
 class Detail:
-    """What was seen in one file. `file` is relative to the data set's root, POSIX style."""
+    """What was seen in one file. `file` is relative to the data set's root, with forward slashes."""
 
     file: str
     seen: str
@@ -21,7 +21,7 @@ class Detail:
 
 @dataclass(frozen=True, kw_only=True)
 class CaseRow:
-    """One row of the case table: values by column (None where it could not be measured), details by column."""
+    """One row of the case table: values by column (None if it could not be measured) and details by column."""
 
     values: dict[str, Value] = field(default_factory=dict)
     details: dict[str, list[Detail]] = field(default_factory=dict)
@@ -30,7 +30,7 @@ class CaseRow:
         self.details.setdefault(column, []).append(Detail(file=file, seen=seen))
 
     def worst(self, column: str, value: float, *, largest: bool = True) -> bool:
-        """Keep the worst value over the files of a case; returns whether this is the worst so far."""
+        """Keep the worst value over the files of a case. Returns True if `value` is the worst so far."""
         known = self.values.get(column)
         if known is not None and (float(known) >= value if largest else float(known) <= value):
             return False

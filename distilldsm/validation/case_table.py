@@ -1,4 +1,4 @@
-"""The case table: one row a case with everything the expectation suite may ask about, and duplicates across cases."""
+"""The case table: one row per case with all values that the expectation suite can check; duplicates across cases."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 MEMORY_BYTES = 2_000_000_000
-"""What all workers together may take."""
+"""Memory limit of all workers together."""
 BYTES_PER_VOXEL = 24
-"""Peak of measuring one file: its voxels, a scaled copy, those that are not zero, masks."""
+"""Peak memory while one file is measured: its voxels, a scaled copy, the non-zero voxels, masks."""
 SERIAL_VOXELS = 4_000_000
-"""Below this much work starting processes costs more than it gains."""
+"""With fewer voxels in total, starting processes costs more than it saves."""
 
 
-ColumnOf = Literal["image", "label", "dataset"]
+ColumnSource = Literal["image", "label", "dataset"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,38 +38,38 @@ class Column:
 
     name: str
     kind: Literal["number", "text"]
-    of: ColumnOf
-    """Which of the case's files a finding on this column points to, where no detail names a file; `dataset`: it has the
-    same value for all cases, and a finding on it is told once, of the data set."""
+    source: ColumnSource
+    """The file that a finding on this column names, if no detail names one. `dataset`: the value is the same for all
+    cases, and the data set gets one finding instead of one per case."""
     meaning: str
 
 
-def _column(name: str, kind: Literal["number", "text"], of: ColumnOf, meaning: str) -> Column:
-    return Column(name=name, kind=kind, of=of, meaning=meaning)
+def _column(name: str, kind: Literal["number", "text"], source: ColumnSource, meaning: str) -> Column:
+    return Column(name=name, kind=kind, source=source, meaning=meaning)
 
 
 COLUMNS: tuple[Column, ...] = (
     _column("case", "text", "image", "case id"),
-    _column("patient", "text", "image", "patient; cases of one patient are never split"),
+    _column("patient", "text", "image", "patient; the cases of one patient always stay in the same fold"),
     _column("image", "text", "image", "first image file"),
     _column("label", "text", "label", "label file"),
     _column("read_error", "text", "image", "why a file of the case cannot be read; empty if all can"),
-    _column("header_error", "text", "image", "rules on headers that image or label break; empty if none"),
-    _column("surplus_bytes", "number", "image", "bytes behind the last voxel that the header declares, image or label"),
+    _column("header_error", "text", "image", "header rules that image or label break; empty if none"),
+    _column("surplus_bytes", "number", "image", "bytes after the last voxel that the header declares, image or label"),
     _column("geometry_told", "number", "image", "1 if image and label have a qform or an sform, else 0"),
     _column("header_flaws", "text", "image", "other flaws of the headers of image and label"),
     _column("channel_count", "number", "image", "channels found"),
     _column("channel_difference", "number", "image", "channels found minus channels declared"),
-    _column("channel_shapes_agree", "number", "image", "1 if all channel files have one shape, else 0"),
+    _column("channel_shapes_agree", "number", "image", "1 if all channel files have the same shape, else 0"),
     _column("channel_offset_mm", "number", "image", "largest corner distance between channel files, mm"),
     *(_column(f"shape_{a}", "number", "image", f"voxels along the scanner's {a} axis") for a in "xyz"),
     *(_column(f"spacing_{a}_mm", "number", "image", f"voxel size along the scanner's {a} axis, mm") for a in "xyz"),
     _column("spacing_min_mm", "number", "image", "finest voxel size, mm"),
     _column("spacing_max_mm", "number", "image", "coarsest voxel size, mm"),
-    _column("anisotropy", "number", "image", "coarsest over finest voxel size"),
+    _column("anisotropy", "number", "image", "coarsest divided by finest voxel size"),
     _column("orientation", "text", "image", "directions of the stored axes, e.g. RAS"),
     _column("voxel_volume_mm3", "number", "image", "volume of a voxel (affine's determinant), mm3"),
-    _column("pixdim_affine_difference", "number", "image", "header's voxel size against the affine's, relative"),
+    _column("pixdim_affine_difference", "number", "image", "relative difference of voxel size, pixdim against affine"),
     _column(
         "qform_sform_mm", "number", "image", "corner distance between qform and sform, mm; empty unless both are set"
     ),
@@ -78,22 +78,22 @@ COLUMNS: tuple[Column, ...] = (
     _column("finite_fraction", "number", "image", "share of image voxels that are finite"),
     _column("constant_channels", "number", "image", "channels whose voxels are all equal"),
     _column(
-        "padding_fraction", "number", "image", "share of voxels with the corner's value where that is not 0, not for CT"
+        "padding_fraction", "number", "image", "share of voxels equal to the corner voxel if that is not 0; not for CT"
     ),
     *(
         _column(f"intensity_{p}_{end}", "number", "image", f"{q:g} percentile of non-zero voxels, {end} over channels")
         for p, q in PERCENTILES.items()
         for end in ("min", "max")
     ),
-    _column("largest_intensity", "number", "image", "largest absolute voxel"),
-    _column("label_like_channels", "number", "image", "channels that hold nothing but declared label values"),
+    _column("largest_intensity", "number", "image", "largest absolute intensity"),
+    _column("label_like_channels", "number", "image", "channels that hold only declared label values"),
     _column(
         "neighbour_correlation",
         "number",
         "image",
-        "correlation of neighbours, smallest over axes and channels",
+        "correlation between neighbouring voxels, smallest over axes and channels",
     ),
-    _column("image_sha256", "text", "image", "hash of the image's voxels, whatever the geometry and orientation"),
+    _column("image_sha256", "text", "image", "hash of the image's voxels, independent of geometry and orientation"),
     _column("same_image_other_patient", "text", "image", "cases of other patients with the same image"),
     _column("same_image_same_patient", "text", "image", "other cases of this patient with the same image"),
     _column("label_dtype", "text", "label", "stored number type of the label"),
@@ -102,10 +102,10 @@ COLUMNS: tuple[Column, ...] = (
     _column("label_finite_fraction", "number", "label", "share of label voxels that are finite"),
     _column("label_deviation", "number", "label", "largest distance of a label value from a whole number"),
     _column("label_values", "text", "label", "label values found"),
-    _column("undeclared_values", "text", "label", "label values the data set does not declare"),
-    _column("ignored_voxels", "number", "label", "voxels of the label `ignore`; empty if none is declared"),
-    _column("absent_labels", "text", "label", "declared labels without a voxel"),
-    _column("labels_in_no_case", "text", "dataset", "declared labels of which no case has a voxel"),
+    _column("undeclared_values", "text", "label", "label values that the data set does not declare"),
+    _column("ignored_voxels", "number", "label", "voxels with the label `ignore`; empty if no such label is declared"),
+    _column("absent_labels", "text", "label", "declared labels that have no voxel in this case"),
+    _column("labels_in_no_case", "text", "dataset", "declared labels that have no voxel in any case"),
     _column("foreground_fraction", "number", "label", "share of voxels that are not background"),
     _column("border_fraction", "number", "label", "share of foreground voxels on the volume's border"),
     _column("blank_foreground_fraction", "number", "label", "share of foreground voxels where the image is 0"),
@@ -115,7 +115,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 def table_columns(index: DatasetIndex) -> tuple[Column, ...]:
-    """The columns of a data set's case table: the fixed ones, and one per channel and label."""
+    """The columns of a data set's case table: the fixed columns, then those per channel and per label."""
     per_channel = (
         _column(f"intensity_{p}[{c.name}]", "number", "image", f"{q:g} percentile of non-zero voxels of {c.name}")
         for c in index.channels
@@ -141,7 +141,7 @@ class CaseTable:
         return {str(row.values["case"]): row for row in self.rows}
 
     def frame(self) -> pd.DataFrame:
-        """The table for pandas: numbers as float64 (NaN where not measured), text as objects (None likewise)."""
+        """The table for pandas: numbers as float64 (NaN if not measured), text as objects (None if not measured)."""
         import pandas as pd
 
         return pd.DataFrame(
@@ -154,17 +154,17 @@ class CaseTable:
         )
 
     def details(self, case: str, column: str) -> list[Detail]:
-        """Which files of a case a value comes from; the value itself where nothing better was noted."""
+        """The files of a case that a value comes from. Without a note about the files: the value itself."""
         row = self.by_case[case]
         noted = row.details.get(column)
         if noted:
             return noted
-        of = next((c.of for c in self.columns if c.name == column), "image")
-        file = INDEX if of == "dataset" else str(row.values[of])
+        source = next((c.source for c in self.columns if c.name == column), "image")
+        file = INDEX if source == "dataset" else str(row.values[source])
         return [Detail(file=file, seen=f"{column} {show(row.values.get(column))}")]
 
     def write_csv(self, path: Path) -> None:
-        """One line a case, empty where a value could not be measured."""
+        """Write one line per case; a cell is empty if its value could not be measured."""
         with path.open("w", encoding="utf-8", newline="") as stream:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow([c.name for c in self.columns])
@@ -172,8 +172,8 @@ class CaseTable:
                 writer.writerow([show(row.values.get(c.name), empty="") for c in self.columns])
 
     def summary(self) -> dict[str, dict[str, Any]]:
-        """Per column: `min`, `median`, `max` of numbers, or the commonest values of text; `measured` cases."""
-        found: dict[str, dict[str, Any]] = {}
+        """Per column: `min`, `median`, `max` of numbers or the most frequent texts; number of `measured` cases."""
+        columns: dict[str, dict[str, Any]] = {}
         for column in self.columns:
             values = [v for row in self.rows if (v := row.values.get(column.name)) is not None]
             entry: dict[str, Any] = {"meaning": column.meaning, "measured": len(values)}
@@ -186,29 +186,29 @@ class CaseTable:
                     counts[str(value)] += 1
                 common = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
                 entry |= {"distinct": len(counts), "common": dict(common[:5])}
-            found[column.name] = entry
-        return found
+            columns[column.name] = entry
+        return columns
 
 
 def show(value: Value, *, empty: str = "none") -> str:
-    """A value as text: numbers with at most nine digits."""
+    """A value as text; floats with at most nine digits."""
     if value is None:
         return empty
     return f"{value:.9g}" if isinstance(value, float) else str(value)
 
 
 def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> CaseTable:
-    """Measure every case of a data set, in parallel; nothing below `root` is changed.
+    """Measure every case of a data set, in parallel. Nothing below `root` changes.
 
-    A case that cannot be read yields a row whose `read_error` says why.
+    A case that cannot be read gets a row with the reason in `read_error`.
 
     Args:
         root: the data set's root.
-        index: its cases, channels and labels.
-        workers: processes; 0 takes one per core. Fewer are used where large volumes would need too much memory.
+        index: the data set's cases, channels and labels.
+        workers: number of processes; 0: one per core. For large volumes fewer are used, to limit the memory.
 
     Raises:
-        UserError: a worker was killed, most likely for want of memory.
+        UserError: a worker was killed, most likely because memory ran out.
     """
     rows = tuple(progress(_measure_all(root, index, workers), total=len(index.cases), title="validate", unit="case"))
     _mark_duplicates(rows)
@@ -233,7 +233,7 @@ def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], 
 
 
 def _mark_duplicates(rows: Sequence[CaseRow]) -> None:
-    """Fill the columns that compare cases. Constant images and empty labels are alike without being copies."""
+    """Fill the columns that compare cases. Constant images and empty labels are skipped: equal ones are not copies."""
     images: dict[str, list[CaseRow]] = defaultdict(list)
     labels: dict[str, list[CaseRow]] = defaultdict(list)
     for row in rows:
@@ -254,10 +254,10 @@ def _mark_duplicates(rows: Sequence[CaseRow]) -> None:
 
 
 def _mark_labels_in_no_case(rows: Sequence[CaseRow], labels: Mapping[str, int]) -> None:
-    """Fill the column that names them. Cases whose label could not be measured do not count."""
+    """Fill the column of labels that no case has. Cases without a measured label do not count."""
     columns = [(name, f"volume_ml[{name}]") for name, value in labels.items() if value != 0]
     measured = [row for row in rows if all(column in row.values for _, column in columns)]
-    # A voxel without volume is another finding.
+    # The volume can also be 0 because a voxel has no volume; another rule reports that.
     nowhere = [
         name
         for name, column in columns

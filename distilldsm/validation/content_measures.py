@@ -12,18 +12,18 @@ from distilldsm.validation.case_row import CaseRow, Detail
 Float32 = npt.NDArray[np.float32]
 
 _BOX = 128
-"""Edge length, voxels, of the central box in which neighbours are compared. It is large enough, and fast."""
+"""Edge length, voxels, of the central box in which neighbours are compared: large enough, and fast."""
 _PAIRS = 200
-"""Smallest number of neighbouring pairs for a correlation."""
+"""Minimum number of neighbouring pairs for a correlation."""
 
 
 def measure_content(row: CaseRow, file: str, array: Float32, values: Float32, labels: Mapping[str, int]) -> None:
-    """Measure one channel whose voxels are not all alike.
+    """Measure one channel that has at least two different values.
 
     Args:
-        file: where it comes from, relative to the data set's root.
-        array: (X, Y, Z), or whatever shape the file has.
-        values: the finite ones of its voxels.
+        file: the channel's file, relative to the data set's root.
+        array: (X, Y, Z), or the shape of the file if it is another one.
+        values: its finite voxels.
         labels: label name to value in the label files.
     """
     row.values.setdefault("label_like_channels", 0)
@@ -32,10 +32,10 @@ def measure_content(row: CaseRow, file: str, array: Float32, values: Float32, la
         row.details["largest_intensity"] = [Detail(file=file, seen=f"voxels from {low:g} to {high:g}")]
     declared = sorted({0, *labels.values()})
     if low >= declared[0] and high <= declared[-1]:
-        found = np.unique(values)
-        if np.isin(found, declared).all():
+        distinct = np.unique(values)
+        if np.isin(distinct, declared).all():
             row.values["label_like_channels"] = int(row.values["label_like_channels"] or 0) + 1
-            row.note("label_like_channels", file, "only the values " + " ".join(f"{v:g}" for v in found))
+            row.note("label_like_channels", file, "only the values " + " ".join(f"{v:g}" for v in distinct))
     correlation = neighbour_correlation(array)
     if correlation is not None and row.worst("neighbour_correlation", correlation, largest=False):
         seen = f"correlation of neighbouring voxels {correlation:.2f}"
@@ -43,14 +43,14 @@ def measure_content(row: CaseRow, file: str, array: Float32, values: Float32, la
 
 
 def neighbour_correlation(array: Float32) -> float | None:
-    """Correlation between voxels and their next neighbours, the smallest over the axes; None where too few differ.
+    """Smallest correlation over the axes between voxels and their next neighbours. None if too few pairs can be used.
 
-    Voxels of 0 are left out: a blank background around noise would look smooth. About 0 where the bytes of the voxels
-    stand in the wrong order; images of bodies have 0.5 and more.
+    Voxels of 0 are left out, because a blank background around noise would look smooth. The value is about 0 if the
+    bytes of the voxels are in the wrong order. Images of bodies have 0.5 and more.
     """
     middle = tuple(slice(max(0, (n - _BOX) // 2), max(0, (n - _BOX) // 2) + _BOX) for n in array.shape)
     box = array[middle]
-    found: list[float] = []
+    correlations: list[float] = []
     for axis in range(box.ndim):
         before, after = np.moveaxis(box, axis, 0)[:-1], np.moveaxis(box, axis, 0)[1:]
         use = (before != 0) & (after != 0) & np.isfinite(before) & np.isfinite(after)
@@ -61,5 +61,5 @@ def neighbour_correlation(array: Float32) -> float | None:
         with np.errstate(all="ignore"):
             value = float((a * b).sum() / np.sqrt((a * a).sum() * (b * b).sum()))
         if np.isfinite(value):
-            found.append(round(value, 4))
-    return min(found, default=None)
+            correlations.append(round(value, 4))
+    return min(correlations, default=None)

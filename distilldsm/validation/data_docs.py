@@ -1,8 +1,8 @@
-"""Great Expectations' Data Docs of a validation: its own renderers, in a page frame without network and script.
+"""Great Expectations' Data Docs of a validation: its own renderers, in a page frame without network and scripts.
 
-What Great Expectations writes by itself loads styles, scripts and pictures from other machines, and holds times and
-random ids. Its templates of sections and tables are used as they are; replaced are the page around them, what folds by
-script (`<details>` does it too), and graphs.
+Great Expectations' original pages load styles, scripts and pictures from other machines, and contain times and random
+ids. Its templates of sections and tables are used unchanged. Replaced are the page around them, the scripts that fold
+sections (`<details>` does this too), and the graphs.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
     """Write `index.html` (the results) and `suite.html` (the expectations) into a new folder.
 
     Args:
-        outcome: Great Expectations' ExpectationSuiteValidationResult; what tells time and place is left out.
-        suite: its ExpectationSuite.
-        name: of the data set.
+        outcome: Great Expectations' ExpectationSuiteValidationResult; its time and place are left out.
+        suite: Great Expectations' ExpectationSuite.
+        name: name of the data set.
     """
     from great_expectations.render.renderer.page_renderer import (
         ExpectationSuitePageRenderer,
@@ -34,8 +34,8 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
     outcome = copy.deepcopy(outcome)
     for key in ("batch_markers", "active_batch_definition"):
         outcome.meta.pop(key, None)
-    for one in outcome.results:
-        one.result = _plain(one.result)
+    for result in outcome.results:
+        result.result = _plain(result.result)
     results = ValidationResultsPageRenderer(run_info_at_end=True).render(outcome)
     results.sections.pop()  # the run's name and time
     expectations = ExpectationSuitePageRenderer().render(suite)
@@ -49,7 +49,7 @@ def write_data_docs(folder: Path, outcome: Any, suite: Any, *, name: str) -> Non
 
 
 def _plain(value: Any) -> Any:
-    """NumPy's numbers as Python's, which is what the renderers take; text escaped, as tables take it for HTML."""
+    """NumPy's numbers as Python's numbers, which the renderers need; text escaped, because tables insert it as HTML."""
     from markupsafe import escape
 
     if isinstance(value, str):
@@ -62,13 +62,13 @@ def _plain(value: Any) -> Any:
 
 
 def _view() -> Any:
-    """Great Expectations' view with our frame."""
+    """Great Expectations' page view with our page frame."""
     from great_expectations.render.view import DefaultJinjaPageView
     from jinja2 import ChoiceLoader, PackageLoader
 
     view = DefaultJinjaPageView()
-    ours = PackageLoader("distilldsm.report", "templates/data_docs")
-    view.env.loader = ChoiceLoader([ours, view.env.loader])
+    our_templates = PackageLoader("distilldsm.report", "templates/data_docs")
+    view.env.loader = ChoiceLoader([our_templates, view.env.loader])
     numbers = itertools.count()
     view.env.filters["generate_html_element_uuid"] = lambda prefix=None: f"{prefix or ''}{next(numbers)}"
     return view

@@ -36,13 +36,13 @@ class Rule:
     expectation: str
     """A core expectation of Great Expectations 1.x, e.g. `expect_column_values_to_be_between`."""
     column: str | None = None
-    """Column of the case table; left out for expectations on the whole table or on several columns."""
+    """Column of the case table. Omitted for expectations on the whole table or on several columns."""
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the expectation, e.g. `min_value: 0`."""
     severity: Severity
-    """`error`: the case cannot be used; `warning`: it can, but somebody should look."""
+    """`error`: the case cannot be used. `warning`: the case can be used, but somebody should look at it."""
     message: str
-    """What a violation means."""
+    """What is wrong if the rule is broken."""
     hint: str
     """How to fix it."""
 
@@ -81,7 +81,7 @@ class _SuiteFile:
 
 @dataclass(frozen=True, kw_only=True)
 class Suite:
-    """Checked rules: they fit the case table's columns and Great Expectations."""
+    """Checked rules: they fit the case table's columns, and Great Expectations accepts them."""
 
     path: str
     rules: tuple[Rule, ...]
@@ -94,7 +94,7 @@ class Finding:
     case: str | None
     """None if the rule is about the whole data set."""
     file: str
-    """Relative to the data set's root, POSIX style."""
+    """Relative to the data set's root, with forward slashes."""
     rule: str
     severity: Severity
     seen: str
@@ -108,17 +108,17 @@ def load_suite(
     columns: Sequence[Column],
     bounds: Mapping[str, tuple[float | None, float | None]],
 ) -> Suite:
-    """Read a suite, add the data set's own bounds and check that every rule can be run.
+    """Read a suite, add the data set's own bounds, and check that every rule can run.
 
     Args:
-        path: the suite's YAML.
+        path: the suite's YAML file.
         columns: the case table's columns.
-        bounds: column to [low, high], None for open. They replace the suite's between-expectations on that column;
-            [None, None] only takes those away.
+        bounds: column to [low, high]; None: no limit. They replace the suite's between-expectations on that column;
+            [None, None] removes these and sets no limit.
 
     Raises:
-        ConfigError: unknown key, column or expectation, arguments that the expectation does not take, a rule's name
-            used twice, or impossible bounds.
+        ConfigError: unknown key, column or expectation, arguments that the expectation does not accept, a rule name
+            that is used twice, or impossible bounds.
     """
     where = os.fspath(path)
     loaded = load_yaml(Path(path), hint="correct validate.suite; conf/expectations.yaml is the shipped one")
@@ -195,7 +195,7 @@ def _check_rule(rule: Rule, kinds: Mapping[str, str], where: str) -> None:
 
 @contextmanager
 def _great_expectations() -> Iterator[Any]:
-    """The library, imported here only (it takes seconds), without telemetry and without its log lines."""
+    """Import the library (only here, because it takes seconds), without telemetry and without its log lines."""
     os.environ["GX_ANALYTICS_ENABLED"] = "false"
     logger = logging.getLogger("great_expectations")
     level = logger.level
@@ -254,17 +254,17 @@ def _unknown_expectation(name: str, known: Sequence[str], where: str) -> ConfigE
 
 @dataclass(frozen=True, kw_only=True)
 class Checked:
-    """A case table that the suite was run over."""
+    """The result of running the suite on a case table."""
 
     findings: tuple[Finding, ...]
-    """One for each rule, case and file; errors first, then in the order of the suite and the cases."""
+    """One per rule, case and file. Errors come first, then the order of the suite and of the cases."""
     outcome: Any
     """Great Expectations' ExpectationSuiteValidationResult."""
     expectations: Any
-    """Its ExpectationSuite."""
+    """Great Expectations' ExpectationSuite."""
 
     def write_data_docs(self, folder: Path, *, name: str) -> None:
-        """Write Great Expectations' own pages into a new folder, see data_docs.py."""
+        """Write Great Expectations' own pages into a new folder; see data_docs.py."""
         from distilldsm.validation.data_docs import write_data_docs
 
         with _great_expectations():
@@ -277,7 +277,7 @@ def check_table(table: CaseTable, suite: Suite) -> tuple[Finding, ...]:
 
 
 def run_suite(table: CaseTable, suite: Suite) -> Checked:
-    """Run the suite over the case table.
+    """Run the suite on the case table.
 
     Raises:
         ConfigError: a rule cannot be evaluated on its column, e.g. numeric limits on text.
@@ -299,8 +299,8 @@ def run_suite(table: CaseTable, suite: Suite) -> Checked:
     order = {case: k for k, case in enumerate(table.by_case)}
     findings: list[Finding] = []
     for rule in suite.rules:
-        found = list(_findings(rule, results[rule.rule], table, suite.path))
-        findings += sorted(found, key=lambda f: order.get(f.case or "", -1))
+        of_rule = list(_findings(rule, results[rule.rule], table, suite.path))
+        findings += sorted(of_rule, key=lambda f: order.get(f.case or "", -1))
     ordered = tuple(sorted(findings, key=lambda f: f.severity != "error"))
     return Checked(findings=ordered, outcome=outcome, expectations=expectation_suite)
 
@@ -326,8 +326,8 @@ def _findings(rule: Rule, result: Any, table: CaseTable, path: str) -> Iterator[
         "hint": rule.hint,
     }
     unexpected = result.result.get("unexpected_index_list")
-    if unexpected and {c.of for c in table.columns if c.name in rule.columns} == {"dataset"}:
-        values = table.by_case[str(unexpected[0]["case"])].values  # the same for all
+    if unexpected and {c.source for c in table.columns if c.name in rule.columns} == {"dataset"}:
+        values = table.by_case[str(unexpected[0]["case"])].values  # the same for all cases
         yield Finding(case=None, file=INDEX, seen=", ".join(show(values.get(c)) for c in rule.columns), **common)
         return
     if not unexpected:  # an expectation on the whole column or table
@@ -346,7 +346,7 @@ def _findings(rule: Rule, result: Any, table: CaseTable, path: str) -> Iterator[
 
 
 def _exceptions(info: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    """Great Expectations reports one exception as a mapping, several as a mapping of mappings."""
+    """Great Expectations reports one exception as a mapping, and several as a mapping of mappings."""
     if "raised_exception" in info:
         yield info
         return

@@ -1,6 +1,6 @@
-"""What is measured on a file's header and bytes: can it be read, and does the header describe what follows it.
+"""Measures a file's header and bytes: can the file be read, and does the header describe the bytes correctly?
 
-What a header may say is decided by the reader's own rules (distilldsm/io/header_rules.py): here they are collected.
+distilldsm/io/header_rules.py defines which headers are valid. This module only collects the violations.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from distilldsm.io.scan import corner_distance_mm
 from distilldsm.validation.case_row import CaseRow, listed
 
 _HARMLESS = ("pixdim[1,2,3]", "vox offset")
-"""What nibabel says of voxel sizes is a rule of its own; an odd place of the voxels is read rightly by everybody."""
+"""Ignored nibabel remarks: another rule checks voxel sizes, and all programs read an unusual voxel offset correctly."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What is kept of a measured file: its name in the data set, and where it lies."""
+    """The facts that are kept about a measured file: its name in the data set, and its grid."""
 
     file: str
     shape: tuple[int, int, int]
@@ -35,11 +35,11 @@ class Grid:
 
 
 def open_file(row: CaseRow, root: Path, file: str) -> Scan | None:
-    """Read a file to its end; notes why it cannot be used, and the flaws of its header."""
+    """Read a file to its end. Notes why it cannot be used, or which flaws its header has."""
     broken: list[DataError] = []
     try:
         scan = read_file(root / file, refuse=broken.append)
-        rules = list(broken)  # voxels that are not finite come later, and are counted by case_measures
+        rules = list(broken)  # non-finite voxels are found later, and case_measures counts them
         scan.load()
     except DataError as error:
         row.note("read_error", file, error.problem + (f" ({error.seen})" if error.seen is not None else ""))
@@ -54,15 +54,15 @@ def open_file(row: CaseRow, root: Path, file: str) -> Scan | None:
 
 
 def _measure_soundness(row: CaseRow, file: str, nifti: NiftiFile) -> None:
-    """Flaws that one program repairs in silence and another does not."""
+    """Note flaws that some programs repair silently and others do not."""
     surplus = nifti.surplus_bytes or 0
     row.worst("surplus_bytes", surplus)
     if surplus:
-        row.note("surplus_bytes", file, f"{surplus} bytes more than {nifti.shape} of {nifti.dtype} take")
+        row.note("surplus_bytes", file, f"{surplus} bytes more than shape {nifti.shape} of {nifti.dtype} needs")
     raw = nifti.raw_header
-    told = int(raw["qform_code"]) > 0 or int(raw["sform_code"]) > 0
-    row.worst("geometry_told", int(told), largest=False)
-    if not told:
+    has_geometry = int(raw["qform_code"]) > 0 or int(raw["sform_code"]) > 0
+    row.worst("geometry_told", int(has_geometry), largest=False)
+    if not has_geometry:
         row.note("geometry_told", file, "qform_code 0, sform_code 0")
     flaws = _flaws(nifti)
     if flaws:
@@ -71,32 +71,32 @@ def _measure_soundness(row: CaseRow, file: str, nifti: NiftiFile) -> None:
 
 
 def _flaws(nifti: NiftiFile) -> list[str]:
-    """What nibabel says of a header, and a qform that is no rotation."""
+    """The flaws that nibabel finds in a header, and a qform that is not a rotation."""
     raw = nifti.raw_header
     report = type(raw).diagnose_binaryblock(raw.binaryblock, raw.endianness)
     flaws = [line for line in report.splitlines() if not line.startswith(_HARMLESS)]
-    if float(raw["pixdim"][0]) == 0:  # the standard says what this means
+    if float(raw["pixdim"][0]) == 0:  # the NIfTI standard defines the meaning of 0
         flaws = [line for line in flaws if "qfac" not in line]
     if int(raw["qform_code"]) > 0 and _qform(nifti.header) is None:
-        flaws.append("the qform is no rotation: quaternion " + listed([float(raw[f"quatern_{k}"]) for k in "bcd"]))
+        flaws.append("the qform is not a rotation: quaternion " + listed([float(raw[f"quatern_{k}"]) for k in "bcd"]))
     return flaws
 
 
 def _qform(header: Any) -> Affine | None:
-    """The geometry in the qform; None where its quaternion is longer than 1 or not finite."""
+    """The geometry in the qform. None if its quaternion is longer than 1 or not finite."""
     try:
         affine = header.get_qform()
-    except Exception:  # nibabel raises many kinds
+    except Exception:  # nibabel raises many types
         return None
     return affine if np.isfinite(affine).all() else None
 
 
 def measure_header(row: CaseRow, file: str, scan: Scan) -> None:
-    """Unit and voxel size of an image file, worst over the files of a case."""
+    """Measure unit and voxel size of an image file; the row keeps the worst value over the files of a case."""
     if not isinstance(scan.source, NiftiFile):
         return
     raw, header = scan.source.raw_header, scan.source.header
-    unit = length_unit(raw) or "unheard of"
+    unit = length_unit(raw) or "undefined"
     if row.values.get("spatial_unit") in (None, "mm", "unknown"):
         row.values["spatial_unit"] = unit
     if unit not in ("mm", "unknown"):
@@ -116,7 +116,7 @@ def measure_header(row: CaseRow, file: str, scan: Scan) -> None:
 
 
 def measure_geometry(row: CaseRow, scan: Scan) -> None:
-    """Shape and spacing in the order of the scanner's axes (RAS: x left-right, y back-front, z feet-head)."""
+    """Measure shape and spacing in the order of the scanner's axes (RAS: x left-right, y back-front, z feet-head)."""
     affine, order = scan.affine, [0, 1, 2]
     if np.isfinite(affine).all():
         orientation = nib.orientations.io_orientation(affine)
@@ -133,14 +133,14 @@ def measure_geometry(row: CaseRow, scan: Scan) -> None:
 
 
 def compare_grids(row: CaseRow, a: Grid, b: Grid, agrees: str, offset: str) -> None:
-    """Compare b's grid with a's: shape into column `agrees` (1 or 0), corner distance into column `offset`."""
+    """Compare grid b with grid a. Column `agrees` gets 1 or 0 for the shape, `offset` the corner distance, mm."""
     if a.shape != b.shape:
         row.values[agrees] = 0
         row.note(agrees, b.file, f"shape {listed(b.shape)}, but {listed(a.shape)} in {a.file}")
         return
     distance = corner_distance_mm(a.affine, b.affine, a.shape)
     if not np.isfinite(distance):
-        return  # reported by header_error
+        return  # header_error reports it
     row.worst(offset, distance)
     if distance > 0:
         row.note(

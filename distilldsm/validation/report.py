@@ -1,4 +1,4 @@
-"""The validation report: one JSON with all findings of all cases, and the same as one HTML page without network."""
+"""The validation report: one JSON file with all findings of all cases, and one HTML page that needs no network."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TABLE = (
 
 
 def make_report(index: DatasetIndex, table: CaseTable, suite: Suite, findings: Sequence[Finding]) -> dict[str, Any]:
-    """Everything the stage found, as plain JSON types.
+    """All results of the stage, as plain JSON types.
 
-    A case with a finding of severity error is excluded, every other one accepted. The report holds no time and no
-    path of this machine: the same data and suite give the same bytes.
+    A case with a finding of severity error is excluded; all other cases are accepted. The report contains no time and
+    no local path: the same data and suite give the same bytes.
     """
     excluded: dict[str, list[str]] = {}
     for finding in findings:
@@ -68,7 +68,7 @@ def make_report(index: DatasetIndex, table: CaseTable, suite: Suite, findings: S
 
 
 def render_html(report: Mapping[str, Any], table: CaseTable) -> str:
-    """The report as one page that loads nothing."""
+    """The report as one HTML page that loads nothing."""
     dataset = report["dataset"]
     about = {
         "channels": ", ".join(f"{name} ({modality})" for name, modality in dataset["channels"].items()),
@@ -93,7 +93,7 @@ def render_html(report: Mapping[str, Any], table: CaseTable) -> str:
 
 
 def _finding_lines(findings: Sequence[Mapping[str, Any]], severity: str) -> list[tuple[Any, ...]]:
-    """What a finding says; below its message the name of the rule."""
+    """The cells of the table of findings. The name of the rule stands below the message."""
     return [
         (f["case"] or "(data set)", f["file"], (f["message"], f["rule"]), f["seen"], f["allowed"], f["hint"])
         for f in findings
@@ -102,7 +102,7 @@ def _finding_lines(findings: Sequence[Mapping[str, Any]], severity: str) -> list
 
 
 def _column_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str, int, str]]:
-    """Of the case table's columns, one each: name, meaning, cases in which it was measured, what was seen."""
+    """One line per column of the case table: name, meaning, number of measured cases, values seen."""
     lines = []
     for column, entry in summary.items():
         if "min" in entry:
@@ -118,7 +118,7 @@ def _column_lines(summary: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, s
 
 
 def _case_lines(report: Mapping[str, Any], table: CaseTable) -> list[tuple[list[str], dict[str, str]]]:
-    """Of each case the cells below the headings of _TABLE, and the rules that it breaks with their severity."""
+    """Per case: the cells below the headings of _TABLE, and the broken rules with their severity."""
     broken: dict[str, dict[str, str]] = {}
     for finding in report["findings"]:
         if finding["case"] is not None:
