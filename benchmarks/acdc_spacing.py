@@ -1,10 +1,10 @@
-"""Writes a copy of an ACDC archive whose headers tell an estimated in-plane spacing in place of a lost one.
+"""Copies an ACDC archive and writes an estimated in-plane spacing into its headers, where the true one was lost.
 
     python -m benchmarks.acdc_spacing /data/Dataset127_ACDC.tar build/Dataset127_ACDC_spacing.tar
 
-For copies in which every header says 1.5 x 1.5 x 10 mm. Scanners vary the matrix far more than the field of view, so
-the spacing is taken as FIELD_OF_VIEW_MM over the pixels of the longer side: 1.5 mm at 256 pixels, 0.75 mm at 512. The
-rule looks at the size of the images only, never at labels. Voxels stay as they are; slices stay 10 mm apart.
+Use it for archives in which every header says 1.5 x 1.5 x 10 mm. Scanners vary the matrix far more than the field of
+view. The estimated spacing is therefore FIELD_OF_VIEW_MM divided by the pixels of the longer side: 1.5 mm at 256
+pixels, 0.75 mm at 512. The rule uses only the image size, never the labels. Voxels and slice distance do not change.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import nibabel
 import numpy as np
 
 FIELD_OF_VIEW_MM = 384.0
-"""Of the longer side; 1.5 mm, the nominal spacing, at the most frequent 256 pixels."""
+"""Field of view along the longer side: 256 pixels (the most frequent size) x 1.5 mm (the nominal spacing)."""
 
 
 def with_estimated_spacing(content: bytes, field_of_view_mm: float = FIELD_OF_VIEW_MM) -> bytes:
-    """A .nii.gz file's bytes with another spacing along its first two axes; the image's centre stays where it is."""
+    """Change the spacing of the first two axes in the bytes of a .nii.gz file. The image centre keeps its position."""
     image = nibabel.Nifti1Image.from_bytes(gzip.decompress(content))
     rows, columns = image.shape[:2]
     spacing = field_of_view_mm / max(rows, columns)

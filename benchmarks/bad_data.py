@@ -1,11 +1,11 @@
-"""Plants at least a thousand damages in copies of good cases and tells which of them validation finds.
+"""Damages copies of good cases in more than a thousand ways and measures how many damages validation finds.
 
-    python -m benchmarks.bad_data                                    # made cases
+    python -m benchmarks.bad_data                                    # synthetic cases
     python -m benchmarks.bad_data --real PATH/Task04_Hippocampus     # a folder or its .tar
 
-Every damaged case is a copy of a good one, changed a little so that it is nobody's twin, then damaged. Undamaged copies
-stand beside them, and the good data set is validated as it is: any finding there is a false alarm. Prints a table in
-Markdown; the exit code is 1 if a damage was missed, told wrongly, or a good case accused of an error.
+Each case is a copy of a good one, changed slightly (duplicates would be a finding), then damaged. Undamaged copies and
+the original data set are validated, too: any finding there is a false alarm. Prints a Markdown table. The exit code is
+1 if a damage was missed or reported with the wrong file or rule, or if a good case has an error.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ SUITE = ROOT / "conf" / "expectations.yaml"
 
 
 def processor_seconds() -> float:
-    """What this process and its finished workers have computed so far: unlike the clock not lengthened by others."""
+    """CPU seconds of this process and its finished workers. Other programs on the machine do not change them."""
     return sum(os.times()[:4])
 
 
 def validated(root: Path, index: DatasetIndex, workers: int = 0) -> tuple[tuple[Finding, ...], float, float]:
-    """What the stage `validate` does with a data set; findings, seconds and processor seconds."""
+    """Validate a data set as the stage `validate` does. Returns findings, seconds and CPU seconds."""
     started, computed = time.perf_counter(), processor_seconds()
     suite = load_suite(SUITE, table_columns(index), {})
     table = build_case_table(root, index, workers=workers)
@@ -48,7 +48,7 @@ def validated(root: Path, index: DatasetIndex, workers: int = 0) -> tuple[tuple[
 
 
 def base_cases(real: Path | None, work: Path) -> tuple[Path, DatasetIndex]:
-    """Good cases: the real data set, unpacked where it is an archive, or made ones."""
+    """Good cases: the real data set (an archive is unpacked), else synthetic ones."""
     if real is None:
         return work, write_dataset(work, 40)
     root = real
@@ -58,11 +58,11 @@ def base_cases(real: Path | None, work: Path) -> tuple[Path, DatasetIndex]:
 
 
 def table_of(planted: Sequence[Planted], findings: Sequence[Finding]) -> tuple[list[str], int]:
-    """Lines of a Markdown table, one kind of damage each, and how many were missed or told wrongly."""
-    told = by_case(findings)
+    """Lines of a Markdown table, one per kind of damage, and the number of damages missed or reported wrongly."""
+    reported = by_case(findings)
     counts: dict[str, Counter[str]] = {name: Counter() for name in DAMAGES}
     for one in planted:
-        found, named = one.outcome(told)
+        found, named = one.outcome(reported)
         counts[one.damage.name].update(planted=1, found=int(found), named=int(named))
     lines = ["| damage | rules | planted | found | file and rule right | missed |", "|---|---|---|---|---|---|"]
     total: Counter[str] = Counter()
@@ -104,7 +104,7 @@ def main() -> int:
     total = len(hit) + len(good)
     print("\n".join(lines))
     print(f"\n{machine()}")
-    print(f"{len(planted)} damages in {len(hit)} cases, {wrong} of them missed or told wrongly")
+    print(f"{len(planted)} damages in {len(hit)} cases, {wrong} of them missed or reported wrongly")
     print(f"{len(good)} undamaged cases beside them: {len(false_alarms)} false alarms")
     print(f"{len(index.cases)} cases of {index.name} as they are: {len(real_alarms)} alarms")
     for number, clock, cores in ((total, seconds, computed), (len(index.cases), real_seconds, real_computed)):

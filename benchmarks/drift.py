@@ -1,9 +1,9 @@
-"""How often `distilldsm drift` is wrong: false alarms on held-out cases, and what it detects.
+"""Measures how often `distilldsm drift` gives a false alarm on held-out cases, and which changes it detects.
 
     python -m benchmarks.drift --work DIR hippocampus=Task04_Hippocampus.tar acdc=Dataset127_ACDC.tar
 
-Per data set the fingerprint is that of fold 0's training cases; its held-out cases should be inside. They should be
-outside after each change below, and so should the cases of the other data sets. No network is trained.
+For each data set, the reference is the fingerprint of fold 0's training cases. Its held-out cases should show no drift;
+after each change below, and in the cases of the other data sets, drift should be found. No network is trained.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from distilldsm.io import Channel, Scan
 FloatArray = npt.NDArray[np.float32]
 Change = Callable[[FloatArray, npt.NDArray[np.float64]], tuple[FloatArray, npt.NDArray[np.float64]]]
 PATIENTS = {"acdc": r"^(patient\d+)"}
-"""How a data set's case ids name the patient, where a patient has several cases."""
+"""Pattern of the patient in the case ids of data sets with several cases per patient."""
 SETS = 200
 SET_SIZE = 10
 
@@ -79,7 +79,7 @@ def _prepare(name: str, source: str, work: Path) -> tuple[Path, DatasetIndex]:
 
 
 def measured(root: Path, index: DatasetIndex, case_id: str, plan: Plan, change: Change) -> dict[str, float]:
-    """The measures of one case after a change, without its label."""
+    """The drift measures of one case after a change, without its label."""
     case = next(c for c in index.cases if c.id == case_id)
     scan, _ = load_case(root, case, index)
     changed = [change(data, scan.affine) for data in scan.intensities()]
@@ -88,20 +88,20 @@ def measured(root: Path, index: DatasetIndex, case_id: str, plan: Plan, change: 
 
 
 def _rates(rows: list[dict[str, float]], known: Mapping[str, Reference]) -> dict[str, object]:
-    found = [check_scan(row, known) for row in rows]
+    by_scan = [check_scan(row, known) for row in rows]
     random = np.random.default_rng(0)
     size = min(SET_SIZE, len(rows))
     sets = [check_set([rows[k] for k in random.choice(len(rows), size, replace=False)], known) for _ in range(SETS)]
     named: dict[str, int] = {}
-    for one in found:
+    for one in by_scan:
         for finding in one[:1]:
             named[finding.measure] = named.get(finding.measure, 0) + 1
     return {
         "scans": len(rows),
-        "drift": sum(any(not o.undone for o in one) for one in found) / len(rows),
-        "told_as_undone": sum(any(o.undone for o in one) for one in found) / len(rows),
+        "drift": sum(any(not o.undone for o in one) for one in by_scan) / len(rows),
+        "reported_as_undone": sum(any(o.undone for o in one) for one in by_scan) / len(rows),
         "sets_of_10": sum(any(not f.undone for f in one) for one in sets) / SETS,
-        "sets_told_as_undone": sum(any(f.undone for f in one) for one in sets) / SETS,
+        "sets_reported_as_undone": sum(any(f.undone for f in one) for one in sets) / SETS,
         "first_named": dict(sorted(named.items(), key=lambda item: -item[1])[:4]),
     }
 

@@ -1,9 +1,10 @@
-"""Runs the pipeline on made volumes of full clinical size; tells seconds and peak memory, by stage and by case.
+"""Runs the pipeline on synthetic volumes of full clinical size. Prints seconds and peak memory per stage and case.
 
     python -m benchmarks.full_size pancreas       # CT 512 x 512 x 120 at 0.8 x 0.8 x 2.5 mm
     python -m benchmarks.full_size brats2020      # four channels of 240 x 240 x 155 at 1 mm
 
-The volumes show ellipsoids in noise in the layout of the published data set: right for time and memory, not for scores.
+The volumes show ellipsoids in noise, in the layout of the published data set. Time and memory are realistic, scores are
+not.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ VALUES = {"pancreas": (1, 2), "brats2020": (2, 1, 4)}
 
 
 def made(name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Image (X, Y, Z) and label: a body, in it an organ with nested parts."""
+    """Image and label, both (X, Y, Z): a body with an organ that has nested parts."""
     shape, _ = SIZES[name]
     rng = np.random.default_rng(seed)
     x, y, z = np.ogrid[: shape[0], : shape[1], : shape[2]]
@@ -46,7 +47,7 @@ def made(name: str, seed: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write(name: str, root: Path, cases: int) -> Path:
-    """The data set on disk; returns what `download.source` is to name."""
+    """Write the data set to disk. Returns the value for `download.source`."""
     affine = np.diag([*SIZES[name][1], 1.0])
     training = []
     for k in range(cases):
@@ -99,7 +100,7 @@ def main() -> None:
         rows["predict"] = measure([sys.executable, "-m", "distilldsm", *predict], work)
         plan = json.loads((work / "data/preprocessed/plan.json").read_text())
     held_out = -(-args.cases // 2)
-    # download, validation and preprocessing see all cases; training two patches of each case of the other fold.
+    # Download, validation and preprocessing process all cases; training takes two patches per case of the other fold.
     of = {"train": (args.cases - held_out) * 2, "evaluate": held_out, "export": held_out, "predict": 1}
     shape, spacing = SIZES[args.dataset]
     print(f"\n{machine()}; {args.cases} cases of {shape} voxels at {spacing} mm")

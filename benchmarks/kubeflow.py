@@ -1,4 +1,4 @@
-"""What Kubeflow adds: seconds to compile, of the whole pipeline in subprocesses, and of a component over its stage.
+"""Measures Kubeflow's overhead: seconds to compile, for the pipeline in subprocesses, and per component over its stage.
 
     python -m benchmarks.kubeflow [--repeats 5]
 
@@ -39,7 +39,7 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def command(folder: Path, *arguments: str) -> None:
-    """Run a Python module in `folder`; its output only matters where it fails."""
+    """Run a Python module in `folder`. Its output is shown only if it fails."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "DO_NOT_TRACK": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     environment.pop("MLFLOW_TRACKING_URI", None)
     done = subprocess.run(
@@ -50,7 +50,7 @@ def command(folder: Path, *arguments: str) -> None:
 
 
 def component_seconds(folder: Path, repeats: int) -> list[float]:
-    """Seconds of the component `check`, which only loads the parameters: what every component costs at least."""
+    """Seconds of the component `check`, which only loads the parameters: the least that any component costs."""
     import contextlib
     import io
     import warnings

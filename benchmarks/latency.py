@@ -1,13 +1,13 @@
-"""Speed of the networks, each against the plain 2-D U-Net of the same widths, in one run.
+"""Measures the speed of the networks relative to the plain 2-D U-Net of the same widths, all in one run.
 
     python -m benchmarks.latency                 # everything
     python -m benchmarks.latency --only torch    # training steps only; on a GPU where there is one
     python -m benchmarks.latency --json
 
-Random weights, one modality, three classes. `openvino`: whole volumes in float32, at OpenVINO's own precision (`auto`,
-bf16 where the CPU has it) and in INT8. `torch`: training steps (forward, backward, AdamW) in channels-last. Runs are
-interleaved; ratios are of medians. `peak`: the speed of a chain of dense 3x3 convolutions with 128 channels, and the
-share of it that a network reaches.
+The networks have random weights, one modality and three classes. `openvino` measures whole volumes in float32, at
+OpenVINO's default precision (`auto`: bf16 if the CPU supports it) and in INT8. `torch` measures training steps
+(forward, backward, AdamW) in channels-last. Runs are interleaved; ratios compare medians. `peak` is the speed of a
+chain of dense 3x3 convolutions with 128 channels; the output gives each network's share of it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Median = dict[str, float]
 
 
 class SameWidthUNet3D(SegmentationNetwork):
-    """The 2-D U-Net of the paper with 3x3x3 convolutions, pooled and upsampled along the depth too."""
+    """The paper's 2-D U-Net with 3x3x3 convolutions. Pooling and upsampling include the depth axis."""
 
     stride = (16, 16, 16)
     depth_halo = None
@@ -83,7 +83,7 @@ def network(name: str) -> SegmentationNetwork:
 
 
 def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> Median:
-    """Median seconds of each, one after the other in every round; the first round does not count."""
+    """Median seconds of each run. Every round runs all of them in turn; the first round is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for k in range(repeats + 1):
         for name, run in runs.items():
@@ -95,7 +95,7 @@ def interleaved(runs: Mapping[str, Callable[[], object]], repeats: int) -> Media
 
 
 def compiled(path: Path, shape: Sequence[int], precision: str) -> Callable[[], object]:
-    """An OpenVINO model for one size, as a function that runs it."""
+    """Compile an OpenVINO model for one input shape. Returns a function that runs it."""
     from distilldsm.inference.engines import openvino_core
 
     core = openvino_core()
@@ -108,7 +108,7 @@ def compiled(path: Path, shape: Sequence[int], precision: str) -> Callable[[], o
 
 
 def quantise(source: Path, target: Path) -> None:
-    """An INT8 IR, calibrated on noise: good for its speed only."""
+    """Write an INT8 IR that is calibrated on noise: only its speed is meaningful."""
     import openvino
 
     from distilldsm.export.int8 import _quiet
@@ -126,7 +126,7 @@ def quantise(source: Path, target: Path) -> None:
 
 
 def openvino_seconds(shape: Sequence[int], repeats: int) -> dict[str, Any]:
-    """Whole volumes through every network in every precision, and the machine's convolution speed."""
+    """Measure whole volumes for every network and precision, and the machine's convolution speed."""
     from distilldsm.export.onnx_export import export_onnx
     from distilldsm.export.openvino_export import export_openvino
 
@@ -159,13 +159,13 @@ def openvino_seconds(shape: Sequence[int], repeats: int) -> dict[str, Any]:
         }
     exact = found["f32"]["seconds"]["distill_dsm"]
     found["speedup_over_f32"] = {p: round(exact / found[p]["seconds"]["distill_dsm"], 2) for p in ("auto", "int8")}
-    # What OpenVINO does when nothing is asked for.
+    # The ratios at OpenVINO's default precision.
     found |= {key: value for key, value in found["auto"].items() if key.startswith("distill_dsm_vs")}
     return found
 
 
 def convolution_peak(root: Path, repeats: int) -> dict[str, float]:
-    """Multiply-accumulates a second of dense 3x3 convolutions, by precision."""
+    """Multiply-accumulates per second of dense 3x3 convolutions, by precision."""
     from distilldsm.export.openvino_export import export_openvino
 
     channels, layers, shape = 128, 8, (16, 128, 48, 48)
@@ -191,7 +191,7 @@ def convolution_peak(root: Path, repeats: int) -> dict[str, float]:
 
 
 def torch_seconds(shape: Sequence[int], repeats: int, batch: int = 2) -> dict[str, Any]:
-    """Training steps in bf16 and float32, on a GPU where there is one."""
+    """Measure training steps in bf16 and float32, on the GPU if there is one."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     image = torch.randn(batch, 1, *shape, device=device)
     truth = torch.randint(0, CLASSES, (batch, *shape), device=device)
@@ -224,7 +224,7 @@ def torch_seconds(shape: Sequence[int], repeats: int, batch: int = 2) -> dict[st
 
 
 def ratios(seconds: Median) -> dict[str, float]:
-    """Distill DSM's time over the others'."""
+    """Distill DSM's time divided by the time of each other network."""
     own = seconds["distill_dsm"]
     return {f"distill_dsm_vs_{name}": round(own / v, 3) for name, v in seconds.items() if name != "distill_dsm"}
 
@@ -232,8 +232,8 @@ def ratios(seconds: Median) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=("openvino", "torch"))
-    parser.add_argument("--volume", type=int, nargs=3, default=(96, 128, 128), help="of openvino: depth height width")
-    parser.add_argument("--patch", type=int, nargs=3, default=(32, 64, 64), help="of torch")
+    parser.add_argument("--volume", type=int, nargs=3, default=(96, 128, 128), help="for openvino: depth height width")
+    parser.add_argument("--patch", type=int, nargs=3, default=(32, 64, 64), help="for torch: depth height width")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()

@@ -1,9 +1,9 @@
-"""Many small cases through download, validate, preprocess and one epoch: seconds and peak memory of each stage.
+"""Runs many small cases through download, validate, preprocess and one epoch. Prints seconds and peak memory per stage.
 
     python -m benchmarks.load                     # 1,000 and 10,000 cases of 16 x 16 x 16 voxels
     python -m benchmarks.load --cases 500 5000
 
-Memory must not grow with the number of cases: the table's last line is the ratio of the peaks.
+Memory must not grow with the number of cases. The last line of the table is the ratio of the memory peaks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SIZE = 16
 
 
 def write_case(folder: Path, number: int) -> None:
-    """One volume with a ball in it, and the ball's label; every case another image."""
+    """Write one volume with a ball, and its label. Every case has a different image."""
     rng = np.random.default_rng(number)
     grid = np.indices((SIZE, SIZE, SIZE)) - rng.uniform(6, 10, (3, 1, 1, 1))
     label = ((grid**2).sum(0) < rng.uniform(9, 25)).astype(np.uint8)
@@ -37,7 +37,7 @@ def write_case(folder: Path, number: int) -> None:
 
 
 def write_dataset(folder: Path, cases: int) -> None:
-    """A data set in the layout of the Medical Segmentation Decathlon."""
+    """Write a data set in the layout of the Medical Segmentation Decathlon."""
     for name in ("imagesTr", "labelsTr"):
         (folder / name).mkdir(parents=True)
     with ProcessPoolExecutor() as pool:
@@ -57,7 +57,7 @@ def write_dataset(folder: Path, cases: int) -> None:
 
 
 def measured(cases: int, work: Path) -> dict[str, dict[str, float]]:
-    """Seconds and peak memory by stage."""
+    """Run the stages on `cases` cases. Returns seconds and peak memory per stage."""
     work.mkdir()
     write_dataset(work / "balls", cases)
     shutil.copytree(ROOT / "conf", work / "conf")

@@ -1,13 +1,13 @@
-"""The same volumes through other people's software, on the CPU, with random weights everywhere.
+"""Compares the speed with nnU-Net and MONAI: the same volumes, on the CPU, all networks with random weights.
 
     python -m benchmarks.peers nnunet --data PATH/Task04_Hippocampus.tar    # needs: pip install nnunetv2
     python -m benchmarks.peers monai
 
-`nnunet`: nnU-Net plans the data set itself; its network and ours in OpenVINO (float32) on one whole volume, then
-`nnUNetv2_predict` (default settings, one fold) against `distilldsm predict`, file to file, one scan and ten.
-`monai`: MONAI's sliding-window inferer with its UNet in PyTorch against ours in OpenVINO, float32: network and inferer
-alone, and file to file (MONAI's transforms to read, turn, normalise and
-save). Both print JSON; runs are interleaved, ratios are of medians.
+`nnunet`: nnU-Net plans the data set. First its network and ours run in OpenVINO (float32) on one whole volume; then
+`nnUNetv2_predict` (default settings, one fold) and `distilldsm predict` run from file to file, on one scan and on ten.
+`monai`: MONAI's UNet and sliding-window inferer in PyTorch, and our network in OpenVINO, both float32. First without
+files, then from file to file (MONAI's transforms read, reorient, normalise and save). Both print JSON. Runs are
+interleaved; ratios compare medians.
 """
 
 from __future__ import annotations
@@ -36,12 +36,12 @@ WINDOW = (96, 96, 96)
 
 
 def padded(shape: Sequence[int], stride: Sequence[int]) -> tuple[int, ...]:
-    """The next larger sizes that the stride divides."""
+    """The shape, rounded up to multiples of the stride."""
     return tuple(-(-n // s) * s for n, s in zip(shape, stride, strict=True))
 
 
 def nnunet(data: Path, work: Path, repeats: int) -> dict[str, Any]:
-    """nnU-Net's hippocampus network and its command."""
+    """Compare with nnU-Net's network for the hippocampus and with its command."""
     for name in ("raw", "preprocessed", "results"):
         (work / name).mkdir(parents=True, exist_ok=True)
         os.environ[f"nnUNet_{name}"] = str(work / name)
@@ -89,7 +89,7 @@ def nnunet(data: Path, work: Path, repeats: int) -> dict[str, Any]:
 
 
 def planned(data: Path, work: Path) -> tuple[dict[str, Any], str]:
-    """nnU-Net's 3d_fullres configuration of the data set, made by nnU-Net; and the data set's folder name."""
+    """nnU-Net's own 3d_fullres configuration for the data set, and the data set's folder name."""
     from nnunetv2.dataset_conversion.convert_MSD_dataset import convert_msd_dataset
     from nnunetv2.experiment_planning.plan_and_preprocess_api import extract_fingerprints, plan_experiments
 
@@ -111,7 +111,7 @@ def planned(data: Path, work: Path) -> tuple[dict[str, Any], str]:
 
 
 def nnunet_network(plans: dict[str, Any]) -> Any:
-    """The planned network for one channel and three classes, as it is used for prediction."""
+    """The planned network for one channel and three classes, in prediction mode."""
     import torch
     from nnunetv2.utilities.get_network_from_plans import get_network_from_plans
 
@@ -128,14 +128,14 @@ def nnunet_network(plans: dict[str, Any]) -> Any:
 
 
 def to_onnx(network: Any, path: Path, shape: Sequence[int]) -> None:
-    """A network of any kind, for one size."""
+    """Export a PyTorch network to ONNX for one input shape."""
     import torch
 
     torch.onnx.export(network, (torch.zeros(1, 1, *shape),), path, dynamo=True, verbose=False, external_data=False)
 
 
 def save_checkpoint(network: Any, work: Path, folder: str) -> None:
-    """What nnU-Net's training leaves, as far as its prediction reads it."""
+    """Write the files of an nnU-Net training that nnU-Net's prediction reads."""
     import torch
 
     target = work / "results" / folder / "nnUNetTrainer__nnUNetPlans__3d_fullres"
@@ -156,7 +156,7 @@ def save_checkpoint(network: Any, work: Path, folder: str) -> None:
 
 
 def command(line: Sequence[Any], output: Path) -> Any:
-    """A function that runs a command which writes to an empty directory."""
+    """A function that empties the directory `output` and runs a command that writes to it."""
 
     def run() -> None:
         shutil.rmtree(output, ignore_errors=True)
@@ -170,7 +170,7 @@ def command(line: Sequence[Any], output: Path) -> Any:
 
 
 def monai_network() -> tuple[Any, Any]:
-    """MONAI's UNet (16 to 256 channels, two residual units) and its sliding window."""
+    """MONAI's UNet (16 to 256 channels, two residual units) and its sliding-window inferer."""
     import torch
     from monai.inferers import SlidingWindowInferer
     from monai.networks.nets import UNet
@@ -189,7 +189,7 @@ def monai_network() -> tuple[Any, Any]:
 
 
 def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str, Any]:
-    """MONAI's network and inferer, alone and file to file."""
+    """Compare with MONAI's network and inferer, without files and from file to file."""
     import nibabel as nib
     import torch
 
@@ -227,7 +227,7 @@ def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str
 
 
 def monai_files(inputs: Path, output: Path) -> None:
-    """Scans to masks as a script on MONAI does it."""
+    """Segment scans as a typical MONAI script does."""
     import torch
     from monai.transforms import Compose, LoadImage, NormalizeIntensity, Orientation, SaveImage
 
@@ -245,7 +245,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("nnunet", "monai", "monai-files"))
     parser.add_argument("--data", type=Path, help="Task04_Hippocampus.tar of the Medical Segmentation Decathlon")
-    parser.add_argument("--inputs", type=Path, help="of monai-files, which monai runs")
+    parser.add_argument("--inputs", type=Path, help="only for monai-files, which monai starts")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmark-peers")
     parser.add_argument("--repeats", type=int, default=5)

@@ -1,11 +1,11 @@
-"""Runs the pipeline on one data set and tells, for each stage, seconds and peak memory, and at the end the scores.
+"""Runs the pipeline on one data set. Prints seconds and peak memory of each stage, and the Dice scores.
 
     python -m benchmarks.pipeline dataset=hippocampus download.source=PATH/Task04_Hippocampus.tar
     python -m benchmarks.pipeline dataset=sample model=unet2d
 
-The arguments are those of `distilldsm compose`. Everything is written below --work (default: build/benchmark), nothing
-elsewhere. Memory is the sum of the proportional set sizes (PSS) of the stage's process and all its children, sampled
-up to ten times a second: what the stage really takes, shared pages counted once.
+The arguments are those of `distilldsm compose`. All files are written below --work (default: build/benchmark). Memory
+is the sum of the proportional set sizes (PSS) of the stage's process and all its children, sampled up to ten times a
+second. PSS counts shared pages only once.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ PER_FOLD = ("train", "evaluate", "export")
 
 
 def tree_memory(process: psutil.Process) -> int:
-    """PSS of a process and its children, bytes."""
+    """PSS of a process and all its children, in bytes."""
     total = 0
     for one in [process, *process.children(recursive=True)]:
         try:
@@ -39,7 +39,7 @@ def tree_memory(process: psutil.Process) -> int:
 
 
 def measure(command: Sequence[str], work: Path) -> dict[str, float]:
-    """Run a command in `work`; its seconds and peak memory (GB)."""
+    """Run a command in `work`. Returns its seconds and peak memory (GB)."""
     started = time.perf_counter()
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(command, cwd=work, env=environment)
@@ -51,7 +51,7 @@ def measure(command: Sequence[str], work: Path) -> dict[str, float]:
             peak = max(peak, tree_memory(watched))
         except psutil.NoSuchProcess:
             break
-        # Reading PSS walks all pages: it may take two percent of one core, no more.
+        # Reading PSS walks all pages: limit it to two percent of one core.
         time.sleep(max(0.1, 50 * (time.perf_counter() - before)))
     if process.wait() != 0:
         raise SystemExit(f"{' '.join(command)} failed with exit code {process.returncode}")
@@ -59,7 +59,7 @@ def measure(command: Sequence[str], work: Path) -> dict[str, float]:
 
 
 def machine() -> str:
-    """CPU model and cores."""
+    """CPU model and number of cores."""
     model = platform.processor()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -72,7 +72,7 @@ def machine() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of distilldsm compose, e.g. dataset=hippocampus train.epochs=30")
+    parser.add_argument("overrides", nargs="*", help="as for distilldsm compose, e.g. dataset=acdc train.epochs=30")
     parser.add_argument("--fold", type=int, default=0)
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmark")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
@@ -81,7 +81,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "conf").exists():
         (work / "conf").symlink_to(ROOT / "conf")
-    # Relative paths in the overrides mean the caller's folder, not the work folder.
+    # Relative paths in the overrides refer to the caller's folder, not to the work folder.
     overrides = [
         f"{key}={Path(value).resolve()}" if key == "download.source" and Path(value).exists() else o
         for o in args.overrides

@@ -1,9 +1,9 @@
-"""Memory and start-up time of `distilldsm predict`, of a paper-size Distill DSM with random weights.
+"""Measures memory and start-up time of `distilldsm predict` with a paper-size Distill DSM of random weights.
 
-    python -m benchmarks.predict memory        # made CT volumes 512 x 512 x {200, 400, 800}; peak memory of the command
-    python -m benchmarks.predict cold-start    # one hippocampus-sized volume: median of 5 whole commands
+    python -m benchmarks.predict memory        # peak memory for synthetic CT, 512 x 512 x {200, 400, 800} voxels
+    python -m benchmarks.predict cold-start    # seconds for one hippocampus-sized volume: median of 5 commands
 
-Both print JSON. Model and volumes are made below --work (default: build/benchmark-predict) and kept.
+Both print JSON. Model and volumes are created below --work (default: build/benchmark-predict) and kept.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 from benchmarks.pipeline import ROOT, machine
 
 CT_SPACING_MM = (0.78, 0.78, 1.25)
-"""(x, y, z) of the made CT; the plan resamples to 0.8 x 0.8 x 2.5 mm."""
+"""Spacing (x, y, z) of the synthetic CT. The plan resamples to 0.8 x 0.8 x 2.5 mm."""
 
 
 def ct_plan() -> Any:
@@ -50,7 +50,7 @@ def ct_plan() -> Any:
 
 
 def small_plan() -> Any:
-    """A plan for hippocampus: 1 mm, a z-score per case."""
+    """A plan for hippocampus: spacing 1 mm, z-score per case."""
     from distilldsm.data.dataset import Channel
     from distilldsm.data.plan import Normalisation
 
@@ -66,7 +66,7 @@ def small_plan() -> Any:
 
 
 def make_model(directory: Path, plan: Any, name: str = "distill_dsm", **options: Any) -> None:
-    """An exported model directory of a network with random weights, as the export stage lays it out."""
+    """Write a network with random weights as an exported model directory, in the layout of the export stage."""
     import torch
 
     from distilldsm.core.files import sha256_file, write_json
@@ -115,7 +115,7 @@ def make_model(directory: Path, plan: Any, name: str = "distill_dsm", **options:
 
 
 def write_ct(path: Path, slices: int) -> None:
-    """A made CT, 512 x 512 x `slices` int16: an ellipse of tissue with blobs and noise in air."""
+    """Write a synthetic CT, 512 x 512 x `slices`, int16: an ellipse of tissue in air, with an organ and noise."""
     import nibabel as nib
     import numpy as np
 
@@ -132,7 +132,7 @@ def write_ct(path: Path, slices: int) -> None:
 
 
 def run_command(arguments: Sequence[str]) -> tuple[float, float, str]:
-    """Run `distilldsm` in a process of its own: seconds, its peak resident memory (MB), what it printed."""
+    """Run `distilldsm` in a new process. Returns seconds, peak resident memory (MB) and printed text."""
     started = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-m", "distilldsm", *arguments], cwd=ROOT, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -145,7 +145,7 @@ def run_command(arguments: Sequence[str]) -> tuple[float, float, str]:
 
 
 def memory(work: Path, slices: Sequence[int], engine: str, extra: Sequence[str]) -> dict[str, Any]:
-    """Peak memory of the command per depth of the volume."""
+    """Measure the peak memory of the command for volumes of several depths."""
     model = work / "ct"
     if not model.exists():
         make_model(model, ct_plan())
@@ -177,7 +177,7 @@ def memory(work: Path, slices: Sequence[int], engine: str, extra: Sequence[str])
 
 
 def cold_start(work: Path, runs: int, engine: str) -> dict[str, Any]:
-    """Median seconds of the whole command for one small volume."""
+    """Measure the median seconds of the whole command for one small volume."""
     import nibabel as nib
     import numpy as np
 
@@ -204,7 +204,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "benchmark-predict")
     parser.add_argument("--engine", choices=("openvino", "onnx", "torch"), default="openvino")
     parser.add_argument("--slices", type=int, nargs="+", default=[200, 400, 800])
-    parser.add_argument("--runs", type=int, default=5, help="of the cold start")
+    parser.add_argument("--runs", type=int, default=5, help="repetitions of cold-start")
     args, extra = parser.parse_known_args()
     args.work.mkdir(parents=True, exist_ok=True)
     if args.what == "memory":

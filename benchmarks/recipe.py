@@ -1,15 +1,14 @@
-"""Tries variants of a recipe on one fold or more, several at a time, each resumable; keeps a table of the scores.
+"""Trains variants of a recipe on one or more folds, several at a time, and collects the scores in a table.
 
     python -m benchmarks.recipe dataset=hippocampus download.source=PATH/Task04_Hippocampus.tar train.epochs=12 \\
         --variant base --variant "lr-8e-3: train.learning_rate=0.008" --fold 0 --jobs 2
 
-The arguments are those of `distilldsm compose`; a variant adds its own. A stage whose parameters two variants share
-runs once. Everything is written below --work (default: build/recipe); `results.csv` there gains a row for each variant
-and fold. Of several folds (--fold 0 1 2 3 4) the table of the cross-validation is printed for each variant; folds done
-by earlier calls are read, not computed again. Several variants are compared case by case with the first one, as
-`distilldsm compare` does: printed, and written to `comparison.csv` and `comparison.png` there; with --ensemble the
-mean of all variants' networks is one more. What is chosen by this must be reported on other folds, or on all of them
-(docs/recipe.md).
+The arguments are those of `distilldsm compose`; each variant adds its own. A stage with the same parameters in two
+variants runs once; interrupted calls resume. All files are written below --work (default: build/recipe). There,
+`results.csv` gets a row for each variant and fold. With several folds (--fold 0 1 2 3 4) the cross-validation table of
+each variant is printed; folds of earlier calls are not computed again. Several variants are compared case by case with
+the first one, as `distilldsm compare` does (also in `comparison.csv` and `comparison.png`). --ensemble adds the mean of
+all variants' networks. A variant that was chosen this way must be reported on other folds, or on all (docs/recipe.md).
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ ENSEMBLE = "mean of all"
 
 
 def digest(*values: Any) -> str:
-    """A short name for parameters."""
+    """A short hash of parameters, for file names."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:10]
 
 
 def compose(work: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Parameters of a variant: their file and their values."""
+    """Write the parameters of a variant. Returns their file and their values."""
     import yaml
 
     target = work / f"params-{digest(overrides)}.yaml"
@@ -51,7 +50,7 @@ def compose(work: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
 
 
 def stage(work: Path, name: str, arguments: list[str], output: Path, threads: int) -> None:
-    """Run a stage unless its output is there; what variants or other calls share is made once, by the first."""
+    """Run a stage unless its output exists. Variants and parallel calls share outputs: only the first one computes."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
     log = work / "logs" / f"{name}-{output.name}.log"
     log.parent.mkdir(exist_ok=True)
@@ -66,7 +65,7 @@ def stage(work: Path, name: str, arguments: list[str], output: Path, threads: in
 
 
 def data_folders(work: Path, params: dict[str, Any]) -> tuple[Path, Path, Path]:
-    """Where the raw, validated and preprocessed data of these parameters lie: variants share them."""
+    """Folders of the raw, validated and preprocessed data. Variants with the same parameters share them."""
     parts = [params[name] for name in ("download", "validate", "preprocess")]
     names = ("raw", "validation", "preprocessed")
     raw, checked, prepared = (work / f"{name}-{digest(*parts[: k + 1])}" for k, name in enumerate(names))
@@ -74,7 +73,7 @@ def data_folders(work: Path, params: dict[str, Any]) -> tuple[Path, Path, Path]:
 
 
 def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads: int) -> tuple[Path, Path]:
-    """All stages of one variant and fold up to the scores; returns the folders of the model and of its evaluation."""
+    """Run all stages of one variant and fold up to evaluation. Returns the folders of the model and its evaluation."""
     path, params = compose(work, [*overrides, "tracking.enabled=false", "evaluate.save_masks=false"])
     raw, checked, prepared = data_folders(work, params)
     prepared_key = prepared.name.removeprefix("preprocessed-")
@@ -104,7 +103,7 @@ def run_variant(work: Path, name: str, overrides: list[str], fold: int, threads:
 def average(
     work: Path, variants: list[tuple[str, list[str]]], models: list[Path], fold: int, threads: int
 ) -> tuple[Path, Path]:
-    """Score the mean of the variants' networks; returns the folders of the first model and of the evaluation."""
+    """Evaluate the ensemble of all variants. Returns the folders of the first model and of the evaluation."""
     overrides = [*variants[0][1], "tracking.enabled=false", "evaluate.save_masks=false"]
     path, params = compose(work, overrides)
     raw, _, prepared = data_folders(work, params)
@@ -117,7 +116,7 @@ def average(
 
 
 def tell(work: Path, name: str, fold: int, scored: Path, overrides: str, took: dict[str, Any]) -> None:
-    """Keep the scores of a fold in the table, and print them."""
+    """Add the scores of a fold to the table and print them."""
     metrics = json.loads((scored / "metrics.json").read_text())
     row = {
         "variant": name,
@@ -135,7 +134,7 @@ def tell(work: Path, name: str, fold: int, scored: Path, overrides: str, took: d
 
 
 def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
-    """The table of a cross-validation: fold to the folders of its model and its evaluation."""
+    """The table of a cross-validation. `folds` gives the folders of the model and the evaluation of each fold."""
     from distilldsm.evaluation.fold_table import format_table, summarise
     from distilldsm.evaluation.folds import load_folds
 
@@ -149,7 +148,7 @@ def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
 
 
 def compare_variants(found: dict[str, list[Path]], work: Path) -> str:
-    """The evaluated folds of every variant against those of the first one; also written below `work`."""
+    """Compare the evaluated folds of every variant with those of the first one. Also writes the result below `work`."""
     from distilldsm.evaluation import comparison
     from distilldsm.evaluation.trainings import load_training
 
@@ -161,12 +160,12 @@ def compare_variants(found: dict[str, list[Path]], work: Path) -> str:
 
 
 def keep(path: Path, row: dict[str, Any]) -> None:
-    """Put a row into a table that may not exist yet, in place of an earlier one of the same variant and fold.
+    """Add a row to a CSV table. It replaces an earlier row of the same variant, fold and overrides.
 
-    Data sets have other labels: a column that a row does not know stays empty in it.
+    Data sets have different labels: columns of other labels stay empty in the row.
     """
     same = ("variant", "fold", "overrides")
-    with FileLock(path.with_name(f".{path.name}.lock")):  # other calls may keep other folds at the same time
+    with FileLock(path.with_name(f".{path.name}.lock")):  # parallel calls may write other folds
         rows = []
         if path.exists():
             with open(path, newline="") as stream:
@@ -182,10 +181,10 @@ def keep(path: Path, row: dict[str, Any]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("overrides", nargs="*", help="of distilldsm compose, for all variants")
+    parser.add_argument("overrides", nargs="*", help="as for distilldsm compose, for all variants")
     parser.add_argument("--variant", action="append", default=[], metavar="NAME[: KEY=VALUE ...]")
     parser.add_argument("--fold", type=int, nargs="+", default=[0])
-    parser.add_argument("--ensemble", action="store_true", help="score the mean of all variants' networks, too")
+    parser.add_argument("--ensemble", action="store_true", help="also evaluate the mean of all variants' networks")
     parser.add_argument("--jobs", type=int, default=2, help="variants at a time; they share the cores")
     parser.add_argument("--work", type=Path, default=ROOT / "build" / "recipe")
     args = parser.parse_args()

@@ -1,8 +1,8 @@
-"""Seconds and size of an evaluation's page, besides predicting and scoring.
+"""Measures the seconds to write an evaluation's page (without predicting and scoring), and its size.
 
-    python -m benchmarks.report                     # 52 made cases of 64 x 64 x 64 and of 256 x 256 x 128 voxels
+    python -m benchmarks.report                # 52 synthetic cases of 64 x 64 x 64 and of 256 x 256 x 128 voxels
 
-The volumes are noise, which nothing compresses: no page of so many cases is larger.
+The volumes are noise, which does not compress: a page of as many real cases is never larger.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ SHAPES = ((64, 64, 64), (256, 256, 128))
 
 
 def made(work: Path, shape: tuple[int, int, int], cases: int) -> tuple[Evaluation, float]:
-    """Volumes of noise, masks that differ, and scores; all cases share their files. And the intervals' CPU seconds."""
+    """An evaluation of noise volumes with differing masks, and the CPU seconds for its confidence intervals.
+
+    All cases share the same files.
+    """
     rng = np.random.default_rng(0)
     grid = np.indices(shape) / np.array(shape).reshape(3, 1, 1, 1) - 0.5
     radius = np.sqrt((grid**2).sum(0))
@@ -64,9 +67,9 @@ def made(work: Path, shape: tuple[int, int, int], cases: int) -> tuple[Evaluatio
         for label in LABELS
     ]
     began = time.process_time()
-    sure = tables.intervals(rows, LABELS)
+    confidence_intervals = tables.intervals(rows, LABELS)
     seconds = time.process_time() - began
-    given = Evaluation(
+    evaluation = Evaluation(
         config=EvaluateConfig(),
         inputs=inputs,
         index=index,
@@ -75,11 +78,11 @@ def made(work: Path, shape: tuple[int, int, int], cases: int) -> tuple[Evaluatio
         labels=LABELS,
         rows=rows,
         summary=tables.summarise(rows, LABELS),
-        intervals=sure,
+        intervals=confidence_intervals,
         prediction_cost={},
         training_cost={},
     )
-    return given, seconds
+    return evaluation, seconds
 
 
 def main() -> None:
@@ -90,9 +93,9 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for shape in SHAPES:
         with tempfile.TemporaryDirectory() as folder:
-            given, intervals_s = made(Path(folder), shape, args.cases)
+            evaluation, intervals_s = made(Path(folder), shape, args.cases)
             began, cpu = time.perf_counter(), time.process_time()
-            write_report(Path(folder) / "e", given)
+            write_report(Path(folder) / "e", evaluation)
             page_s, cpu_s = time.perf_counter() - began, time.process_time() - cpu
             size = (Path(folder) / "e" / "report.html").stat().st_size / 1e6
             print(f"| {' x '.join(map(str, shape))} | {intervals_s:.1f} | {page_s:.1f} | {cpu_s:.1f} | {size:.1f} |")

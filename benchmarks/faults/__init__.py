@@ -1,1 +1,1 @@
-"""What happens to a pipeline on laptops and clusters, done to it on purpose; see __main__."""
+"""Fault injection: kills, full disks, lost servers and other faults while the pipeline runs. See `__main__`."""

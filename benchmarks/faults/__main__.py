@@ -1,13 +1,13 @@
-"""Does to the pipeline, on purpose and at random moments, what happens to it on laptops and clusters.
+"""Injects faults into the pipeline at random moments, as they happen on laptops and clusters.
 
     python -m benchmarks.faults                      # all of it: about 40 minutes on 2 cores
     python -m benchmarks.faults kills --kills 30
     python -m benchmarks.faults disk memory twice
-    python -m benchmarks.faults slowdown --minutes 10   # an epoch beside an MLflow that takes 5 s a request
+    python -m benchmarks.faults slowdown --minutes 10   # epoch time with an MLflow server that takes 5 s per request
 
-Prints a table (fault, times tried, survived, what was lost) and exits with 1 if anything was lost. A trial is survived
-if no output was ever half written, the same command afterwards succeeded with the results of an undisturbed run (bit by
-bit; times and ids aside), and an error, where one had to be told, was told.
+Prints a table (fault, trials, survived, what was lost). The exit code is 1 if anything was lost. A trial is survived if
+no output was ever half written, every expected error was reported, and the repeated command succeeded with the results
+of an undisturbed run (bit by bit, except times and ids).
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ KINDS = ("kills", "repro", "disk", "memory", "twice", "mlflow", "slowdown", "dow
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"of {', '.join(KINDS)}; default: all")
+    parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"any of {', '.join(KINDS)}; default: all")
     parser.add_argument(
-        "--kills", type=int, default=100, help="of stages, and a quarter of it of dvc repro (%(default)s)"
+        "--kills", type=int, default=100, help="kills of stages; dvc repro gets a quarter as many (%(default)s)"
     )
-    parser.add_argument("--minutes", type=float, default=10, help="of training, for slowdown (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=10, help="training time in slowdown (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     kinds = args.kinds or KINDS

@@ -1,4 +1,4 @@
-"""Servers and archives that misbehave while a data set is fetched."""
+"""Faulty servers and archives while a data set is downloaded."""
 
 from __future__ import annotations
 
@@ -21,34 +21,34 @@ SHA256 = hashlib.sha256(CONTENT).hexdigest()
 
 
 def cut(server: Server, rng: random.Random) -> list[str]:
-    """The connection is cut up to three times."""
+    """The server cuts the connection up to three times."""
     server.cuts_left, server.cut_after = rng.randint(1, 3), rng.randint(1, len(CONTENT) // 2)
     return [server.url()]
 
 
 def cut_without_range(server: Server, rng: random.Random) -> list[str]:
-    """The same, by a server that always begins at the beginning."""
+    """As `cut`, but the server does not support range requests: every request starts at byte 0."""
     server.ranges = False
     return cut(server, rng)
 
 
 def wrong_then_mirror(server: Server, rng: random.Random) -> list[str]:
-    """A file with another checksum, and a mirror with the right one."""
+    """The server has a file with a wrong checksum, the mirror the right file."""
     return [server.url("/other"), server.url()]
 
 
 def wrong(server: Server, rng: random.Random) -> list[str]:
-    """A file with another checksum, and nothing else."""
+    """The server has a file with a wrong checksum; there is no mirror."""
     return [server.url("/other")]
 
 
 def gone_then_mirror(server: Server, rng: random.Random) -> list[str]:
-    """404, then a mirror that breaks off."""
+    """The server answers 404, and the mirror cuts the connection."""
     return [server.url("/gone"), *cut(server, rng)]
 
 
 def moved(server: Server, rng: random.Random) -> list[str]:
-    """A redirect, and server errors before it works."""
+    """The server redirects, and fails up to three times before it works."""
     server.failures_left = rng.randint(0, 3)
     return [server.url("/moved")]
 
@@ -61,11 +61,11 @@ SERVERS: dict[str, tuple[Callable[[Server, random.Random], list[str]], bool]] = 
     "404, then a mirror that is cut": (gone_then_mirror, True),
     "redirect and server errors": (moved, True),
 }
-"""What the server does, and whether the file can be had."""
+"""Name of the fault to the function that prepares it, and whether the download can succeed."""
 
 
 def download_faults(work: Path, *, times: int, rng: random.Random) -> list[Row]:
-    """Afterwards the file is whole; or there is none, and an error."""
+    """Download with each fault. Either the file is complete, or there is an error and no file."""
     rows: list[Row] = []
     for name, (prepare, possible) in SERVERS.items():
         row = Row(f"download: {name}")
@@ -103,7 +103,7 @@ MEMBERS = (
 
 
 def archive_faults(work: Path, *, rng: random.Random) -> list[Row]:
-    """Members that would land elsewhere, bombs, archives that are cut: refused, and nothing is written."""
+    """Extract archives with paths outside the target, bombs and cut archives. All must be refused without output."""
     work.mkdir(parents=True, exist_ok=True)
     evil, bombs, torn, litter = (
         Row("archive: member outside, link or device"),
@@ -114,16 +114,16 @@ def archive_faults(work: Path, *, rng: random.Random) -> list[Row]:
     noise = rng.randbytes(200_000)
     for number, info in enumerate(MEMBERS):
         path = _tar(work / f"evil-{number}.tar", [(_member("good"), b"good"), (info, b"")])
-        evil.record(_taken(path, work))
+        evil.record(_extraction_problem(path, work))
     bomb = work / "bomb.zip"
     with zipfile.ZipFile(bomb, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as packed:
         packed.writestr("a/zeros.nii", bytes(1200 << 20))
-    bombs.record(_taken(bomb, work))
+    bombs.record(_extraction_problem(bomb, work))
     for number in range(30):
         path = _tar(work / f"torn-{number}.tar.gz", [(_member("a"), noise), (_member("b"), noise)], "w:gz")
         whole = path.read_bytes()
         path.write_bytes(whole[: rng.randint(1, len(whole) - 1)])
-        torn.record(_taken(path, work))
+        torn.record(_extraction_problem(path, work))
     path = _tar(work / "mac.tar", [(_member("d/._dataset.json"), b"x"), (_member("d/dataset.json"), b"{}")])
     target = work / "mac"
     extract(path, target)
@@ -140,8 +140,8 @@ def _tar(path: Path, members: list[tuple[tarfile.TarInfo, bytes]], mode: Literal
     return path
 
 
-def _taken(path: Path, work: Path) -> str | None:
-    """What is wrong with how a bad archive was treated; None if it was refused and left nothing."""
+def _extraction_problem(path: Path, work: Path) -> str | None:
+    """Extract a bad archive. Returns the problem; None if it was refused and nothing was written."""
     target = work / "extracted"
     try:
         extract(path, target)

@@ -1,4 +1,4 @@
-"""SIGKILL of every stage, and of `dvc repro`, at random moments; then the same command again."""
+"""Kills every stage, and `dvc repro`, with SIGKILL at random moments, then runs the same command again."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from benchmarks.faults.workspace import (
 )
 
 IMPORTS_S = 0.8
-"""A stage does nothing that could be lost while Python and its packages are loaded: most kills fall after it."""
+"""Seconds to load Python and packages. Nothing can be lost in this time, so most kills come later."""
 
 
 def stage_kills(
@@ -37,12 +37,12 @@ def stage_kills(
     rng: random.Random,
     stages: Sequence[str] = tuple(OUTPUTS),
 ) -> list[Row]:
-    """Kill each stage in turn up to three times at random moments, run it to its end, compare with the reference.
+    """Kill each stage in turn up to three times at random moments, let it finish, and compare with the reference.
 
     Args:
-        reference: where all stages ran undisturbed.
-        seconds: of each of its stages.
-        kills: at least so many in all.
+        reference: workspace in which all stages ran undisturbed.
+        seconds: run time of each stage in the reference.
+        kills: minimum number of kills in total.
     """
     rows = {stage: Row(f"SIGKILL of {stage}, then again") for stage in stages}
     done = 0
@@ -66,7 +66,7 @@ def stage_kills(
             problems.append(broken(place.output(stage)))
             if left := left_behind(place.folder):
                 problems.append(f"left behind: {left}")
-            # When its work is done, the same command is a new training, with a run of its own.
+            # The stage had finished: the same command would start a new training with a new run.
             if complete := place.output(stage).exists():
                 break
         ended = place.run(stage)
@@ -86,7 +86,7 @@ def stage_kills(
 
 
 def wrong_in_mlflow(folder: Path, *, epochs: int, trainings: int = 1, patience_s: float = 60) -> str | None:
-    """What MLflow's store lacks: of each training one run with every epoch once, in order; None if nothing."""
+    """Check MLflow: one run per training with every epoch once, in order. Returns the problem, or None."""
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{folder / 'mlflow.db'}"
@@ -103,7 +103,7 @@ def wrong_in_mlflow(folder: Path, *, epochs: int, trainings: int = 1, patience_s
 
 
 def repro_kills(work: Path, *, kills: int, rng: random.Random) -> Row:
-    """Kill `dvc repro`, with all it started, again and again until it gets through; compare with one that was not."""
+    """Kill `dvc repro` and its children repeatedly until one run finishes. Compare with an undisturbed run."""
     row = Row("SIGKILL of dvc repro, then again")
     reference = repository(work / "repro-reference")
     began = time.monotonic()
@@ -115,7 +115,7 @@ def repro_kills(work: Path, *, kills: int, rng: random.Random) -> Row:
             break
         place = repository(work / f"repro-{number}")
         problems: list[str | None] = []
-        # The more often it was killed the longer it may run: a stage that cannot be resumed must get through at last.
+        # After each kill it may run longer: a stage that cannot resume must be able to finish.
         for attempt in itertools.count(1):
             process = subprocess.Popen(
                 ["dvc", "repro"],
@@ -148,7 +148,7 @@ def repro_kills(work: Path, *, kills: int, rng: random.Random) -> Row:
 
 
 def repository(folder: Path) -> Path:
-    """A git repository of this working tree's files with the tiny parameters."""
+    """Create a git repository with this working tree's files and the tiny parameters."""
     listed = subprocess.run(
         ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,

@@ -1,4 +1,4 @@
-"""The table of what was tried, what survived, and what was lost."""
+"""The table of faults, with the trials, the survived ones and the losses."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from dataclasses import dataclass, field
 
 @dataclass
 class Row:
-    """One kind of fault."""
+    """The trials of one kind of fault."""
 
     fault: str
     tried: int = 0
     lost: list[str] = field(default_factory=list)
-    """What went wrong, a line each: an output half written, a result that differs, a process left behind, no error."""
+    """Problems, one per failed trial: half-written output, different result, process left behind, missing error."""
     note: str = ""
 
     def record(self, *problems: str | None) -> None:
-        """Count one trial with its problems, of which None is none."""
+        """Count one trial with its problems. None means no problem."""
         self.tried += 1
-        found = "; ".join(p for p in problems if p)
-        if found:
-            self.lost.append(found)
-            print(f"  LOST {self.fault}: {found}", flush=True)
+        text = "; ".join(p for p in problems if p)
+        if text:
+            self.lost.append(text)
+            print(f"  LOST {self.fault}: {text}", flush=True)
 
     @property
     def survived(self) -> int:
-        """Trials without a problem."""
+        """Number of trials without a problem."""
         return self.tried - len(self.lost)
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The table."""
+    """The table in Markdown."""
     lines = ["| fault | tried | survived | lost | |", "|---|---|---|---|---|"]
     for row in rows:
         lost = "; ".join(dict.fromkeys(row.lost)) or "nothing"

@@ -1,4 +1,4 @@
-"""A full disk, a disk that cannot be written, and worker processes that are killed for want of memory."""
+"""A full disk, a read-only disk, and worker processes that the kernel kills when memory runs out."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ BLOCK = 4096
 
 
 def can_mount() -> bool:
-    """Whether a small file system of its own can be had here (root on Linux)."""
+    """Whether this process may mount a small file system (root on Linux)."""
     return os.geteuid() == 0 and shutil.which("mount") is not None
 
 
 @contextmanager
 def small_disk(folder: Path, size: int) -> Iterator[Path]:
-    """A tmpfs of `size` bytes."""
+    """Mount a tmpfs of `size` bytes on `folder` while the block runs."""
     folder.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], check=True)
     try:
         yield folder
     finally:
-        for _ in range(50):  # what sends records to MLflow may still be at its last ones
+        for _ in range(50):  # the process that publishes to MLflow may still be sending
             if subprocess.run(["umount", str(folder)], capture_output=True).returncode == 0:
                 break
             time.sleep(1)
@@ -45,15 +45,15 @@ def remount(folder: Path, options: str) -> None:
     subprocess.run(["mount", "-o", f"remount,{options}", str(folder)], check=True)
 
 
-def taken(folder: Path) -> int:
-    """Bytes of a folder's files, in blocks."""
+def bytes_used(folder: Path) -> int:
+    """Bytes that a folder's files take on disk, in whole blocks."""
     return sum(-(-p.stat().st_size // BLOCK) * BLOCK + BLOCK for p in folder.rglob("*"))
 
 
 def disk_full(
     reference: Workspace, work: Path, *, shares: Sequence[float], stages: Sequence[str] = tuple(OUTPUTS)
 ) -> list[Row]:
-    """For each stage: room for a share of what it writes; then more room and the same command again."""
+    """Run each stage on a disk with room for a share of its output; then repeat the command with more room."""
     rows = []
     for stage in stages:
         row = Row(f"disk full in {stage}")
@@ -61,11 +61,11 @@ def disk_full(
             with small_disk(work / f"full-{stage}-{share}", 1 << 30) as disk:
                 place = Workspace(disk / "w", changes=["tracking.enabled=false"])
                 place.copy_of(reference, stage)
-                room = taken(disk) + int(share * taken(reference.output(stage))) + 2 * BLOCK
+                room = bytes_used(disk) + int(share * bytes_used(reference.output(stage))) + 2 * BLOCK
                 remount(disk, f"size={room}")
                 ended = _logged_elsewhere(place, stage, work)
                 if ended.code == 0 and not broken(place.output(stage)):
-                    continue  # so little is written that it found room
+                    continue  # the stage writes so little that it fits
                 problems = [_wrong_answer(ended, ("no space left", "needs", "space")), broken(place.output(stage))]
                 remount(disk, "size=1g")
                 problems += _again(place, stage, reference)
@@ -75,7 +75,7 @@ def disk_full(
 
 
 def read_only(reference: Workspace, work: Path) -> Row:
-    """Each stage on a file system that cannot be written; then it can, and the same command again."""
+    """Run each stage on a read-only file system; then make it writable and run the same command again."""
     row = Row("output cannot be written")
     for stage in OUTPUTS:
         with small_disk(work / f"ro-{stage}", 1 << 30) as disk:
@@ -91,7 +91,7 @@ def read_only(reference: Workspace, work: Path) -> Row:
 
 
 def _logged_elsewhere(place: Workspace, stage: str, work: Path) -> Ended:
-    """The log of a stage whose disk is full lies on another one."""
+    """Run a stage on a bad disk. Its log is written to a good one."""
     log = work / f"{stage}-on-a-bad-disk.log"
     target = place.folder / f"{stage}.log"
     if not target.is_symlink():
@@ -130,7 +130,7 @@ def worker_killed(
     rng: random.Random,
     stages: Sequence[str] = ("preprocess", "train", "evaluate"),
 ) -> list[Row]:
-    """Kill one worker process of a stage, as the kernel does that is out of memory; then the same command again."""
+    """Kill one worker process of a stage, as the kernel does without memory; then run the same command again."""
     rows = []
     for stage in stages:
         row = Row(f"worker of {stage} killed")
@@ -140,7 +140,7 @@ def worker_killed(
             process = place.start(stage)
             killed = _kill_a_worker(process, rng.uniform(0.0, 0.5))
             code = process.wait()
-            ended = Ended(code, 0.0, place.said(stage))
+            ended = Ended(code, 0.0, place.log_text(stage))
             problems = [_wrong_answer(ended, ("killed",)) if killed else None, broken(place.output(stage))]
             if code == 0 and killed:
                 problems[0] = None if not broken(place.output(stage)) else "ended with 0"
@@ -152,7 +152,7 @@ def worker_killed(
 
 
 def _kill_a_worker(process: subprocess.Popen[str], delay_s: float) -> bool:
-    """Wait for a worker, and a little more, and kill it; False where there was none to the end."""
+    """Wait for a worker, wait `delay_s` more, kill it. Returns False if the stage ended without a worker to kill."""
     watched = psutil.Process(process.pid)
     while process.poll() is None:
         try:
@@ -175,5 +175,5 @@ def _is_worker(process: psutil.Process) -> bool:
         words = " ".join(process.cmdline())
     except psutil.Error:
         return False
-    # Spawned ones by multiprocessing's command line, forked ones by their parent's.
+    # A spawned worker has multiprocessing's command line, a forked one that of its parent.
     return "spawn_main" in words or "distilldsm.components." in words

@@ -1,4 +1,4 @@
-"""MLflow's server down, killed, slow and broken while a training runs, and back again."""
+"""An MLflow server that is down, killed, slow or broken while a training runs, and later works again."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from distilldsm.core.files import read_json
 
 EPOCHS = 12
 SLOWDOWN_EPOCHS = 100
-"""So many that the sending process has long imported MLflow, which costs seconds of a core, once."""
+"""Enough epochs to ignore the one-time cost of importing MLflow, some CPU seconds."""
 MOST_SLOWDOWN = 1.02
 
 
 class Server:
-    """A real MLflow server on SQLite that can be started, killed and started again."""
+    """A real MLflow server on SQLite that can be killed and restarted."""
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.port = folder, free_port()
@@ -62,7 +62,7 @@ class Server:
         raise RuntimeError((self.folder / "server.log").read_text()[-2000:])
 
     def kill(self) -> None:
-        """SIGKILL, with its workers."""
+        """Kill the server and its workers with SIGKILL."""
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
@@ -70,7 +70,7 @@ class Server:
 
 
 class Proxy(http.server.ThreadingHTTPServer):
-    """Passes requests on to the server, or makes them fail; `fault` says how."""
+    """Passes requests to the server after `delay_s` seconds, or answers 500 while `failing`."""
 
     daemon_threads = True
     delay_s = 0.0
@@ -86,7 +86,7 @@ class Proxy(http.server.ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that has gone away is no news here."""
+        """Ignore clients that have disconnected."""
 
 
 class _Pass(http.server.BaseHTTPRequestHandler):
@@ -118,18 +118,18 @@ class _Pass(http.server.BaseHTTPRequestHandler):
 
 
 def free_port() -> int:
-    """A port nobody listens on."""
+    """A port on which no program listens."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return int(one.getsockname()[1])
 
 
 def tracking_faults(reference: Workspace, work: Path) -> list[Row]:
-    """Trainings whose MLflow server fails in each way; afterwards it works, and holds everything once and in order."""
-    return [_faulty(reference, work, name, meddle) for name, meddle in FAULTS.items()]
+    """Train with each fault of the MLflow server. At the end it must hold every epoch once and in order."""
+    return [_faulty(reference, work, name, fault) for name, fault in FAULTS.items()]
 
 
-def _faulty(reference: Workspace, work: Path, name: str, meddle: Callable[[Server, Proxy, float], object]) -> Row:
+def _faulty(reference: Workspace, work: Path, name: str, fault: Callable[[Server, Proxy, float], object]) -> Row:
     row = Row(f"MLflow server {name}")
     place = Workspace(work / f"mlflow-{name.replace(' ', '-')}", changes=[f"train.epochs={EPOCHS}"])
     place.copy_of(reference, "train")
@@ -138,14 +138,14 @@ def _faulty(reference: Workspace, work: Path, name: str, meddle: Callable[[Serve
         stop = threading.Event()
         if name != "down at the start":
             server.start()
-        meddler = threading.Thread(target=meddle, args=(server, proxy, 3.0), daemon=True)
+        injector = threading.Thread(target=fault, args=(server, proxy, 3.0), daemon=True)
         process = place.start("train", MLFLOW_TRACKING_URI=proxy.uri)
-        meddler.start()
+        injector.start()
         code = process.wait()
         stop.set()
-        meddler.join()
-        problems = [None if code == 0 else f"exit code {code}: {place.said('train')[-300:]}"]
-        # What did not arrive is sent by what runs next in the folder.
+        injector.join()
+        problems = [None if code == 0 else f"exit code {code}: {place.log_text('train')[-300:]}"]
+        # Send what did not arrive.
         subprocess.run(
             [sys.executable, "-m", "distilldsm", "publish"],
             cwd=place.folder,
@@ -220,9 +220,9 @@ FAULTS: dict[str, Callable[[Server, Proxy, float], object]] = {
 
 
 def slowdown(reference: Workspace, work: Path, *, minutes: float) -> Row:
-    """Seconds of an epoch while every request takes 5 s, over those without tracking.
+    """Ratio of the seconds per epoch: with an MLflow server that takes 5 s per request, and without tracking.
 
-    Trainings of both kinds take turns until all their epochs together have taken `minutes`, each kind once at least.
+    Trainings of both kinds take turns until their epochs have taken `minutes` in total; each kind runs at least once.
     """
     row = Row("training beside a slow MLflow server")
     seconds: dict[str, list[float]] = {"slow": [], "none": []}

@@ -1,4 +1,4 @@
-"""The same command twice at the same time."""
+"""Runs the same command twice at the same time."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from benchmarks.faults.workspace import OUTPUTS, Workspace, broken, differences,
 
 
 def stages_twice(reference: Workspace, work: Path, *, stages: Sequence[str] = tuple(OUTPUTS)) -> Row:
-    """Two processes of each stage: one does the work, the other says that it is being done."""
+    """Start each stage twice. One process does the work; the other must report that the first one is writing."""
     row = Row("two processes of one stage")
     for stage in stages:
         place = Workspace(work / f"twice-{stage}", changes=["tracking.enabled=false"])
@@ -21,13 +21,13 @@ def stages_twice(reference: Workspace, work: Path, *, stages: Sequence[str] = tu
         (place.folder / f"{stage}.log").rename(place.folder / "first.log")
         second = place.start(stage)
         codes = [first.wait(), second.wait()]
-        texts = [(place.folder / "first.log").read_text(), place.said(stage)]
-        told = [text for code, text in zip(codes, texts, strict=True) if code]
+        texts = [(place.folder / "first.log").read_text(), place.log_text(stage)]
+        errors = [text for code, text in zip(codes, texts, strict=True) if code]
         problems = [broken(place.output(stage))]
         if 0 not in codes:
             problems.append(f"both failed: {texts}")
-        if any("another process is writing" not in text for text in told):
-            problems.append(f"unclear: {told}")
+        if any("another process is writing" not in text for text in errors):
+            problems.append(f"unclear: {errors}")
         if other := differences(place.output(stage), reference.output(stage)):
             problems.append(f"differs in {', '.join(other)}")
         row.record(*(p and f"{stage}: {p}" for p in problems))
@@ -35,7 +35,7 @@ def stages_twice(reference: Workspace, work: Path, *, stages: Sequence[str] = tu
 
 
 def repro_twice(reference: Workspace, work: Path) -> Row:
-    """Two `dvc repro` in one repository: one does the work, the other waits or says that it is being done."""
+    """Start `dvc repro` twice in one repository. One does the work; the other must wait or report the lock."""
     row = Row("two dvc repro")
     place = repository(work / "repro-twice")
     both = [

@@ -1,4 +1,4 @@
-"""A folder in which the pipeline's stages run on a tiny data set, and what they leave is looked at."""
+"""A folder in which the stages run on a tiny data set, and checks of their outputs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TINY = (
     "train.workers=1",
     "evaluate.workers=2",
     "export.parity_cases=1",
-    "export.int8.enabled=false",  # it is decided by the clock
+    "export.int8.enabled=false",  # its result depends on measured speed
 )
 OUTPUTS = {
     "download": "data/raw",
@@ -44,7 +44,7 @@ OUTPUTS = {
     "evaluate": "evaluation/fold0",
     "export": "export/fold0",
 }
-"""Stage to the folder it writes, in the order of the pipeline."""
+"""Stage to its output folder, in the order of the pipeline."""
 CLOCK = (
     "cost.json",
     "timing.json",
@@ -55,14 +55,14 @@ CLOCK = (
     "inference_service.yaml",
     "README.md",
 )
-"""Files (or folders of files) that tell times or the ids of MLflow runs: no two runs agree in them."""
+"""Files and folders with times or ids of MLflow runs: they differ between any two runs."""
 CLOCK_KEYS = ("seconds", "files", "cost", "milliseconds", "speed", "created", "git_commit", "run", "inputs")
-"""Keys of JSON files whose values are times, ids, or hashes of files (or of whole folders) with such."""
+"""Keys in JSON files with times, ids, or hashes of files that contain these: they are not compared."""
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a command ended."""
+    """Exit code, run time and output of a finished command."""
 
     code: int
     seconds: float
@@ -70,7 +70,7 @@ class Ended:
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a stage: this checkout's code, one thread a process, no store but the one given."""
+    """Environment variables of a stage: this checkout's code, one thread per process, and only `more` for MLflow."""
     values = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MLFLOW_DISABLE_TELEMETRY": "true"}
     values["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{values['PATH']}"
     for name in [n for n in values if n.startswith("MLFLOW_TRACKING")]:
@@ -79,7 +79,7 @@ def environment(**more: str) -> dict[str, str]:
 
 
 class Workspace:
-    """One folder with parameters and whatever stages have been run in it."""
+    """One folder with parameters and the outputs of the stages that ran in it."""
 
     def __init__(self, folder: Path, *, changes: Sequence[str] = ()) -> None:
         self.folder = folder
@@ -102,7 +102,7 @@ class Workspace:
         return [sys.executable, "-m", f"distilldsm.components.{stage}", *fold]
 
     def start(self, stage: str, **more: str) -> subprocess.Popen[str]:
-        """Start a stage in a process group of its own; its output goes to STAGE.log."""
+        """Start a stage in a new process group. Its messages go to STAGE.log."""
         log = open(self.folder / f"{stage}.log", "w", encoding="utf-8")  # noqa: SIM115 - the process writes to it
         with log:
             return subprocess.Popen(
@@ -116,17 +116,17 @@ class Workspace:
             )
 
     def run(self, stage: str, **more: str) -> Ended:
-        """Run a stage to its end."""
+        """Run a stage and wait for its end."""
         began = time.monotonic()
         process = self.start(stage, **more)
         code = process.wait(600)
-        return Ended(code, time.monotonic() - began, self.said(stage))
+        return Ended(code, time.monotonic() - began, self.log_text(stage))
 
     def run_all(self, stages: Sequence[str] = tuple(OUTPUTS), **more: str) -> dict[str, float]:
-        """Run stages one after the other; their seconds.
+        """Run stages one after the other. Returns the seconds of each.
 
         Raises:
-            RuntimeError: one failed.
+            RuntimeError: a stage failed.
         """
         seconds = {}
         for stage in stages:
@@ -136,16 +136,16 @@ class Workspace:
             seconds[stage] = ended.seconds
         return seconds
 
-    def said(self, stage: str) -> str:
-        """What a stage has printed."""
+    def log_text(self, stage: str) -> str:
+        """The messages that a stage has printed."""
         return (self.folder / f"{stage}.log").read_text(encoding="utf-8", errors="replace")
 
     def output(self, stage: str) -> Path:
-        """The folder a stage writes."""
+        """The output folder of a stage."""
         return self.folder / OUTPUTS[stage]
 
     def copy_of(self, other: Workspace, before: str) -> None:
-        """Take from another workspace the outputs of all stages before a stage."""
+        """Copy the outputs of all stages before `before` from another workspace."""
         for stage, name in OUTPUTS.items():
             if stage == before:
                 break
@@ -153,7 +153,7 @@ class Workspace:
 
 
 def kill(process: subprocess.Popen[str], *, whole_group: bool) -> None:
-    """SIGKILL, to the process alone (as the kernel does that is out of memory) or to its children with it."""
+    """Send SIGKILL to the process alone (as the kernel does when memory runs out) or to its whole group."""
     if whole_group:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -163,22 +163,22 @@ def kill(process: subprocess.Popen[str], *, whole_group: bool) -> None:
 
 
 def left_behind(folder: Path, patience_s: float = 15) -> list[str]:
-    """Processes that still work in a folder; the one that sends records to MLflow may, and ends by itself."""
+    """Processes that still run in a folder, except the publishing process, which ends by itself."""
     deadline = time.monotonic() + patience_s
     while True:
-        found = []
+        running = []
         for process in psutil.process_iter(["pid", "cmdline", "cwd", "status"]):
             words = " ".join(process.info["cmdline"] or [])
             here = process.info["cwd"] == str(folder) and process.info["status"] != psutil.STATUS_ZOMBIE
             if here and "distilldsm.tracking.follower" not in words:
-                found.append(words[:120])
-        if not found or time.monotonic() > deadline:
-            return found
+                running.append(words[:120])
+        if not running or time.monotonic() > deadline:
+            return running
         time.sleep(0.2)
 
 
 def broken(output: Path) -> str | None:
-    """Why an output is neither absent nor whole; None if it is one of these."""
+    """Why an output is incomplete; None if it is complete or absent."""
     if not output.exists():
         return None
     if not (output / MANIFEST).is_file():
@@ -193,7 +193,7 @@ def broken(output: Path) -> str | None:
 
 
 def differences(output: Path, reference: Path) -> list[str]:
-    """Files in which two outputs differ, bit by bit; in JSON files times and ids are left out."""
+    """Names of files that differ between two outputs, bit by bit. Times and ids in JSON files are ignored."""
     seen, wanted = _comparable(output), _comparable(reference)
     return sorted(name for name in seen.keys() | wanted.keys() if seen.get(name) != wanted.get(name))
 
