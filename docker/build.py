@@ -1,4 +1,4 @@
-"""Build the images by role: `python docker/build.py`; every option is explained by --help."""
+"""Build the container images of the given roles: `python docker/build.py ROLE...`. See --help."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ ROLES = ("data", "train", "export", "mlflow")
 
 
 def version() -> str:
-    """The package's version, read without importing it."""
+    """The package's version, read without importing the package."""
     text = (ROOT / "distilldsm/core/version.py").read_text(encoding="utf-8")
-    found = re.search(r'__version__ = "([^"]+)"', text)
-    if found is None:
-        raise SystemExit("error: distilldsm/core/version.py names no version")
-    return found[1]
+    match = re.search(r'__version__ = "([^"]+)"', text)
+    if match is None:
+        raise SystemExit("error: distilldsm/core/version.py contains no version")
+    return match[1]
 
 
 def git_commit() -> str:
-    """The commit of the working tree, with `-dirty` where it differs from it; `unknown` outside a repository."""
+    """The commit of the working tree, with `-dirty` if files have changed; `unknown` outside a repository."""
     command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 
 
 def wheels_image(engine: str, wheelhouse: Path, tag: str, environment: dict[str, str]) -> str:
-    """Put a folder of wheels into an image to mount: what every engine can do, a second build context not."""
+    """Build an image with a folder of wheels, for mounting. Not every engine supports a second build context."""
     if not any(wheelhouse.glob("*.whl")):
         raise SystemExit(
-            f"error: {wheelhouse}: holds no wheel\n  hint: pip wheel -w {wheelhouse} -c constraints.txt ..."
+            f"error: {wheelhouse}: contains no wheel\n  hint: pip wheel -w {wheelhouse} -c constraints.txt ..."
         )
     text = "FROM scratch\nCOPY *.whl /\n"
     command = [engine, "build", "--tag", tag, "--file", "-", str(wheelhouse)]
@@ -43,17 +43,17 @@ def wheels_image(engine: str, wheelhouse: Path, tag: str, environment: dict[str,
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("roles", nargs="*", metavar="ROLE", help=f"of {', '.join(ROLES)}; default: all")
+    parser.add_argument("roles", nargs="*", metavar="ROLE", help=f"any of {', '.join(ROLES)}; default: all")
     parser.add_argument("--engine", default="docker", help="docker, podman or buildah (default: %(default)s)")
-    parser.add_argument("--prefix", default="distilldsm", help="of the tags: PREFIX/ROLE:VERSION (%(default)s)")
-    parser.add_argument("--base-image", help="has python3 >= 3.11 with venv (default: see docker/Dockerfile)")
+    parser.add_argument("--prefix", default="distilldsm", help="tags are PREFIX/ROLE:VERSION (default: %(default)s)")
+    parser.add_argument("--base-image", help="image with python3 >= 3.11 and venv (default: see docker/Dockerfile)")
     parser.add_argument(
         "--torch-build", default="", help="local version of torch, e.g. +cpu; default: the index chooses"
     )
     parser.add_argument("--wheelhouse", type=Path, help="folder of wheels to install from, without any index")
-    parser.add_argument("--pip-config", type=Path, help="pip's configuration file, given to the build as a secret")
-    parser.add_argument("--ca-bundle", type=Path, help="CA certificates for pip, given to the build as a secret")
-    parser.add_argument("--network", help="of the build: host, none (default: the engine's)")
+    parser.add_argument("--pip-config", type=Path, help="pip's configuration file, passed to the build as a secret")
+    parser.add_argument("--ca-bundle", type=Path, help="CA certificates for pip, passed to the build as a secret")
+    parser.add_argument("--network", help="network of the build: host or none (default: the engine's)")
     parser.add_argument("--source", default="", help="address of the source code for the image's label")
     args = parser.parse_args(argv)
     if unknown := set(args.roles) - set(ROLES):

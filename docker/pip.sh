@@ -1,5 +1,5 @@
 #!/bin/sh
-# pip for the image's environment: by a wheelhouse where one is mounted, else by the configuration in the build secrets.
+# pip for the image's environment. Installs from the wheelhouse if one is mounted, else as the build secrets configure.
 set -eu
 if [ -s /run/build/ca.pem ]; then
     export PIP_CERT=/run/build/ca.pem

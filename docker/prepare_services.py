@@ -1,7 +1,7 @@
-"""Make what the servers expect to find, if it is not there.
+"""Create the databases and buckets that the servers need. Existing ones are not changed.
 
-Databases by PostgreSQL's own variables (PGHOST, PGUSER, PGPASSWORD ...), buckets by those of AWS (AWS_ENDPOINT_URL,
-AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY). Nothing that exists is changed.
+The connections come from environment variables: PGHOST, PGUSER, PGPASSWORD ... for PostgreSQL; AWS_ENDPOINT_URL,
+AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for the buckets.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 
 def make_database(name: str) -> bool:
-    """Create a database; False where it exists."""
+    """Create a database. Returns False if it already exists."""
     import psycopg2
     from psycopg2 import sql
 
@@ -29,10 +29,10 @@ def make_database(name: str) -> bool:
 
 
 def make_bucket(name: str) -> bool:
-    """Create a bucket; False where it exists and is ours.
+    """Create a bucket. Returns False if it already exists and these credentials may use it.
 
     Raises:
-        botocore.exceptions.ClientError: it is another's, or the credentials do not allow it.
+        botocore.exceptions.ClientError: the bucket belongs to someone else, or the credentials do not allow this.
     """
     import boto3
     from botocore.exceptions import ClientError
@@ -46,7 +46,7 @@ def make_bucket(name: str) -> bool:
     else:
         return False
     region = client.meta.region_name
-    # The oldest region is named by saying nothing.
+    # S3 does not accept us-east-1 as a location: it is the default.
     place = {} if region in (None, "us-east-1") else {"CreateBucketConfiguration": {"LocationConstraint": region}}
     client.create_bucket(Bucket=name, **place)
     return True
