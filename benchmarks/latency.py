@@ -149,19 +149,19 @@ def openvino_seconds(shape: Sequence[int], repeats: int) -> dict[str, Any]:
         }
         medians = interleaved(runs, repeats)
         peaks = convolution_peak(root, repeats)
-    found: dict[str, Any] = {"volume": list(shape)}
+    results: dict[str, Any] = {"volume": list(shape)}
     for precision in PRECISIONS:
         own = {n: medians[f"{n} {precision}"] for n in NETWORKS if f"{n} {precision}" in medians}
-        found[precision] = ratios(own) | {
+        results[precision] = ratios(own) | {
             "seconds": {n: round(v, 4) for n, v in own.items()},
             "share_of_peak": {n: round(macs[n] / v / peaks[precision], 3) for n, v in own.items()},
             "peak_gmacs_per_second": round(peaks[precision] / 1e9, 1),
         }
-    exact = found["f32"]["seconds"]["distill_dsm"]
-    found["speedup_over_f32"] = {p: round(exact / found[p]["seconds"]["distill_dsm"], 2) for p in ("auto", "int8")}
+    exact = results["f32"]["seconds"]["distill_dsm"]
+    results["speedup_over_f32"] = {p: round(exact / results[p]["seconds"]["distill_dsm"], 2) for p in ("auto", "int8")}
     # The ratios at OpenVINO's default precision.
-    found |= {key: value for key, value in found["auto"].items() if key.startswith("distill_dsm_vs")}
-    return found
+    results |= {key: value for key, value in results["auto"].items() if key.startswith("distill_dsm_vs")}
+    return results
 
 
 def convolution_peak(root: Path, repeats: int) -> dict[str, float]:
@@ -195,8 +195,8 @@ def torch_seconds(shape: Sequence[int], repeats: int, batch: int = 2) -> dict[st
     device = "cuda" if torch.cuda.is_available() else "cpu"
     image = torch.randn(batch, 1, *shape, device=device)
     truth = torch.randint(0, CLASSES, (batch, *shape), device=device)
-    found: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
-    found["volumes"] = [batch, *shape]
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name() if device == "cuda" else "cpu"}
+    results["volumes"] = [batch, *shape]
 
     def step(name: str, bf16: bool) -> Callable[[], object]:
         built = network(name).to(device).train()
@@ -218,9 +218,9 @@ def torch_seconds(shape: Sequence[int], repeats: int, batch: int = 2) -> dict[st
 
     for precision in ("bf16", "f32"):
         own = interleaved({name: step(name, precision == "bf16") for name in NETWORKS}, repeats)
-        found[precision] = ratios(own) | {"seconds": {n: round(v, 4) for n, v in own.items()}}
-    found |= {key: value for key, value in found["bf16"].items() if key.startswith("distill_dsm_vs")}
-    return found
+        results[precision] = ratios(own) | {"seconds": {n: round(v, 4) for n, v in own.items()}}
+    results |= {key: value for key, value in results["bf16"].items() if key.startswith("distill_dsm_vs")}
+    return results
 
 
 def ratios(seconds: Median) -> dict[str, float]:
@@ -237,24 +237,24 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    found: dict[str, Any] = {"machine": machine()}
+    results: dict[str, Any] = {"machine": machine()}
     if args.only != "torch":
-        found["openvino"] = openvino_seconds(args.volume, args.repeats)
+        results["openvino"] = openvino_seconds(args.volume, args.repeats)
     if args.only != "openvino":
-        found["torch"] = torch_seconds(args.patch, args.repeats)
+        results["torch"] = torch_seconds(args.patch, args.repeats)
     if args.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(results, indent=2))
         return
-    print(found["machine"])
+    print(results["machine"])
     for runtime in ("openvino", "torch"):
-        for precision, row in found.get(runtime, {}).items():
+        for precision, row in results.get(runtime, {}).items():
             if isinstance(row, dict) and "seconds" in row:
                 base = row["seconds"][BASE]
                 cells = [f"{n} {1000 * s:.0f} ms ({s / base:.2f})" for n, s in row["seconds"].items()]
                 print(f"{runtime} {precision}: {', '.join(cells)}")
-    if "openvino" in found:
-        print("distill_dsm, speed over float32:", found["openvino"]["speedup_over_f32"])
-        print("share of the convolution peak:", {p: found["openvino"][p]["share_of_peak"] for p in PRECISIONS})
+    if "openvino" in results:
+        print("distill_dsm, speed over float32:", results["openvino"]["speedup_over_f32"])
+        print("share of the convolution peak:", {p: results["openvino"][p]["share_of_peak"] for p in PRECISIONS})
 
 
 if __name__ == "__main__":

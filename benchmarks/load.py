@@ -75,14 +75,14 @@ def main() -> None:
     args = parser.parse_args()
     work = Path(tempfile.mkdtemp(prefix="load-"))
     try:
-        found = {cases: measured(cases, work / str(cases)) for cases in args.cases}
+        results = {cases: measured(cases, work / str(cases)) for cases in args.cases}
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print(f"\n{machine()}\n\n| cases | " + " | ".join(STAGES) + " |\n|---|" + "---|" * len(STAGES))
-    for cases, stages in found.items():
+    for cases, stages in results.items():
         cells = (f"{stages[s]['seconds']:.0f} s, {stages[s]['peak_gb']:.2f} GB" for s in STAGES)
         print(f"| {cases:,} | " + " | ".join(cells) + " |")
-    first, last = found[args.cases[0]], found[args.cases[-1]]
+    first, last = results[args.cases[0]], results[args.cases[-1]]
     print(
         "| memory, last over first | "
         + " | ".join(f"{last[s]['peak_gb'] / first[s]['peak_gb']:.2f}" for s in STAGES)

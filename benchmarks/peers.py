@@ -61,13 +61,13 @@ def nnunet(data: Path, work: Path, repeats: int) -> dict[str, Any]:
         "nnunet": compiled(work / "nnunet.onnx", (1, 1, *padded(shape, stride)), "f32"),
         "distill_dsm": compiled(ours / "model.xml", (1, 1, *padded(shape, (1, 16, 16))), "f32"),
     }
-    alone = interleaved(runs, repeats)
-    found: dict[str, Any] = {
+    network_seconds = interleaved(runs, repeats)
+    results: dict[str, Any] = {
         "machine": machine(),
         "volume": list(shape),
         "nnunet_parameters": sum(p.numel() for p in network.parameters()),
-        "network_seconds": {name: round(v, 4) for name, v in alone.items()},
-        "network_ratio": round(alone["nnunet"] / alone["distill_dsm"], 1),
+        "network_seconds": {name: round(v, 4) for name, v in network_seconds.items()},
+        "network_ratio": round(network_seconds["nnunet"] / network_seconds["distill_dsm"], 1),
     }
     save_checkpoint(network, work, folder)
     for count in (1, 10):
@@ -81,11 +81,11 @@ def nnunet(data: Path, work: Path, repeats: int) -> dict[str, Any]:
         own = [sys.executable, "-m", "distilldsm", "predict", ours, inputs, "-o"]
         commands = {"nnunet": theirs, "distilldsm": own}
         seconds = interleaved({name: command(line, work / "out" / name) for name, line in commands.items()}, 3)
-        found[f"files_{count}"] = {
+        results[f"files_{count}"] = {
             "seconds": {name: round(v, 2) for name, v in seconds.items()},
             "ratio": round(seconds["nnunet"] / seconds["distilldsm"], 1),
         }
-    return found
+    return results
 
 
 def planned(data: Path, work: Path) -> tuple[dict[str, Any], str]:
@@ -197,7 +197,7 @@ def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str
     ours = work / "ours"
     if not ours.exists():
         make_model(ours, small_plan())
-    found: dict[str, Any] = {"machine": machine(), "window": list(WINDOW), "overlap": 0.5}
+    results: dict[str, Any] = {"machine": machine(), "window": list(WINDOW), "overlap": 0.5}
     for shape in shapes:
         title = "x".join(map(str, shape))
         image = torch.zeros(1, 1, *shape)
@@ -207,7 +207,7 @@ def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str
                 inferer(image, network)
 
         mine = compiled(ours / "model.xml", (1, 1, *padded(shape, (1, 16, 16))), "f32")
-        alone = interleaved({"monai": theirs, "distill_dsm": mine}, repeats)
+        network_seconds = interleaved({"monai": theirs, "distill_dsm": mine}, repeats)
         inputs = work / f"made-{title}"
         inputs.mkdir(exist_ok=True)
         voxels = np.random.default_rng(0).integers(0, 300, shape[::-1]).astype(np.int16)
@@ -217,13 +217,13 @@ def monai(work: Path, shapes: Sequence[Sequence[int]], repeats: int) -> dict[str
             "distilldsm": [sys.executable, "-m", "distilldsm", "predict", ours, inputs, "-o"],
         }
         files = interleaved({name: command(line, work / "out" / name) for name, line in lines.items()}, 3)
-        found[title] = {
-            "network_seconds": {name: round(v, 4) for name, v in alone.items()},
-            "network_ratio": round(alone["monai"] / alone["distill_dsm"], 1),
+        results[title] = {
+            "network_seconds": {name: round(v, 4) for name, v in network_seconds.items()},
+            "network_ratio": round(network_seconds["monai"] / network_seconds["distill_dsm"], 1),
             "file_seconds": {name: round(v, 2) for name, v in files.items()},
             "file_ratio": round(files["monai"] / files["distilldsm"], 1),
         }
-    return found
+    return results
 
 
 def monai_files(inputs: Path, output: Path) -> None:
@@ -256,13 +256,13 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.perf_counter()
     if args.what == "monai":
-        found = monai(args.work, ((36, 50, 35), (96, 128, 128)), args.repeats)
+        results = monai(args.work, ((36, 50, 35), (96, 128, 128)), args.repeats)
     elif args.data is None:
         parser.error("nnunet needs --data")
     else:
-        found = nnunet(args.data.resolve(), args.work.resolve(), args.repeats)
-    found["benchmark_seconds"] = round(time.perf_counter() - started)
-    print(json.dumps(found, indent=2))
+        results = nnunet(args.data.resolve(), args.work.resolve(), args.repeats)
+    results["benchmark_seconds"] = round(time.perf_counter() - started)
+    print(json.dumps(results, indent=2))
 
 
 if __name__ == "__main__":

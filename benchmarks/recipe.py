@@ -143,16 +143,16 @@ def table_of(name: str, folds: dict[int, tuple[Path, Path]]) -> str:
             for kind, part in zip(("models", "evaluation"), parts, strict=True):
                 Path(folder, kind).mkdir(exist_ok=True)
                 Path(folder, kind, f"fold{number}").symlink_to(part)
-        found = load_folds(list(folds), Path(folder, "evaluation"), Path(folder, "models"))
-        return format_table(summarise(found), name)
+        loaded = load_folds(list(folds), Path(folder, "evaluation"), Path(folder, "models"))
+        return format_table(summarise(loaded), name)
 
 
-def compare_variants(found: dict[str, list[Path]], work: Path) -> str:
+def compare_variants(evaluations: dict[str, list[Path]], work: Path) -> str:
     """Compare the evaluated folds of every variant with those of the first one. Also writes the result below `work`."""
     from distilldsm.evaluation import comparison
     from distilldsm.evaluation.trainings import load_training
 
-    trainings = [load_training(name, folders) for name, folders in found.items()]
+    trainings = [load_training(name, folders) for name, folders in evaluations.items()]
     rows = comparison.compare(trainings)
     comparison.write_comparison(rows, work / "comparison.csv")
     comparison.draw(trainings, work / "comparison.png")
@@ -207,12 +207,12 @@ def main() -> None:
     with ThreadPoolExecutor(args.jobs) as pool:
         folders = list(pool.map(lambda job: run_variant(work, job[0], job[1], job[2], threads), jobs))
         if args.ensemble:
-            models = {k: [found[0] for job, found in zip(jobs, folders, strict=True) if job[2] == k] for k in args.fold}
+            models = {k: [pair[0] for job, pair in zip(jobs, folders, strict=True) if job[2] == k] for k in args.fold}
             folders += pool.map(lambda fold: average(work, variants, models[fold], fold, threads), args.fold)
             jobs += [(ENSEMBLE, [], fold) for fold in args.fold]
             variants.append((ENSEMBLE, []))
     for name, _ in variants if len(args.fold) > 1 else []:
-        of_folds = {job[2]: found for job, found in zip(jobs, folders, strict=True) if job[0] == name}
+        of_folds = {job[2]: pair for job, pair in zip(jobs, folders, strict=True) if job[0] == name}
         print(f"\n{table_of(name, of_folds)}")
     if len(variants) > 1:
         scored = {name: [f[1] for job, f in zip(jobs, folders, strict=True) if job[0] == name] for name, _ in variants}

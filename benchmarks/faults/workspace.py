@@ -199,18 +199,18 @@ def differences(output: Path, reference: Path) -> list[str]:
 
 
 def _comparable(root: Path) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    contents: dict[str, Any] = {}
     for path in sorted(p for p in root.rglob("*") if p.is_file()):
         name = path.relative_to(root)
         if any(part in CLOCK for part in name.parts):
-            found[str(name)] = None
+            contents[str(name)] = None
         elif path.suffix == ".json":
-            found[str(name)] = _without_clock(json.loads(path.read_text()))
+            contents[str(name)] = _without_clock(json.loads(path.read_text()))
         elif path.suffix in (".html", ".png"):
-            found[str(name)] = None  # drawn from the files that are compared
+            contents[str(name)] = None  # drawn from the files that are compared
         else:
-            found[str(name)] = path.read_bytes()
-    return found
+            contents[str(name)] = path.read_bytes()
+    return contents
 
 
 def _without_clock(value: Any) -> Any:

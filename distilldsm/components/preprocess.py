@@ -32,7 +32,7 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
 
     def kept(work: Path) -> str:
         done = {name: len(list((work / name).glob("*.json"))) for name in ("cases", ".fingerprint")}
-        measured = f", and what was measured of {done['.fingerprint']}" if not done["cases"] else ""
+        measured = f", and the measurements of {done['.fingerprint']}" if not done["cases"] else ""
         return f"{done['cases']} of {len(index.cases)} cases are kept{measured}"
 
     key = STAGE.key(config, inputs)

@@ -65,11 +65,11 @@ def _logged_model(client: Any, run: Any, record_id: str) -> Any:
     """The logged model of this record: the one from an earlier attempt, else a new one."""
     experiment, run_id, page = run.info.experiment_id, run.info.run_id, None
     while True:
-        found = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", page_token=page)
-        for logged in found:
+        entries = client.search_logged_models([experiment], f"source_run_id = '{run_id}'", page_token=page)
+        for logged in entries:
             if (logged.tags or {}).get(RECORD_TAG) == record_id:
                 return logged
-        page = found.token
+        page = entries.token
         if not page:
             break
     return client.create_logged_model(

@@ -334,7 +334,7 @@ class Publisher:
     def _send_file(self, file: File) -> None:
         path = self.directory / file.path
         if not path.is_file() or sha256_file(path) != file.sha256:
-            self._notes.append(f"{file.path} is gone, or has changed since")
+            self._notes.append(f"{file.path} was deleted or has changed since it was recorded")
             return
         run_id = self._run.info.run_id
         if file.table:

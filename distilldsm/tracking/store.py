@@ -95,12 +95,12 @@ class Store:
         from mlflow.exceptions import MlflowException
 
         for _ in range(2):
-            found = self.client.get_experiment_by_name(name)
-            if found is not None:
-                if found.lifecycle_stage == "deleted":
+            experiment = self.client.get_experiment_by_name(name)
+            if experiment is not None:
+                if experiment.lifecycle_stage == "deleted":
                     logger.warning("experiment '%s' had been deleted and is restored", name)
-                    self.client.restore_experiment(found.experiment_id)
-                return str(found.experiment_id)
+                    self.client.restore_experiment(experiment.experiment_id)
+                return str(experiment.experiment_id)
             location = None
             if self._artifact_root is not None:
                 location = (self._artifact_root / re.sub(r"[^\w.-]+", "_", name)).as_uri()
@@ -127,8 +127,8 @@ class Store:
         if experiment is None or experiment.lifecycle_stage == "deleted":
             return None
         condition = f"tags.`{RUN_KEY_TAG}` = '{identity.key}'"
-        found = self.client.search_runs([experiment.experiment_id], condition, max_results=1)
-        return found[0] if found else None
+        runs = self.client.search_runs([experiment.experiment_id], condition, max_results=1)
+        return runs[0] if runs else None
 
     def run(self, identity: RunIdentity, *, is_placeholder: bool, tags: dict[str, str] | None = None) -> Any:
         """The run of an identity. A missing one is created.
@@ -182,11 +182,11 @@ def explain(error: Exception, uri: str, doing: str = "") -> UserError:
     """
     text = clean(str(error))
     reason = re.search(r"Caused by (.*)\)$", text)
-    found = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
+    status = re.search(r"error code (\d{3})|too many (\d{3}) error responses", text)
     code = _DENIALS.get(str(getattr(error, "error_code", None)))
     # A file upload through the server fails with an HTTPError of requests.
     code = code or getattr(getattr(error, "response", None), "status_code", None)
-    code = code or (int(found[1] or found[2]) if found else 0)
+    code = code or (int(status[1] or status[2]) if status else 0)
     user = os.environ.get("MLFLOW_TRACKING_USERNAME")
     who = f"user '{user}'" if user else "a client without a user's name"
     if code == 401:
@@ -208,7 +208,7 @@ def explain(error: Exception, uri: str, doing: str = "") -> UserError:
         hint = f"keep a copy of it, then mlflow db upgrade {redact_uri(uri)}"
     elif doing.endswith("artifact"):
         problem = "runs can be written, artifacts cannot"
-        hint = "the server's store of artifacts (its --artifacts-destination), or your access to it, is what is wrong"
+        hint = "check the server's artifact storage (its --artifacts-destination) and your access to it"
     elif sqlite_path(uri) is not None:
         problem, hint = "the store cannot be used", "can the file be written, is it locked, is the disk full?"
     else:
