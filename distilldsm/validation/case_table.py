@@ -76,7 +76,7 @@ COLUMNS: tuple[Column, ...] = (
     _column("spatial_unit", "text", "image", "unit of length in the header"),
     _column("dtype", "text", "image", "stored number type"),
     _column("finite_fraction", "number", "image", "share of image voxels that are finite"),
-    _column("constant_channels", "number", "image", "channels whose voxels are all equal"),
+    _column("constant_channels", "number", "image", "number of channels with one value only"),
     _column(
         "padding_fraction", "number", "image", "share of voxels equal to the corner voxel if that is not 0; not for CT"
     ),
@@ -86,7 +86,7 @@ COLUMNS: tuple[Column, ...] = (
         for end in ("min", "max")
     ),
     _column("largest_intensity", "number", "image", "largest absolute intensity"),
-    _column("label_like_channels", "number", "image", "channels that hold only declared label values"),
+    _column("label_like_channels", "number", "image", "number of channels that hold only declared label values"),
     _column(
         "neighbour_correlation",
         "number",
@@ -154,7 +154,7 @@ class CaseTable:
         )
 
     def details(self, case: str, column: str) -> list[Detail]:
-        """The files of a case that a value comes from. Without a note about the files: the value itself."""
+        """The noted files that a value comes from. Without a note: the file of the column's `source`, and the value."""
         row = self.by_case[case]
         noted = row.details.get(column)
         if noted:
@@ -233,7 +233,7 @@ def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], 
 
 
 def _mark_duplicates(rows: Sequence[CaseRow]) -> None:
-    """Fill the columns that compare cases. Constant images and empty labels are skipped: equal ones are not copies."""
+    """Fill the columns that compare cases. Constant images and empty labels are skipped: equality proves no copy."""
     images: dict[str, list[CaseRow]] = defaultdict(list)
     labels: dict[str, list[CaseRow]] = defaultdict(list)
     for row in rows:

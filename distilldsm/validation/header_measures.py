@@ -27,7 +27,7 @@ _HARMLESS = ("pixdim[1,2,3]", "vox offset")
 
 @dataclass(frozen=True)
 class Grid:
-    """The facts that are kept about a measured file: its name in the data set, and its grid."""
+    """Grid of a measured file, and the file's name in the data set."""
 
     file: str
     shape: tuple[int, int, int]
