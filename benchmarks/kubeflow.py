@@ -1,9 +1,9 @@
-"""Measures Kubeflow's overhead: seconds to compile, for the pipeline in subprocesses, and per component over its stage.
+"""Measures seconds to compile the pipeline and to run it in subprocesses, and a component's overhead over its stage.
 
     python -m benchmarks.kubeflow [--repeats 5]
 
-Prints JSON. The pipeline runs on a tiny embedded sample with two folds; a component's overhead is the median time of
-the component `check` by kfp's local runner less that of loading the parameters in a fresh Python.
+Prints JSON. The pipeline runs on a tiny embedded sample with two folds. A component's overhead is the median time of
+the component `check` in kfp's local runner, minus the median time to load the parameters in a new Python process.
 """
 
 from __future__ import annotations

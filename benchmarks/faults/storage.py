@@ -130,7 +130,7 @@ def worker_killed(
     rng: random.Random,
     stages: Sequence[str] = ("preprocess", "train", "evaluate"),
 ) -> list[Row]:
-    """Kill one worker process of a stage, as the kernel does without memory; then run the same command again."""
+    """Kill one worker process of a stage, as the kernel does when memory runs out; then run the command again."""
     rows = []
     for stage in stages:
         row = Row(f"worker of {stage} killed")

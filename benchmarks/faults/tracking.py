@@ -24,7 +24,7 @@ from distilldsm.core.files import read_json
 
 EPOCHS = 12
 SLOWDOWN_EPOCHS = 100
-"""Enough epochs to ignore the one-time cost of importing MLflow, some CPU seconds."""
+"""Enough epochs that the one-time import of MLflow (some CPU seconds) does not matter."""
 MOST_SLOWDOWN = 1.02
 
 

@@ -56,7 +56,7 @@ class Outcome:
 
 
 def publish(directory: Path, *, to: str | None = None) -> Outcome:
-    """Publish one output. Errors of MLflow are in the outcome; none is raised.
+    """Publish one output. MLflow's errors are listed in the outcome, not raised.
 
     Args:
         to: address of the store to use instead of the recorded one.
