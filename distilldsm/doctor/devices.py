@@ -23,7 +23,7 @@ def openvino_finding(limit_s: float) -> list[Finding]:
 
 
 def gpu_finding(limit_s: float) -> list[Finding]:
-    """Each GPU's name and memory, and a computation on it."""
+    """Name and memory of each GPU, and the result of a test computation."""
     import torch
 
     driver = driver_version()

@@ -29,7 +29,7 @@ from distilldsm.doctor.services import is_installed
 OLDEST_PYTHON = (3, 11)
 EXTRAS = ("data", "train", "export", "pipeline", "dicom", "monai")
 PARTS = {"mlflow": "mlflow-skinny"}
-"""Package to a smaller one that the images contain instead."""
+"""Smaller package that the images contain instead of the full one."""
 FLAGS = {
     "avx2": "AVX2",
     "avx512f": "AVX-512",
@@ -63,11 +63,11 @@ def check_packages(limit_s: float) -> list[Finding]:
     """Compare the installed packages of each optional group with the minimums of pyproject.toml."""
     table = requirements()
     base = {_name(line) for line in table[""]}
-    found = [_group("packages", "", table[""], set())]
+    findings = [_group("packages", "", table[""], set())]
     for extra in EXTRAS:
         shared = base | {_name(line) for other in EXTRAS if other != extra for line in table.get(other, ())}
-        found.append(_group(f"packages: {extra}", extra, table.get(extra, []), shared))
-    return found
+        findings.append(_group(f"packages: {extra}", extra, table.get(extra, []), shared))
+    return findings
 
 
 def requirements() -> dict[str, list[str]]:
@@ -212,7 +212,7 @@ def largest_scan(budget: int) -> int:
                 per_voxel=activation_bytes("distill_dsm", {}, "openvino"),
                 channels=1,
                 classes=3,
-                held_bytes=slices * _SLICE * 3 + _SLICE * (160 + 3 * 40),  # the scan, its mask, slices in work
+                held_bytes=slices * _SLICE * 3 + _SLICE * (160 + 3 * 40),  # the scan, its mask, slices being processed
                 budget=budget,
                 where=None,
             )

@@ -38,15 +38,15 @@ def check(limit_s: float) -> list[Finding]:
 def check_outputs(limit_s: float) -> list[Finding]:
     """Find outputs below the current directory that are not, or not completely, in MLflow."""
     name, missing = "mlflow outputs", []
-    found = [one for one in map(Publisher, known_outputs()) if one.uri is not None]
-    for one in found:
+    outputs = [one for one in map(Publisher, known_outputs()) if one.uri is not None]
+    for one in outputs:
         uri = str(one.uri)
         with _explained(uri, "searching the runs"):
             if _is_new(uri) or not one.is_published():
                 missing.append(str(one.directory))
     if not missing:
-        return [Finding(name=name, status="ok", seen=f"all {len(found)} outputs are in MLflow")]
-    seen = f"{len(missing)} of {len(found)} outputs are not, or not completely, in MLflow: {', '.join(missing[:3])}"
+        return [Finding(name=name, status="ok", seen=f"all {len(outputs)} outputs are in MLflow")]
+    seen = f"{len(missing)} of {len(outputs)} outputs are not, or not completely, in MLflow: {', '.join(missing[:3])}"
     hint = "distilldsm publish sends them now; otherwise the next stage does"
     return [Finding(name=name, status="warn", seen=seen + (" ..." if len(missing) > 3 else ""), hint=hint)]
 
@@ -102,14 +102,14 @@ def _round_trip(client: MlflowClient, run_id: str) -> None:
 
 def _experiment(client: MlflowClient, artifacts: Path | None) -> str:
     """The id of the probe's experiment. If an earlier probe left it marked as deleted, it is restored."""
-    found = client.get_experiment_by_name(EXPERIMENT)
-    if found is None:
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    if experiment is None:
         return client.create_experiment(EXPERIMENT, artifact_location=artifacts.as_uri() if artifacts else None)
-    if found.lifecycle_stage == "deleted":
-        client.restore_experiment(found.experiment_id)
-        for run in client.search_runs([found.experiment_id]):  # the experiment's old runs are restored with it
+    if experiment.lifecycle_stage == "deleted":
+        client.restore_experiment(experiment.experiment_id)
+        for run in client.search_runs([experiment.experiment_id]):  # the experiment's old runs are restored with it
             client.delete_run(run.info.run_id)
-    return found.experiment_id
+    return experiment.experiment_id
 
 
 def _take_away(client: MlflowClient, experiment: str, run_id: str | None, *, permanently: bool) -> None:

@@ -57,7 +57,7 @@ class Folds:
         self._error: Exception | None = None
 
     def prepare(self) -> None:
-        """Download, validate and preprocess, unless this is done with these parameters.
+        """Download, validate and preprocess, unless the outputs are up to date.
 
         Raises:
             UserError: a stage failed; names its log.

@@ -113,7 +113,7 @@ class Profile:
             raise ConfigError("'cpu_limit' is below 'cpu'", seen=f"{self.cpu_limit} below {self.cpu}")
         refuse_secrets(self.env, "secrets come from Kubernetes secrets (`secrets`)")
         if sum(volume.work for volume in self.volumes) > 1:
-            raise ConfigError("more than one volume is the work volume", rule="one 'work: true' at most")
+            raise ConfigError("more than one volume has 'work: true'", rule="one 'work: true' at most")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Compiles the pipeline to YAML, always the same, and checks it: KFP's schema, and references to missing parts."""
+"""Compiles the pipeline to reproducible YAML, and checks KFP's schema and all references between its parts."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check_pipeline(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _check_references(spec: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Check that each component, executor and task exists that another names: KFP's schema does not check this."""
+    """Check that all referenced components, executors and tasks exist. KFP's schema does not check this."""
     components, executors = spec.get("components", {}), spec.get("deploymentSpec", {}).get("executors", {})
     graphs = {"root": spec["root"], **components}
     for name, component in graphs.items():

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 VERSION_LABEL = "org.opencontainers.image.version"
 CALLER_LABEL = "distilldsm.caller"
-"""Label of each container: id of the process that waits for it. It finds the containers of a killed process."""
+"""Label of each container: id of the process that waits for it. Use it to find containers of a killed process."""
 PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
 """The caller's environment variables that every container gets; also all that begin with PASSED_ON_PREFIXES."""
 PASSED_ON_PREFIXES = ("MLFLOW_TRACKING_", "DISTILLDSM_DOWNLOAD_")

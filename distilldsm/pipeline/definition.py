@@ -242,6 +242,6 @@ def component(name: str, title: str, parameters: Mapping[str, str], returns: str
     names: dict[str, Any] = {**vars(dsl), "List": List}  # noqa: UP006
     exec(compile(source, file, "exec", dont_inherit=True), names)  # noqa: S102 - source from above
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # kfp warns that it does not install itself: the image has it
+        warnings.simplefilter("ignore")  # kfp warns about packages that it does not install: the image has them
         made: Callable[..., Any] = dsl.component(names[name], base_image=image, install_kfp_package=False)
     return made

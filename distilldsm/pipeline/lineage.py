@@ -1,4 +1,4 @@
-"""Finds the runs, models and data that belong to an id: of an MLflow or KFP run, a commit, dvc.lock or a model."""
+"""Finds the runs, models and data of an identifier: MLflow run, KFP run, git commit, dvc.lock or model."""
 
 from __future__ import annotations
 

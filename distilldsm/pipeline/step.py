@@ -88,7 +88,7 @@ def run(name: str, **values: Any) -> bool | None:
 
 @contextmanager
 def component(name: str) -> Iterator[None]:
-    """Run a component's body: check that image and pipeline have one version; print user errors without a traceback."""
+    """Wrap a component's body: image and pipeline must have the same version, and user errors show no traceback."""
     try:
         compiled = os.environ.get(VERSION_VARIABLE)
         if compiled and compiled != __version__:
@@ -126,7 +126,7 @@ def section(cls: type[T], values: Mapping[str, Any], name: str) -> T:
 
 
 def sections_of(params: Params) -> dict[str, Any]:
-    """The pipeline's arguments for these parameters: `folds`, then one mapping a section."""
+    """The pipeline's arguments for these parameters: `folds`, then one mapping per section."""
     values = to_mapping(params)
     return {"folds": values.pop("cv")["folds"], **values}
 
@@ -158,7 +158,7 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
     tracking = section(TrackingConfig, values["tracking"], "tracking") if "tracking" in values else None
     with tempfile.TemporaryDirectory() as folder:
         inputs = {one.name: _place(stage, one, values, fold, Path(folder)) for one in stage.inputs}
-        # Unfinished work is kept by data and parameters: several trainings may share the volume.
+        # A hash of data and parameters names the work folder: several trainings may share the volume.
         work = sha256_json([{name: content_hash(path) for name, path in inputs.items()}, received])[:12]
         key = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
         try:

@@ -179,7 +179,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     katib.add_argument("--job", default="conf/trainjob.yaml", help="TrainJob of every trial (default: %(default)s)")
     katib.add_argument("--name", default="distilldsm-sweep")
     katib.add_argument("--preprocessed", default="/work/preprocessed", help="path on the claim (default: %(default)s)")
-    katib.add_argument("--params-on-claim", default="/work/params.yaml", help="its path there (default: %(default)s)")
+    katib.add_argument("--params-on-claim", default="/work/params.yaml", help="path on claim (default: %(default)s)")
     local = commands.add_parser("local", help="queue the trials as DVC experiments; start them with dvc queue start")
     local.add_argument("--trials", type=int, help="number of trials (default: max_trials)")
     local.add_argument("--seed", type=int, default=0)

@@ -162,7 +162,7 @@ def _create(
             return
         except JobExistsError:
             pass
-        except Exception as error:  # Kubernetes' client raises many kinds
+        except Exception as error:  # Kubernetes' client raises many kinds of errors
             raise UserError("the TrainJob cannot be created", where=name, seen=str(error)[:400]) from None
         try:
             if api.state(name) not in ENDED:
