@@ -127,7 +127,7 @@ STAGE = Stage(
         Option(
             name="ensemble",
             metavar="MODEL",
-            help="a further model of this fold, e.g. of another train.seed; repeatable. Scores are averaged",
+            help="another model of this fold, e.g. with another train.seed; repeatable. Averages the probabilities",
         ),
     ),
     outputs=(
