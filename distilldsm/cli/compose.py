@@ -80,14 +80,14 @@ def _changed(text: str, held: Mapping[str, Any], values: Mapping[str, Any]) -> s
     from ruamel.yaml import YAML
     from ruamel.yaml.error import YAMLError
 
-    yaml = YAML()
-    yaml.preserve_quotes, yaml.width = True, 10**9
-    yaml.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
+    editor = YAML()  # ruamel's round-trip loader: plain values and comments, no objects
+    editor.preserve_quotes, editor.width = True, 10**9
+    editor.representer.add_representer(type(None), lambda r, _: r.represent_scalar("tag:yaml.org,2002:null", "null"))
     changed = io.StringIO()
     try:
-        root = yaml.load(text)
-        _update(yaml, root, held, values)
-        yaml.dump(root, changed)
+        root = editor.load(text)
+        _update(editor, root, held, values)
+        editor.dump(root, changed)
         if plain_yaml.safe_load(changed.getvalue()) == values:
             return changed.getvalue()
     except (YAMLError, AttributeError):  # the text is valid in YAML 1.1, but not in 1.2
@@ -95,7 +95,7 @@ def _changed(text: str, held: Mapping[str, Any], values: Mapping[str, Any]) -> s
     return plain_yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120)
 
 
-def _update(yaml: Any, node: Any, held: Mapping[str, Any], values: Mapping[str, Any]) -> None:
+def _update(editor: Any, node: Any, held: Mapping[str, Any], values: Mapping[str, Any]) -> None:
     """Change ruamel's mapping `node` from `held` to `values`; unchanged entries keep their form."""
     from distilldsm.config.reference import flow_yaml
 
@@ -104,6 +104,6 @@ def _update(yaml: Any, node: Any, held: Mapping[str, Any], values: Mapping[str, 
     for key, value in values.items():
         before = held.get(key)
         if isinstance(before, Mapping) and isinstance(value, Mapping) and not node[key].fa.flow_style():
-            _update(yaml, node[key], before, value)
+            _update(editor, node[key], before, value)
         elif key not in held or before != value:
-            node[key] = yaml.load(flow_yaml(value))
+            node[key] = editor.load(flow_yaml(value))

@@ -154,7 +154,7 @@ def write_summary(directory: Path, dice: float) -> None:
 def test_summary_of_one_and_several_folds(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["summary"]) == 1
-    assert "not an evaluated fold" in capsys.readouterr().err
+    assert "no evaluated fold" in capsys.readouterr().err
     write_summary(tmp_path / "evaluation/fold0", 0.70)
     assert main(["summary"]) == 0
     text = capsys.readouterr().out

@@ -233,5 +233,5 @@ def test_info_tells_of_both(folds, tmp_path_factory, capsys):
     assert "postprocess largest component of shell, core" in text
     assert main(["info", str(exported(tmp_path_factory).export)]) == 0
     text = capsys.readouterr().out
-    assert "trained without" in text
+    assert "none in training" in text
     assert "not decided" in text

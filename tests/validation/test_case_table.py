@@ -174,7 +174,7 @@ def test_units_channels_and_padding(tmp_path):
     assert row.values["channel_shapes_agree"] == 0
     assert [d.file for d in row.details["channel_shapes_agree"]] == ["small.nii.gz"]
     assert [d.file for d in row.details["read_error"]] == ["rgb.nii.gz"]
-    assert "no plain numbers" in row.values["read_error"]
+    assert "unsupported number type" in row.values["read_error"]
     assert row.values["padding_fraction"] == pytest.approx(200 / 480)
     (told,) = row.details["padding_fraction"]
     assert (told.file, told.seen) == ("m.nii.gz", "42% of the voxels are -3.5")
