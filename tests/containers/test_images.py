@@ -102,7 +102,7 @@ def test_no_training_code_in_the_export_image(images: BuiltImages, client: docke
     library = "/opt/distilldsm/lib"
     there = run(client, images.export, "sh", "-c", f"cd {library} && find . -name '*.py'").split()
     training = {name.rpartition("/")[2] for name in there if name.startswith("./distilldsm/training/")}
-    assert training == {"__init__.py", "checkpoint.py", "validation.py", "distributed.py"}
+    assert training == {"__init__.py", "patches.py", "validation.py", "distributed.py"}
     assert "./distilldsm/evaluation/scoring.py" not in there
     everything = run(client, images.train, "sh", "-c", f"cd {library} && find . -name '*.py'").split()
     assert "./distilldsm/training/loop.py" in everything
@@ -137,7 +137,7 @@ def test_the_pip_configuration_reaches_pip(images: BuiltImages, tmp_path) -> Non
     """A configuration that pip refuses must fail the build: else the secret would have no effect."""
     context = tmp_path / "context"
     context.mkdir()
-    for name in ("docker", "distilldsm", "components", "pipeline", "conf"):
+    for name in ("docker", "distilldsm", "conf"):
         shutil.copytree(ROOT / name, context / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "constraints.txt", "LICENSE"):
         shutil.copy(ROOT / name, context)
