@@ -24,7 +24,7 @@ from pathlib import Path
 
 from distilldsm.core.mapping import to_mapping
 from distilldsm.tracking.publish import Outcome, Publisher, known_outputs, publish_all
-from distilldsm.tracking.record import FILE, SYSTEM, load
+from distilldsm.tracking.record import FILE, SYSTEM, final_path, load
 from distilldsm.tracking.system import SystemSampler, sample_until
 
 POLL_S = 0.5
@@ -72,11 +72,20 @@ class Follower:
                     seen, pause = state, _FIRST_PAUSE_S
                 last_attempts += finishing
                 if finishing and (not outcome.problems or last_attempts >= _LAST_ATTEMPTS):
+                    if not others_done and not outcome.problems:
+                        self._publish_predecessor()
                     return
                 if not (outcome.problems or others_done or finishing):
                     others_done = True
                     self._publish_others()
             self.finish.wait(POLL_S)
+
+    def _publish_predecessor(self) -> None:
+        """Publish the finished output that the new one is about to replace: nothing could publish it later."""
+        predecessor = final_path(self.directory)
+        if predecessor != self.directory and (predecessor / FILE).is_file():
+            for outcome in publish_all([predecessor]):
+                self.report(outcome)
 
     def _publish_others(self) -> None:
         others = [one for one in known_outputs() if one.resolve() != self.directory.resolve()]

@@ -17,7 +17,7 @@ from distilldsm.config import TrackingConfig
 from distilldsm.core.files import write_json
 from distilldsm.core.shell import environment_of_modules
 from distilldsm.tracking.addresses import default_uri, live_uri, sqlite_path
-from distilldsm.tracking.record import FILE, Status, describe, forgiving, is_tracked, load, logger
+from distilldsm.tracking.record import FILE, Status, describe, final_path, forgiving, is_tracked, load, logger
 
 SYSTEM_METRICS_S = 10.0
 SERVER_TIMEOUT_S, LOCAL_TIMEOUT_S = 20.0, 60.0
@@ -92,9 +92,9 @@ class Sender:
             if outcome["problems"]:
                 more = len(outcome["problems"]) - 1
                 reason = outcome["problems"][0] + (f", and {more} more" if more else "")
-                reasons.setdefault(reason, []).append(_final(Path(directory)))
+                reasons.setdefault(reason, []).append(str(final_path(Path(directory))))
             for note in outcome.get("notes", ()) if Path(directory) in self.directories else ():
-                logger.warning("MLflow: %s is published without a part: %s", _final(Path(directory)), note)
+                logger.warning("MLflow: %s is published without a part: %s", str(final_path(Path(directory))), note)
         for reason, names in reasons.items():
             logger.warning(
                 "MLflow: not all of %s is published (%s); the next stage sends it, or: distilldsm publish %s",
@@ -192,9 +192,3 @@ def _has_run(directory: Path) -> bool:
 def _is_finished(directory: Path) -> bool:
     record = load(directory)
     return record is not None and record.status in ("FINISHED", "FAILED")
-
-
-def _final(directory: Path) -> str:
-    """The name that an unfinished output has when its stage is done."""
-    name = directory.name
-    return str(directory.with_name(name[1:].removesuffix(".partial")) if name.endswith(".partial") else directory)

@@ -169,6 +169,12 @@ def identity_of(directory: Path) -> RunIdentity | None:
     return None if record is None else record.run
 
 
+def final_path(directory: Path) -> Path:
+    """The path that an unfinished output has when its stage is done."""
+    name = directory.name
+    return directory.with_name(name[1:].removesuffix(".partial")) if name.endswith(".partial") else directory
+
+
 def run_key_of(directory: Path) -> str | None:
     """The key of the run that an output belongs to; None if it was made without tracking."""
     identity = identity_of(directory)

@@ -150,7 +150,7 @@ def test_what_cannot_be_described_never_stops_the_work(place, no_sender, monkeyp
     describe(CONFIG, place, name="n", metrics={"a": "not a number"})
     assert run_of(place) is None
     describe(CONFIG, place, name="n", model={"registered_name": "m"})
-    assert "holds no metadata.json" in caplog.text
+    assert "metadata.json is missing" in caplog.text
     (place / "file").touch()
     describe(CONFIG, place / "file", name="n")
     with training(place / "models/fold0"):
@@ -204,6 +204,19 @@ def test_the_follower_asks_again_until_a_store_comes_back_and_gives_up_at_the_en
     outcomes[-1] = outcomes[0]
     one.run()
     assert len(said) == 5 + follower._LAST_ATTEMPTS
+
+
+def test_an_output_that_is_about_to_be_replaced_is_published_first(place, client, monkeypatch, pauses):
+    with monkeypatch.context() as patch:
+        patch.setattr(process, "start", lambda *_, **__: None)
+        trained(place / "models/fold0", 1.0)
+        trained(place / "models/.fold0.partial", 2.0)
+    one = Follower(place / "models/.fold0.partial", os.getpid(), lambda _: None)
+    one.finish.set()  # the training ended before anything else could be published
+    one.run()
+    runs = [run.info.run_id for run in client.search_runs(["0", "1"])]
+    losses = [[m.value for m in client.get_metric_history(run, "train_loss")] for run in runs]
+    assert sorted(losses) == [[1.0], [2.0]]
 
 
 def test_memory_of_children_and_a_gpu_count(monkeypatch):
