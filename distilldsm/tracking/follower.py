@@ -71,25 +71,18 @@ class Follower:
                 else:
                     seen, pause = state, _FIRST_PAUSE_S
                 last_attempts += finishing
-                if finishing and (not outcome.problems or last_attempts >= _LAST_ATTEMPTS):
-                    if not others_done and not outcome.problems:
-                        self._publish_predecessor()
-                    return
-                if not (outcome.problems or others_done or finishing):
+                if not (outcome.problems or others_done):
                     others_done = True
                     self._publish_others()
+                if finishing and (not outcome.problems or last_attempts >= _LAST_ATTEMPTS):
+                    return
             self.finish.wait(POLL_S)
 
-    def _publish_predecessor(self) -> None:
-        """Publish the finished output that the new one is about to replace: nothing could publish it later."""
-        predecessor = final_path(self.directory)
-        if predecessor != self.directory and (predecessor / FILE).is_file():
-            for outcome in publish_all([predecessor]):
-                self.report(outcome)
-
     def _publish_others(self) -> None:
-        others = [one for one in known_outputs() if one.resolve() != self.directory.resolve()]
-        for outcome in publish_all(others):
+        """Publish other outputs until the stage finishes. The first is the one that this output will replace."""
+        others = {one.resolve(): one for one in (final_path(self.directory), *known_outputs())}
+        others.pop(self.directory.resolve(), None)
+        for outcome in publish_all(others.values()):
             self.report(outcome)
             if self._finishing():
                 return
