@@ -235,7 +235,8 @@ def test_voxels_to_be_ignored_are_an_error_and_the_label_alone_is_none(source, t
     with pytest.raises(UserError) as caught:
         stages(source, tmp_path / "used", until="validate")
     told = str(caught.value)
-    for words in ("not supported (nothing_to_ignore)", "voxels of the label 'ignore', 9", "another label or background"):
+    rule = "another label or background"
+    for words in ("not supported (nothing_to_ignore)", "voxels of the label 'ignore', 9", rule):
         assert words in told
     assert "declared_labels" not in told
     stages(source, tmp_path / "without", until="preprocess", on_invalid="exclude")
