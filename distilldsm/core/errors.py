@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
+from typing import Self
 
 from distilldsm.core.redaction import redact
 
@@ -39,6 +40,12 @@ class UserError(Exception):
         if hint:
             parts.append(f"  hint: {hint}")
         super().__init__(redact("\n".join(parts)))
+
+    def at(self, where: str | os.PathLike[str]) -> Self:
+        """The same error at a place; unchanged if it has a place already."""
+        if self.where is not None:
+            return self
+        return type(self)(self.problem, where=where, seen=self.seen, rule=self.rule, hint=self.hint)
 
 
 def did_you_mean(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:

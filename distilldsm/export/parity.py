@@ -126,7 +126,7 @@ def compare(
         remembered: cache of the network's logits; it is read and filled.
 
     Raises:
-        UserError: logits of the network or of a runtime are not finite.
+        DataError: logits of the network or of a runtime are not finite.
     """
     found: list[CaseParity] = []
     remembered = {} if remembered is None else remembered
@@ -159,11 +159,11 @@ def _boxes(preprocessed: Path, case_ids: Sequence[str], sizes: int) -> list[tupl
 def _timed_logits(name: str, engine: Engine, case: str, image: Float32) -> tuple[Float32, float]:
     """Logits of a case, and the seconds they took."""
     start = time.perf_counter()
-    logits = predict_logits(engine, image)
-    seconds = time.perf_counter() - start
-    if not np.isfinite(logits).all():
-        raise UserError(f"{name} gives logits that are not finite", where=case, hint="train with a lower learning rate")
-    return logits, seconds
+    try:
+        logits = predict_logits(engine, image)
+    except UserError as error:
+        raise error.at(f"case {case}, {name}") from None
+    return logits, time.perf_counter() - start
 
 
 def _case_parity(

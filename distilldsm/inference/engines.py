@@ -183,6 +183,7 @@ class OpenVINOEngine(Engine):
         try:
             _require_ir(self.path)
             self._model = self._core.read_model(str(self.path))
+            _require_finite_weights(self._model)
         except Exception as error:
             raise self._unloadable(error) from None
         self._free_shape = self._model.input(0).partial_shape
@@ -276,6 +277,13 @@ def _require_ir(path: Path) -> None:
         begin = stream.read(64).lstrip(b"\xef\xbb\xbf \t\r\n")
     if path.suffix == ".xml" and not begin.startswith((b"<?xml", b"<net")):
         raise ValueError("its content is not OpenVINO IR")
+
+
+def _require_finite_weights(model: Any) -> None:
+    """Refuse an IR with NaN or infinite weights. OpenVINO's ReLU turns NaN into 0, so the logits may not show it."""
+    for node in model.get_ops():
+        if node.get_type_name() == "Constant" and node.data.dtype.kind == "f" and not np.isfinite(node.data).all():
+            raise ValueError(f"the weights of {node.get_friendly_name()} are not finite")
 
 
 def _existing(path: str | os.PathLike[str]) -> Path:

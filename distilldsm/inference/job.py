@@ -111,9 +111,7 @@ def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any
     try:
         return _run(job, predictor, settings)
     except UserError as error:
-        if error.where is None:
-            error = _located(error, job.input.paths[0])
-        raise error from None
+        raise error.at(job.input.paths[0]) from None
     except MemoryError:
         raise DataError(
             "needs more memory than is available", where=job.input.paths[0], hint="lower --max-memory, or free memory"
@@ -180,7 +178,3 @@ def _write(
         if maps is not None:
             job.probabilities.unlink(missing_ok=True)
         raise
-
-
-def _located(error: UserError, path: Path) -> UserError:
-    return type(error)(error.problem, where=path, seen=error.seen, rule=error.rule, hint=error.hint)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
@@ -111,8 +110,8 @@ class Predictor:
             probabilities: (X, Y, Z, K) zeros, to be filled: uint8 with round(255 p), or float32.
 
         Raises:
-            DataError: the voxel size is far from the training scans', memory is too small, or probabilities are not
-                finite.
+            DataError: the voxel size is far from the training scans', memory is too small, or the network's outputs
+                are not finite.
         """
         observer = observer or Observer()
         check_scale(scan, self.plan)
@@ -124,10 +123,12 @@ class Predictor:
 
         restored = ScanMask(image.record, self.plan, probabilities)
         stream = through_network(self.network, image, pieces, observer.phase)
-        for first, planes in observer.follow(stream, count):
-            with observer.phase("restore"):
-                _require_finite(first, planes, scan.path)
-                restored.add(first, planes)
+        try:
+            for first, planes in observer.follow(stream, count):
+                with observer.phase("restore"):
+                    restored.add(first, planes)
+        except DataError as error:
+            raise error.at(scan.path) from None
         with observer.phase("restore"):
             self._postprocess(restored)
         # In bf16 the runtime rounds a network and its stream in a different order.
@@ -186,19 +187,6 @@ class Predictor:
             averaged=len(network.members) > 1,
             after_bytes=BYTES_PER_VOXEL * voxels if self.keep_largest else 0,
             stream=stream,
-        )
-
-
-def _require_finite(first: int, planes: Sequence[npt.NDArray[np.float32]], where: Path) -> None:
-    """Raise DataError for probabilities that are not finite, because their mask would be meaningless."""
-    bad = [first + k for k, plane in enumerate(planes) if not np.isfinite(plane).all()]
-    if bad:
-        raise DataError(
-            "the network's probabilities are not finite",
-            where=where,
-            seen=f"slices {bad[0]} to {bad[-1]}",
-            rule="intensities like those in training",
-            hint="check the scan's intensities and the header's scaling",
         )
 
 

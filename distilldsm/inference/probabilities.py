@@ -94,6 +94,9 @@ class Ensemble:
 
         The whole piece is mirrored, with padding and halo. So each slice keeps its neighbours, and pieces give the same
         probabilities as the whole volume.
+
+        Raises:
+            DataError: logits are NaN or infinite.
         """
         total = self._of(self.members[0], piece, keep, run)
         for member in self.members[1:]:
@@ -107,7 +110,9 @@ class Ensemble:
         total: Float32 | None = None
         for axes in every:
             logits = run(member.engine, np.ascontiguousarray(np.flip(piece, axes)) if axes else piece)
-            found = self.activation(np.flip(logits, tuple(k - 1 for k in axes))[:, *keep])
+            kept = np.flip(logits, tuple(k - 1 for k in axes))[:, *keep]
+            _require_finite(kept)
+            found = self.activation(kept)
             total = found if total is None else np.add(total, found, out=total)
         assert total is not None
         if len(self.members) > 1:
@@ -115,6 +120,19 @@ class Ensemble:
         if len(every) > 1:
             total /= np.float32(len(every))
         return total
+
+
+def _require_finite(logits: Float32) -> None:
+    """Raise DataError for logits that are not finite: a mask of them means nothing, but may look like an empty one."""
+    bad = sum(int(plane.size - np.isfinite(plane).sum()) for plane in np.moveaxis(logits, 1, 0))
+    if bad:
+        raise DataError(
+            "the network's outputs are not finite",
+            seen=f"{bad} of {logits.size} values are NaN or infinite",
+            rule="finite weights, and intensities like those in training",
+            hint="check the scan's intensities and the header's scaling; if all scans end like this, train the model "
+            "again, with a lower train.learning_rate",
+        )
 
 
 def views(axes: Sequence[MirrorAxis]) -> list[tuple[int, ...]]:

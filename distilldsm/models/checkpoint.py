@@ -25,9 +25,14 @@ MAX_SIZE = 4096
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
-    """Write tensors and JSON metadata into one safetensors file. An existing file is replaced in one step."""
+    """Write tensors and JSON metadata into one safetensors file. An existing file is replaced in one step.
+
+    Raises:
+        DataError: a tensor is not finite.
+    """
     from safetensors.torch import save_file
 
+    _require_finite(tensors, path)
     with whole_file(path) as temporary:
         # safetensors refuses tensors that share memory. The copies are also on the CPU and contiguous.
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
@@ -40,14 +45,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `save_tensors` wrote.
 
     Raises:
-        DataError: missing or damaged file.
+        DataError: missing or damaged file, or a tensor is not finite.
     """
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             meta = json.loads((file.metadata() or {}).get("json", "{}"))
-            return {k: file.get_tensor(k) for k in file.keys()}, meta  # noqa: SIM118 - no mapping
+            tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
     except FileNotFoundError:
         raise DataError("checkpoint not found", where=path, hint="train the model first (dvc repro)") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -58,6 +63,21 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             rule="safetensors; a pickle (.pt, .pth) is never loaded",
             hint="train again, or copy the file again",
         ) from None
+    _require_finite(tensors, path)
+    return tensors, meta
+
+
+def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise DataError if a tensor holds NaN or infinity. Its network may still give finite outputs, all wrong."""
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {len(tensors)} tensors are not finite",
+            where=path,
+            seen=", ".join(bad[:3]),
+            rule="no NaN and no infinity",
+            hint="train again with a lower train.learning_rate, or with train.precision: fp32",
+        )
 
 
 def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:

@@ -131,7 +131,7 @@ def test_the_limit_is_on_the_worst_case(preprocessed):
 @pytest.mark.parametrize("who", ["torch", "onnx"])
 def test_values_that_are_not_finite_are_refused(preprocessed, who, monkeypatch):
     broken = Function(lambda image: np.full_like(right(image), np.nan), depth_halo=0)
-    with pytest.raises(UserError, match=f"{who} gives logits that are not finite"):
+    with pytest.raises(UserError, match=f"case a, {who}: the network's outputs are not finite"):
         parity.compare(
             broken if who == "torch" else network,
             {"onnx": broken},

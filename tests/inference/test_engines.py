@@ -7,10 +7,13 @@ import sys
 
 import numpy as np
 import pytest
+from safetensors.torch import save_file
 
 from distilldsm.core.errors import DataError
 from distilldsm.inference import engines
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine, TorchEngine
+from distilldsm.inference.windows import predict_logits
+from distilldsm.models.checkpoint import load_tensors, save_tensors
 from tests.export.fake import CHANNELS, NETWORK, exported, random_network
 
 
@@ -92,3 +95,32 @@ def test_signals_still_work_after_engines_are_gone(tmp_path_factory):
     path = str(exported(tmp_path_factory).export / "model.xml")
     done = subprocess.run([sys.executable, "-c", code, path], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "handled\n"), done.stderr
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_weights_that_are_not_finite_stop_every_engine(value, tmp_path_factory, tmp_path):
+    """A bad weight of the first layer reaches no output where ReLU turns NaN into zero."""
+    import onnx
+    import openvino
+
+    model = onnx.load(exported(tmp_path_factory).export / "model.onnx")
+    first = next(t for t in model.graph.initializer if len(t.dims) == 4)
+    weights = onnx.numpy_helper.to_array(first).copy()
+    weights.flat[0] = value
+    first.CopyFrom(onnx.numpy_helper.from_array(weights, first.name))
+    onnx.save(model, tmp_path / "model.onnx")
+    with pytest.raises(DataError, match=r"outputs are not finite"):
+        predict_logits(OnnxEngine(tmp_path / "model.onnx", NETWORK), image(3)[0])
+    model = openvino.convert_model(tmp_path / "model.onnx")
+    openvino.save_model(model, tmp_path / "model.xml", compress_to_fp16=False)  # half precision would lose NaN
+    with pytest.raises(DataError, match=r"model\.xml: cannot be loaded(.|\n)*are not finite"):
+        OpenVINOEngine(tmp_path / "model.xml", NETWORK)
+    network = random_network("distill_dsm", width=0.25)
+    next(network.parameters()).data.flatten()[0] = value
+    with pytest.raises(DataError, match=r"1 of .* tensors are not finite"):
+        save_tensors(tmp_path / "last.safetensors", network.state_dict(), {})
+    save_file(network.state_dict(), tmp_path / "last.safetensors")
+    with pytest.raises(DataError, match=r"last\.safetensors: 1 of .* tensors are not finite"):
+        load_tensors(tmp_path / "last.safetensors")
+    with pytest.raises(DataError, match="outputs are not finite"):
+        predict_logits(TorchEngine(network), image(3)[0])
