@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -20,8 +21,9 @@ from distilldsm.inference.loading import Precision
 from distilldsm.inference.memory import budget_bytes
 from distilldsm.inference.predict import Observer, Prediction, Predictor
 from distilldsm.inference.windows import Pieces, Slices
+from distilldsm.io.errors import first_line
 from distilldsm.io.formats import Format, stem, write_mask
-from distilldsm.io.inputs import Input
+from distilldsm.io.inputs import Input, listed
 from distilldsm.io.nifti import write_nifti
 from distilldsm.io.output import scratch_array
 from distilldsm.io.scan import Scan
@@ -76,7 +78,6 @@ class _Shown(Observer):
             self.seconds[name] += time.perf_counter() - started
 
     def planned(self, pieces: Pieces, count: int) -> None:
-        name = self.job.input.name
         size = f"about {pieces.estimate_bytes / 1e9:.1f} of {self.settings.budget / 1e9:.1f} GB"
         how = "in one piece" if count == 1 else f"in {count} pieces of {pieces.window} slices"
         if pieces.streamed:
@@ -92,9 +93,13 @@ class _Shown(Observer):
                 f"whole slices do not fit, so tiles of {pieces.tile[0]} x {pieces.tile[1]} are blended: labels may "
                 "differ from those of whole slices; a larger --max-memory avoids that"
             )
+        self.say(*remarks)
+
+    def say(self, *remarks: str) -> None:
+        """Print remarks about this scan."""
         with beside_the_bar():
             for remark in remarks:
-                print(f"{name}: {remark}", file=sys.stderr)
+                print(f"{self.job.input.name}: {remark}", file=sys.stderr)
 
     def follow(self, stream: Iterator[Slices], count: int) -> Iterator[Slices]:
         if not (self.settings.alone and count > 1):
@@ -120,12 +125,23 @@ def run_job(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any
         raise UserError(
             "cannot be read or written", where=error.filename or job.input.paths[0], seen=error.strerror or str(error)
         ) from None
+    except Exception as error:
+        if os.environ.get("DISTILLDSM_DEBUG"):
+            raise
+        raise UserError(
+            "failed unexpectedly",
+            where=job.input.paths[0],
+            seen=first_line(error),
+            hint="DISTILLDSM_DEBUG=1 shows where; please report it",
+        ) from error
 
 
 def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
     plan, shown = predictor.plan, _Shown(job, settings)
     with shown.phase("read"):
         scan = job.input.read(len(plan.channels), settings.budget, [channel.name for channel in plan.channels])
+        remarks = [*scan.remarks, *job.format.check_mask(scan, **_described(predictor))]
+    shown.say(*remarks, *_left_out(scan))
     with ExitStack() as stack:
         maps = None
         if settings.probabilities:
@@ -149,10 +165,24 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         **({"probabilities": str(job.probabilities)} if settings.probabilities else {}),
         "shape": list(scan.shape),
         "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
+        "remarks": remarks,
+        "skipped": [{"path": str(file.path), "reason": file.reason} for file in scan.skipped],
         **_facts(prediction),
         "peak_memory_mb": None if peak is None else round(peak * 1000, 1),
         "seconds": {name: round(seconds, 3) for name, seconds in shown.seconds.items()},
     }
+
+
+def _left_out(scan: Scan) -> list[str]:
+    """A line about the files of series folders that hold no slice."""
+    files = [f"{file.path.name} ({file.reason})" for file in scan.skipped]
+    return [f"left out: {listed(files)}"] if files else []
+
+
+def _described(predictor: Predictor) -> dict[str, Any]:
+    """What a mask tells of the model: label name to value, and the model's name."""
+    labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
+    return {"labels": labels, "model": "" if predictor.metadata is None else predictor.metadata.name}
 
 
 def _facts(prediction: Prediction) -> dict[str, Any]:
@@ -171,9 +201,7 @@ def _write(
     if maps is not None:
         write_nifti(job.probabilities, maps, scan, slope=1 / 255)
     try:
-        labels = dict(zip(predictor.plan.class_names, predictor.plan.class_values, strict=True))
-        model = "" if predictor.metadata is None else predictor.metadata.name
-        write_mask(job.output, mask, scan, labels=labels, model=model)
+        write_mask(job.output, mask, scan, **_described(predictor))
     except BaseException:
         if maps is not None:
             job.probabilities.unlink(missing_ok=True)

@@ -6,48 +6,25 @@ pydicom and highdicom are in the optional dependency group `dicom`. They are imp
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.core.version import __version__
-from distilldsm.io.errors import Refuse, first_line, raise_error
+from distilldsm.io.dicom_slice import Slice, is_dicom, read_slice, read_voxels, visible_files
+from distilldsm.io.errors import Refuse, raise_error
 from distilldsm.io.header_rules import AFFINE_RULES, broken, orthogonal
 from distilldsm.io.orientation import Affine
 from distilldsm.io.output import replacing
-from distilldsm.io.scan import Channel, Scan
+from distilldsm.io.scan import Channel, Scan, Skipped
 
 DIRECTION_TOLERANCE = 1e-4
 """Largest difference between the direction cosines of two slices of a series."""
-SPACING_TOLERANCE = 0.02
-"""Largest relative difference between the distances of neighbouring slices."""
-_MAY_BE_EMPTY = (
-    "AccessionNumber",
-    "PatientBirthDate",
-    "PatientID",
-    "PatientName",
-    "PatientSex",
-    "ReferringPhysicianName",
-    "StudyDate",
-    "StudyID",
-    "StudyTime",
-)
-"""Attributes that a DICOM object must have; they may be empty. Anonymised series often lack them."""
+POSITION_TOLERANCE = (0.02, 0.02)
+"""Largest distance of a slice from the grid fitted to all: mm, and as a share of the distance of slices. The larger
+one counts."""
 _LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a path is a DICOM file: `DICM` stands after the preamble."""
-    if not path.is_file():
-        return False
-    with suppress(OSError), open(path, "rb") as stream:
-        stream.seek(128)
-        return stream.read(4) == b"DICM"
-    return False
 
 
 class Dicom:
@@ -60,28 +37,36 @@ class Dicom:
     mask_of_any_scan = False
 
     def can_read(self, path: Path) -> bool:
-        """Whether the path is a folder with DICOM files; their names do not matter."""
-        return path.is_dir() and any(map(is_dicom, path.iterdir()))
+        """Whether the path is a folder with DICOM files: by their content, or by the ending `.dcm`."""
+        return path.is_dir() and any(one.suffix.lower() == ".dcm" or is_dicom(one) for one in visible_files(path))
 
     def read(self, path: Path, *, refuse: Refuse = raise_error) -> Scan:
         """Read the series in a folder as a scan of one channel: slices sorted, intensities rescaled (slope, intercept).
 
-        Array axes are (columns, rows, slices), as in other readers of series. Voxels are read later.
+        Array axes are (columns, rows, slices), as in other readers of series. Voxels are read later. Every visible
+        file is a slice, is listed in the scan's `skipped`, or is an error.
 
         Raises:
-            DataError: not exactly one series, mixed slices, missing or duplicate slices, or a tilted stack.
+            DataError: not exactly one series, mixed slices, missing or duplicate slices, a tilted stack, or a file
+                that is neither a slice nor known to be harmless.
         """
-        headers = [_header(file) for file in sorted(path.iterdir()) if is_dicom(file)]
-        headers = [h for h in headers if h.file_meta.MediaStorageSOPClassUID.keyword != "MediaStorageDirectoryStorage"]
-        if not headers:
-            raise DataError("holds no DICOM image", where=path)
-        for header in headers:
-            _check_image(header)
-        _check_one_series(headers, path)
-        ordered, affine = _arrange(headers, path)
+        slices, skipped = _sorted_out(path)
+        if not slices:
+            raise DataError("holds no DICOM image", where=path, seen=skipped[0].reason if skipped else None)
+        _check_one_series(slices, path)
+        ordered, affine = _arrange(slices, path)
         for error in broken(AFFINE_RULES, affine, path):
             refuse(error)
-        return Scan((_channel(ordered),), orthogonal(affine), path, tuple(ordered))
+        return Scan((_channel(ordered),), orthogonal(affine), path, tuple(ordered), skipped=skipped)
+
+    def check_mask(self, scan: Scan, *, labels: Mapping[str, int], model: str) -> tuple[str, ...]:
+        """Make a segmentation of one voxel, in memory, to find out whether the series allows one."""
+        from distilldsm.io.dicom_seg import NO_FRAME, segmentation
+
+        mask = np.zeros(scan.shape, dtype=np.uint8)
+        mask[0, 0, 0] = max(labels.values())
+        segmentation(scan.path, scan.source, mask, labels, model)
+        return () if scan.source[0].frame_of_reference else (NO_FRAME,)
 
     def write(
         self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
@@ -95,134 +80,101 @@ class Dicom:
             DataError: the headers of the series do not allow it.
             UserError: the disk is full, or the file cannot be written.
         """
+        from distilldsm.io.dicom_seg import segmentation
+
         with replacing(path) as temporary:
-            _segmentation(path, mask, scan.source, labels, model).save_as(temporary)
+            segmentation(scan.path, scan.source, mask, labels, model).save_as(temporary)
 
 
-def _header(path: Path) -> Any:
-    import pydicom
-
-    try:
-        header = pydicom.dcmread(path, stop_before_pixels=True)
-        _ = header.file_meta.TransferSyntaxUID, header.file_meta.MediaStorageSOPClassUID
-        return header
-    except Exception as error:  # pydicom raises many kinds for broken files
-        raise DataError("is not a readable DICOM file", where=path, seen=first_line(error)) from None
-
-
-def _check_image(header: Any) -> None:
-    path = header.filename
-    if int(header.get("NumberOfFrames", 1) or 1) > 1:
-        raise DataError(
-            "holds several frames",
-            where=path,
-            seen=f"{header.NumberOfFrames} frames, {header.get('SOPClassUID')}",
-            rule="one slice per file",
-            hint="convert it to single-frame DICOM or NIfTI (e.g. dcm2niix)",
-        )
-    needed = ("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SeriesInstanceUID")
-    for name in needed:
-        if header.get(name) in (None, ""):
-            raise DataError(
-                f"has no {name}",
-                where=path,
-                seen=str(header.get("SOPClassUID", "")) or None,
-                rule="an image slice with position, orientation and spacing",
-                hint="remove files that are not slices (reports, localisers, presentation states) from the folder",
-            )
-    if int(header.get("SamplesPerPixel", 1)) != 1:
-        raise DataError("is a colour image", where=path, seen=f"{header.SamplesPerPixel} samples", rule="one sample")
-    numbers = _numbers(header, "ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing")
-    if not np.isfinite(numbers).all() or min(header.PixelSpacing) <= 0:
-        raise DataError(
-            "has an impossible geometry",
-            where=path,
-            seen=f"position {list(header.ImagePositionPatient)}, spacing {list(header.PixelSpacing)}",
-            rule="finite numbers, spacing above 0",
-        )
+def why_no_scan(folder: Path) -> str | None:
+    """Why a series folder of a study is left out: it holds localizers or objects without an image only. Else None."""
+    reason = None
+    for file in visible_files(folder):
+        try:
+            found = read_slice(file)
+        except DataError:
+            return None  # reading the series reports it
+        if isinstance(found, Slice) and not found.localizer:
+            return None
+        reason = "localizer" if isinstance(found, Slice) else reason or found
+    return reason
 
 
-def _numbers(header: Any, *names: str) -> npt.NDArray[np.float64]:
-    """The numbers in the named attributes of a slice, joined in order."""
-    return np.hstack([np.array(header.get(name), dtype=np.float64) for name in names])
+def _sorted_out(folder: Path) -> tuple[list[Slice], tuple[Skipped, ...]]:
+    """The slices in a folder, and the harmless files."""
+    slices, skipped = [], []
+    for file in visible_files(folder):
+        found = read_slice(file)
+        if isinstance(found, Slice):
+            slices.append(found)
+        else:
+            skipped.append(Skipped(file, found))
+    return slices, tuple(skipped)
 
 
-def _check_one_series(headers: Sequence[Any], folder: Path) -> None:
+def _check_one_series(slices: Sequence[Slice], folder: Path) -> None:
     series: dict[str, list[str]] = {}
-    for header in headers:
-        series.setdefault(str(header.SeriesInstanceUID), []).append(Path(header.filename).name)
+    for one in slices:
+        series.setdefault(one.series, []).append(one.path.name)
     if len(series) > 1:
         listed = "; ".join(f"{uid}: {len(names)} files, e.g. {names[0]}" for uid, names in series.items())
         raise DataError(
             f"holds {len(series)} series", where=folder, seen=listed, rule="one series", hint="one folder per series"
         )
-    compared = (
-        ("size", ("Rows", "Columns"), 0.0),
-        ("spacing", ("PixelSpacing",), 1e-3),
-        ("orientation", ("ImageOrientationPatient",), DIRECTION_TOLERANCE),
-    )
-    for header in headers[1:]:
-        for what, attributes, tolerance in compared:
-            expected, found = _numbers(headers[0], *attributes), _numbers(header, *attributes)
+    first = slices[0]
+    frame = next((one.frame_of_reference for one in slices if one.frame_of_reference), "")
+    for one in slices[1:]:
+        compared = (
+            ("size", np.array(one.size), np.array(first.size), 0.0),
+            ("spacing", np.array(one.spacing_mm), np.array(first.spacing_mm), 1e-3),
+            ("orientation", one.directions.ravel(), first.directions.ravel(), DIRECTION_TOLERANCE),
+        )
+        for what, found, expected, tolerance in compared:
             if np.abs(found - expected).max() > tolerance:
                 raise DataError(
                     f"the {what} differs from the other slices",
-                    where=header.filename,
+                    where=one.path,
                     seen=found.tolist(),
-                    rule=f"{expected.tolist()}, as {Path(headers[0].filename).name}",
+                    rule=f"{expected.tolist()}, as {first.path.name}",
                     hint="remove other kinds of slices (localisers) from the folder",
                 )
-
-
-def _arrange(headers: Sequence[Any], folder: Path) -> tuple[list[Any], Affine]:
-    """Sort slices along their normal; also return the affine (RAS, mm) of an array (columns, rows, slices)."""
-    orientation = _numbers(headers[0], "ImageOrientationPatient")
-    directions = orientation.reshape(2, 3)
-    if np.abs(np.linalg.norm(directions, axis=1) - 1).max() > 1e-3:
+    other = next((one for one in slices if one.frame_of_reference not in ("", frame)), None)
+    if other is not None:
         raise DataError(
-            "has an impossible orientation",
-            where=headers[0].filename,
-            seen=orientation.tolist(),
-            rule="two directions of length 1",
+            "the frame of reference differs from the other slices",
+            where=other.path,
+            seen=other.frame_of_reference,
+            rule=frame,
+            hint="slices of one series share their coordinate system; export the series again",
         )
-    normal = np.cross(*directions)
-    positions = np.array([_numbers(header, "ImagePositionPatient") for header in headers])
+
+
+def _arrange(slices: Sequence[Slice], folder: Path) -> tuple[list[Slice], Affine]:
+    """Sort slices along their normal; also return the affine (RAS, mm) of an array (columns, rows, slices)."""
+    first = slices[0]
+    normal = np.cross(*first.directions)
+    positions = np.array([one.position for one in slices])
     order = np.argsort(positions @ normal, kind="stable")
-    ordered, positions = [headers[int(k)] for k in order], positions[order]
+    ordered, positions = [slices[int(k)] for k in order], positions[order]
     if len(ordered) == 1:
-        step = normal * _thickness(ordered[0])
+        if first.thickness_mm is None:
+            raise DataError(
+                "is a single slice without a thickness", where=first.path, rule="SpacingBetweenSlices or SliceThickness"
+            )
+        origin, step = positions[0], normal * first.thickness_mm
     else:
         _check_steps(ordered, positions @ normal, folder)
-        step = (positions[-1] - positions[0]) / (len(ordered) - 1)
-        away = np.abs(positions - (positions[0] + np.arange(len(ordered))[:, None] * step)).max(axis=1)
-        if away.max() > max(0.05, SPACING_TOLERANCE * float(np.linalg.norm(step))):
-            worst = int(away.argmax())
-            raise DataError(
-                "does not lie on one line with the other slices",
-                where=ordered[worst].filename,
-                seen=f"position {positions[worst].tolist()}, {away[worst]:.3g} mm away",
-                rule="slices of one regular stack",
-            )
-    row_mm, column_mm = _numbers(headers[0], "PixelSpacing")
-    columns = (directions[0] * column_mm, directions[1] * row_mm, step, positions[0])
-    affine = np.vstack([np.column_stack(columns), (0, 0, 0, 1)])
-    return ordered, _LPS_TO_RAS @ affine
+        origin, step = _fitted_line(ordered, positions)
+    row_mm, column_mm = first.spacing_mm
+    columns = (first.directions[0] * column_mm, first.directions[1] * row_mm, step, origin)
+    return ordered, _LPS_TO_RAS @ np.vstack([np.column_stack(columns), (0, 0, 0, 1)])
 
 
-def _thickness(header: Any) -> float:
-    for name in ("SpacingBetweenSlices", "SliceThickness"):
-        value = header.get(name)
-        if value not in (None, "") and np.isfinite(float(value)) and float(value) > 0:
-            return float(value)
-    raise DataError(
-        "is a single slice without a thickness", where=header.filename, rule="SpacingBetweenSlices or SliceThickness"
-    )
-
-
-def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder: Path) -> None:
+def _check_steps(ordered: Sequence[Slice], along: npt.NDArray[np.float64], folder: Path) -> None:
+    """Refuse slices at one position, and missing slices, whatever the tolerance of positions is."""
     steps = np.diff(along)
     usual = float(np.median(steps))
-    names = [Path(h.filename).name for h in ordered]
+    names = [one.path.name for one in ordered]
     same = np.flatnonzero(steps < max(1e-3, 0.01 * usual))
     if same.size:
         k = int(same[0])
@@ -233,28 +185,49 @@ def _check_steps(ordered: Sequence[Any], along: npt.NDArray[np.float64], folder:
             rule="one slice per position",
             hint="remove the duplicate; put each echo, phase or time point into its own folder",
         )
-    odd = np.flatnonzero(np.abs(steps - usual) > max(0.01, SPACING_TOLERANCE * usual))
-    if odd.size:
-        k = int(odd[0])
-        missing = round(steps[k] / usual) - 1
+    wide = np.flatnonzero(steps > 1.5 * usual)
+    if wide.size:
+        k = int(wide[0])
         raise DataError(
-            "has a gap between slices" if missing > 0 else "has slices at uneven distances",
+            "has a gap between slices",
             where=folder,
-            seen=f"{steps[k]:.3f} mm between {names[k]} and {names[k + 1]}"
-            + (f": {missing} missing" if missing > 0 else ""),
+            seen=f"{steps[k]:.3f} mm between {names[k]} and {names[k + 1]}: {round(steps[k] / usual) - 1} missing",
             rule=f"{usual:.3f} mm, as between the other slices",
             hint="copy the whole series again",
         )
 
 
-def _channel(ordered: Sequence[Any]) -> Channel:
+def _fitted_line(
+    ordered: Sequence[Slice], positions: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Origin and step (mm) of the regular grid that fits the positions best (least squares)."""
+    design = np.column_stack([np.ones(len(ordered)), np.arange(len(ordered))])
+    fit, *_ = np.linalg.lstsq(design, positions, rcond=None)
+    origin, step = fit
+    away = np.linalg.norm(positions - design @ fit, axis=1)
+    allowed = max(POSITION_TOLERANCE[0], POSITION_TOLERANCE[1] * float(np.linalg.norm(step)))
+    worst = int(away.argmax())
+    if away[worst] > allowed:
+        raise DataError(
+            "does not lie on one regular grid with the other slices",
+            where=ordered[worst].path,
+            seen=f"position {positions[worst].tolist()}, {away[worst]:.3g} mm away",
+            rule=f"at most {allowed:.3g} mm from a line with equal steps",
+            hint="copy the whole series again; resample a stack with uneven distances",
+        )
+    return origin, step
+
+
+def _channel(ordered: Sequence[Slice]) -> Channel:
     """A channel with voxels as stored if all slices have one rescaling, else with float32 intensities."""
-    scalings = [_scaling(header) for header in ordered]
+    scalings = [one.scaling for one in ordered]
     slope, intercept = scalings[0]
-    shape = (int(ordered[0].Columns), int(ordered[0].Rows), len(ordered))
-    size = 2 * int(np.prod(shape))
+    rows, columns = ordered[0].size
+    shape = (columns, rows, len(ordered))
+    voxels = rows * columns * len(ordered)
     if len(set(scalings)) > 1:
-        return Channel(lambda: _voxels(ordered, scalings), shape=shape, nbytes=2 * size)
+        return Channel(lambda: _voxels(ordered, scalings), shape=shape, nbytes=4 * voxels)
+    size = max(one.voxel_bytes for one in ordered) * voxels
     if (slope, intercept) == (1.0, 0.0):
         return Channel(lambda: _voxels(ordered), shape=shape, nbytes=size)
     return Channel(
@@ -265,29 +238,14 @@ def _channel(ordered: Sequence[Any]) -> Channel:
     )
 
 
-def _scaling(header: Any) -> tuple[float, float]:
-    """Slope and intercept of a slice; 1 and 0 if it has none."""
-    slope, intercept = float(header.get("RescaleSlope", 1) or 1), float(header.get("RescaleIntercept", 0) or 0)
-    if not (np.isfinite(slope) and np.isfinite(intercept)):
-        raise DataError(
-            "has an impossible scaling",
-            where=header.filename,
-            seen=f"RescaleSlope {slope:g}, RescaleIntercept {intercept:g}",
-            rule="finite numbers",
-        )
-    return slope, intercept
-
-
-def _voxels(ordered: Sequence[Any], scalings: Sequence[tuple[float, float]] | None = None) -> npt.NDArray:
+def _voxels(ordered: Sequence[Slice], scalings: Sequence[tuple[float, float]] | None = None) -> npt.NDArray:
     """Read the voxels slice by slice: as stored, or as float32 with one slope and intercept per slice (`scalings`)."""
     array: npt.NDArray | None = None
-    for k, header in enumerate(ordered):
-        pixels = _pixels(header)
+    for k, one in enumerate(ordered):
+        pixels = read_voxels(one)
         if scalings is not None:
             slope, intercept = scalings[k]
             pixels = (pixels * slope + intercept).astype(np.float32)
-        if not np.isfinite(pixels).all():
-            raise DataError("holds voxels that are not finite", where=header.filename)
         if array is None:
             # A series may mix signed and unsigned slices; then the type of the first slice does not fit all of them.
             array = np.empty((pixels.shape[1], pixels.shape[0], len(ordered)), dtype=pixels.dtype, order="F")
@@ -296,83 +254,3 @@ def _voxels(ordered: Sequence[Any], scalings: Sequence[tuple[float, float]] | No
         array[:, :, k] = pixels.T
     assert array is not None
     return array
-
-
-def _pixels(header: Any) -> npt.NDArray:
-    """Stored values (rows, columns) of a slice."""
-    import pydicom
-
-    try:
-        pixels: npt.NDArray = pydicom.dcmread(header.filename).pixel_array
-    except Exception as error:  # missing decoders, truncated or corrupt data
-        raise DataError(
-            "the voxels cannot be read",
-            where=header.filename,
-            seen=first_line(error),
-            hint="copy the file again; a compressed one can be decompressed (e.g. gdcmconv --raw)",
-        ) from None
-    if pixels.shape != (int(header.Rows), int(header.Columns)):
-        raise DataError(
-            "the number of voxels differs from the header",
-            where=header.filename,
-            seen=pixels.shape,
-            rule=f"{header.Rows} rows, {header.Columns} columns",
-        )
-    return pixels
-
-
-def _segmentation(
-    path: Path, mask: npt.NDArray[np.uint8], headers: Sequence[Any], labels: Mapping[str, int], model: str
-) -> Any:
-    import highdicom as hd
-    from pydicom.sr.codedict import codes
-    from pydicom.uid import ExplicitVRLittleEndian
-
-    foreground = {name: value for name, value in labels.items() if value != 0}
-    algorithm = hd.AlgorithmIdentificationSequence(
-        name=model[:64], version=__version__, family=codes.DCM.ArtificialIntelligence
-    )
-    segments = [
-        hd.seg.SegmentDescription(
-            segment_number=number,
-            segment_label=name[:64],
-            segmented_property_category=codes.SCT.AnatomicalStructure,
-            segmented_property_type=hd.sr.CodedConcept(f"label-{value}"[:16], "99DISTILLDSM", name[:64]),
-            algorithm_type=hd.seg.SegmentAlgorithmTypeValues.AUTOMATIC,
-            algorithm_identification=algorithm,
-        )
-        for number, (name, value) in enumerate(foreground.items(), start=1)
-    ]
-    table = np.zeros(256, dtype=np.uint8)
-    table[list(foreground.values())] = np.arange(1, len(foreground) + 1)
-    frames = np.ascontiguousarray(table[mask].transpose(2, 1, 0))
-    for header in headers:  # in memory only; the files do not change
-        for name in _MAY_BE_EMPTY:
-            if name not in header:
-                setattr(header, name, "")
-    try:
-        return hd.seg.Segmentation(
-            source_images=list(headers),
-            pixel_array=frames,
-            segmentation_type=hd.seg.SegmentationTypeValues.BINARY,
-            segment_descriptions=segments,
-            series_instance_uid=hd.UID(),
-            series_number=1000,
-            sop_instance_uid=hd.UID(),
-            instance_number=1,
-            manufacturer="distilldsm",
-            manufacturer_model_name=model[:64],
-            software_versions=__version__,
-            device_serial_number="0",
-            content_description="research; not a medical device",
-            transfer_syntax_uid=ExplicitVRLittleEndian,
-            omit_empty_frames=bool(frames.any()),
-        )
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise DataError(
-            "cannot be written as DICOM SEG",
-            where=path,
-            seen=first_line(error),
-            rule="headers as the DICOM standard requires for an image",
-            hint="write NIfTI instead: --format nifti",
-        ) from None

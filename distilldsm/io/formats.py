@@ -55,6 +55,13 @@ class Format(Protocol):
             DataError: the scan cannot be read.
         """
 
+    def check_mask(self, scan: Scan, *, labels: Mapping[str, int], model: str) -> tuple[str, ...]:
+        """Check, before the network runs, that `write` will accept the scan. Returns remarks.
+
+        Raises:
+            DataError: the scan's headers do not allow a mask.
+        """
+
     def write(
         self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
     ) -> None:
@@ -160,7 +167,14 @@ def read_scan(
             )
         check_same_grid(base, scan)
     check_size(scans, limit_bytes)
-    return Scan(tuple(channel for scan in scans for channel in scan.channels), base.affine, base.path, base.source)
+    return Scan(
+        tuple(channel for scan in scans for channel in scan.channels),
+        base.affine,
+        base.path,
+        base.source,
+        tuple(file for scan in scans for file in scan.skipped),
+        tuple(remark for scan in scans for remark in scan.remarks),
+    )
 
 
 MASK_HINT = "resample the mask to the scan's grid (nearest neighbour), or give the mask of this scan"

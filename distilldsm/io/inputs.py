@@ -11,7 +11,7 @@ from pathlib import Path
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.io import formats
-from distilldsm.io.dicom import is_dicom
+from distilldsm.io.dicom_slice import is_dicom
 from distilldsm.io.formats import (
     Format,
     format_of,

@@ -76,6 +76,10 @@ class Nifti:
         ]
         return Scan(tuple(channels), orthogonal(file.affine), path, file)
 
+    def check_mask(self, scan: Scan, *, labels: Mapping[str, int], model: str) -> tuple[str, ...]:
+        """Return no remarks: every scan allows a NIfTI mask."""
+        return ()
+
     def write(
         self, path: Path, mask: npt.NDArray[np.uint8], scan: Scan, *, labels: Mapping[str, int], model: str
     ) -> None:

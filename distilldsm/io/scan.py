@@ -87,17 +87,31 @@ class Labels:
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A file that is left out because it holds no image of a scan, and the reason."""
+
+    path: Path
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: left out: {self.reason}"
+
+
+@dataclass(frozen=True)
 class Scan:
     """One scan on one grid. Its header is read and checked; voxels are read when they are first needed.
 
     channels: in the model's order; affine: (4, 4), voxel to scanner mm (RAS+), with axes at right angles; source: the
-    NIfTI file or DICOM headers, from which the writer takes the geometry of a mask.
+    NIfTI file or DICOM slices, from which the writer takes the geometry of a mask; skipped: files of series folders
+    that hold no slice; remarks: what the user should know about the headers.
     """
 
     channels: tuple[Channel, ...]
     affine: Affine
     path: Path
     source: Any
+    skipped: tuple[Skipped, ...] = ()
+    remarks: tuple[str, ...] = ()
 
     @property
     def shape(self) -> tuple[int, int, int]:

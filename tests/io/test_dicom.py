@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from distilldsm.core.errors import DataError
 from distilldsm.io import Scan, read_scan, write_mask
-from distilldsm.io.dicom import is_dicom
+from distilldsm.io.dicom import Dicom
 from tests.conftest import SHARED_DATA
 
 pydicom = pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
@@ -219,10 +220,15 @@ NAN = float("nan")
         ({"NumberOfFrames": 2}, "several frames"),
         ({"ImagePositionPatient": [-20.0, 31.0, 4.0]}, "two slices at one position"),
         ({"ImagePositionPatient": [-20.0, 31.0, 6.52]}, "two slices at one position"),
-        ({"ImagePositionPatient": [-19.94, 31.0, 9.0]}, "does not lie on one line"),
-        ({"ImagePositionPatient": [-20.0, 31.06, 9.0]}, "does not lie on one line"),
-        ({"ImagePositionPatient": [-20.0, 31.0, 9.06]}, "uneven distances"),
-        ({"ImagePositionPatient": [-20.0, 31.0, 8.94]}, "uneven distances"),
+        ({"ImagePositionPatient": [-19.93, 31.0, 9.0]}, "does not lie on one regular grid"),
+        ({"ImagePositionPatient": [-20.0, 31.07, 9.0]}, "does not lie on one regular grid"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 9.07]}, "does not lie on one regular grid"),
+        ({"ImagePositionPatient": [-20.0, 31.0, 8.93]}, "does not lie on one regular grid"),
+        ({"FrameOfReferenceUID": "1.2.3"}, "frame of reference differs"),
+        ({"ImageType": ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]}, "is a mosaic"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, "colour image"),
+        ({"ModalityLUTSequence": [pydicom.Dataset()]}, "table of intensities"),
+        ({"PixelData": None}, "voxels cannot be read"),
         ({"PixelData": b"\0" * 20}, "voxels cannot be read"),
         ({"RescaleSlope": NAN, "RescaleIntercept": 0.0}, "impossible scaling"),
         ({"RescaleSlope": 1.0, "RescaleIntercept": NAN}, "impossible scaling"),
@@ -282,11 +288,6 @@ def test_missing_slices_and_strange_files(tmp_path):
         paths[2 + missing].unlink()
         with pytest.raises(DataError, match=f"gap between slices(.|\\n)*: {missing} missing"):
             read_series(tmp_path / "gap")
-    (tmp_path / "none").mkdir()
-    (tmp_path / "none" / "notes.dcm").write_text("the name says DICOM, the content does not")
-    assert not is_dicom(tmp_path / "none" / "notes.dcm")
-    with pytest.raises(DataError, match="holds no scan"):
-        read_series(tmp_path / "none")
     paths = write_series(tmp_path / "cut", voxels(3, 5, 7))
     paths[1].write_bytes(paths[1].read_bytes()[:200])
     with pytest.raises(DataError):
@@ -295,12 +296,131 @@ def test_missing_slices_and_strange_files(tmp_path):
         write_series(tmp_path / "large", voxels(3, 5, 7))
         read_series(tmp_path / "large", limit_bytes=3 * 3 * 5 * 7 - 1)
     assert read_series(tmp_path / "large", limit_bytes=3 * 3 * 5 * 7).nbytes == 2 * 3 * 5 * 7
-    # The index of a medium is no slice, and is left out.
-    shutil.copy(next((tmp_path / "large").iterdir()), tmp_path / "large" / "DICOMDIR")
-    index = pydicom.dcmread(tmp_path / "large" / "DICOMDIR")
-    index.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
-    index.save_as(tmp_path / "large" / "DICOMDIR")
-    assert read_series(tmp_path / "large").shape == (7, 5, 3)
+
+
+def other_object(path: Path, source: Path, kind: str) -> None:
+    """Another DICOM object of the same patient, without voxels."""
+    found = pydicom.dcmread(source, stop_before_pixels=True)
+    found.SOPClassUID = found.file_meta.MediaStorageSOPClassUID = kind
+    found.save_as(path)
+
+
+def test_every_file_of_a_series_is_read_or_named_or_refuses_it(tmp_path):
+    data = voxels(5, 5, 7)
+    paths = write_series(tmp_path, data)
+    harmless = {"DICOMDIR", "report", "state", "Notes.TXT", "Thumbs.db", "empty.json", "siemens"}
+    other_object(tmp_path / "DICOMDIR", paths[0], pydicom.uid.MediaStorageDirectoryStorage)
+    other_object(tmp_path / "report", paths[0], pydicom.uid.BasicTextSRStorage)
+    other_object(tmp_path / "state", paths[0], pydicom.uid.GrayscaleSoftcopyPresentationStateStorage)
+    other_object(tmp_path / "siemens", paths[0], "1.3.12.2.1107.5.9.1")
+    for name in ("Notes.TXT", "Thumbs.db"):
+        (tmp_path / name).write_text("no DICOM")
+    (tmp_path / "empty.json").touch()
+    (tmp_path / ".hidden").touch()
+    paths[4].rename(tmp_path / "slice.txt")  # the content decides
+    scan = read_series(tmp_path)
+    np.testing.assert_array_equal(values(scan), data.transpose(2, 1, 0))
+    assert {file.path.name for file in scan.skipped} == harmless
+    assert "Basic Text SR" in next(file.reason for file in scan.skipped if file.path.name == "report")
+    other = tmp_path / "other"
+    for make, words in (
+        (other.touch, "is not a DICOM file(.|\n)*starts with nothing"),
+        (lambda: other.write_bytes(b"NRRD0004"), "is not a DICOM file(.|\n)*Thumbs.db"),
+        (lambda: other.symlink_to("gone"), "link to a file that is missing"),
+        (lambda: os.mkfifo(other), "is not a file"),
+        (lambda: other.write_bytes(paths[0].read_bytes()[:400]), "has no|cannot be read"),
+        (lambda: other_object(other, paths[0], pydicom.uid.MRImageStorage), "two slices|cannot be read"),
+        (lambda: other_object(other, paths[0], "1.2.3.4"), "two slices|cannot be read"),
+    ):
+        make()
+        with pytest.raises(DataError, match=f"(?i){words}"):
+            read_series(tmp_path)
+        other.unlink()
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+@pytest.mark.parametrize("removed", ["preamble and meta", "prefix", "preamble", "meta"])
+def test_a_slice_without_preamble_or_prefix_is_read(tmp_path, removed, implicit):
+    data = voxels(3, 5, 7)
+    path = write_series(tmp_path, data)[2]
+    found = pydicom.dcmread(path)
+    if implicit:
+        found.file_meta.TransferSyntaxUID = pydicom.uid.ImplicitVRLittleEndian
+        found.save_as(path, implicit_vr=True, little_endian=True)
+    content = path.read_bytes()
+    after_meta = 132 + 12 + int.from_bytes(content[140:144], "little")
+    path.write_bytes(
+        {
+            "preamble and meta": content[after_meta:],
+            "prefix": content[:128] + bytes(4) + content[132:],
+            "preamble": content[132:],
+            "meta": content[:132] + content[after_meta:],
+        }[removed]
+    )
+    np.testing.assert_array_equal(values(read_series(tmp_path)), data.transpose(2, 1, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "vr", "content"),
+    [
+        ("NumberOfFrames", "IS", b"1A"),
+        ("NumberOfFrames", "IS", b"-1"),
+        ("PixelSpacing", "DS", b"1.4 "),
+        ("PixelSpacing", "DS", b"1,4\\1,4 "),
+        ("PixelSpacing", "DS", b"1_4\\1_4 "),
+        ("PixelSpacing", "SQ", b""),
+        ("PixelSpacing", "OB", b"\xff\xfe\x00\x01"),
+        ("ImagePositionPatient", "DS", b"1\\2\\3\\4 "),
+        ("ImagePositionPatient", "FD", bytes(8)),
+        ("ImageOrientationPatient", "LO", b"none"),
+        ("ImageOrientationPatient", "DS", b""),
+        ("Rows", "US", b"\x05"),
+        ("Rows", "US", b"\x05\x00\x05\x00"),
+        ("Columns", "DS", b"7.5 "),
+        ("SeriesInstanceUID", "UI", b"1.2\\1.3"),
+        ("RescaleSlope", "DS", b"none"),
+        ("RescaleIntercept", "DS", b"1\\2 "),
+        ("SamplesPerPixel", "US", b""),
+        ("BitsAllocated", "US", bytes(4)),
+        ("ImageType", "CS", b"\xff\xff"),
+    ],
+)
+def test_malformed_values_are_an_error_of_the_series_or_do_not_matter(tmp_path, name, vr, content, capfd):
+    data = voxels(3, 5, 7)
+    path = write_series(tmp_path, data)[1]
+    found, tag = pydicom.dcmread(path), pydicom.tag.Tag(name)
+    raw = pydicom.dataelem.RawDataElement(tag, vr, len(content), content, 0, False, True)
+    with pydicom.config.disable_value_validation():
+        found[tag] = raw
+        found.save_as(path)
+    capfd.readouterr()
+    if name == "ImageType":
+        np.testing.assert_array_equal(values(read_series(tmp_path)), data.transpose(2, 1, 0))
+    else:
+        with pytest.raises(DataError, match=f"{name}|Samples per Pixel") as caught:
+            read_series(tmp_path)
+        assert caught.value.where == str(path)
+    assert capfd.readouterr().err == "", "pydicom's own remarks are not ours"
+
+
+@pytest.mark.parametrize("step", [0.01, 0.3, 2.5, 10.0])
+def test_positions_are_compared_with_the_grid_fitted_to_them(tmp_path, step):
+    def stack(folder: str, positions) -> Path:
+        for path, z in zip(write_series(tmp_path / folder, voxels(len(positions), 5, 7)), positions, strict=True):
+            change(path, ImagePositionPatient=[-20.0, 31.0, float(f"{z:.9g}")])
+        return tmp_path / folder
+
+    regular = step * np.arange(20.0)
+    jitter = np.random.default_rng(0).normal(size=20)
+    jitter -= np.polyval(np.polyfit(np.arange(20), jitter, 1), np.arange(20))  # what no regular grid explains
+    jitter *= max(0.02, 0.02 * step) / np.abs(jitter).max()
+    if step > 0.1:  # else the slices would change places
+        assert read_scan([stack("near", regular + 0.98 * jitter)], 1).spacing_mm[2] == pytest.approx(step, rel=1e-6)
+        with pytest.raises(DataError, match="regular grid"):
+            read_scan([stack("far", regular + 1.02 * jitter)], 1)
+    for missing in (1, 10, 18):
+        with pytest.raises(DataError, match="gap between slices"):
+            read_scan([stack(f"gap{missing}", np.delete(regular, missing))], 1)
 
 
 def test_a_tilted_stack_is_refused(tmp_path):
@@ -346,3 +466,65 @@ def test_a_segmentation_lies_on_its_series(tmp_path, empty):
         distances = np.linalg.norm(positions[:, None] - expected[None], axis=-1)
         assert distances.min(axis=1).max() < 1e-3
         assert distances.min(axis=0).max() < 1e-3
+
+
+def seg_of(folder: Path, out: Path):
+    """The SEG of a small mask, written as `predict` does it: checked first. Also the remarks of the check."""
+    scan = read_series(folder)
+    facts = {"labels": {"background": 0, "thing": 1}, "model": "m"}
+    remarks = Dicom().check_mask(scan, **facts)
+    mask = np.zeros(scan.shape, dtype=np.uint8)
+    mask[1:3, 1:3, 1] = 1
+    write_mask(out, mask, scan, **facts)
+    found = hd.seg.segread(out)
+    assert found.get_volume(combine_segments=True).array.sum() == 4
+    return found, remarks
+
+
+def test_a_segmentation_is_as_tolerant_as_the_reader(tmp_path):
+    write_series(tmp_path / "rounded", voxels(4, 5, 7))
+    for k, path in enumerate(sorted((tmp_path / "rounded").iterdir())):
+        tilt = f"{k * 1e-9:.12f}"
+        change(path, ImageOrientationPatient=["1", "0", "0", "0", "1", tilt], PixelSpacing=[0.9, 0.7 + k * 1e-5])
+    assert seg_of(tmp_path / "rounded", tmp_path / "rounded.dcm")[1] == ()
+    write_series(tmp_path / "frame", voxels(4, 5, 7))
+    for path in (tmp_path / "frame").iterdir():
+        change(path, FrameOfReferenceUID=None)
+    found, remarks = seg_of(tmp_path / "frame", tmp_path / "frame.dcm")
+    assert found.FrameOfReferenceUID
+    assert "FrameOfReferenceUID" in remarks[0]
+    for number, expected in (("100", "ISO_IR 100"), ("6", None), ("87", ["ISO 2022 IR 6", "ISO 2022 IR 87"])):
+        folder = tmp_path / f"charset{number}"
+        write_series(folder, voxels(4, 5, 7), SpecificCharacterSet=f"ISO 2022 IR {number}", PatientName="Nobody^A")
+        found, _ = seg_of(folder, tmp_path / f"{number}.dcm")
+        assert found.get("SpecificCharacterSet") == expected
+        assert found.PatientName == "Nobody^A"
+
+
+def test_a_segmentation_holds_no_free_text_about_the_patient(tmp_path):
+    patient = ("PatientComments", "AdditionalPatientHistory", "MedicalAlerts", "Allergies", "Occupation")
+    study = ("AdmittingDiagnosesDescription", "ReasonForStudy", "ImageComments", "StudyComments")
+    private = dict.fromkeys((*patient, *study), "a private remark")
+    write_series(tmp_path / "series", voxels(4, 5, 7), PatientAge="042Y", **private)
+    found, _ = seg_of(tmp_path / "series", tmp_path / "mask.dcm")
+    assert "private remark" not in str(found)
+    assert found.PatientAge == "042Y"
+
+
+@pytest.mark.parametrize(
+    ("attributes", "words"),
+    [
+        ({"SOPInstanceUID": None}, "has no SOPInstanceUID"),
+        ({"StudyInstanceUID": None}, "has no StudyInstanceUID"),
+        ({"StudyInstanceUID": "1.2.3"}, "does not allow a DICOM SEG"),
+        ({"SpecificCharacterSet": "nonsense"}, "does not allow a DICOM SEG"),
+    ],
+)
+def test_a_series_that_allows_no_segmentation_is_refused_before_the_network_runs(tmp_path, attributes, words):
+    for path in write_series(tmp_path / "series", voxels(4, 5, 7))[:2]:
+        change(path, **attributes)
+    scan = read_series(tmp_path / "series")
+    with pytest.raises(DataError, match=words) as caught:
+        Dicom().check_mask(scan, labels={"background": 0, "thing": 1}, model="m")
+    assert caught.value.where.startswith(str(tmp_path / "series"))
+    assert "--format nifti" in caught.value.hint

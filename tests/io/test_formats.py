@@ -34,6 +34,9 @@ class Npz:
         stored = np.load(path)
         return Scan((Channel(stored["voxels"]),), stored["affine"], path, None)
 
+    def check_mask(self, scan: Scan, *, labels: Mapping[str, int], model: str) -> tuple[str, ...]:
+        return ()
+
     def write(self, path: Path, mask: np.ndarray, scan: Scan, *, labels: Mapping[str, int], model: str) -> None:
         np.savez(path, voxels=mask, affine=scan.affine, labels=list(labels), model=model)
 
