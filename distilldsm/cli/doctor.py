@@ -47,16 +47,14 @@ def check_dvc(limit_s: float) -> list[Finding]:
 
 def check_kubeflow(limit_s: float) -> list[Finding]:
     """Check whether Kubeflow Pipelines answers at KF_PIPELINES_ENDPOINT."""
-    from distilldsm.pipeline.client import SERVICE_ACCOUNT_TOKEN, Connection, probe
+    from distilldsm.pipeline.server import SERVICE_ACCOUNT_TOKEN, Server
 
     name = "kubeflow"
     if not os.environ.get("KF_PIPELINES_ENDPOINT") and not SERVICE_ACCOUNT_TOKEN.is_file():
         return [Finding(name=name, status="skip", seen="not configured (KF_PIPELINES_ENDPOINT)")]
-    connection = Connection.from_environment()
-    probe(connection, limit_s * 0.8)
-    return [
-        Finding(name=name, status="ok", seen=f"{connection.host}: healthy, requested with {connection.credentials}")
-    ]
+    server = Server.from_environment()
+    server.check(limit_s * 0.8)
+    return [Finding(name=name, status="ok", seen=f"{server.host}: healthy, requested with {server.credentials}")]
 
 
 CHECKS = (

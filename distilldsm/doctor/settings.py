@@ -20,6 +20,7 @@ VARIABLES: Mapping[str, str] = {
     "DISTILLDSM_DOWNLOAD_USERNAME": "for the data server",
     "DISTILLDSM_PIPELINE_VERSION": "set by the Kubeflow pipeline",
     VARIABLE: "bar, plain or off",
+    "DISTILLDSM_PROFILE": "profile of conf/cluster.yaml, set by the Kubeflow pipeline",
     "DISTILLDSM_RESUME": "command that continues after an interruption; set by commands that start stages",
     "DISTILLDSM_SCANS": "folder that a model server reads and writes",
     "DISTILLDSM_TEST_CACHE": "where the tests keep base images",

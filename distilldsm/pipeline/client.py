@@ -1,84 +1,20 @@
-"""Client of Kubeflow Pipelines: upload, start and follow runs. Every error says what to fix."""
+"""Uploads the pipeline to Kubeflow, starts, follows and stops runs."""
 
 from __future__ import annotations
 
-import io
 import json
-import os
-import ssl
 import time
-import urllib.error
-import urllib.request
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.mapping import to_mapping
 from distilldsm.pipeline.definition import NAME
-
-TIMEOUT_S = 8.0
-"""Time limit for the server's first answer."""
-END_STATES = {"SUCCEEDED", "FAILED", "SKIPPED", "CANCELED", "ERROR"}
-SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
-
-
-class ServerAwayError(UserError):
-    """The server does not answer now. A later attempt may succeed."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Connection:
-    """Address and credentials of Kubeflow Pipelines. Secrets come from the environment, never from a command line."""
-
-    host: str
-    """e.g. `https://kubeflow.example.org/pipeline`."""
-    namespace: str | None = None
-    """The user's namespace, in a multi-user installation."""
-    token: str | None = None
-    cookies: str | None = None
-    """As a browser sends them: `name=value; name=value`."""
-    ca_file: str | None = None
-    """Certificates of the authority that signed the server's certificate."""
-
-    @classmethod
-    def from_environment(
-        cls, host: str | None = None, namespace: str | None = None, ca_file: str | None = None
-    ) -> Connection:
-        """Host: the argument or KF_PIPELINES_ENDPOINT. Token: KF_PIPELINES_TOKEN, or the token of this pod. Cookies:
-        KF_PIPELINES_COOKIES.
-
-        Raises:
-            ConfigError: the host is missing or not an address.
-        """
-        host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
-        if not host and SERVICE_ACCOUNT_TOKEN.is_file():
-            host = "http://ml-pipeline.kubeflow.svc:8888"
-        if not host.startswith(("http://", "https://")):
-            raise ConfigError(
-                "the address of Kubeflow Pipelines is missing or not valid",
-                seen=host or "nothing",
-                rule="http://... or https://...",
-                hint="give --host, or set KF_PIPELINES_ENDPOINT",
-            )
-        if "@" in host.split("/")[2]:
-            raise ConfigError("the host contains a user or password", hint="set KF_PIPELINES_TOKEN or _COOKIES instead")
-        token_file = Path(os.environ.get("KF_PIPELINES_SA_TOKEN_PATH") or SERVICE_ACCOUNT_TOKEN)
-        token = os.environ.get("KF_PIPELINES_TOKEN") or (token_file.read_text().strip() if token_file.is_file() else "")
-        return cls(
-            host=host.rstrip("/"),
-            namespace=namespace or os.environ.get("KF_PIPELINES_NAMESPACE") or None,
-            token=token or None,
-            cookies=os.environ.get("KF_PIPELINES_COOKIES") or None,
-            ca_file=ca_file,
-        )
-
-    @property
-    def credentials(self) -> str:
-        """The kind of credentials that are sent, in words."""
-        return "a token" if self.token else "cookies" if self.cookies else "no token and no cookies"
+from distilldsm.pipeline.failure import log_of, run_error, with_reasons
+from distilldsm.pipeline.run_tree import RunTree, Step
+from distilldsm.pipeline.server import RefusedError, Server, ServerAwayError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,256 +27,243 @@ class Submitted:
     """Id of the run or of the recurring run."""
     recurring: bool
     run_url: str
+    plugin_url: str | None = None
+    """The page of this run in MLflow that KFP's MLflow plugin made."""
 
 
-def connect(connection: Connection) -> Any:
-    """kfp's client, after the server has answered.
+@dataclass(frozen=True, kw_only=True)
+class Status:
+    """State of a run and its steps."""
 
-    Raises:
-        UserError: the server is unreachable, refuses access, or is not Kubeflow Pipelines v2.
-    """
-    probe(connection)
-    import kfp
+    run_id: str
+    name: str
+    state: str
+    """waiting, running, stopping, done, gate closed, failed, stopped."""
+    seconds: float | None
+    error: str | None
+    """Why the run failed outside of all steps."""
+    url: str
+    plugin_url: str | None
+    steps: tuple[Step, ...]
 
-    with warnings.catch_warnings(), _own_context(connection):
-        warnings.simplefilter("ignore")
-        return kfp.Client(
-            host=connection.host,
-            namespace=connection.namespace or "",
-            existing_token=connection.token,
-            cookies=connection.cookies,
-            ssl_ca_cert=connection.ca_file,
-        )
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing changes any more."""
+        return self.state in ("done", "gate closed", "failed", "stopped")
 
-
-@contextmanager
-def _own_context(connection: Connection) -> Iterator[None]:
-    """Keep kfp from reading a saved context of another cluster in the home folder: `connection` is complete."""
-    import kfp
-
-    before = kfp.Client._LOCAL_KFP_CONTEXT
-    kfp.Client._LOCAL_KFP_CONTEXT = os.path.join(os.devnull, "none")
-    try:
-        yield
-    finally:
-        kfp.Client._LOCAL_KFP_CONTEXT = before
-
-
-def probe(connection: Connection, timeout_s: float = TIMEOUT_S) -> None:
-    """Check the server's health endpoint.
-
-    Raises:
-        UserError: the server is unreachable, refuses access, or is not Kubeflow Pipelines v2.
-    """
-    url = f"{connection.host}/apis/v2beta1/healthz"
-    headers = {"Accept": "application/json"}
-    if connection.token:
-        headers["Authorization"] = f"Bearer {connection.token}"
-    if connection.cookies:
-        headers["Cookie"] = connection.cookies
-    context = ssl.create_default_context(cafile=connection.ca_file) if url.startswith("https") else None
-    try:
-        request = urllib.request.Request(url, headers=headers)  # noqa: S310
-        with urllib.request.urlopen(request, timeout=timeout_s, context=context) as answer:  # noqa: S310
-            body = answer.read(100_000)
-            final = answer.url
-    except urllib.error.HTTPError as error:
-        raise _refusal(error.code, connection, url) from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "reason", error)
-        raise UserError(
-            "Kubeflow Pipelines does not answer",
-            where=connection.host,
-            seen=str(reason),
-            hint="is the address right, the port forwarded, the VPN on? For a private certificate authority: --ca-file",
-        ) from None
-    try:
-        json.loads(body)
-    except ValueError:
-        login = any(word in final for word in ("auth", "login", "dex", "oauth"))
-        raise UserError(
-            "asks for a log-in" if login else "answers, but not as Kubeflow Pipelines",
-            where=connection.host,
-            seen=final,
-            rule=f"JSON at {url}",
-            hint="set KF_PIPELINES_COOKIES or KF_PIPELINES_TOKEN" if login else "give the address of ml-pipeline",
-        ) from None
-
-
-def _refusal(status: int, connection: Connection, what: str) -> UserError:
-    if status in (401, 403):
-        return UserError(
-            "access is refused: the token or cookies are missing, expired, or not allowed to do this",
-            where=connection.host,
-            seen=f"HTTP {status} with {connection.credentials}",
-            hint="set a new KF_PIPELINES_TOKEN or KF_PIPELINES_COOKIES; in a multi-user installation --namespace too",
-        )
-    if status == 404:
-        return UserError(
-            "is not Kubeflow Pipelines version 2",
-            where=connection.host,
-            seen=f"HTTP 404 for {what}",
-            rule="the v2beta1 API (Kubeflow Pipelines 2.0 or newer)",
-            hint="give the address of ml-pipeline, often ending in /pipeline",
-        )
-    return UserError("Kubeflow Pipelines failed", where=connection.host, seen=f"HTTP {status} for {what}")
-
-
-@contextmanager
-def explained(connection: Connection) -> Iterator[None]:
-    """Turn exceptions of kfp's client into errors that say what to fix."""
-    import kfp_server_api
-    import urllib3
-
-    try:
-        yield
-    except kfp_server_api.ApiException as error:
-        if error.status in (401, 403):
-            raise _refusal(error.status, connection, "the API") from None
-        kind = ServerAwayError if (error.status or 0) >= 500 else UserError
-        raise kind(
-            "Kubeflow Pipelines refused the request",
-            where=connection.host,
-            seen=f"HTTP {error.status}: {_server_message(error.body)}",
-        ) from None
-    except urllib3.exceptions.HTTPError as error:
-        raise ServerAwayError("the connection broke", where=connection.host, seen=str(error)[:300]) from None
-
-
-def _server_message(body: Any) -> str:
-    try:
-        answer = json.loads(body)
-        return str(answer.get("error_message") or answer.get("message") or answer.get("error") or answer)[:400]
-    except (TypeError, ValueError, AttributeError):
-        return str(body)[:400]
+    @property
+    def has_succeeded(self) -> bool:
+        """Whether it ended well. A gate that kept a model from its export is no failure."""
+        return self.state in ("done", "gate closed")
 
 
 def submit(
-    client: Any,
-    connection: Connection,
+    server: Server,
     package: Path,
     *,
     version_name: str,
     run_name: str,
     experiment: str,
     arguments: Mapping[str, Any],
-    enable_caching: bool = True,
     service_account: str | None = None,
     pipeline_root: str | None = None,
+    mlflow_experiment: str | None = None,
     cron: str | None = None,
 ) -> Submitted:
     """Upload a version of the pipeline, and start a run, or with `cron` a recurring run.
 
+    Args:
+        mlflow_experiment: the experiment for KFP's MLflow plugin. A server without the plugin ignores it.
+
     Raises:
         UserError: the server refused a request. Earlier uploads stay, and a later call uses the version again.
     """
-    # kfp's client prints addresses, which must not end up in `--json` output.
-    with explained(connection), redirect_stdout(io.StringIO()):
-        pipeline_id = client.get_pipeline_id(NAME)
-        if pipeline_id is None:
-            pipeline_id = client.upload_pipeline(
-                str(package), NAME, "Distill DSM, from volumes to model", connection.namespace
-            ).pipeline_id
-        version_id = _version(client, pipeline_id, version_name)
-        if version_id is None:
-            version_id = client.upload_pipeline_version(
-                str(package), version_name, pipeline_id=pipeline_id
-            ).pipeline_version_id
-        experiment_id = client.create_experiment(experiment, namespace=connection.namespace).experiment_id
-        common = {
-            "params": dict(arguments),
-            "pipeline_id": pipeline_id,
-            "version_id": version_id,
-            "enable_caching": None if enable_caching else False,
-            "service_account": service_account,
-            "pipeline_root": pipeline_root,
-        }
-        if cron is not None:
-            run_id = client.create_recurring_run(
-                experiment_id, run_name, cron_expression=cron, no_catchup=True, **common
-            ).recurring_run_id
-        else:
-            run_id = client.run_pipeline(experiment_id, run_name, **common).run_id
-    kind = "recurringrun" if cron is not None else "runs"
+    pipeline_id = _pipeline(server, package)
+    version_id = _version(server, pipeline_id, version_name)
+    if version_id is None:
+        uploaded = server.upload("/pipelines/upload_version", package, name=version_name, pipelineid=pipeline_id)
+        version_id = str(uploaded["pipeline_version_id"])
+    body: dict[str, Any] = {
+        "display_name": run_name,
+        "experiment_id": _experiment(server, experiment),
+        "pipeline_version_reference": {"pipeline_id": pipeline_id, "pipeline_version_id": version_id},
+        "runtime_config": {
+            "parameters": dict(arguments),
+            **({"pipeline_root": pipeline_root} if pipeline_root else {}),
+        },
+    }
+    body |= {"service_account": service_account} if service_account else {}
+    body |= {"plugins_input": {"mlflow": {"experiment_name": mlflow_experiment}}} if mlflow_experiment else {}
+    if cron is not None:
+        trigger = {"trigger": {"cron_schedule": {"cron": cron}}, "mode": "ENABLE", "max_concurrency": "1"}
+        run = _start(server, "/recurringruns", {**body, **trigger, "no_catchup": True})
+    else:
+        run = _start(server, "/runs", body)
+    run_id = str(run["recurring_run_id" if cron is not None else "run_id"])
     return Submitted(
         pipeline_id=pipeline_id,
         version_id=version_id,
         run_id=run_id,
         recurring=cron is not None,
-        run_url=f"{connection.host}/#/{kind}/details/{run_id}",
+        run_url=f"{server.host}/#/{'recurringrun' if cron is not None else 'runs'}/details/{run_id}",
+        plugin_url=_plugin_url(run),
     )
 
 
-def _version(client: Any, pipeline_id: str, name: str) -> str | None:
+def _pipeline(server: Server, package: Path) -> str:
+    """The id of our pipeline in the user's namespace; uploaded if it is missing."""
+    condition = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": NAME}]})
+    for attempt in (1, 2):
+        found = server.get("/pipelines", namespace=server.namespace, filter=condition).get("pipelines") or []
+        if found:
+            return str(found[0]["pipeline_id"])
+        about = "Distill DSM, from volumes to model"
+        query = {"name": NAME, "description": about, "namespace": server.namespace}
+        try:
+            return str(server.upload("/pipelines/upload", package, **query)["pipeline_id"])
+        except RefusedError as error:
+            if error.status != 409 or attempt == 2:  # another submission may have been faster
+                raise
+    raise AssertionError
+
+
+def _version(server: Server, pipeline_id: str, name: str) -> str | None:
     """The id of an uploaded version with that name; None: there is no such version."""
-    token = ""
+    token: str | None = None
     while True:
-        page = client.list_pipeline_versions(pipeline_id, page_token=token, page_size=100)
-        for version in page.pipeline_versions or []:
-            if name in (version.display_name, getattr(version, "name", None)):
-                return str(version.pipeline_version_id)
-        token = page.next_page_token or ""
+        page = server.get(f"/pipelines/{pipeline_id}/versions", page_token=token, page_size=100)
+        for version in page.get("pipeline_versions") or ():
+            if name in (version.get("display_name"), version.get("name")):
+                return str(version["pipeline_version_id"])
+        token = page.get("next_page_token")
         if not token:
             return None
 
 
-def status(client: Any, connection: Connection, run_id: str) -> dict[str, Any]:
-    """State of a run and of its steps, with their errors.
+def _experiment(server: Server, name: str) -> str:
+    condition = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+    found = server.get("/experiments", namespace=server.namespace, filter=condition).get("experiments") or []
+    for experiment in found:
+        if experiment.get("display_name") == name:
+            return str(experiment["experiment_id"])
+    return str(server.post("/experiments", {"display_name": name, "namespace": server.namespace})["experiment_id"])
+
+
+def _start(server: Server, path: str, body: Mapping[str, Any]) -> Any:
+    """Start a run. A server before 2.17 does not know plugins."""
+    try:
+        return server.post(path, body)
+    except RefusedError as error:
+        if error.status != 400 or "plugins_input" not in str(error):
+            raise
+        return server.post(path, {key: value for key, value in body.items() if key != "plugins_input"})
+
+
+def _plugin_url(run: Mapping[str, Any]) -> str | None:
+    entries = ((run.get("plugins_output") or {}).get("mlflow") or {}).get("entries") or {}
+    return (entries.get("run_url") or {}).get("value")
+
+
+def status(server: Server, run_id: str, known: dict[tuple[str, str], str] | None = None) -> Status:
+    """State of a run and of its steps, with the reasons of failures.
+
+    Args:
+        known: reasons of earlier calls, see `with_reasons`.
 
     Raises:
         UserError: there is no such run, or the server refuses.
     """
-    with explained(connection):
-        run = client.get_run(run_id)
-    tasks = [
-        {"name": t.display_name, "state": t.state, "error": t.error.message if t.error else None}
-        for t in (run.run_details.task_details if run.run_details else None) or []
-    ]
-    return {
-        "run_id": run.run_id,
-        "name": run.display_name,
-        "state": run.state,
-        "error": run.error.message if run.error else None,
-        "url": f"{connection.host}/#/runs/details/{run.run_id}",
-        "tasks": tasks,
-    }
+    run = server.get(f"/runs/{run_id}")
+    tree = RunTree(run)
+    return Status(
+        run_id=run_id,
+        name=str(run.get("display_name")),
+        state=tree.state,
+        seconds=tree.seconds,
+        error=run_error(server, tree),
+        url=f"{server.host}/#/runs/details/{run_id}",
+        plugin_url=_plugin_url(run),
+        steps=tuple(with_reasons(server, tree, known)),
+    )
+
+
+def as_json(found: Status) -> dict[str, Any]:
+    """The status as a JSON object."""
+    return {**to_mapping(found), "steps": [to_mapping(step) for step in found.steps]}
+
+
+def stop(server: Server, run_id: str) -> None:
+    """Terminate a run. Its step `finish` still runs.
+
+    Raises:
+        UserError: there is no such run, or it is over.
+    """
+    if status(server, run_id).is_over:
+        raise UserError("the run is over", where=run_id, hint=f"distilldsm pipeline status {run_id}")
+    server.post(f"/runs/{run_id}:terminate")
+
+
+def logs(server: Server, run_id: str, step: str, fold: int | None = None) -> str:
+    """The log of a step's last pod.
+
+    Raises:
+        ConfigError: the step runs for several folds, or for none that was asked for.
+        UserError: the step has not started, or its log is gone.
+    """
+    tree = RunTree(server.get(f"/runs/{run_id}"))
+    found = [one for one in tree.steps() if one.step == step and (fold is None or one.fold in (fold, None))]
+    if not found:
+        listed = ", ".join(one.name for one in tree.steps())
+        raise ConfigError("the run has no such step", where=run_id, seen=step, rule=listed)
+    if len(found) > 1:
+        folds = ", ".join(str(one.fold) for one in found)
+        raise ConfigError("the step runs once a fold", where=step, rule=f"--fold, one of {folds}")
+    if found[0].node is None:
+        raise UserError("has no pod", where=found[0].name, seen=found[0].state, hint="only a step that ran has a log")
+    text = log_of(server, run_id, found[0].node)
+    if not text:
+        raise UserError(
+            "the log is gone",
+            where=found[0].name,
+            rule="Kubernetes keeps the log of a pod until the pod is deleted; Argo keeps a copy with archiveLogs: true",
+        )
+    return text
 
 
 def wait(
-    client: Any,
-    connection: Connection,
+    server: Server,
     run_id: str,
     *,
     say: Callable[[str], None] = print,
     poll_s: float = 10.0,
     timeout_s: float = 0.0,
-) -> dict[str, Any]:
+) -> Status:
     """Follow a run to its end. Print a line for each change of a step, and wait for a server that is briefly away.
-
-    (kfp's own wait does not handle cancelled runs.)
 
     Raises:
         UserError: access is refused, the server stays away for six polls, or `timeout_s` is over. The run
             itself continues.
     """
     states: dict[str, str] = {}
+    known: dict[tuple[str, str], str] = {}
     begun, misses = time.monotonic(), 0
     while True:
         try:
-            current = status(client, connection, run_id)
+            current = status(server, run_id, known)
             misses = 0
         except ServerAwayError:
             misses += 1
             if misses > 6:
                 raise
             current = None
-        if current is not None:
-            for task in current["tasks"]:
-                if states.get(task["name"]) != task["state"]:
-                    states[task["name"]] = task["state"]
-                    say(f"{task['name']}: {task['state']}" + (f"  {task['error']}" if task["error"] else ""))
-            if current["state"] in END_STATES:
-                return current
+        for step in current.steps if current is not None else ():
+            reason = step.error.partition("\n")[0] if step.error else ""
+            told = f"{step.state}: {reason}" if reason else step.state
+            if states.get(step.name, "waiting") != told:
+                states[step.name] = told
+                say(f"{step.name}: {told}")
+        if current is not None and current.is_over:
+            return current
         if timeout_s and time.monotonic() - begun > timeout_s:
             raise UserError("the time limit is over; the run continues", seen=run_id, hint="distilldsm pipeline status")
         time.sleep(poll_s)

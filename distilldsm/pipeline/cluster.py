@@ -13,8 +13,13 @@ from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import Natural, from_mapping, load_yaml
 from distilldsm.core.redaction import is_secret_name, public_address, secret_in_address
 
-STEPS = ("check", *(stage.name for stage in STAGES), "gate", "finish")
-"""The steps of the Kubeflow pipeline: the stages and three more."""
+_GATED = tuple(stage.name for stage in STAGES if stage.scope == "model")
+STEPS = ("check", *(stage.name for stage in STAGES if stage.name not in _GATED), "gate", *_GATED, "finish")
+"""The steps of the Kubeflow pipeline, in their order: the stages and three more."""
+PROFILE_VARIABLE = "DISTILLDSM_PROFILE"
+"""Environment variable of a step: the name of its profile."""
+_MAX_RETRY_DAYS = 100
+"""Argo counts it from the first attempt: a shorter time would end a long training, and forbid its retry."""
 _QUANTITY = re.compile(r"^(\d+(?:\.\d+)?)(m|[KMGT]i?)?$")
 _FACTORS = {None: 1.0, "m": 1e-3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12} | {
     f"{unit}i": 1024.0**power for power, unit in enumerate("KMGT", start=1)
@@ -273,15 +278,15 @@ def apply(
             profile.retries,
             backoff_duration=f"{profile.retry_wait_s}s",
             backoff_factor=2.0,
-            backoff_max_duration="3600s",
+            backoff_max_duration=f"{_MAX_RETRY_DAYS * 86400}s",
         )
-    _environment(task, profile, cluster, mlflow_secret, s3_secret)
+    _environment(task, step, profile, cluster, mlflow_secret, s3_secret)
     if step == "download" and download_secret is not None:
         kubernetes.use_secret_as_env(task, download_secret, dict(cluster.secrets.download), optional=True)
     return task
 
 
-def _environment(task: Any, profile: Profile, cluster: Cluster, mlflow_secret: Any, s3_secret: Any) -> None:
+def _environment(task: Any, step: str, profile: Profile, cluster: Cluster, mlflow_secret: Any, s3_secret: Any) -> None:
     from kfp import kubernetes
 
     storage = cluster.storage
@@ -291,6 +296,7 @@ def _environment(task: Any, profile: Profile, cluster: Cluster, mlflow_secret: A
         "AWS_ENDPOINT_URL": storage.endpoint_url,
         "AWS_DEFAULT_REGION": storage.region,
     }
+    known[PROFILE_VARIABLE] = cluster.stages.get(step, cluster.stages["default"])
     for name, value in {**{k: v for k, v in known.items() if v}, **profile.env}.items():
         task.set_env_variable(name, value)
     # The run's id comes from the pod. As a parameter it would differ in each run, and nothing would be cached.

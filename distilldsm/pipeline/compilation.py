@@ -15,12 +15,19 @@ from distilldsm.pipeline.definition import Images, build_pipeline
 
 
 def compile_pipeline(
-    path: str | os.PathLike[str], params: Params, cluster: Cluster, images: Images, *, root: str | None = None
+    path: str | os.PathLike[str],
+    params: Params,
+    cluster: Cluster,
+    images: Images,
+    *,
+    root: str | None = None,
+    caching: bool = True,
 ) -> None:
     """Write the pipeline as YAML, with the Kubernetes settings as a second document.
 
     Args:
         root: where KFP keeps artifacts; None: `storage` of the cluster file, or else KFP's own setting.
+        caching: whether a step's result may come from KFP's cache. (KFP's option for a run does not reach the steps.)
 
     Raises:
         UserError: the file cannot be written.
@@ -30,7 +37,7 @@ def compile_pipeline(
     target = Path(path)
     if not target.parent.is_dir():
         raise UserError("the directory does not exist", where=target.parent, hint="create it first")
-    pipeline = build_pipeline(params, cluster, images)
+    pipeline = build_pipeline(params, cluster, images, caching=caching)
     root = root or cluster.storage.address("kfp")
     if root:
         pipeline.pipeline_spec.default_pipeline_root = root

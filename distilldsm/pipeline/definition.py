@@ -88,7 +88,7 @@ def _without_null(value: Any) -> Any:
 
 
 def build_pipeline(
-    params: Params, cluster: Cluster, images: Images, stages: Sequence[Stage] = STAGES
+    params: Params, cluster: Cluster, images: Images, stages: Sequence[Stage] = STAGES, *, caching: bool = True
 ) -> GraphComponent:
     """The pipeline, with `params` as the defaults of its inputs."""
     from kfp import dsl
@@ -101,7 +101,7 @@ def build_pipeline(
     inputs |= {"trainjob": (dict, {})} | {f"{name}_secret": (str, name) for name in secrets}
 
     def distilldsm(*values: Any) -> None:
-        _Wiring(dict(zip(inputs, values, strict=True)), cluster, images, stages).build()
+        _Wiring(dict(zip(inputs, values, strict=True)), cluster, images, stages, caching).build()
 
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
     distilldsm.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -114,8 +114,10 @@ def build_pipeline(
 class _Wiring:
     """Adds the tasks of one pipeline, and connects outputs with inputs."""
 
-    def __init__(self, channels: Mapping[str, Any], cluster: Cluster, images: Images, stages: Sequence[Stage]) -> None:
-        self.channels, self.cluster, self.images, self.stages = channels, cluster, images, stages
+    def __init__(
+        self, channels: Mapping[str, Any], cluster: Cluster, images: Images, stages: Sequence[Stage], caching: bool
+    ) -> None:
+        self.channels, self.cluster, self.images, self.stages, self.caching = channels, cluster, images, stages, caching
         self.outputs: dict[str, Any] = {}
         """Outputs of the tasks added so far, by name."""
 
@@ -125,7 +127,6 @@ class _Wiring:
 
         channels = self.channels
         end = self.task("finish", "Report how the pipeline ended", FINISH, {"tracking": channels["tracking"]})
-        end.set_caching_options(False)
         with dsl.ExitHandler(end, name="pipeline"):
             checked = self.task("check", "Check all parameters before anything is computed", CHECK, channels)
             for stage in self.of("data"):
@@ -197,6 +198,7 @@ class _Wiring:
             key: values[key] for key, kind in parameters.items() if not kind.startswith(("Output", "PipelineTask"))
         }
         task = made(**needed).set_display_name(name.replace("_", " ").capitalize())
+        task.set_caching_options(self.caching and name != "finish")
         task.set_env_variable(VERSION_VARIABLE, __version__)
         secrets = {key: value for key, value in self.channels.items() if key.endswith("_secret")}
         return apply(task, name, self.cluster, **secrets)

@@ -11,8 +11,9 @@ import pytest
 from distilldsm.cli.main import main
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.pipeline import client
-from distilldsm.pipeline.client import Connection, connect, status, wait
-from tests.pipeline.kfp_server import TOKEN, FakeKfp, serving
+from distilldsm.pipeline.client import status, wait
+from distilldsm.pipeline.server import Server
+from tests.pipeline.kfp_server import TOKEN, FakeKfp, recorded, serving
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -79,40 +80,92 @@ def test_caching_service_account_and_schedule_are_passed_on(fake, capsys):
     assert job["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *"
     assert job["service_account"] == "trainer"
     assert not fake.runs
-
-
-def test_wait_tells_each_change_and_ends_with_success_only_for_success(fake, capsys):
-    fake.tasks = [
-        {"task_id": "1", "display_name": "Train", "state": "RUNNING"},
-        {"task_id": "2", "display_name": "Validate", "state": "FAILED", "error": {"code": 9, "message": "bad data"}},
+    spec = fake.packages[0][0]
+    tasks = [
+        task
+        for one in (spec["root"], *spec["components"].values())
+        for task in one.get("dag", {}).get("tasks", {}).values()
     ]
+    assert not any(task.get("cachingOptions", {}).get("enableCache") for task in tasks)
+
+
+def test_wait_prints_each_change_and_ends_with_success_only_for_success(fake, capsys):
     code, out, _ = run_cli("submit", "--host", fake.url, "--wait", capsys=capsys)
     assert code == 0
-    assert out.count("Train: RUNNING") == 1
-    assert "Validate: FAILED  bad data" in out
-    for end in ("FAILED", "CANCELED"):
-        fake.states = ["RUNNING", end]
+    assert out.count("export fold 0: running\n") == out.count("export fold 0: done\n") == 1
+    for end in ("run-train-pod-deleted", "run-terminated", "run-root-driver-failed"):
+        fake.polls = [recorded("run-running"), recorded(end)]
         code, out, err = run_cli("status", "run-0", "--host", fake.url, "--wait", capsys=capsys)
         assert code == 1
         assert "did not succeed" in err
 
 
 def test_wait_outlives_a_server_that_is_away_for_a_while(fake):
-    connection = Connection(host=fake.url)
-    api = connect(connection)
+    server = Server(host=fake.url)
     fake.runs.append({"run_id": "r", "display_name": "n"})
     failures = iter([503, 503, 503])
     fake.refuse = lambda method, path: (code, "later") if "/runs/" in path and (code := next(failures, None)) else None
-    assert wait(api, connection, "r", say=lambda line: None)["state"] == "SUCCEEDED"
+    assert wait(server, "r", say=lambda line: None).state == "done"
     fake.refuse = lambda method, path: (503, "gone") if "/runs/" in path else None
     with pytest.raises(UserError, match="gone"):
-        wait(api, connection, "r", say=lambda line: None)
+        wait(server, "r", say=lambda line: None)
+
+
+def test_an_interrupt_says_that_the_run_goes_on(fake, capsys, monkeypatch):
+    def interrupt(seconds: float) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(client.time, "sleep", interrupt)
+    code, _, err = run_cli("submit", "--host", fake.url, "--wait", capsys=capsys)
+    assert code == 130
+    assert "run run-0 goes on; to stop it: distilldsm pipeline stop run-0" in err
 
 
 def test_status_of_a_run_that_is_not_there(fake):
-    connection = Connection(host=fake.url)
-    with pytest.raises(UserError, match="Run nothing not found"):
-        status(connect(connection), connection, "nothing")
+    with pytest.raises(UserError, match="Failed to get a run"):
+        status(Server(host=fake.url), "nothing")
+
+
+def test_the_mlflow_plugin_gets_our_experiment_and_its_page_is_shown(fake, capsys):
+    fake.plugins_output = recorded("run-running")["plugins_output"]
+    code, out, _ = run_cli("submit", "--host", fake.url, "--set", "tracking.experiment=brains", capsys=capsys)
+    assert code == 0
+    assert fake.runs[0]["plugins_input"] == {"mlflow": {"experiment_name": "brains"}}
+    assert "http://mlflow.kubeflow:5000/#/experiments/2/runs/5e4b1dcaa1484c5ab137aa84a79239df" in out
+    # A server that does not know plugins yet.
+    fake.refuse = lambda method, path: None
+    answer, bodies = fake.answer, []
+
+    def old(method, target, headers, body):
+        if method == "POST" and target.endswith("/runs"):
+            bodies.append(json.loads(body))
+            if "plugins_input" in bodies[-1]:
+                return 400, {"error_message": 'unknown field "plugins_input"'}
+        return answer(method, target, headers, body)
+
+    fake.answer = old  # type: ignore[method-assign]
+    code, _, err = run_cli("submit", "--host", fake.url, capsys=capsys)
+    assert (code, len(bodies)) == (0, 2), err
+
+
+def test_a_second_submission_in_a_namespace_uses_its_pipeline(fake, capsys):
+    for _ in range(2):
+        code, _, err = run_cli("submit", "--host", fake.url, "--namespace", "team", capsys=capsys)
+        assert code == 0, err
+    code, _, err = run_cli("submit", "--host", fake.url, capsys=capsys)
+    assert code == 0, err
+    assert [one["namespace"] for one in fake.pipelines] == ["team", None]
+    assert [one.get("namespace") for one in fake.experiments] == ["team"]
+
+
+def test_credentials_do_not_follow_a_redirect(fake, monkeypatch):
+    monkeypatch.setenv("KF_PIPELINES_TOKEN", TOKEN)
+    with serving(FakeKfp()) as other:
+        login = f"{other.url}/dex/auth?state=x"
+        fake.redirect = login
+        with pytest.raises(UserError, match="asks for a log-in"):
+            Server.from_environment(fake.url).check()
+        assert not other.requests
 
 
 def test_token_and_cookies_come_from_the_environment_and_reach_every_request(fake, capsys, monkeypatch):
@@ -142,10 +195,14 @@ def test_a_token_that_expires_in_the_middle(fake, capsys):
     assert "KF_PIPELINES_TOKEN" in err
 
 
-def test_the_token_of_a_pod_is_used(fake, monkeypatch, tmp_path):
-    (tmp_path / "token").write_text(f"{TOKEN}\n")
+def test_the_token_of_a_pod_is_read_again_for_each_request(fake, monkeypatch, tmp_path):
+    (tmp_path / "token").write_text("old\n")
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", str(tmp_path / "token"))
-    assert Connection.from_environment(fake.url).token == TOKEN
+    server = Server.from_environment(fake.url)
+    for token in ("old", TOKEN):
+        (tmp_path / "token").write_text(f"{token}\n")
+        server.check()
+        assert fake.requests[-1][2]["authorization"] == f"Bearer {token}"
 
 
 @pytest.mark.parametrize(
@@ -158,7 +215,7 @@ def test_the_token_of_a_pod_is_used(fake, monkeypatch, tmp_path):
 )
 def test_hosts_that_are_none(fake, host, words):
     with pytest.raises(ConfigError, match=words) as caught:
-        Connection.from_environment(host)
+        Server.from_environment(host)
     assert "secret" not in str(caught.value)
 
 
@@ -167,14 +224,14 @@ def test_nobody_there_and_somebody_else_there(fake):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with pytest.raises(UserError, match="does not answer"):
-        connect(Connection(host=f"http://127.0.0.1:{port}"))
+        Server(host=f"http://127.0.0.1:{port}").check()
     fake.refuse = lambda method, path: (404, "what?")
     with pytest.raises(UserError, match="not Kubeflow Pipelines version 2"):
-        connect(Connection(host=fake.url))
+        Server(host=fake.url).check()
     fake.refuse = lambda method, path: None
     fake.answer = lambda *request: (200, b"<html>Log in</html>")  # type: ignore[method-assign]
     with pytest.raises(UserError, match="not as Kubeflow Pipelines"):
-        connect(Connection(host=fake.url))
+        Server(host=fake.url).check()
 
 
 def test_wrong_parameters_are_refused_before_the_server_is_asked(fake, capsys):
