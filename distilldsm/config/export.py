@@ -35,8 +35,9 @@ class ExportConfig:
     int8: Int8Config = Int8Config()
     register_model: bool = True
     """Register the exported model in the MLflow model registry."""
-    min_dice: Share = 0.0
-    """Least mean Dice (over labels and folds) for Kubeflow to export and register the model. 0: always."""
+    min_dice: Share = 0.5
+    """Least mean Dice of a champion, and of a model that Kubeflow exports. A local export below it is registered, but
+    not as champion."""
     gate_metric: Literal["dice", "nsd", "hd95_mm"] = "dice"
     """Metric in which a new model must be better to become champion. Both models are compared on the same held-out
     cases; the old one has the alias `champion`."""

@@ -1,4 +1,6 @@
-"""Decide whether a newly registered model becomes champion: compare both models on the same cases, case by case.
+"""Decide whether a newly registered model becomes champion.
+
+It must be good enough by itself: see `Gate`. Then it is compared with the champion on the same cases, case by case.
 
 The test assumes independent pairs. So each patient gives one pair: the mean difference over the patient's cases.
 """
@@ -19,18 +21,23 @@ from distilldsm.evaluation.metrics import METRICS, main_metrics
 from distilldsm.evaluation.statistics import by_patient, wilcoxon_p
 from distilldsm.export.scores import Scores
 
-Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable"]
+Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable", "not_good_enough"]
+MIN_CASES = 5
+"""Scored cases that a champion and an INT8 model need. The mean of fewer cases says too little."""
+_BY_HAND = "or set the alias champion by hand"
 _DECIMALS = 9  # a rounding error must not lift a difference that equals the margin above it
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gate:
-    """The conditions for a challenger; see `ExportConfig.gate_metric`, `gate_margin` and `gate_p`."""
+    """The conditions for a challenger; see `ExportConfig.gate_metric`, `gate_margin`, `gate_p` and `min_dice`."""
 
     metric: str = "dice"
     """One of the main metrics, see `distilldsm.evaluation.metrics`."""
     margin: float = 0.0
     p: float | None = None
+    min_dice: float = ExportConfig.min_dice
+    min_cases: int = MIN_CASES
 
     def __post_init__(self) -> None:
         names = [metric.name for metric in main_metrics()]
@@ -39,7 +46,7 @@ class Gate:
     @classmethod
     def of(cls, config: ExportConfig) -> Gate:
         """The gate that `params.yaml` describes."""
-        return cls(metric=config.gate_metric, margin=config.gate_margin, p=config.gate_p)
+        return cls(metric=config.gate_metric, margin=config.gate_margin, p=config.gate_p, min_dice=config.min_dice)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,7 +89,7 @@ class Decision:
 
 
 def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, version: str | None) -> Decision:
-    """Compare a challenger with the champion.
+    """Check the challenger's own scores, then compare it with the champion.
 
     Two models can never both replace each other. Of two equal models, neither replaces the other.
 
@@ -91,10 +98,14 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
         version: the champion's version; None: there is no champion.
     """
     decided = partial(Decision, metric=gate.metric, margin=gate.margin, champion=version)
+    if challenger is None:
+        return decided(outcome="not_good_enough", reason="the model has no scores")
+    if (problem := why_not_good_enough(challenger, gate)) is not None:
+        return decided(outcome="not_good_enough", reason=problem)
     if version is None:
         return decided(outcome="first", reason="there was no champion")
     problem = why_not_comparable(challenger, champion, gate.metric, version)
-    if problem is not None or challenger is None or champion is None:
+    if problem is not None or champion is None:
         return decided(outcome="not_comparable", reason=problem or "no scores")
     metric = METRICS[gate.metric]
     differences = paired_differences(challenger, champion, gate.metric)
@@ -120,17 +131,24 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
     return decided(outcome=outcome, reason=reason, difference=mean, p=p, cases=len(differences))
 
 
-def why_not_comparable(challenger: Scores | None, champion: Scores | None, metric: str, version: str) -> str | None:
+def why_not_good_enough(scores: Scores, gate: Gate) -> str | None:
+    """Why a model cannot be champion, whatever the champion is; None if it can."""
+    if not scores.cases:
+        return f"{scores.note}; evaluate this fold, then export again, {_BY_HAND}"
+    if len(scores.cases) < gate.min_cases:
+        return f"scored on {len(scores.cases)} cases, a champion needs {gate.min_cases}; use fewer folds, {_BY_HAND}"
+    dice = float(np.mean(list(scores.per_case("dice").values())))
+    if dice < gate.min_dice:
+        return f"its mean Dice {dice:.4f} is below {gate.min_dice:g} (export.min_dice); train longer, {_BY_HAND}"
+    return None
+
+
+def why_not_comparable(challenger: Scores, champion: Scores | None, metric: str, version: str) -> str | None:
     """Why two models cannot be compared and how to fix it; None if they can be compared."""
-    by_hand = "or set the alias champion by hand"
-    if challenger is None or not challenger.cases:
-        note = challenger.note if challenger is not None else "the model has no scores"
-        return f"not comparable with version {version}: {note}; evaluate this fold, then export again, {by_hand}"
     if champion is None or not champion.cases:
-        return (
-            f"not comparable: version {version} has no scores per case; evaluate and export that model again, {by_hand}"
-        )
-    again = f"train, evaluate and export both on the same data and fold, {by_hand}"
+        again = f"evaluate and export that model again, {_BY_HAND}"
+        return f"not comparable: version {version} has no scores per case; {again}"
+    again = f"train, evaluate and export both on the same data and fold, {_BY_HAND}"
     for key, name in (("fold", "fold"), ("data_hash", "data"), ("labels", "labels")):
         ours, theirs = getattr(challenger, key), getattr(champion, key)
         if ours != theirs:
@@ -146,12 +164,12 @@ def why_not_comparable(challenger: Scores | None, champion: Scores | None, metri
         seen = "with mirroring, this one without" if champion.mirror else "without mirroring, this one with it"
         return (
             f"not comparable: version {version} was scored {seen}; "
-            f"evaluate both with the same evaluate.mirror, {by_hand}"
+            f"evaluate both with the same evaluate.mirror, {_BY_HAND}"
         )
     if metric == "nsd" and challenger.nsd_tolerance_mm != champion.nsd_tolerance_mm:
         return (
             f"not comparable: the NSD of version {version} has a tolerance of {champion.nsd_tolerance_mm} mm, this one "
-            f"of {challenger.nsd_tolerance_mm} mm; evaluate both with the same evaluate.nsd_tolerance_mm, {by_hand}"
+            f"of {challenger.nsd_tolerance_mm} mm; evaluate both with the same evaluate.nsd_tolerance_mm, {_BY_HAND}"
         )
     return None
 

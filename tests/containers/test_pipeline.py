@@ -56,7 +56,7 @@ def test_the_mlflow_run_in_the_callers_store(finished, monkeypatch: pytest.Monke
     assert "val_dice_mean" in run.data.metrics
     assert any(name.startswith("export_openvino") for name in run.data.metrics)
     [model] = client.search_registered_models()
-    assert client.get_model_version_by_alias(model.name, "champion").run_id == run.info.run_id
+    assert client.get_model_version_by_alias(model.name, "challenger").run_id == run.info.run_id
 
 
 def test_a_failing_step_fails_the_pipeline(images: BuiltImages, tmp_path: Path) -> None:

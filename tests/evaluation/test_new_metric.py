@@ -70,6 +70,6 @@ def test_the_gate_can_go_by_it():
     facts = {"source": "evaluation", "fold": 0, "checkpoint": "last", "data_hash": "d", "split_hash": "s"}
     low, high = ({"dice": 0.5, "hd95_mm": 1.0, "nsd": 0.5, "jaccard": value} for value in (0.25, 0.5))
     challenger, champion = (Scores(**facts, labels=("a",), cases={"one": {"a": one}}) for one in (high, low))
-    decision = decide(challenger, champion, Gate(metric="jaccard"), version="1")
+    decision = decide(challenger, champion, Gate(metric="jaccard", min_cases=1), version="1")
     assert (decision.promoted, decision.difference) == (True, 0.25)
     assert "mean Jaccard difference +0.250" in decision.reason

@@ -16,6 +16,7 @@ TINY = (
     "train.epochs=1",
     "train.validate_every=1",
     "export.parity_cases=1",
+    "export.min_dice=0",
 )
 
 

@@ -254,7 +254,7 @@ def test_folds_that_start_and_register_at_once(servers, as_user, tmp_path):
         client.finalize_logged_model(model.model_id, "READY")
         line = registry.register(
             store,
-            Model(registered_name="race"),
+            Model(registered_name="race", gate={"min_cases": 1}),
             run_id=run_id,
             model_id=model.model_id,
             record_id=f"s:{number}",

@@ -40,7 +40,7 @@ def scan(made) -> list[str]:
 
 @pytest.fixture
 def loaded(place, client, made):
-    """What `models:/NAME@champion` loads."""
+    """What `models:/NAME@challenger` loads."""
     import mlflow
 
     export = Path(shutil.copytree(made.export, place / "export/fold1"))
@@ -48,7 +48,7 @@ def loaded(place, client, made):
     publish_known()
     mlflow.set_tracking_uri(f"sqlite:///{place}/mlflow.db")
     try:
-        yield mlflow.pyfunc.load_model("models:/scans@champion", dst_path=str(_made(place / "fetched")))
+        yield mlflow.pyfunc.load_model("models:/scans@challenger", dst_path=str(_made(place / "fetched")))
     finally:
         mlflow.set_tracking_uri(None)
 
@@ -86,10 +86,10 @@ def test_arrays_paths_and_what_the_model_is(loaded, client, made, scan, place):
     mask = loaded.predict(nothing, params={"paths": scan})["mask"]
     np.testing.assert_array_equal(mask, expected)
     np.testing.assert_array_equal(loaded.predict({"image": np.array(scan, dtype=object)})["mask"], expected)
-    registered = distilldsm.load_model("models:/scans@champion")
+    registered = distilldsm.load_model("models:/scans@challenger")
     np.testing.assert_array_equal(registered.predict(scan).mask, expected)
     with pytest.raises(UserError, match="cannot be loaded from MLflow"):
-        distilldsm.load_model("models:/nobody@champion")
+        distilldsm.load_model("models:/nobody@challenger")
     target = place / "mask.nii.gz"
     assert loaded.predict(nothing, params={"paths": scan, "output": str(target)}) == {"output": str(target)}
     written = nib.load(target)

@@ -61,7 +61,7 @@ def test_mlflow_serves_what_openvino_computes(place, client, tmp_path_factory):
     describe(CONFIG, export, name="n", model={"registered_name": "served"})
     publish_known()
     port = free_port()
-    command = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/served@champion"]
+    command = [str(Path(sys.executable).parent / "mlflow"), "models", "serve", "-m", "models:/served@challenger"]
     environment = {**os.environ, "MLFLOW_TRACKING_URI": f"sqlite:///{place}/mlflow.db", ROOT_VARIABLE: str(scans)}
     environment["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"
     log = place / "server.log"
