@@ -205,7 +205,7 @@ class _Wiring:
 
 
 CHECK = {"folds": "list", **dict.fromkeys(SECTIONS, "dict")}
-FINISH = {"tracking": "dict", "status": "PipelineTaskFinalStatus"}
+FINISH = {"tracking": "dict", "status": "PipelineTaskFinalStatus", "report": "Output[Markdown]"}
 
 
 def step_parameters(stage: Stage, stages: Sequence[Stage] = STAGES) -> dict[str, str]:

@@ -55,7 +55,7 @@ def with_reasons(server: Server, tree: RunTree, known: dict[tuple[str, str], str
 
 def run_error(server: Server, tree: RunTree) -> str | None:
     """Why a run failed outside of all steps; None if it did not."""
-    failed = tree.failed_driver() if tree.state == "failed" else None
+    failed = None if tree.state in ("stopped", "stopping") else tree.failed_driver()
     if failed is None:
         return None
     name, node = failed

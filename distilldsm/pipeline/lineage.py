@@ -12,7 +12,8 @@ from distilldsm.core.errors import DataError
 from distilldsm.core.files import sha256_file
 from distilldsm.core.mapping import load_yaml
 from distilldsm.tracking import default_uri, run_key_of
-from distilldsm.tracking.store import RUN_KEY_TAG
+from distilldsm.tracking.record import PARENT_TAG
+from distilldsm.tracking.store import RUN_KEY_TAG, prepare_environment
 
 TAGS = {"dvc": "dvc_lock_sha256", "kfp": "kfp_run_id", "git": "git_commit"}
 SHORTEST = 8
@@ -21,18 +22,30 @@ SHORTEST = 8
 
 def client() -> Any:
     """MLflow's client for the configured store."""
+    prepare_environment()
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=default_uri())
 
 
-def mark_runs(kfp_run_id: str, tags: Mapping[str, str]) -> list[str]:
-    """Set tags on every MLflow run of a KFP run; return the ids of those MLflow runs."""
+def end_runs(kfp_run_id: str, tags: Mapping[str, str], status: str) -> list[str]:
+    """Tag every MLflow run of a KFP run, and end those that are RUNNING; return their ids.
+
+    Their children that no KFP run has written belong to them: they stand for folds whose record never arrived.
+    """
     mlflow = client()
     runs = search(mlflow, f"tags.{TAGS['kfp']} = '{kfp_run_id}'")
     for run in runs:
         for key, value in tags.items():
             mlflow.set_tag(run.info.run_id, key, value)
+        runs += [
+            child
+            for child in search(mlflow, f"tags.`{PARENT_TAG}` = '{run.info.run_id}'")
+            if not child.data.tags.get(TAGS["kfp"]) and child.info.run_id not in {one.info.run_id for one in runs}
+        ]
+    for run in runs:
+        if run.info.status == "RUNNING":
+            mlflow.set_terminated(run.info.run_id, status)
     return [run.info.run_id for run in runs]
 
 

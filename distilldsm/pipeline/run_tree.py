@@ -19,6 +19,7 @@ from distilldsm.pipeline.cluster import STEPS
 State = Literal[
     "waiting", "starting", "running", "done", "from cache", "skipped", "failed", "stopped", "not started", "unknown"
 ]
+Ending = Literal["SUCCEEDED", "SUCCEEDED, gate closed", "FAILED", "CANCELED"]
 RunState = Literal["waiting", "running", "stopping", "done", "gate closed", "failed", "stopped"]
 _AFTER_GATE = tuple(stage.name for stage in STAGES if stage.scope == "model")
 _PER_FOLD = tuple(stage.name for stage in STAGES if stage.per_fold)
@@ -119,6 +120,17 @@ class RunTree:
         ends: dict[Any, RunState] = {"CANCELED": "stopped", "CANCELING": "stopping", "RUNNING": "running"}
         return ends.get(state, "waiting")
 
+    def ending(self) -> Ending | None:
+        """How the run ended, asked by its own last step, while the run is RUNNING. None: steps have no end yet."""
+        before = [step for step in self.steps() if step.step != "finish"]
+        if self.state in ("stopped", "stopping"):
+            return "CANCELED"
+        if self.failed_driver() or any(step.state == "failed" for step in before):
+            return "FAILED"
+        if not before or any(step.state not in ("done", "from cache", "skipped", "not started") for step in before):
+            return None
+        return "SUCCEEDED, gate closed" if self.is_gate_closed else "SUCCEEDED"
+
     @property
     def is_over(self) -> bool:
         """Whether nothing of the run changes any more."""
@@ -161,6 +173,7 @@ class RunTree:
                 fold = self.folds[index] if index is not None and index < len(self.folds) else index
                 found[step].append(replace(self._step(names[index]), step=step, fold=fold))
         begun = [STEPS.index(step) for step, all_of in found.items() if any(one.has_begun for one in all_of)]
+        begun += [STEPS.index(step) for step in _AFTER_GATE if self.is_gate_closed]
         last = max((number for number in begun if STEPS[number] != "finish"), default=-1)
         for number, step in enumerate(STEPS):
             if step not in found and step in _AFTER_GATE and self.is_gate_closed:

@@ -25,7 +25,6 @@ TIMEOUT_S = 8.0
 _REQUEST_S = 60.0
 API = "/apis/v2beta1"
 SERVICE_ACCOUNT_TOKEN = Path("/var/run/secrets/kubeflow/pipelines/token")
-IN_CLUSTER = "http://ml-pipeline.kubeflow.svc:8888"
 
 
 class ServerAwayError(UserError):
@@ -73,7 +72,7 @@ class Server:
         """
         host = host or os.environ.get("KF_PIPELINES_ENDPOINT", "")
         if not host and SERVICE_ACCOUNT_TOKEN.is_file():
-            host = IN_CLUSTER
+            return cls.in_cluster(namespace, ca_file)
         if not host.startswith(("http://", "https://")):
             raise ConfigError(
                 "the address of Kubeflow Pipelines is missing or not valid",
@@ -92,6 +91,14 @@ class Server:
             cookies=os.environ.get("KF_PIPELINES_COOKIES") or None,
             ca_file=ca_file,
         )
+
+    @classmethod
+    def in_cluster(cls, namespace: str | None = None, ca_file: str | None = None) -> Server:
+        """The server as a pod sees it: KF_PIPELINES_ENDPOINT, or the service of its own or of Kubeflow's namespace."""
+        service = os.environ.get("ML_PIPELINE_SERVICE_HOST", "ml-pipeline.kubeflow.svc")  # set by Kubernetes
+        port = os.environ.get("ML_PIPELINE_SERVICE_PORT", "8888")
+        host = os.environ.get("KF_PIPELINES_ENDPOINT") or f"http://{service}:{port}"
+        return cls.from_environment(host, namespace, ca_file)
 
     @property
     def token(self) -> str | None:

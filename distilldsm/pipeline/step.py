@@ -74,6 +74,8 @@ def through_gate(stage: Stage, source: Source) -> bool:
 def run(name: str, **values: Any) -> bool | None:
     """Run a step with the parameters and artifacts of its component. Only `gate` returns a value (see there)."""
     if name == "finish":  # it reports the end of the run for any version
+        from distilldsm.pipeline.finish import finish
+
         finish(**values)
         return None
     with component(name):
@@ -310,18 +312,3 @@ def _copy(source: Path, target: Path, files: Sequence[str]) -> None:
     for file in files:
         if (source / file).is_file():  # the stage that reads it reports missing files
             shutil.copyfile(source / file, target / file)
-
-
-def finish(tracking: Mapping[str, Any], status: Any) -> None:
-    """Step `finish`: always runs; reports how the pipeline ended, in the log and as tags of its MLflow runs."""
-    from distilldsm.pipeline.lineage import mark_runs
-
-    run_id, state, error = os.environ.get("KFP_RUN_ID", ""), status.state, status.error_message or ""
-    print(f"pipeline run {run_id or '(no id)'}: {state}" + (f"\n{error}" if error else ""), flush=True)
-    if not (run_id and tracking.get("enabled", True)):
-        return
-    try:
-        marked = mark_runs(run_id, {"kfp_state": state, **({"kfp_error": error[:500]} if error else {})})
-        print(f"MLflow runs of this pipeline run: {', '.join(marked) or 'none'}")
-    except Exception as failure:  # the pipeline's end must not depend on another service
-        print(f"the MLflow runs could not be marked: {type(failure).__name__}: {failure}")

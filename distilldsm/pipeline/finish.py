@@ -1,0 +1,105 @@
+"""Step `finish`: always runs; finds out how the pipeline ended, and leaves no MLflow run of it RUNNING.
+
+KFP hands an exit task a state that is RUNNING for most runs, also for successes with cached steps. So the step asks
+the server for its run.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from distilldsm.core.errors import UserError
+from distilldsm.pipeline.failure import run_error, with_reasons
+from distilldsm.pipeline.run_tree import RunTree, Step, lines_of
+from distilldsm.pipeline.server import Server
+
+State = Literal["SUCCEEDED", "SUCCEEDED, gate closed", "FAILED", "CANCELED", "unknown"]
+MLFLOW_STATUS: Mapping[State, str] = {
+    "SUCCEEDED": "FINISHED",
+    "SUCCEEDED, gate closed": "FINISHED",
+    "FAILED": "FAILED",
+    "CANCELED": "KILLED",
+    "unknown": "KILLED",
+}
+"""How an MLflow run ends that is still RUNNING."""
+_SETTLE_S, _POLL_S = 60.0, 5.0
+"""The server learns of a step's end some seconds later."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ending:
+    """How a pipeline run ended."""
+
+    state: State
+    error: str = ""
+    """The failed step and why, or why the state is unknown."""
+    steps: tuple[Step, ...] = ()
+
+
+def finish(tracking: Mapping[str, Any], status: Any, report: Any) -> None:
+    """Report how the pipeline ended: in the log, on the run's page, and as tags of its MLflow runs.
+
+    Args:
+        tracking: the section of `params.yaml`.
+        status: what KFP says of the pipeline; used only where no server can be asked.
+        report: the artifact that the run's page shows.
+    """
+    run_id = os.environ.get("KFP_RUN_ID", "")
+    ending = _ending(run_id, status)
+    lines = [f"pipeline run {run_id or '(no id)'}: {ending.state}", *ending.error.splitlines()]
+    lines += lines_of(ending.steps, f"distilldsm pipeline logs {run_id} STEP")
+    if run_id and tracking.get("enabled", True):
+        lines.append(_end_mlflow_runs(run_id, ending))
+    print("\n".join(lines), flush=True)
+    Path(report.path).write_text("```\n" + "\n".join(lines) + "\n```\n", encoding="utf-8")
+
+
+def _ending(run_id: str, status: Any) -> Ending:
+    """Ask the server. Without one, as on a single machine, KFP's own state counts where it can be relied on."""
+    if run_id and not run_id.startswith("local-"):
+        try:
+            return ask(Server.in_cluster(), run_id)
+        except UserError as error:
+            reason = f"Kubeflow Pipelines could not be asked for this run: {error}"
+    else:
+        reason = ""
+    known: dict[str, State] = {"COMPLETE": "SUCCEEDED", "SUCCEEDED": "SUCCEEDED", "FAILED": "FAILED"}
+    state = known.get(str(status.state), "unknown")
+    return Ending(state=state, error=status.error_message or (reason if state == "unknown" else ""))
+
+
+def ask(server: Server, run_id: str) -> Ending:
+    """The end of a run whose last step is running.
+
+    Raises:
+        UserError: the server does not answer, or refuses.
+    """
+    until = time.monotonic() + _SETTLE_S
+    while True:
+        tree = RunTree(server.get(f"/runs/{run_id}"))
+        state = tree.ending()
+        if state is not None or time.monotonic() > until:
+            break
+        time.sleep(_POLL_S)
+    steps = tuple(step for step in with_reasons(server, tree) if step.step != "finish")
+    if state is None:
+        return Ending(state="unknown", error="the server does not know the end of all steps", steps=steps)
+    failed = [f"{step.name}: {step.error}" for step in steps if step.state == "failed"]
+    return Ending(state=state, error=(failed or [run_error(server, tree) or ""])[0], steps=steps)
+
+
+def _end_mlflow_runs(run_id: str, ending: Ending) -> str:
+    """Tag the MLflow runs of this pipeline run, and end those that are RUNNING; one line that says so."""
+    from distilldsm.pipeline.lineage import end_runs
+
+    tags = {"kfp_state": ending.state} | ({"kfp_error": ending.error[:500]} if ending.error else {})
+    try:
+        marked = end_runs(run_id, tags, MLFLOW_STATUS[ending.state])
+        return f"MLflow runs of this pipeline run: {', '.join(marked) or 'none'}"
+    except Exception as failure:  # the pipeline's end must not depend on another service
+        return f"the MLflow runs could not be marked: {type(failure).__name__}: {failure}"
