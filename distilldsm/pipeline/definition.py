@@ -24,6 +24,7 @@ from distilldsm.pipeline.step import (
     sections_of,
     source_of,
     through_gate,
+    without_null,
 )
 
 if TYPE_CHECKING:
@@ -75,16 +76,10 @@ def arguments(params: Params) -> dict[str, Any]:
     Raises:
         ConfigError: a null is not the default of its key.
     """
-    values = _without_null(sections_of(params))
+    values = without_null(sections_of(params))
     if check_parameters(values["folds"], {name: values[name] for name in SECTIONS}) != params:
         raise ConfigError("a parameter is null, but null is not its default, and KFP cannot pass null")
     return {**values, "data_version": data_version(params)}
-
-
-def _without_null(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _without_null(inner) for key, inner in value.items() if inner is not None}
-    return [_without_null(inner) for inner in value] if isinstance(value, list) else value
 
 
 def build_pipeline(

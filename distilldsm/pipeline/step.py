@@ -22,8 +22,8 @@ from typing import Any, Protocol, TypeVar
 from distilldsm.components.command import perform
 from distilldsm.components.registry import STAGES, find
 from distilldsm.config import ExportConfig, Params, TrackingConfig
-from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.files import read_json, sha256_json
+from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.files import read_json, sha256_json, write_json
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
 from distilldsm.core.output_directory import MANIFEST, content_hash
 from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
@@ -32,6 +32,9 @@ from distilldsm.tracking import run_id_of
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
 """Environment variable: the version of distilldsm that compiled the pipeline."""
+
+REFUSAL = "refusal.json"
+"""File in an output: the stage refused its input, and why."""
 
 T = TypeVar("T")
 
@@ -151,7 +154,11 @@ def check(folds: Sequence[float], **sections: Mapping[str, Any]) -> None:
 def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
     """Run a stage and fill its artifacts: output, metadata, HTML pages and metrics.
 
-    If a stage refuses its input, it writes its pages to `<output>-failed`. Those pages are shown then.
+    A stage that refuses its input writes what it found to `<output>-failed`. KFP stores no output of a failed step, so
+    this step succeeds and hands its findings on, and the next stage refuses with them.
+
+    Raises:
+        UserError: the stage failed, or an input was refused by the stage that made it.
     """
     received = {"folds": values["folds"]} if stage.section == "cv" else values["config"]
     config: Any = section(type(getattr(Params(), stage.section)), received, stage.section)
@@ -160,23 +167,55 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
     tracking = section(TrackingConfig, values["tracking"], "tracking") if "tracking" in values else None
     with tempfile.TemporaryDirectory() as folder:
         inputs = {one.name: _place(stage, one, values, fold, Path(folder)) for one in stage.inputs}
+        for path in inputs.values():
+            _raise_refusal(path)
         # A hash of data and parameters names the work folder: several trainings may share the volume.
         work = sha256_json([{name: content_hash(path) for name, path in inputs.items()}, received])[:12]
         key = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
         try:
             with resumable_output(artifact, key) as target:
                 perform(stage, config, inputs, target, fold=fold, tracking=tracking, run=_runner(stage, values))
-        except UserError:
+        except UserError as error:
             failed = Path(artifact.path).with_name(f"{Path(artifact.path).name}-failed")
-            _show(stage, failed, values, pages_only=True)
-            raise
+            if not failed.is_dir():
+                raise
+            _hand_on(error, stage, failed, Path(artifact.path), inputs)
         output = Path(artifact.path)
         facts = dict(stage.facts(inputs, output)) if stage.facts else {}
         if stage.per_fold:
             facts["mlflow_run_id"] = run_id_of(inputs.get("model", output))
     facts |= {"data_version": values["data_version"]} if "data_version" in values else {}
-    artifact.metadata.update(facts, content_hash=content_hash(output))
+    artifact.metadata.update(without_null(facts), content_hash=content_hash(output))
     _show(stage, output, values)
+
+
+def _hand_on(error: UserError, stage: Stage, failed: Path, output: Path, inputs: Mapping[str, Path]) -> None:
+    """Make the findings of a stage that refused its input its output. Paths in this pod mean nothing to the reader."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    page = f"the page 'report' of the step {stage.name}"
+    texts = {key: str(getattr(error, key) or "") for key in ("problem", "where", "seen", "rule", "hint")}
+    for place, short in {
+        str(failed / "report.html"): page,
+        **{str(path): name for name, path in inputs.items()},
+    }.items():
+        texts = {key: text.replace(place, short) for key, text in texts.items()}
+    if output.is_dir():
+        shutil.rmtree(output)
+    failed.rename(output)
+    write_json(output / REFUSAL, texts)
+
+
+def _raise_refusal(path: Path) -> None:
+    if (path / REFUSAL).is_file():
+        texts = read_json(path / REFUSAL)
+        raise DataError(texts.pop("problem"), **{key: text or None for key, text in texts.items()})
+
+
+def without_null(value: Any) -> Any:
+    """The value without mappings' entries that are None: KFP can pass None neither in parameters nor in metadata."""
+    if isinstance(value, Mapping):
+        return {key: without_null(inner) for key, inner in value.items() if inner is not None}
+    return [without_null(inner) for inner in value] if isinstance(value, list | tuple) else value
 
 
 def _place(stage: Stage, one: Input, values: Mapping[str, Any], fold: int | None, folder: Path) -> Path:
@@ -222,16 +261,16 @@ def resumable_output(artifact: Artifact, key: str | None) -> Iterator[Path]:
     shutil.rmtree(target)
 
 
-def _show(stage: Stage, output: Path, values: Mapping[str, Any], *, pages_only: bool = False) -> None:
+def _show(stage: Stage, output: Path, values: Mapping[str, Any]) -> None:
     """Fill the artifacts that Kubeflow displays from files of the output."""
     for file, shown in stage.shown().items():
         path = output / file
         if shown.kind in ("HTML", "Markdown"):
             if path.is_file():
                 shutil.copyfile(path, values[shown.name].path)
-        elif shown.kind == "Metrics" and not pages_only:
+        elif shown.kind == "Metrics":
             _log_metrics(values[shown.name], path, shown)
-        elif shown.kind == "ClassificationMetrics" and not pages_only:
+        elif shown.kind == "ClassificationMetrics":
             values[shown.name].log_confusion_matrix(*confusion_matrix(path))
 
 
