@@ -11,14 +11,21 @@ Names are imported at their first use, so `import distilldsm` stays fast. Nothin
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING
 
+from distilldsm.core.privacy import switch_off_telemetry
+from distilldsm.core.redaction import move_credentials
 from distilldsm.core.version import __version__ as __version__
 
 if TYPE_CHECKING:
     from distilldsm.inference.interface import Model, Segmentation, load_model, read_scan, write_mask
 
 __all__ = ["Model", "Segmentation", "__version__", "load_model", "read_scan", "write_mask"]
+
+# Before any library is imported, and before any child process is started.
+switch_off_telemetry()
+move_credentials(os.environ)
 
 
 def __getattr__(name: str) -> object:

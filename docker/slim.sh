@@ -12,6 +12,8 @@ rm -rf openvino/include openvino/libs/libopenvino_intel_[gn]pu_plugin.so openvin
 for frontend in gguf jax paddle pytorch tensorflow tensorflow_lite; do
     rm -f openvino/libs/libopenvino_"$frontend"_frontend.so*
 done
+# OpenVINO and NNCF report their use through this package, and work without it.
+rm -rf openvino_telemetry
 rm -rf sklearn/datasets/data sklearn/datasets/images sklearn/datasets/descr
 if [ "${2:-}" != no-bytecode ]; then
     # Compile here, not in pip: pip would use one core and also compile the files removed above. Some templates are not

@@ -4,16 +4,32 @@ from __future__ import annotations
 
 import os
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-
 REPOSITORY = Path(__file__).resolve().parent.parent
 SHARED_DATA = REPOSITORY.parent / "shared" / "data"
+OFFLINE = REPOSITORY / "tests/offline"
+"""The folder that keeps a test's processes on this machine, if PYTHONPATH has it."""
+
+# Now, and not in a fixture: what is imported at the top of a test must not call anyone either.
+CALLS = Path(tempfile.mkstemp(prefix="calls-")[1])
+os.environ["OFFLINE_TEST_CALLS"] = str(CALLS)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(OFFLINE), os.environ.get("PYTHONPATH"))))
+import tests.offline.sitecustomize  # noqa: E402, F401
+
+
+@pytest.fixture(autouse=True)
+def _calls_nobody() -> Iterator[None]:
+    """Fail the test if it, or a process that it started, tried to reach another machine."""
+    yield
+    if text := CALLS.read_text():
+        CALLS.write_text("")
+        pytest.fail(text)
 
 
 @pytest.hookimpl(trylast=True)

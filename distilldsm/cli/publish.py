@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> None:
         UserError: a folder holds no output, or MLflow did not accept something.
     """
     from distilldsm.tracking import FILE
+    from distilldsm.tracking.addresses import use
     from distilldsm.tracking.publish import known_outputs, publish_all
 
     outputs = [] if args.directories else known_outputs()
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> None:
             )
         outputs += below
     left = []
-    for outcome in publish_all(outputs, to=args.to):
+    for outcome in publish_all(outputs, to=args.to and use(args.to)):
         problems = "; ".join(outcome.problems)
         done = "published" if outcome.is_complete else "published so far; it is not finished"
         print(f"{outcome.directory}: {problems or outcome.registration or done}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import replace
@@ -142,11 +143,12 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
                 hint="get the file again, or correct download.sha256",
             )
         return path, path.name
+    credentials = Credentials.from_environment(config.source) if path is None else None
     name = unquote(urlsplit(config.source).path).rsplit("/", 1)[-1] or "archive"
     # Two addresses may end in the same name: the hash keeps their files apart.
-    target = store / f"{hashlib.sha256(config.source.encode()).hexdigest()[:8]}-{name}"
+    digest = hashlib.sha256(config.source.encode(errors="surrogateescape")).hexdigest()
+    target = store / f"{digest[:8]}-{re.sub(r'[^A-Za-z0-9._-]', '_', name)[-100:]}"
     public = public_address(config.source) if is_url(config.source) else name
-    credentials = Credentials.from_environment(config.source) if path is None else None
     return fetch([config.source, *config.mirrors], target, sha256=config.sha256, credentials=credentials), public
 
 

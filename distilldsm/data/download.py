@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +33,6 @@ _CHUNK = 1 << 20
 _NO_SPACE_HINT = "free space, or set download.archive_dir to another disk"
 _GONE = {400, 401, 403, 404, 410, 451}
 """HTTP status codes for which another try is useless."""
-_QUERY = re.compile(r"\?[^\s)'\"]+=[^\s)'\"]*")
 _LOCAL = {"localhost", "127.0.0.1", "::1"}
 
 
@@ -61,15 +59,18 @@ class _Checksums:
 
 def is_url(source: str) -> bool:
     """Whether a source is an address and not a path."""
-    return urlsplit(source).scheme in ("http", "https", "file")
+    return _scheme(source) in ("http", "https", "file")
 
 
 def local_path(source: str) -> Path | None:
     """The path of a `file://` address or of a plain path (`~` is the home folder); None for http(s)."""
-    parts = urlsplit(source)
-    if parts.scheme == "file":
-        return Path(url2pathname(parts.path))
-    return None if parts.scheme in ("http", "https") else Path(source).expanduser()
+    if _scheme(source) == "file":
+        return Path(url2pathname(urlsplit(source).path))
+    return None if is_url(source) else Path(source).expanduser()
+
+
+def _scheme(source: str) -> str:
+    return source.partition("://")[0].lower()
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ class Credentials:
         """Read DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or _TOKEN (bearer token), or _SIGNATURE. All are optional.
 
         Raises:
-            ConfigError: a user without a password, a password and a token together, or an unencrypted address.
+            ConfigError: the address is none, a user has no password, there are a password and a token, or the
+                address is unencrypted.
         """
         names = ("username", "password", "token", "signature")
         found = {name: os.environ.get(f"DISTILLDSM_DOWNLOAD_{name.upper()}", "") for name in names}
@@ -96,8 +98,13 @@ class Credentials:
         if bool(found["username"]) != bool(found["password"]) or (found["password"] and found["token"]):
             rule = "DISTILLDSM_DOWNLOAD_USERNAME and _PASSWORD, or DISTILLDSM_DOWNLOAD_TOKEN"
             raise ConfigError("cannot tell how to log in for the download", seen=f"set: {variables}", rule=rule)
-        parts = urlsplit(address)
-        if variables and parts.scheme == "http" and parts.hostname not in _LOCAL:
+        try:
+            is_private = _is_private(address)
+        except ValueError as error:
+            raise ConfigError(
+                "is not an address", where="download.source", seen=f"{public_address(address)}: {error}"
+            ) from None
+        if variables and is_url(address) and not is_private:
             raise ConfigError(
                 "the password would be sent unencrypted",
                 where="download.source",
@@ -106,20 +113,23 @@ class Credentials:
             )
         return cls(address, **found)
 
-    def applied(self, url: str) -> tuple[str, dict[str, Any]]:
-        """The address to request, and the keyword arguments for requests."""
+    def applied(self, url: str) -> tuple[str, Callable[[Any], Any] | None]:
+        """The address to request, and the function that adds a login to a request of requests, if there is one."""
         mine, other = urlsplit(self.address), urlsplit(url)
         if (mine.scheme, mine.netloc) != (other.scheme, other.netloc):
-            return url, {}
+            return url, None
         if self.signature:
             url += ("&" if other.query else "?") + self.signature.lstrip("?&")
         if self.token:
-            return url, {"auth": self._bear}
-        return url, {"auth": (self.username, self.password)} if self.username else {}
+            return url, self._bear
+        if not self.username:
+            return url, None
+        from requests.auth import HTTPBasicAuth
+
+        return url, HTTPBasicAuth(self.username.encode(), self.password.encode())
 
     def _bear(self, request: Any) -> Any:
-        # Passed as `auth` and not as a header: requests would replace the header with an entry of .netrc.
-        request.headers["Authorization"] = f"Bearer {self.token}"
+        request.headers["Authorization"] = f"Bearer {self.token}".encode()
         return request
 
 
@@ -238,11 +248,8 @@ def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: C
         return True
     import requests
 
-    hopeless = (
-        requests.exceptions.InvalidURL,
-        requests.exceptions.InvalidSchema,
-        requests.exceptions.TooManyRedirects,
-    )
+    # A ValueError: an address that cannot be parsed, here or as the target of a redirect.
+    hopeless = (ValueError, requests.exceptions.InvalidSchema, requests.exceptions.TooManyRedirects)
     part = _part(target)
     best, problem = _size(part), ""
     from_start, failures, fruitless = best == 0, 0, 0
@@ -256,9 +263,9 @@ def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: C
                 return from_start
             problem = "the connection ended early"
         except hopeless as error:
-            raise _GiveUpError(_hide_query(error, url)) from None
+            raise _GiveUpError(redact(str(error))) from None
         except requests.RequestException as error:
-            problem = _hide_query(error, url)
+            problem = redact(str(error))
         failures += 1
         # Compare with the best try so far, not with the last one: a server that always starts again may get further
         # than the last time by chance, and we would try for ever.
@@ -267,9 +274,33 @@ def _fetch_one(url: str, target: Path, credentials: Credentials | None, sleep: C
     raise _GiveUpError(f"{problem} (after {failures} tries)")
 
 
-def _hide_query(error: Exception, url: str) -> str:
-    """The error without queries of addresses: the query of a redirect's target may be a signature too."""
-    return redact(_QUERY.sub("", str(error).replace(url, public_address(url))))
+def _is_private(url: str) -> bool:
+    """Whether nobody on the way can read a request to this address."""
+    parts = urlsplit(url)
+    return parts.scheme in ("https", "file") or parts.hostname in _LOCAL
+
+
+def _from_netrc(request: Any) -> Any:
+    """Add the login that `.netrc` has for the request's server. Unlike requests, only if nobody on the way reads it."""
+    from requests.auth import HTTPBasicAuth
+    from requests.utils import get_netrc_auth
+
+    login = get_netrc_auth(request.url) if _is_private(request.url) else None
+    return HTTPBasicAuth(*login)(request) if login else request
+
+
+def _session() -> Any:
+    """A session that never takes a login to the target of a redirect on another server."""
+    import requests
+
+    class Session(requests.Session):
+        def rebuild_auth(self, prepared_request: Any, response: Any) -> None:
+            # requests would also look the new server up in .netrc.
+            before, after = urlsplit(response.request.url), urlsplit(prepared_request.url)
+            if (before.scheme, before.netloc) != (after.scheme, after.netloc):
+                prepared_request.headers.pop("Authorization", None)
+
+    return Session()
 
 
 def _size(path: Path) -> int:
@@ -278,8 +309,6 @@ def _size(path: Path) -> int:
 
 def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[bool, bool]:
     """One try. Returns whether the part file is complete now, and whether the try resumed an older part."""
-    import requests
-
     part = _part(target)
     have = _size(part)
     validator = _validator(target) if have else None
@@ -287,8 +316,9 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
     if have and validator:
         # If-Range: the server sends the rest only if it still has the same file.
         headers |= {"Range": f"bytes={have}-", "If-Range": validator}
-    asked, options = credentials.applied(url) if credentials else (url, {})
-    with requests.get(asked, headers=headers, stream=True, timeout=TIMEOUT_SECONDS, **options) as answer:
+    asked, login = credentials.applied(url) if credentials else (url, None)
+    request = {"headers": headers, "stream": True, "timeout": TIMEOUT_SECONDS, "auth": login or _from_netrc}
+    with _session() as session, session.get(asked, **request) as answer:
         if answer.status_code in _GONE:
             raise _GiveUpError(f"HTTP {answer.status_code}")
         span = answer.headers.get("Content-Range", "")
@@ -305,7 +335,7 @@ def _download(url: str, target: Path, credentials: Credentials | None) -> tuple[
         if not resumed:
             have = 0
         length = answer.headers.get("Content-Length")
-        total = have + int(length) if length else None
+        total = have + int(length) if length and length.isascii() and length.isdigit() else None
         check_space(target.parent, (total or 0) - have, hint=_NO_SPACE_HINT)
         if not resumed:
             # Delete the old bytes before the new note is written: a note must never describe bytes of another version.

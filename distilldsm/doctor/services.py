@@ -50,6 +50,5 @@ def _environment(uri: str, limit_s: float) -> dict[str, str]:
         "MLFLOW_TRACKING_URI": uri,
         "MLFLOW_HTTP_REQUEST_TIMEOUT": str(max(1, int(limit_s / 3))),
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     }

@@ -122,7 +122,6 @@ def _quantise(
     source: Path, windows: Sequence[tuple[Float32, npt.NDArray[np.integer]]], max_loss: float, targets: Targets
 ) -> Any:
     """The quantised model. Layers that lose accuracy on the calibration volumes are not quantised."""
-    os.environ.setdefault("NNCF_CI", "1")  # no telemetry
     # The number of NNCF's passes is not known in advance.
     with meter(total=None, title="INT8 calibration", unit="volume") as shown, _quiet():
         import nncf

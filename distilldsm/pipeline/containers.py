@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 VERSION_LABEL = "org.opencontainers.image.version"
 CALLER_LABEL = "distilldsm.caller"
 """Label of each container: id of the process that waits for it. Use it to find containers of a killed process."""
-PASSED_ON = ("KFP_RUN_ID", "MLFLOW_TRACKING_URI", "OMP_NUM_THREADS")
+PASSED_ON = ("KFP_RUN_ID", "OMP_NUM_THREADS", "PGUSER", "PGPASSWORD")
 """The caller's environment variables that every container gets; also all that begin with PASSED_ON_PREFIXES."""
 PASSED_ON_PREFIXES = ("MLFLOW_TRACKING_", "DISTILLDSM_DOWNLOAD_")
 _PROBE_TIMEOUT_S, _TIMEOUT_S = 10, 120

@@ -11,7 +11,7 @@ from typing import Any
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import sha256_file
 from distilldsm.core.mapping import load_yaml
-from distilldsm.tracking import default_uri, run_key_of
+from distilldsm.tracking import default_uri, redact_uri, run_key_of
 from distilldsm.tracking.record import PARENT_TAG
 from distilldsm.tracking.store import RUN_KEY_TAG, prepare_environment
 
@@ -79,7 +79,7 @@ def lineage(identifier: str, root: Path = Path()) -> dict[str, Any]:
     if not runs:
         raise DataError(
             "no MLflow run has this identifier",
-            where=default_uri().split("@")[-1],
+            where=redact_uri(default_uri()),
             seen=identifier,
             rule="an MLflow run id, a KFP run id, dvc.lock's SHA-256, a git commit, or MODEL/VERSION",
             hint="is MLFLOW_TRACKING_URI the store that holds the run?",

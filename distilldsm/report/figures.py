@@ -5,7 +5,13 @@ Colour-blind readers can distinguish the colours (Okabe and Ito). Axes carry uni
 
 from __future__ import annotations
 
+import atexit
+import importlib
+import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,12 +44,28 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 def new_figure(columns: int = 1, rows: int = 1, size: tuple[float, float] = (5.4, 3.7)) -> tuple[Figure, Any]:
     """A figure that does not use pyplot's global state, and its axes (rows, columns)."""
+    _load_matplotlib()
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
     return figure, figure.subplots(rows, columns, squeeze=False)
+
+
+@cache
+def _load_matplotlib() -> None:
+    """Import matplotlib without the user's settings, which would change the figures, and without its cache of fonts.
+
+    Both lie in the home folder. MPLCONFIGDIR names another folder.
+    """
+    if os.environ.get("MPLCONFIGDIR"):
+        return
+    folder = tempfile.mkdtemp(prefix="distilldsm-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ["MPLCONFIGDIR"] = folder
+    importlib.import_module("matplotlib.font_manager")  # reads the variable
+    del os.environ["MPLCONFIGDIR"]  # a child process may outlive the folder
 
 
 def score_boxes(values: Mapping[str, Sequence[float]], title: str) -> Figure:
@@ -85,9 +107,9 @@ def over_epochs(curves: Mapping[str, Points], title: str, *, from_zero: bool = F
 
     The y axis is logarithmic if all values are positive and differ more than fivefold, unless it starts at zero.
     """
+    figure, axis = _axis("epoch", title)
     from matplotlib.ticker import MaxNLocator
 
-    figure, axis = _axis("epoch", title)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for k, (label, points) in enumerate(curves.items()):
         colour = label_colour(k) if label else COLOURS[0]

@@ -43,9 +43,6 @@ def overlay(
         affine: (4, 4), voxel to scanner mm (RAS+).
         labels: name to value; background (0) may be among them.
     """
-    from matplotlib.lines import Line2D
-    from matplotlib.patches import Patch
-
     image, truth, prediction, affine = _canonical(affine, image, truth, prediction)
     spacing_mm = spacing_of(affine)
     point = densest_error(truth, prediction, spacing_mm)
@@ -55,6 +52,9 @@ def overlay(
     low, high = (float(value) for value in np.percentile(shown[np.isfinite(shown)], [1, 99]))
     foreground = {name: value for name, value in labels.items() if value}
     figure, axes = new_figure(3, size=(11, 4.3))
+    from matplotlib.lines import Line2D
+    from matplotlib.patches import Patch
+
     for plane, axis in enumerate(axes[0]):
         masks = (truth[window], prediction[window])
         _draw_plane(axis, plane, shown, masks, list(foreground.values()), point, window, spacing_mm, (low, high))

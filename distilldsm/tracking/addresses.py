@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
+
+from distilldsm.core.errors import ConfigError
+from distilldsm.core.redaction import move_credentials, public_address, split_user
+
+_CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -13,10 +18,20 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def default_uri() -> str:
-    """MLFLOW_TRACKING_URI (a relative SQLite path made absolute), else `mlflow.db` in the current directory."""
+    """MLFLOW_TRACKING_URI (a relative SQLite path made absolute), else `mlflow.db` in the current directory.
+
+    User and password are moved to variables of their own.
+
+    Raises:
+        ConfigError: the address holds a password for which its library has no variable.
+    """
+    move_credentials(os.environ)
     uri = os.environ.get("MLFLOW_TRACKING_URI", "").strip() or "sqlite:///mlflow.db"
     database = sqlite_path(uri)
     if database is None:
+        if split_user(uri)[1]:
+            hint = "use PostgreSQL (PGUSER, PGPASSWORD), an MLflow server, or a file of options (read_default_file)"
+            raise ConfigError("the address holds a password", where="MLFLOW_TRACKING_URI", seen=uri, hint=hint)
         return uri
     query = uri.partition("?")[2]
     return f"sqlite:///{database.absolute()}" + (f"?{query}" if query else "")
@@ -24,10 +39,34 @@ def default_uri() -> str:
 
 def redact_uri(uri: str) -> str:
     """The address without what may be secret: user, password, query."""
-    parts = urlsplit(uri)
-    if not parts.netloc:
-        return uri.partition("?")[0]
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return uri.partition("?")[0] if sqlite_path(uri) is not None else public_address(uri)
+
+
+def use(uri: str) -> str:
+    """Make an address the default of this process; returns it without user and password."""
+    if split_user(uri)[1]:
+        for name in _CREDENTIALS:
+            os.environ.pop(name, None)
+    os.environ["MLFLOW_TRACKING_URI"] = uri
+    return default_uri()
+
+
+def refuse_foreign_credentials(uri: str) -> None:
+    """MLflow sends the environment's password to every server. Only that of MLFLOW_TRACKING_URI may see it.
+
+    Raises:
+        ConfigError: there is a password, and the address names another server, e.g. the one of a copied model.
+    """
+    given = [name for name in _CREDENTIALS if os.environ.get(name)]
+    parts, own = urlsplit(uri), urlsplit(default_uri())
+    if given and parts.scheme in ("http", "https") and (parts.scheme, parts.netloc) != (own.scheme, own.netloc):
+        raise ConfigError(
+            "the password in the environment may be for another server",
+            where=redact_uri(uri),
+            seen=", ".join(given),
+            rule="it is sent to the server of MLFLOW_TRACKING_URI only",
+            hint=f"export MLFLOW_TRACKING_URI={redact_uri(uri)} if it is for this one",
+        )
 
 
 def live_uri(recorded: str) -> str:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from distilldsm.core.errors import UserError
-from distilldsm.tracking.addresses import redact_uri, sqlite_path
+from distilldsm.tracking.addresses import redact_uri, refuse_foreign_credentials, sqlite_path
 from distilldsm.tracking.record import RunIdentity
 from distilldsm.tracking.values import clean
 
@@ -31,8 +31,7 @@ logger = logging.getLogger("distilldsm.tracking")
 
 
 def prepare_environment() -> None:
-    """Set short timeouts, files through the server, no telemetry. Call before importing MLflow. User settings stay."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    """Set short timeouts, and files through the server. Call before importing MLflow. User settings stay."""
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", _HTTP_TIMEOUT_S)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -64,6 +63,7 @@ class Store:
     """An MLflow store with the operations that publishing needs. Uses only MLflow's client, no global state."""
 
     def __init__(self, uri: str) -> None:
+        refuse_foreign_credentials(uri)
         prepare_environment()
         from mlflow import MlflowClient
 

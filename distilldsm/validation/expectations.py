@@ -195,8 +195,7 @@ def _check_rule(rule: Rule, kinds: Mapping[str, str], where: str) -> None:
 
 @contextmanager
 def _great_expectations() -> Iterator[Any]:
-    """Import the library (only here, because it takes seconds), without telemetry and without its log lines."""
-    os.environ["GX_ANALYTICS_ENABLED"] = "false"
+    """Import the library (only here, because it takes seconds), without its log lines."""
     logger = logging.getLogger("great_expectations")
     level = logger.level
     logger.setLevel(logging.ERROR)

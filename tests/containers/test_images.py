@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import docker
 import pytest
 
+from distilldsm.core.privacy import SWITCHES
 from distilldsm.core.version import __version__
 from distilldsm.pipeline.containers import connect
 from tests.containers.conftest import ROLES, BuiltImages
@@ -55,8 +56,7 @@ def test_labels_and_configuration(images: BuiltImages, client: docker.DockerClie
     assert not config["Entrypoint"]
     environment = dict(entry.split("=", 1) for entry in config["Env"])
     assert environment["GIT_COMMIT"] == labels["org.opencontainers.image.revision"]
-    assert environment["MLFLOW_DISABLE_TELEMETRY"] == "true"
-    assert environment["DO_NOT_TRACK"] == "1"
+    assert SWITCHES.items() <= environment.items()
 
 
 @pytest.mark.parametrize("role", ROLES)

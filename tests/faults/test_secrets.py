@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import ast
 import base64
 import contextlib
 import http.server
 import json
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 import yaml
+from requests.auth import HTTPBasicAuth
 
 from distilldsm.cli.main import main
 from distilldsm.config import DownloadConfig, TrackingConfig
 from distilldsm.core.errors import ConfigError, DataError, UserError
-from distilldsm.core.redaction import is_secret_name, redact, secret_in_address
-from distilldsm.data.download import Credentials
+from distilldsm.core.redaction import is_secret_name, move_credentials, redact, secret_in_address, split_user
+from distilldsm.data.download import Credentials, fetch
 from distilldsm.pipeline.cluster import Profile, Storage
 from distilldsm.pipeline.step import run as run_step
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest
-from distilldsm.tracking import describe, process, send
+from distilldsm.tracking import default_uri, describe, process, send
+from distilldsm.tracking.addresses import refuse_foreign_credentials, use
 from distilldsm.tracking.publish import known_outputs, publish_all
+from distilldsm.tracking.store import Store
 from tests.data.volumes import write_case
 from tests.faults.payloads import told
 from tests.tracking.conftest import empty_store
@@ -173,8 +181,6 @@ def test_failures_of_a_download_tell_no_secret(place, monkeypatch, capsys, path)
 
 
 def test_other_servers_get_no_password(tmp_path, packed, monkeypatch):
-    from distilldsm.data.download import fetch
-
     monkeypatch.setenv("DISTILLDSM_DOWNLOAD_TOKEN", WORD)
     with serving(packed) as mirror, serving(allowed="never", elsewhere=f"{mirror.address}/away2") as server:
         mirror.elsewhere = "http://127.0.0.1:9/x"
@@ -191,6 +197,22 @@ def test_other_servers_get_no_password(tmp_path, packed, monkeypatch):
     assert WORD not in repr(Credentials.from_environment("https://host/x"))
 
 
+def test_netrc_is_for_its_own_server_and_for_https(tmp_path, packed, monkeypatch):
+    """requests sends the login by http, and looks up the target of a redirect, too."""
+    netrc = tmp_path / "netrc"
+    netrc.write_text("".join(f"machine {host} login me password {WORD}\n" for host in ("127.0.0.1", "localhost")))
+    netrc.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(netrc))
+    with serving(packed) as mirror, serving(allowed="never", elsewhere="-") as server:
+        server.elsewhere = mirror.address.replace("127.0.0.1", "localhost") + "/m.tar"
+        fetch([f"{server.address}/away.tar"], tmp_path / "a", sleep=lambda _: None)
+        assert server.seen[0][1].startswith("Basic ")
+        assert mirror.seen == [(f"/m.tar?X-Amz-Signature={QUOTED}", None)]
+        monkeypatch.setattr("distilldsm.data.download._LOCAL", set())
+        fetch([f"{mirror.address}/m.tar"], tmp_path / "b", sleep=lambda _: None)
+        assert mirror.seen[1] == ("/m.tar", None)
+
+
 def test_how_to_log_in(monkeypatch):
     with_password = {"DISTILLDSM_DOWNLOAD_USERNAME": "me", "DISTILLDSM_DOWNLOAD_PASSWORD": WORD}
     for name, value in with_password.items():
@@ -200,15 +222,73 @@ def test_how_to_log_in(monkeypatch):
     assert WORD not in str(caught.value)
     assert Credentials.from_environment("https://example.org/x").applied("https://example.org/y") == (
         "https://example.org/y",
-        {"auth": ("me", WORD)},
+        HTTPBasicAuth(b"me", WORD.encode()),
     )
-    assert Credentials.from_environment("https://example.org/x").applied("http://example.org/y")[1] == {}
+    assert Credentials.from_environment("https://example.org/x").applied("http://example.org/y")[1] is None
     monkeypatch.delenv("DISTILLDSM_DOWNLOAD_USERNAME")
     with pytest.raises(ConfigError, match="cannot tell how to log in"):
         Credentials.from_environment("https://example.org/x")
 
 
+PASSWORDS = ("plain", "p@ss", "a/b", "a:b/c", "a?b", "a#b@c/d", "1/2", "100%", "sp ace", "ü\"'")
+
+
+@pytest.mark.parametrize("password", PASSWORDS)
+@pytest.mark.parametrize("quoted", [False, True])
+def test_user_and_password_leave_the_address_whatever_they_hold(password, quoted):
+    written = quote(password, safe="") if quoted else password
+    for address, variables in (
+        ("http://{}host:5000/base", ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD")),
+        ("postgresql+psycopg2://{}host/db?sslmode=require", ("PGUSER", "PGPASSWORD")),
+    ):
+        plain, full = address.format(""), address.format(f"me:{written}@")
+        assert split_user(full) == (plain, f"me:{written}")
+        assert secret_in_address(full) == "user"
+        environment = {"MLFLOW_TRACKING_URI": full, "MLFLOW_REGISTRY_URI": plain}
+        move_credentials(environment)
+        assert environment == {
+            "MLFLOW_TRACKING_URI": plain,
+            "MLFLOW_REGISTRY_URI": plain,
+            **dict(zip(variables, ("me", password), strict=True)),
+        }
+        assert split_user(plain) == (plain, "")
+
+
+@pytest.mark.parametrize("address", ["s3://b/a@b", "https://h/@scope/x?mail=a@b", "sqlite:////home/a@b/x", "a:b@c/d"])
+def test_an_at_sign_elsewhere_is_no_user(address):
+    assert split_user(address) == (address, "")
+
+
+def test_libraries_see_no_password(place, monkeypatch):
+    """MLflow logs and stores addresses. So a child process, too, has the password in a variable only."""
+    monkeypatch.delenv("MLFLOW_TRACKING_PASSWORD")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:pl4nted/@127.0.0.1:9")
+    code = "import os, distilldsm; print({k: os.environ[k] for k in os.environ if k.startswith('MLFLOW_TRACKING_')})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    expected = {"URI": "http://127.0.0.1:9", "USERNAME": "me", "PASSWORD": "pl4nted/", "TOKEN": WORD}
+    assert ast.literal_eval(done.stdout) == {f"MLFLOW_TRACKING_{name}": value for name, value in expected.items()}
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "mysql+pymysql://me:pl4nted@host/db")
+    with pytest.raises(ConfigError, match=r"holds a password(.|\n)*mysql\+pymysql://host/db(.|\n)*hint") as caught:
+        default_uri()
+    assert TELLTALE.decode() not in str(caught.value)
+
+
+def test_the_password_of_one_mlflow_server_is_not_for_another(place, monkeypatch):
+    """A copied model names the server that it was tracked on: whoever wrote the model would get the password."""
+    for uri in ("", "http://127.0.0.1:8"):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+        with pytest.raises(ConfigError, match=r"http://127\.0\.0\.1:9: the password(.|\n)*hint"):
+            Store("http://127.0.0.1:9")
+    assert use("http://you:other%2B@127.0.0.1:9") == "http://127.0.0.1:9"
+    refuse_foreign_credentials("http://127.0.0.1:9")
+    assert [os.environ.get(f"MLFLOW_TRACKING_{name}") for name in ("USERNAME", "PASSWORD", "TOKEN")] == [
+        "you", "other+", None,
+    ]  # fmt: skip
+
+
 ADDRESSES = (
+    f"https://me:{QUOTED}/@host/x.tar",
+    f"https://host/x.tar#access_token={QUOTED}",
     f"https://me:{QUOTED}@host/x.tar",
     f"https://{QUOTED}@host/x.tar",
     f"s3://me:{QUOTED}@bucket/x.tar",
@@ -274,9 +354,13 @@ def test_values_that_everyone_may_read_hold_no_secret(address):
 def test_what_is_struck_out(monkeypatch):
     monkeypatch.setenv("SOME_API_KEY", WORD)
     monkeypatch.setenv("KF_PIPELINES_SA_TOKEN_PATH", "/var/run/token")
-    text = redact(f"a {WORD} b {QUOTED} http://u:p@h/x?a=1&sig=abc&b=2 (/var/run/token) 'x?token=t'")
-    assert text == "a *** b *** http://h/x?a=1&sig=***&b=2 (/var/run/token) 'x?token=***'"
+    text = redact(f"a {WORD} b {QUOTED} http://u:p@h/x?a=1&sig#b (/var/run/token) 'x?token=t' did you mean? x=3")
+    assert text == "a *** b *** http://h/x?a=***&***#*** (/var/run/token) 'x?token=***' did you mean? x=3"
     assert redact(text) == text
+    assert redact("{'Authorization': 'Basic YWI='}\nauthorization: AWS4 Credential=a, Signature=b\nbearer xyz.") == (
+        "{'Authorization': '***'}\nauthorization: ***\nbearer ***"
+    )
+    assert redact("sent pl4nted by me", {"HTTPS_PROXY": "http://me:pl4nted@proxy:80"}) == "sent *** by me"
     assert [is_secret_name(n) for n in ("MLFLOW_TRACKING_USERNAME", "HOME", "aws_secret_access_key")] == [
         False, False, True,
     ]  # fmt: skip
