@@ -115,7 +115,7 @@ def dataset(path: Path, *, voxels: bool = False) -> tuple[Any, bool]:
             if start is None:
                 raise DataError("is not a DICOM file", where=path, seen=f"starts with {head[:4].hex(' ') or 'nothing'}")
             # A memory map, because a wrong length in a damaged file must not reserve gigabytes.
-            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content, quiet():
+            with mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as content:
                 if _DEFLATED in head and len(content) > _MAX_DEFLATED:
                     raise DataError(
                         "is a deflated file of unusual size",
@@ -148,9 +148,8 @@ def value(header: Any, name: str, where: Path) -> Any:
         DataError: pydicom cannot convert it.
     """
     try:
-        with quiet():
-            found = header.get(name)
-            return None if found is None or (hasattr(found, "__len__") and len(found) == 0) else found
+        found = header.get(name)
+        return None if found is None or (hasattr(found, "__len__") and len(found) == 0) else found
     except Exception as error:  # of many kinds
         raise DataError(f"has a malformed {name}", where=where, seen=first_line(error)) from None
 
@@ -222,8 +221,9 @@ def read_slice(path: Path) -> Slice | str:
                 rule=f"DICOM, or the name {', '.join(HARMLESS_NAMES)} or *{', *'.join(HARMLESS_ENDINGS)}",
                 hint="copy it again, or remove it if it does not belong to the series",
             ) from None
-    header, has_voxels = dataset(path)
-    return _without_image(header, has_voxels, path) or _checked(header, path)
+    with quiet():
+        header, has_voxels = dataset(path)
+        return _without_image(header, has_voxels, path) or _checked(header, path)
 
 
 def _without_image(header: Any, has_voxels: bool, path: Path) -> str | None:

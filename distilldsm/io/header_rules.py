@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from distilldsm.core.errors import DataError
-from distilldsm.io.orientation import Affine, spacing_of
+from distilldsm.io.orientation import Affine, corner_distance_mm, spacing_of
 
 MAX_SHEAR = 0.01
 """Largest cosine between two axes that still counts as a right angle (0.6 degrees)."""
@@ -23,6 +23,10 @@ SPACING_MM = (0.005, 500.0)
 """Smallest and largest allowed voxel size, mm."""
 UNITS = {0: "unknown", 1: "meter", 2: "mm", 3: "micron"}
 """Units of length by the code in a NIfTI header."""
+FORMS_MM = 0.1
+"""Largest distance between the corners of the volume by qform and by sform that is not remarked on."""
+SPACING_DIFFERENCE = 0.01
+"""Largest relative difference of voxel size between pixdim and affine that is not remarked on."""
 MM_PER_UNIT = {"unknown": 1.0, "meter": 1000.0, "mm": 1.0, "micron": 0.001}
 
 
@@ -141,6 +145,49 @@ def _sheared(affine: Affine) -> str | None:
     return f"cosine {cosine:.3f} between two axes, affine {np.round(affine, 4).tolist()}"
 
 
+def qform_of(header: Any) -> Affine | None:
+    """The geometry in the qform. None if its quaternion is longer than 1 or not finite."""
+    try:
+        affine: Affine = header.get_qform()
+    except Exception:  # nibabel raises many types
+        return None
+    return affine if np.isfinite(affine).all() else None
+
+
+def forms_distance_mm(header: Any) -> float | None:
+    """Distance between corresponding corners of the volume by qform and by sform; None unless both are set."""
+    qform = qform_of(header)
+    if qform is None or not (int(header["qform_code"]) and int(header["sform_code"])):
+        return None
+    distance = corner_distance_mm(qform, header.get_sform(), stored_shape(header)[:3])
+    return distance if np.isfinite(distance) else None
+
+
+def spacing_difference(header: Any, affine: Affine) -> tuple[float, tuple[float, ...]] | None:
+    """Relative difference of the voxel sizes in pixdim and in the affine (mm), and those of pixdim. None if unknown."""
+    pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64) * MM_PER_UNIT.get(length_unit(header) or "", 1.0)
+    stored = np.array(spacing_of(affine))
+    if not np.isfinite([pixdim, stored]).all() or pixdim.min() <= 0:
+        return None
+    return float(np.abs(stored - pixdim).max() / pixdim.max()), tuple(pixdim.tolist())
+
+
+def _forms_differ(file: Any) -> str | None:
+    distance = forms_distance_mm(file.header)
+    if distance is None or distance <= FORMS_MM:
+        return None
+    qform, sform = (np.round(form, 4).tolist() for form in (file.header.get_qform(), file.header.get_sform()))
+    return f"corners {distance:.4g} mm apart: qform {qform}, sform {sform}"
+
+
+def _sizes_differ(file: Any) -> str | None:
+    difference = spacing_difference(file.raw_header, file.affine)
+    if difference is None or difference[0] <= SPACING_DIFFERENCE:
+        return None
+    sizes = (" x ".join(f"{v:g}" for v in np.round(size, 5)) for size in (difference[1], spacing_of(file.affine)))
+    return "pixdim {}, affine {} mm".format(*sizes)
+
+
 LAYOUT_RULES = (
     HeaderRule("shape", _impossible_shape, "has an impossible shape", "1 or more along each axis"),
     HeaderRule(
@@ -202,3 +249,22 @@ AFFINE_RULES = (
     ),
 )
 """Rules for an affine (4, 4) in mm, for all formats."""
+
+GEOMETRY_REMARKS = (
+    HeaderRule(
+        "voxel_size_told_once",
+        _sizes_differ,
+        "pixdim and affine of the header give different voxel sizes; the affine is used",
+        "one voxel size",
+        "find out which one is right and write it into both",
+    ),
+    HeaderRule(
+        "qform_agrees_with_sform",
+        _forms_differ,
+        "qform and sform of the header differ; the sform is used here, but other programs may use the qform",
+        "one geometry",
+        "find out which one is right and set both to it",
+    ),
+)
+"""Conflicts in a NIfTI file (`nifti.NiftiFile`) that is read all the same. `predict` remarks on them, `validate` warns
+by the rules of the same names."""

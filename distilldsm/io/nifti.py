@@ -10,6 +10,7 @@ import logging
 import math
 import zlib
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -24,6 +25,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.io.errors import Refuse, damaged, raise_error
 from distilldsm.io.header_rules import (
     AFFINE_RULES,
+    GEOMETRY_REMARKS,
     LAYOUT_RULES,
     MM_PER_UNIT,
     VALUE_RULES,
@@ -37,6 +39,8 @@ from distilldsm.io.output import replacing
 from distilldsm.io.scan import Channel, Scan
 
 BLOCK_BYTES = 16_000_000
+MAX_SURPLUS = 1_000_000
+"""Largest number of bytes after the last voxel."""
 MAX_COMPRESSION = 1_100
 """gzip compresses by a factor of 1032 at most. A header that needs a larger factor is wrong."""
 _GEOMETRY = (
@@ -57,8 +61,12 @@ class Nifti:
     mask_of_any_scan = True
 
     def can_read(self, path: Path) -> bool:
-        """Whether the file name ends like a NIfTI file."""
-        return path.name.endswith(self.endings)
+        """Whether the file name ends like a NIfTI file, in upper or lower case, or the file holds one."""
+        if path.name.lower().endswith(self.endings):
+            return True
+        with suppress(OSError, EOFError, zlib.error):
+            return path.is_file() and _header_kind(_head(path)) is not None
+        return False
 
     def read(self, path: Path, *, refuse: Refuse = raise_error) -> Scan:
         """Read a scan. Its header is read and checked now, its voxels later.
@@ -74,7 +82,8 @@ class Nifti:
             Channel(partial(file.volume, k), file.kept_scale, shape=file.shape, nbytes=size)
             for k in range(file.volumes)
         ]
-        return Scan(tuple(channels), orthogonal(file.affine), path, file)
+        remarks = (f"{path.name}: {one.problem} ({one.seen})" for one in broken(GEOMETRY_REMARKS, file, path))
+        return Scan(tuple(channels), orthogonal(file.affine), path, file, remarks=tuple(remarks))
 
     def check_mask(self, scan: Scan, *, labels: Mapping[str, int], model: str) -> tuple[str, ...]:
         """Return no remarks: every scan allows a NIfTI mask."""
@@ -147,8 +156,16 @@ class NiftiFile:
                 volumes = [self._read_volume(stream) for _ in range(self.volumes)]
                 # Read to the end, where gzip stores its checksum.
                 self.surplus_bytes = 0
-                while rest := len(stream.read(BLOCK_BYTES)):
+                while rest := len(stream.read(MAX_SURPLUS)):
                     self.surplus_bytes += rest
+                    if self.surplus_bytes > MAX_SURPLUS:
+                        raise DataError(
+                            "has too many bytes after its last voxel",
+                            where=self.path,
+                            seen=f"more than {MAX_SURPLUS} bytes",
+                            rule=f"shape {self.shape} of {self.dtype}; then at most {MAX_SURPLUS} bytes",
+                            hint="correct dim, datatype and bitpix, or export the file again",
+                        )
         except (OSError, EOFError, zlib.error) as error:
             raise damaged(self.path, error) from None
         return volumes
@@ -198,15 +215,12 @@ def _first_bytes(path: Path) -> tuple[Any, bytes, int]:
     if not path.is_file():
         raise DataError("is a directory" if path.is_dir() else "file not found", where=path)
     try:
-        size = path.stat().st_size
-        with _open(path) as stream:
-            block = stream.read(540)
+        size, block = path.stat().st_size, _head(path)
     except (OSError, EOFError, zlib.error) as error:
         raise damaged(path, error) from None
-    for kind, length, start, magic in ((nib.Nifti1Header, 348, 344, b"n+1\0"), (nib.Nifti2Header, 540, 4, b"n+2\0")):
-        lengths = {int.from_bytes(block[:4], order) for order in ("little", "big")}
-        if len(block) >= length and block[start : start + 4] == magic and length in lengths:
-            return kind, block[:length], size
+    kind = _header_kind(block)
+    if kind is not None:
+        return kind, block[: kind.sizeof_hdr], size
     raise DataError(
         "is not a readable NIfTI file",
         where=path,
@@ -214,6 +228,20 @@ def _first_bytes(path: Path) -> tuple[Any, bytes, int]:
         rule="one file, .nii or .nii.gz, NIfTI-1 or NIfTI-2",
         hint="convert it (e.g. dcm2niix), or copy it again",
     )
+
+
+def _head(path: Path) -> bytes:
+    with _open(path) as stream:
+        return stream.read(540)
+
+
+def _header_kind(block: bytes) -> Any:
+    """nibabel's class for a header; None for a block that is not the beginning of a NIfTI file."""
+    lengths = {int.from_bytes(block[:4], order) for order in ("little", "big")}
+    for kind, start, magic in ((nib.Nifti1Header, 344, b"n+1\0"), (nib.Nifti2Header, 4, b"n+2\0")):
+        if len(block) >= kind.sizeof_hdr in lengths and block[start : start + 4] == magic:
+            return kind
+    return None
 
 
 def _affine_mm(header: Any) -> Affine:
@@ -227,7 +255,9 @@ def _affine_mm(header: Any) -> Affine:
 
 
 def _zipped(path: Path) -> bool:
-    return path.name.endswith(".gz")
+    """Whether the file holds gzip, whatever its name says."""
+    with open(path, "rb") as stream:
+        return stream.read(2) == b"\x1f\x8b"
 
 
 def _open(path: Path) -> BinaryIO:
@@ -266,7 +296,7 @@ def write_nifti(path: Path, array: npt.NDArray[np.uint8], scan: Scan, *, slope: 
     header.set_data_dtype(np.uint8)
     image_type = nib.Nifti2Image if isinstance(header, nib.Nifti2Header) else nib.Nifti1Image
     image = image_type(array, None, header)
-    suffix = ".nii.gz" if _zipped(path) else ".nii"
+    suffix = ".nii.gz" if path.name.endswith(".gz") else ".nii"
     with replacing(path, suffix) as temporary:
         if slope is None:
             nib.save(image, temporary)

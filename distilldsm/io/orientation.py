@@ -46,3 +46,11 @@ def spacing_along(affine: Affine, axis_order: Sequence[int]) -> tuple[float, ...
     for axis, (target, _) in enumerate(ras_orientation(affine)):
         ras[int(target)] = spacing[axis]
     return tuple(ras[k] for k in axis_order)
+
+
+def corner_distance_mm(a: Affine, b: Affine, shape: Sequence[int]) -> float:
+    """Largest distance, mm, between corresponding corners of a volume of this shape under two affines."""
+    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
+    homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
+    with np.errstate(all="ignore"):  # a broken header may hold infinity; then the distance is NaN
+        return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.io.orientation import Affine, reorient, spacing_of
+from distilldsm.io.orientation import Affine, corner_distance_mm, reorient, spacing_of
 
 SAME_GRID_MM = 1e-2
 """Two grids are the same if the corners of the volume are not further apart than this."""
@@ -158,14 +158,6 @@ class Scan:
             return np.ascontiguousarray(self.channels[channel].values(views[channel][k]))
 
         return views, read
-
-
-def corner_distance_mm(a: Affine, b: Affine, shape: Sequence[int]) -> float:
-    """Largest distance, mm, between corresponding corners of a volume of this shape under two affines."""
-    corners = np.array(np.meshgrid(*[(0, n - 1) for n in shape])).reshape(3, -1)
-    homogeneous = np.vstack([corners, np.ones(corners.shape[1])])
-    with np.errstate(all="ignore"):  # a broken header may hold infinity; then the distance is NaN
-        return float(np.linalg.norm(((a - b) @ homogeneous)[:3], axis=0).max())
 
 
 def check_same_grid(base: Scan, other: Scan | Labels, hint: str = "resample all channels to one grid") -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -15,10 +14,15 @@ import numpy as np
 from distilldsm.core.errors import DataError
 from distilldsm.io import Scan
 from distilldsm.io.formats import read_file
-from distilldsm.io.header_rules import MM_PER_UNIT, length_unit
+from distilldsm.io.header_rules import (
+    SPACING_DIFFERENCE,
+    forms_distance_mm,
+    length_unit,
+    qform_of,
+    spacing_difference,
+)
 from distilldsm.io.nifti import NiftiFile
-from distilldsm.io.orientation import Affine
-from distilldsm.io.scan import corner_distance_mm
+from distilldsm.io.orientation import Affine, corner_distance_mm
 from distilldsm.validation.case_row import CaseRow, listed
 
 _HARMLESS = ("pixdim[1,2,3]", "vox offset")
@@ -77,18 +81,9 @@ def _flaws(nifti: NiftiFile) -> list[str]:
     flaws = [line for line in report.splitlines() if not line.startswith(_HARMLESS)]
     if float(raw["pixdim"][0]) == 0:  # the NIfTI standard defines the meaning of 0
         flaws = [line for line in flaws if "qfac" not in line]
-    if int(raw["qform_code"]) > 0 and _qform(nifti.header) is None:
+    if int(raw["qform_code"]) > 0 and qform_of(nifti.header) is None:
         flaws.append("the qform is not a rotation: quaternion " + listed([float(raw[f"quatern_{k}"]) for k in "bcd"]))
     return flaws
-
-
-def _qform(header: Any) -> Affine | None:
-    """The geometry in the qform. None if its quaternion is longer than 1 or not finite."""
-    try:
-        affine = header.get_qform()
-    except Exception:  # nibabel raises many types
-        return None
-    return affine if np.isfinite(affine).all() else None
 
 
 def measure_header(row: CaseRow, file: str, scan: Scan) -> None:
@@ -101,18 +96,15 @@ def measure_header(row: CaseRow, file: str, scan: Scan) -> None:
         row.values["spatial_unit"] = unit
     if unit not in ("mm", "unknown"):
         row.note("spatial_unit", file, unit)
-    pixdim = np.asarray(raw["pixdim"][1:4], dtype=np.float64) * MM_PER_UNIT.get(unit, 1.0)
-    stored = np.array(scan.spacing_mm)
-    if np.isfinite([pixdim, stored]).all() and pixdim.min() > 0:
-        relative = float(np.abs(stored - pixdim).max() / pixdim.max())
-        row.worst("pixdim_affine_difference", relative)
-        if relative > 0.01:
-            row.note("pixdim_affine_difference", file, f"pixdim {listed(pixdim)}, affine {listed(stored)} mm")
-    qform = _qform(header)
-    if qform is not None and int(header["qform_code"]) and int(header["sform_code"]):
-        distance = corner_distance_mm(qform, header.get_sform(), scan.shape)
-        if np.isfinite(distance):
-            row.worst("qform_sform_mm", distance)
+    difference = spacing_difference(raw, scan.source.affine)
+    if difference is not None:
+        row.worst("pixdim_affine_difference", difference[0])
+        if difference[0] > SPACING_DIFFERENCE:
+            sizes = f"pixdim {listed(difference[1])}, affine {listed(scan.spacing_mm)} mm"
+            row.note("pixdim_affine_difference", file, sizes)
+    distance = forms_distance_mm(header)
+    if distance is not None:
+        row.worst("qform_sform_mm", distance)
 
 
 def measure_geometry(row: CaseRow, scan: Scan) -> None:

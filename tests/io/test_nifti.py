@@ -16,9 +16,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.mapping import load_yaml
 from distilldsm.inference.windows import Pieces
 from distilldsm.io import nifti, read_labels, read_scan, write_mask
 from distilldsm.io.formats import read_file
+from distilldsm.io.header_rules import FORMS_MM, GEOMETRY_REMARKS, SPACING_DIFFERENCE
 from distilldsm.io.nifti import write_nifti
 from distilldsm.io.scan import Scan
 from tests.data.volumes import affine
@@ -131,6 +133,33 @@ def test_voxels_must_be_finite(tmp_path, value):
         read_scan([write(tmp_path / "scaled.nii", np.full((2, 2, 2), 255, np.uint8), scale=(3e36, 0))], 1).load()
 
 
+@pytest.mark.parametrize("name", ["scan.nii", "scan.nii.gz", "SCAN.NII.GZ", "scan", "scan.nii.gz.part"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_content_of_a_file_comes_before_its_name(tmp_path, name, packed):
+    data = np.random.default_rng(0).integers(0, 255, (4, 5, 6)).astype(np.uint8)
+    plain = write(tmp_path / "plain.nii", data).read_bytes() + bytes(1_000_000)  # as many are tolerated
+    (tmp_path / name).write_bytes(gzip.compress(plain) if packed else plain)
+    np.testing.assert_array_equal(intensities(read_scan([tmp_path / name], 1))[0], data)
+
+
+def test_conflicts_of_geometry_are_remarked_on(tmp_path):
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.uint8), np.eye(4))
+    image.set_qform(np.diag([1.4, 1.4, 10, 1]), 1)
+    image.set_sform(np.eye(4), 2)
+    image.header.set_zooms((1.4, 1.4, 10))
+    nib.save(image, tmp_path / "acdc.nii")
+    sizes, forms = read_scan([tmp_path / "acdc.nii"], 1).remarks
+    assert "acdc.nii: pixdim and affine" in sizes
+    assert "pixdim 1.4 x 1.4 x 10, affine 1 x 1 x 1 mm" in sizes
+    assert "qform [[1.4, 0.0, 0.0, 0.0]" in forms
+    assert "sform [[1.0, 0.0, 0.0, 0.0]" in forms
+    assert read_scan([write(tmp_path / "good.nii", np.zeros((4, 5, 6), np.uint8))], 1).remarks == ()
+    rules = {rule["rule"]: rule for rule in load_yaml("conf/expectations.yaml")["rules"]}
+    for remark, limit in zip(GEOMETRY_REMARKS, (SPACING_DIFFERENCE, FORMS_MM), strict=True):
+        rule = rules[remark.name]
+        assert (rule["message"], rule["kwargs"]) == (remark.problem, {"max_value": limit}), "validation says the same"
+
+
 def test_truncated_and_corrupt_files(tmp_path):
     data = np.random.default_rng(0).integers(0, 255, (20, 20, 20)).astype(np.uint8)
     plain = write(tmp_path / "scan.nii", data).read_bytes()
@@ -142,14 +171,15 @@ def test_truncated_and_corrupt_files(tmp_path):
         "short.nii": plain[:-1],
         "short.nii.gz": packed[: len(packed) // 2],
         "checksum.nii.gz": packed[:-8],
-        "plain.nii.gz": plain,
-        "packed.nii": packed,
         "text.nii": b"not a scan at all" * 100,
         "inner.nii.gz": gzip.compress(plain[:-100]),
+        "garbage.nii.gz": packed + b"garbage",
+        "surplus.nii.gz": gzip.compress(plain + bytes(1_000_001), 1),
+        "surplus.nii": plain + bytes(1_000_001),
     }.items():
         path = tmp_path / name
         path.write_bytes(content)
-        with pytest.raises(DataError, match=r"truncated or damaged|not a readable NIfTI"):
+        with pytest.raises(DataError, match=r"truncated or damaged|not a readable NIfTI|too many bytes"):
             read_scan([path], 1).load()
     # One flipped byte in the middle: voxels may still unpack, but the checksum knows.
     flipped = bytearray(packed)
