@@ -14,6 +14,7 @@ from __future__ import annotations
 import os
 from typing import TYPE_CHECKING
 
+from distilldsm.core.machine import limit_threads
 from distilldsm.core.privacy import switch_off_telemetry
 from distilldsm.core.redaction import move_credentials
 from distilldsm.core.version import __version__ as __version__
@@ -26,6 +27,7 @@ __all__ = ["Model", "Segmentation", "__version__", "load_model", "read_scan", "w
 # Before any library is imported, and before any child process is started.
 switch_off_telemetry()
 move_credentials(os.environ)
+limit_threads()
 
 
 def __getattr__(name: str) -> object:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from distilldsm.core.errors import DataError
 
@@ -18,18 +17,39 @@ except ImportError:  # Windows does not have this module
 
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
-_MEMORY_GROUPS = (
-    ("memory.max", "memory.current", "memory.stat", "file"),
-    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat", "total_cache"),
+_MEMORY_FILES = (
+    ("memory.max", "memory.current", "file"),
+    ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_cache"),
 )
-"""Files that tell a container's limit, its use and parts of the use, and the part that is the cache of files: of cgroup
+"""Files of a control group with its limit and its use, and the part of memory.stat that is the cache of files: of
 version 2 and 1."""
 _largest_peak: dict[int, float] = {}
 """Process id to the largest peak measured so far. A forked process has another id, so it begins at zero."""
 
 
 def usable_cores() -> int:
-    """Cores that this process may run on."""
+    """Cores that this process may use at once: those it may run on, or less if its container has less CPU time."""
+    return thread_limit() or _cores()
+
+
+def thread_limit() -> int | None:
+    """Largest useful number of threads, if the container's CPU time is less than all cores; None without such a limit.
+
+    Libraries see only the cores: with a thread on each of 64, of which the time of 8 may be used, they wait for threads
+    that are held up.
+    """
+    quota = core_quota()
+    return max(1, int(quota)) if quota is not None and quota < _cores() else None
+
+
+def limit_threads() -> None:
+    """Let the libraries that are loaded later, and child processes, keep the container's limit. User settings stay."""
+    if limit := thread_limit():
+        for name in ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"):
+            os.environ.setdefault(name, str(limit))
+
+
+def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -73,25 +93,24 @@ def total_memory_bytes() -> int | None:
 
 def memory_limit_bytes() -> int | None:
     """Limit of the container that this process runs in; None for none."""
-    for limit, *_ in _MEMORY_GROUPS:
-        text = _read(_CGROUP / limit).strip()
-        if text.isdigit() and int(text) < 1 << 60:  # what version 1 calls no limit is a huge number
-            return int(text)
-    return None
+    texts = [_read(group / limit).strip() for group in _groups("memory") for limit, *_ in _MEMORY_FILES]
+    # What version 1 calls no limit is a huge number.
+    return min((int(text) for text in texts if text.isdigit() and int(text) < 1 << 60), default=None)
 
 
 def available_memory_bytes() -> int | None:
     """Memory that is free on this machine or in this container; None where nothing tells."""
     free = _memory_of_machine("MemAvailable")
     found = [] if free is None else [free]
-    for limit, used, parts, cache in _MEMORY_GROUPS:
-        try:
-            left = int(_read(_CGROUP / limit)) - int(_read(_CGROUP / used))
-        except ValueError:  # no such group, or no limit ("max")
-            continue
-        # Files in the cache count as used, but make room when memory is asked for.
-        stat = dict(line.split() for line in _read(_CGROUP / parts).splitlines())
-        found.append(left + int(stat.get(cache, 0)))
+    for group in _groups("memory"):
+        for limit, used, cache in _MEMORY_FILES:
+            try:
+                left = int(_read(group / limit)) - int(_read(group / used))
+            except ValueError:  # no such group, or no limit ("max")
+                continue
+            # Files in the cache count as used, but make room when memory is asked for.
+            stat = dict(line.split() for line in _read(group / "memory.stat").splitlines())
+            found.append(left + int(stat.get(cache, 0)))
     return max(min(found), 0) if found else None
 
 
@@ -102,14 +121,27 @@ def _memory_of_machine(field: str) -> int | None:
 
 def core_quota() -> float | None:
     """Cores' worth of time that a container may use; None for no limit."""
-    quota, period = (_read(_CGROUP / "cpu.max").split() or ["max", "100000"])[:2]
-    if quota == "max":  # cgroup version 1, or none
-        quota = _read(_CGROUP / "cpu/cpu.cfs_quota_us").strip() or "-1"
-        period = _read(_CGROUP / "cpu/cpu.cfs_period_us").strip() or "100000"
-    try:
-        return int(quota) / int(period) if int(quota) > 0 else None
-    except (ValueError, ZeroDivisionError):
-        return None
+    quotas = []
+    for group in _groups("cpu"):
+        for text in (_read(group / "cpu.max"), _read(group / "cpu.cfs_quota_us") + _read(group / "cpu.cfs_period_us")):
+            quota, period = [*text.split(), "100000", "100000"][:2] if text else ("max", "")
+            if quota.isdigit() and period.isdigit() and int(period):  # no limit: "max", or -1
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _groups(controller: str) -> list[Path]:
+    """Folders of the control groups that limit this process, of version 2 and of version 1's `controller`.
+
+    In a container the root is its own group. Elsewhere (systemd, a batch system) the groups lie below the root.
+    """
+    folders = [_CGROUP, _CGROUP / controller]
+    for line in _read(_PROC / "self/cgroup").splitlines():
+        _, names, path = [*line.split(":", 2), "", ""][:3]
+        if not names or controller in names.split(","):
+            group = PurePosixPath(path.lstrip("/"))
+            folders += [_CGROUP / (controller if names else "") / one for one in (group, *group.parents)]
+    return list(dict.fromkeys(folders))
 
 
 def held_memory_bytes() -> int:
@@ -143,6 +175,8 @@ def check_space(folder: Path, needed: int, *, hint: str) -> None:
     Raises:
         DataError: the disk has less space; `hint` says what to do.
     """
+    import shutil
+
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise DataError(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 import re
@@ -130,12 +129,8 @@ def check_cpu(limit_s: float) -> list[Finding]:
     name, cores, quota = "cpu", usable_cores(), core_quota()
     flags = _cpu_field("flags").split() or _cpu_field("Features").split()
     extensions = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
-    limited = f", limited to the CPU time of {quota:g} cores (cgroup)" if quota is not None else ""
+    limited = f" (CPU time of {quota:g}: cgroup)" if quota is not None else ""
     seen = f"{cpu_name()}; {cores} cores usable of {os.cpu_count()}{limited}; {extensions or 'no vector extensions'}"
-    if quota is not None and quota < cores * 0.75:
-        whole = max(1, math.floor(quota))
-        hint = f"set OMP_NUM_THREADS={whole}, and {whole} for preprocess.workers, validate.workers, evaluate.workers"
-        return [Finding(name=name, status="warn", seen=seen, hint=hint)]
     if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
         return [Finding(name=name, status="warn", seen=seen, hint="use a CPU with AVX2; this one works, but slowly")]
     return [Finding(name=name, status="ok", seen=seen)]

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
+from distilldsm.core.machine import thread_limit
 from distilldsm.inference.depth_stream import DepthStream, NotStreamableError, Shape, StreamGraph, stream_graph
 
 if TYPE_CHECKING:
@@ -33,7 +34,10 @@ def openvino_core() -> Any:
     """
     import openvino
 
-    return openvino.Core()
+    core = openvino.Core()
+    if limit := thread_limit():
+        core.set_property("CPU", {"INFERENCE_NUM_THREADS": limit})
+    return core
 
 
 FIXED_FROM_VOXELS = 500_000
@@ -136,6 +140,7 @@ class OnnxEngine(Engine):
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = thread_limit() or 0
         try:
             return onnxruntime.InferenceSession(str(self.path), options, providers=["CPUExecutionProvider"])
         except Exception as error:

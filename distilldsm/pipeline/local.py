@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from distilldsm.config import Params
 from distilldsm.core.errors import UserError
-from distilldsm.core.machine import usable_cores
+from distilldsm.core.machine import thread_limit, usable_cores
 from distilldsm.pipeline.cluster import Cluster
 from distilldsm.pipeline.compilation import compile_pipeline
 from distilldsm.pipeline.definition import SECTIONS, Images, arguments
@@ -82,10 +82,13 @@ def _environment(run_id: str) -> Iterator[None]:
     """Set the variables that steps inherit: the run's id, one MLflow store, and their share of the cores."""
     from distilldsm.tracking import default_uri
 
+    threads = os.environ.get("OMP_NUM_THREADS")
+    if threads in (None, str(thread_limit())):
+        threads = str(max(1, usable_cores() // _FOLDS_AT_ONCE))
     variables = {
         "KFP_RUN_ID": run_id,
         "MLFLOW_TRACKING_URI": default_uri(),
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, usable_cores() // _FOLDS_AT_ONCE)),
+        "OMP_NUM_THREADS": threads,
     }
     _prepare_store(variables["MLFLOW_TRACKING_URI"])
     before = {name: os.environ.get(name) for name in variables}

@@ -85,9 +85,18 @@ def test_the_cpu_is_named(monkeypatch, tmp_path):
     assert machine.cpu_name()
 
 
-def test_cores_that_are_usable(monkeypatch):
+def test_cores_that_are_usable(monkeypatch, system):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {1, 5, 6}, raising=False)
     assert usable_cores() == 3
+    for quota, cores, limit in ((900_000, 3, None), (250_000, 2, "2"), (50_000, 1, "1")):
+        system({"cpu/cpu.cfs_quota_us": quota})
+        monkeypatch.setattr(os, "environ", {})
+        machine.limit_threads()
+        assert (usable_cores(), os.environ.get("OMP_NUM_THREADS")) == (cores, limit)
+    os.environ["OMP_NUM_THREADS"] = "7"
+    machine.limit_threads()
+    assert os.environ["OMP_NUM_THREADS"] == "7", "what the user has set"
+    system({"cpu/cpu.cfs_quota_us": -1})
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: None)
     assert usable_cores() == 1
@@ -109,7 +118,7 @@ def system(tmp_path, monkeypatch):
 
     def write(files: dict[str, object]) -> None:
         for name, text in files.items():
-            (tmp_path / name).parent.mkdir(exist_ok=True)
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / name).write_text(f"{text}\n")
 
     return write
@@ -131,6 +140,17 @@ def test_limits_of_a_container(system):
     system({"memory.current": 1_900_000_000, "memory.stat": "anon 1\nfile 300000000"})
     system({"cpu.max": "50000 100000", "memory.max": 2_000_000_000})
     assert limits() == (0.5, 2_000_000_000, 400_000_000)
+
+
+def test_limits_of_a_group_below_the_root(system):
+    """As systemd and batch systems set them; a group is limited by its parents, too."""
+    system({"self/cgroup": "9:cpu,cpuacct:/jobs/7\n4:memory:/jobs/7\n1:name=systemd:/x:y\n0::/user.slice/job"})
+    assert (machine.core_quota(), machine.memory_limit_bytes()) == (None, None)
+    system({"cpu/jobs/7/cpu.cfs_quota_us": 200_000, "memory/jobs/memory.limit_in_bytes": 4_000_000_000})
+    assert (machine.core_quota(), machine.memory_limit_bytes()) == (2.0, 4_000_000_000)
+    system({"user.slice/job/cpu.max": "max 100000", "user.slice/cpu.max": "150000 100000"})
+    system({"user.slice/job/memory.max": 3_000_000_000, "user.slice/memory.max": "max"})
+    assert (machine.core_quota(), machine.memory_limit_bytes()) == (1.5, 3_000_000_000)
 
 
 def test_memory_where_nothing_tells(tmp_path, monkeypatch):
