@@ -66,7 +66,7 @@ def stage(work: Path, name: str, arguments: list[str], output: Path, threads: in
 
 def data_folders(work: Path, params: dict[str, Any]) -> tuple[Path, Path, Path]:
     """Folders of the raw, validated and preprocessed data. Variants with the same parameters share them."""
-    parts = [params[name] for name in ("download", "validate", "preprocess")]
+    parts = [params["download"], params["validate"], [params["preprocess"], params["train"]["budget"]]]
     names = ("raw", "validation", "preprocessed")
     raw, checked, prepared = (work / f"{name}-{digest(*parts[: k + 1])}" for k, name in enumerate(names))
     return raw, checked, prepared

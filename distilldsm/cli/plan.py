@@ -45,6 +45,15 @@ def run(args: argparse.Namespace) -> None:
     row("patch", f"{_sizes(found.patch_size)} voxels", reasons.get("patch_size"))
     row("batch", found.batch_size, reasons.get("batch_size"))
     row("training memory", f"about {found.training_memory_gb:g} GB")
+    training = found.training
+    row("budget", f"{training.budget:g} voxels")
+    row("patches", f"{training.patches:,}", reasons.get("patches"))
+    row("epochs", training.epochs, reasons.get("epochs"))
+    row("foreground", training.foreground_oversampling, reasons.get("foreground_oversampling"))
+    row("learning rate", training.learning_rate, reasons.get("learning_rate"))
+    row("EMA decay", training.ema_decay, reasons.get("ema_decay"))
+    row("rotation", f"{training.rotation_deg:g} degrees", reasons.get("rotation_deg"))
+    row("largest component", ", ".join(training.keep_largest) or "none", reasons.get("keep_largest"))
     for channel, rule in zip(found.channels, found.normalisation, strict=True):
         row(f"{channel.name} ({channel.modality})", rule.scheme, reasons.get(f"normalisation.{channel.name}"))
     print("sizes and spacings are (depth, height, width)")
@@ -68,13 +77,16 @@ def _find_plan(directory: Path, params: str) -> Plan:
             rule=f"a directory with plan.json or {INDEX}",
             hint="give data/preprocessed, a model directory, or data/raw",
         )
-    from distilldsm.config import PreprocessConfig, load_params
+    from distilldsm.config import Params, load_params
     from distilldsm.core.progress import progress
     from distilldsm.data.fingerprint import fingerprint_case
 
-    config = load_params(params).preprocess if Path(params).is_file() else PreprocessConfig()
+    loaded = load_params(params) if Path(params).is_file() else Params()
+    config = loaded.preprocess
     if config.plan:
         return Plan.load(config.plan)
     index = DatasetIndex.load(directory)
     cases = progress(index.cases, total=len(index.cases), title="fingerprint", unit="case")
-    return make_plan(index, [fingerprint_case(directory, case, index) for case in cases], config)
+    return make_plan(
+        index, [fingerprint_case(directory, case, index) for case in cases], config, budget=loaded.train.budget
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Mapping, Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
             args.output or Path(stage.output.path.format(fold=fold)),
             fold=fold,
             tracking=params.tracking,
+            also={name: reduce(getattr, key.split("."), params) for name, key in stage.also_by_name.items()},
             **{option.name: getattr(args, option.name) for option in stage.options},
         )
 
@@ -78,6 +80,7 @@ def perform(
     fold: int | None = None,
     tracking: Any = None,
     run: Callable[..., None] | None = None,
+    also: Mapping[str, Any] | None = None,
     **options: Sequence[Path],
 ) -> None:
     """Run a stage, unless its output exists and its parameters, inputs and code have not changed.
@@ -85,15 +88,16 @@ def perform(
     Args:
         config: the stage's section of the parameters.
         run: called instead of the stage's own `run`, with the same arguments.
+        also: the values of the stage's parameters in other sections.
 
     Raises:
         UserError: any error of the stage.
     """
-    is_up_to_date = is_current(output, **stage.key(config, inputs, fold, **options))
+    is_up_to_date = is_current(output, **stage.key(config, inputs, fold, also=also, **options))
     if is_up_to_date and not (stage.outdated and stage.outdated(config, output)):
         print(f"{stage.name}: up to date")
         return
-    keywords = {"fold": fold} if stage.per_fold else {}
+    keywords: dict[str, Any] = {**({"fold": fold} if stage.per_fold else {}), **(also or {})}
     if stage.scope != "data":
         keywords["tracking"] = tracking
     (run or stage.run)(config, inputs, {stage.output.name: output}, **keywords, **options)

@@ -14,13 +14,21 @@ if TYPE_CHECKING:
     from distilldsm.config import PreprocessConfig
 
 
-def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[str, Path]) -> None:
+def run(
+    config: PreprocessConfig,
+    inputs: Mapping[str, Path],
+    outputs: Mapping[str, Path],
+    *,
+    budget: float | None = None,
+) -> None:
     """Preprocess the accepted cases.
 
     Args:
         inputs: `dataset` (from download), `validation` (its accepted.json lists the cases to use).
         outputs: `preprocessed`.
+        budget: `train.budget`, for which the plan is made; None: its default.
     """
+    from distilldsm.config import TrainConfig
     from distilldsm.data.dataset import DatasetIndex
     from distilldsm.data.preprocess import preprocess_dataset
 
@@ -35,13 +43,14 @@ def run(config: PreprocessConfig, inputs: Mapping[str, Path], outputs: Mapping[s
         measured = f", and the measurements of {done['.fingerprint']}" if not done["cases"] else ""
         return f"{done['cases']} of {len(index.cases)} cases are kept{measured}"
 
-    key = STAGE.key(config, inputs)
+    budget = budget or TrainConfig().budget
+    key = STAGE.key(config, inputs, also={"budget": budget})
     with output_directory(outputs["preprocessed"], **key, resumable=True, kept=kept) as work:
-        plan = preprocess_dataset(root, index, config, work, left_out=left_out)
+        plan = preprocess_dataset(root, index, config, work, budget=budget, left_out=left_out)
         folds = read_json(work / "splits.json")["folds"]
     print(
         f"{len(index.cases)} cases; depth axis {plan.depth_axis}, spacing {plan.target_spacing_mm} mm, "
-        f"patch {plan.patch_size}, batch {plan.batch_size}"
+        f"patch {plan.patch_size}, batch {plan.batch_size}, {plan.training.patches:,} patches"
     )
     if config.splits:
         _print_splits(config.splits, folds, len(index.cases))
@@ -72,6 +81,7 @@ STAGE = Stage(
     name="preprocess",
     help="write fingerprint, plan, arrays in network space, and splits by patient",
     section="preprocess",
+    also=("train.budget",),
     inputs=(
         Input(name="dataset", path="data/raw"),
         Input(name="validation", path="data/validation", files={"accepted": "accepted.json"}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,9 +60,9 @@ def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold:
 
 
 def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
-    """Print the network, the device and the number of steps. Warn if the steps are few."""
+    """Print the network, the device and the number of steps. Warn if the training is short."""
     from distilldsm.data.dataset import SAMPLE_SOURCE
-    from distilldsm.training.schedule import remark_on_few_steps
+    from distilldsm.data.plan_rules import remark_on_few_steps
 
     sampler = trainer.sampler
     print(
@@ -70,10 +71,11 @@ def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
         flush=True,
     )
     remark = remark_on_few_steps(
-        epochs=config.epochs,
-        steps_per_epoch=sampler.steps_per_epoch,
+        steps=trainer.total_steps,
+        patches=trainer.total_steps * sampler.batch_size,
         cases=len(sampler.case_ids),
-        batch_size=sampler.batch_size,
+        patch_voxels=math.prod(sampler.patch_size),
+        by_plan=config.epochs is None,
     )
     if remark and source != SAMPLE_SOURCE:  # the sample is one deformed head: 190 steps suffice
         print(remark, file=sys.stderr, flush=True)
@@ -114,7 +116,7 @@ def _train_as_main(
         name=tracking.run_name or f"{config.model.name}-fold{fold}",
         tags={"fold": fold},
         params={
-            "train": to_mapping(config),
+            "train": to_mapping(trainer.config),
             "fold": fold,
             "model": {name: round(value) for name, value in size.items()},
             "plan.patch_size": trainer.sampler.patch_size,

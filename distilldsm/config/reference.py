@@ -44,6 +44,7 @@ def parameters(cls: Any = Params, prefix: str = "") -> Iterator[Parameter]:
         key, kind = f"{prefix}{field.name}", plain[field.name]
         if not dataclasses.is_dataclass(kind):
             words = re.sub(r"\b(typing|collections\.abc|distilldsm(\.\w+)*)\.", "", inspect.formatannotation(kind))
+            words = re.sub(r"^Optional\[(.*)\]$", r"\1 | None", words)
             limits = sorted({str(one) for one in _ranges(field_types(cls)[field.name])})
             text = " ".join([texts[field.name], *(f"Range: {limit}." for limit in limits)])
             yield Parameter(key=key, kind=words, default=_default(field), text=text)
@@ -126,6 +127,8 @@ def flow_yaml(value: Any) -> str:
     """A value as YAML on one line, e.g. `{a: [1, 2]}`."""
     import yaml
 
+    if isinstance(value, float) and abs(value) >= 1e6 and float(f"{value:.1e}") == value:
+        return f"{value:.1e}"  # 2.0e+09; PyYAML writes every zero
     text = yaml.safe_dump(value, default_flow_style=True, allow_unicode=True, sort_keys=False, width=10**9)
     return text.removesuffix("...\n").rstrip("\n")
 

@@ -32,8 +32,8 @@ class AugmentConfig:
 
     spatial_probability: Share = 0.5
     """Share of samples that are rotated and scaled."""
-    rotation_deg: Degrees = 15.0
-    """Largest rotation about the depth axis, degrees."""
+    rotation_deg: Degrees | None = None
+    """Largest rotation about the depth axis, degrees. null: the plan decides: 15, or 30 if slices are coarse."""
     tilt_deg: Degrees | None = None
     """Largest rotation about the two in-plane axes, degrees. null: 10, or 0 if the plan says that slices are coarse."""
     scale: Annotated[float, Range(0, 0.9, below=True)] = 0.2
@@ -50,6 +50,12 @@ class AugmentConfig:
     """Axes to flip at random (depth, height, width). Use only axes along which the anatomy is symmetric. Depth is the
     plan's depth axis; height and width are the others, in the order x (left to right), y (back to front), z (bottom to
     top)."""
+
+    def largest_rotation(self, *, coarse_slices: bool) -> float:
+        """`rotation_deg`; if it is null, 15, or 30 for slices that are not tilted."""
+        if self.rotation_deg is not None:
+            return self.rotation_deg
+        return 15.0 if self.largest_tilt(coarse_slices=coarse_slices) else 30.0
 
     def largest_tilt(self, *, coarse_slices: bool) -> float:
         """`tilt_deg`; if it is null, 10 or 0. Coarse slices are not tilted: that would mix several slices in one."""
@@ -70,20 +76,23 @@ class TrainConfig:
     initial_weights_strict: bool = True
     """Whether every tensor must fit. `false`: missing tensors, and those of another shape (e.g. another number of
     classes), are listed and keep their random initial values."""
-    epochs: Count = 30
-    """Passes over the training cases."""
-    samples_per_case: Count = 1
-    """Patches drawn from each case in one epoch."""
+    budget: Positive = 2e9
+    """Voxels that a training sees (patches x voxels of a patch): about an hour on two cores. The plan chooses spacing,
+    patch and length for it. `distilldsm budget "60 min"` measures what this machine sees in that time."""
+    epochs: Count | None = None
+    """Passes over the training cases. null: the plan decides, from `budget`."""
+    samples_per_case: Count | None = None
+    """Patches drawn from each case in one epoch. null: the plan decides; 1 if `epochs` is set."""
     batch_size: Count | None = None
     """Patches per optimizer step over all processes. null: the plan decides."""
     accumulate: Count = 1
     """Number of smaller batches that each step's batch is split into, to save memory. Must divide `batch_size`."""
-    foreground_oversampling: Share = 0.33
-    """Share of patches centred on a voxel of a foreground label."""
+    foreground_oversampling: Share | None = None
+    """Share of patches centred on a voxel of a foreground label. null: the plan decides."""
     optimizer: Literal["adamw", "adam", "sgd"] = "adamw"
     """The optimizer."""
-    learning_rate: Positive = 4e-3
-    """Peak learning rate."""
+    learning_rate: Positive | None = None
+    """Peak learning rate. null: the plan decides."""
     weight_decay: NotNegative = 1e-2
     """Weight decay: decoupled for adamw, else an L2 penalty. Biases and normalisation layers have none."""
     momentum: float = 0.99
@@ -101,8 +110,9 @@ class TrainConfig:
     the one above; these heads are not part of the final model."""
     gradient_clip_norm: NotNegative = 12.0
     """Largest norm of the gradient. 0 switches clipping off."""
-    ema_decay: BelowOne = 0.98
-    """Decay per step of the averaged weights. They are validated and exported; 0 switches averaging off."""
+    ema_decay: BelowOne | None = None
+    """Decay per step of the averaged weights. They are validated and exported; 0 switches averaging off. null: the
+    plan decides."""
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """Number format of the forward pass. `auto`: bf16 autocast if the hardware has it (GPU, AVX-512 BF16, AMX)."""
     channels_last: bool = True
@@ -113,8 +123,9 @@ class TrainConfig:
     """Where to train. `auto`: a GPU if there is one."""
     workers: Natural = 0
     """Loader processes per training process. 0 loads in the training process."""
-    validate_every: Count = 5
-    """Epochs between validations on the fold's held-out volumes. The last epoch is always validated."""
+    validate_every: Count | None = None
+    """Epochs between validations on the fold's held-out volumes. The last epoch is always validated. null: an eighth of
+    the epochs."""
     early_stopping: Natural = 0
     """Stop after this many validations without a better mean Dice. 0: never; otherwise the held-out fold decides, which
     makes scores optimistic."""

@@ -98,6 +98,8 @@ class Stage:
     """One line, for `--help`, dvc.yaml and Kubeflow."""
     section: str
     """Section of params.yaml with the stage's parameters."""
+    also: tuple[str, ...] = ()
+    """Parameters of other sections that the stage reads, e.g. train.budget. `run` gets them by their last word."""
     inputs: tuple[Input, ...] = ()
     outputs: tuple[Output, ...]
     options: tuple[Option, ...] = ()
@@ -137,10 +139,24 @@ class Stage:
         """File name in the output directory to its record."""
         return {one.path.removeprefix(f"{self.output.path}/"): one for one in self.outputs[1:]}
 
+    @property
+    def also_by_name(self) -> dict[str, str]:
+        """Keyword of `run` to the parameter of another section."""
+        return {key.rpartition(".")[2]: key for key in self.also}
+
     def key(
-        self, config: Any, inputs: Mapping[str, Path], fold: int | None = None, **options: Iterable[Path]
+        self,
+        config: Any,
+        inputs: Mapping[str, Path],
+        fold: int | None = None,
+        *,
+        also: Mapping[str, Any] | None = None,
+        **options: Iterable[Path],
     ) -> dict[str, Any]:
         """Everything that decides the output, for `output_directory` and `is_current`.
+
+        Args:
+            also: the values of the parameters in `also`, by their last word.
 
         Raises:
             ConfigError: a parameter of `files` names a file that does not exist.
@@ -154,7 +170,7 @@ class Stage:
             hashed |= {f"{name}{number}": path for number, path in enumerate(paths, start=1)}
         for name in self.files:
             hashed |= self._file(name, getattr(config, name))
-        extra = {"fold": fold} if self.per_fold else {}
+        extra = ({"fold": fold} if self.per_fold else {}) | dict(also or {})
         return {"stage": self.name, "config": config, "inputs": hashed, "extra": extra, "code": self.code_paths}
 
     def keep_apart(self, output: Path, **places: Path | None) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,26 @@ import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
-from distilldsm.data.geometry import nonzero_box
-from distilldsm.data.scan_measures import ScanMeasures, in_ras_order, measure_scan
+from distilldsm.data.geometry import Size, nonzero_box
+from distilldsm.data.scan_measures import ScanMeasures, measure_scan
 from distilldsm.io import Scan, read_labels, read_scan
+from distilldsm.io.orientation import reorient
 
 PERCENTILES = (0.5, 5.0, 50.0, 95.0, 99.5)
 SAMPLES_PER_CASE = 20_000
+
+
+CONNECTED = np.ones((3, 3, 3))
+"""Voxels are connected over faces, edges and corners, as in post-processing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelShape:
+    """Shape of a label in one case."""
+
+    components: int
+    shape: tuple[int, int, int]
+    """Size of the box around its largest component, voxels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +42,7 @@ class CaseFingerprint:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     nonzero_fraction: float
-    """Share of voxels that are not zero in at least one channel."""
+    """Share of voxels that are not zero in at least one channel, of the box around them (`nonzero_shape`)."""
     foreground_mean: tuple[float, ...]
     """Per channel, over the voxels of all foreground labels (over all non-zero voxels if there is no foreground)."""
     foreground_sd: tuple[float, ...]
@@ -36,6 +51,10 @@ class CaseFingerprint:
     label_volumes_ml: Mapping[str, float]
     nonzero_shape: tuple[int, int, int]
     """Size of the box around the voxels that are not zero in at least one channel."""
+    foreground_shape: tuple[int, int, int] = (0, 0, 0)
+    """Size of the box around all labels; zeros without a labelled voxel."""
+    labels: Mapping[str, LabelShape] = field(default_factory=dict)
+    """The labels that the case holds."""
     scan: ScanMeasures
     """Measures for the comparison with new scans (docs/drift.md)."""
 
@@ -85,10 +104,13 @@ def classes_from_values(
 def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerprint:
     """Measure one case; raises the errors of `load_case`."""
     scan, classes = load_case(root, case, index)
-    intensities = scan.intensities()
+    # In RAS order: samples and components do not depend on the file's orientation.
+    intensities = reorient(scan.intensities(), scan.affine, (0, 1, 2))
+    ras_classes = reorient(classes[None], scan.affine, (0, 1, 2))[0]
     nonzero = (intensities != 0).any(axis=0)
-    start, stop = nonzero_box(nonzero, nonzero.shape)
-    mask = classes > 0
+    box = _between(*nonzero_box(nonzero, nonzero.shape))
+    mask = ras_classes > 0
+    foreground = nonzero_box(mask, mask.shape) if mask.any() else ((0, 0, 0), (0, 0, 0))
     if not mask.any():
         mask = nonzero
     # A fixed, evenly spaced sample makes percentiles of large volumes cheap and repeatable.
@@ -101,16 +123,38 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
         case=case.id,
         shape=measures.shape,
         spacing_mm=measures.spacing_mm,
-        nonzero_fraction=float(nonzero.mean()),
+        nonzero_fraction=float(nonzero.sum() / math.prod(box)),
         foreground_mean=tuple(samples.mean(axis=1).tolist()),
         foreground_sd=tuple(samples.std(axis=1).tolist()),
         foreground_percentiles=tuple(
             tuple(float(v) for v in np.percentile(channel, PERCENTILES)) for channel in samples
         ),
         label_volumes_ml={name: label.volume_ml for name, label in measures.labels.items()},
-        nonzero_shape=in_ras_order([b - a for a, b in zip(start, stop, strict=True)], scan.affine),
+        nonzero_shape=box,
+        foreground_shape=_between(*foreground),
+        labels=label_shapes(ras_classes, index.class_names),
         scan=measures,
     )
+
+
+def label_shapes(classes: npt.NDArray[np.uint8], class_names: Sequence[str]) -> dict[str, LabelShape]:
+    """The shape of each label that classes (X, Y, Z) hold, by name."""
+    from scipy import ndimage
+
+    shapes = {}
+    for k, box in enumerate(ndimage.find_objects(classes, len(class_names) - 1), start=1):
+        if box is None:
+            continue
+        components, count = ndimage.label(classes[box] == k, CONNECTED, output=np.int32)
+        largest = int(np.bincount(components.ravel())[1:].argmax())
+        x, y, z = (one.stop - one.start for one in ndimage.find_objects(components)[largest])
+        shapes[class_names[k]] = LabelShape(components=count, shape=(x, y, z))
+    return shapes
+
+
+def _between(start: Size, stop: Size) -> Size:
+    x, y, z = (b - a for a, b in zip(start, stop, strict=True))
+    return x, y, z
 
 
 def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str, object]:
@@ -145,8 +189,18 @@ def summarise(cases: Sequence[CaseFingerprint], index: DatasetIndex) -> dict[str
             }
             for k, channel in enumerate(index.channels)
         },
+        "foreground_box_mm": _box_of(
+            [np.multiply(c.foreground_shape, c.spacing_mm) for c in cases if c.has_foreground]
+        ),
+        "foreground_box": _box_of([c.foreground_shape for c in cases if c.has_foreground]),
         "label_volumes_ml": {
             name: spread([[c.label_volumes_ml[name]] for c in cases]) for name in index.class_names[1:]
         },
         "per_case": list(cases),
     }
+
+
+def _box_of(boxes: Sequence[Size | npt.NDArray[np.float64]]) -> list[float]:
+    """The 90th percentile of the sizes, per axis."""
+    percentile: list[float] = np.percentile(np.array(boxes), 90, axis=0).tolist()
+    return percentile

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from distilldsm.config import PreprocessConfig
+from distilldsm.config import PreprocessConfig, TrainConfig
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.mapping import from_mapping
+from distilldsm.data import plan_rules as rules
 from distilldsm.data.dataset import Channel, DatasetIndex
 from distilldsm.data.targets import Region, Targets, regions_from_labels
 
@@ -20,10 +21,6 @@ if TYPE_CHECKING:  # this module reads scans, which training does not need
     from distilldsm.data.fingerprint import CaseFingerprint
 
 AXES = ("x", "y", "z")
-IN_PLANE_STRIDE = 16
-ANISOTROPY_THRESHOLD = 3.0
-"""Slices are coarse if depth spacing is at least this many times the in-plane spacing."""
-VOXELS_PER_STEP = 400_000
 TRAINING_BYTES_PER_VOXEL = 1_300
 """Measured on the paper-size network, bf16: activations and gradients per voxel of a batch."""
 
@@ -39,6 +36,26 @@ class Normalisation:
     high: float = 0.0
     mean: float = 0.0
     sd: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingPlan:
+    """What training uses where the section `train` holds null."""
+
+    budget: float = TrainConfig.budget
+    """Voxels that a training sees: patches x voxels of a patch. Spacing, patch and length follow from it."""
+    patches: int = 10_000
+    """Patches of a training in all."""
+    epochs: int = 50
+    """Passes over the training cases. A fold with another number of cases, or with `train.samples_per_case`, gets the
+    epochs that make up `patches`."""
+    samples_per_case: int = 1
+    foreground_oversampling: float = 0.33
+    learning_rate: float = 0.004
+    ema_decay: float = 0.98
+    rotation_deg: float = 15.0
+    keep_largest: tuple[str, ...] = ()
+    """Labels that are one component in nearly all cases: post-processing keeps only their largest component."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +85,7 @@ class Plan:
     """(depth, height, width) after cropping and resampling."""
     training_memory_gb: float
     """Rough estimate for one optimizer step of the paper-size network."""
+    training: TrainingPlan = TrainingPlan()
     reasons: Mapping[str, str]
     """Value to the reason for it, for readers of the plan."""
 
@@ -106,77 +124,136 @@ class Plan:
         return from_mapping(cls, read_json(path), where=os.fspath(path))
 
 
-def make_plan(index: DatasetIndex, cases: Sequence[CaseFingerprint], config: PreprocessConfig) -> Plan:
-    """Make the plan from the cases' fingerprints. Values that the config sets are used unchanged."""
+def make_plan(
+    index: DatasetIndex,
+    cases: Sequence[CaseFingerprint],
+    config: PreprocessConfig,
+    *,
+    budget: float = TrainingPlan.budget,
+    training_cases: int | None = None,
+) -> Plan:
+    """Make the plan from the cases' fingerprints. Values that the config sets are used unchanged.
+
+    Args:
+        budget: `train.budget`, voxels.
+        training_cases: number of cases that a fold trains with; None: those of `preprocess.folds` folds.
+    """
     reasons: dict[str, str] = {}
-    spacings = np.array([c.spacing_mm for c in cases])
-
-    if config.target_spacing_mm is not None:
-        spacing = np.array(config.target_spacing_mm)
-        reasons["target_spacing_mm"] = "set in preprocess.target_spacing_mm"
-    else:
-        spacing = np.median(spacings, axis=0)
-        reasons["target_spacing_mm"] = "median of the data set"
-
-    target = (spacing[0], spacing[1], spacing[2])
+    count = training_cases or max(1, len(cases) * (config.folds - 1) // config.folds)
     kept = [c.nonzero_shape if config.crop_to_nonzero else c.shape for c in cases]
-    resampled = np.array([resampled_shape(n, c.spacing_mm, target) for n, c in zip(kept, cases, strict=True)])
-    median = np.median(resampled, axis=0)
-    depth, reasons["depth_axis"] = _depth_axis(config, spacing, median)
-    order = [depth, *(k for k in range(3) if k != depth)]
-    median_shape = tuple(int(v) for v in np.rint(median[order]))
-    spacing_dhw = [round(float(v), 6) for v in spacing[order]]
-
-    coarse = spacing_dhw[0] / max(spacing_dhw[1:]) >= ANISOTROPY_THRESHOLD
-    reasons["coarse_slices"] = (
-        f"depth spacing is {spacing_dhw[0] / max(spacing_dhw[1:]):.2g} times the in-plane spacing; "
-        f"coarse from {ANISOTROPY_THRESHOLD:g} on"
-    )
-
-    if config.patch_size is not None:
-        patch = config.patch_size
-        reasons["patch_size"] = "set in preprocess.patch_size"
+    spacing = np.array(config.target_spacing_mm or np.median([c.spacing_mm for c in cases], axis=0))
+    extent_mm = np.median([np.multiply(n, c.spacing_mm) for n, c in zip(kept, cases, strict=True)], axis=0)
+    box_mm = _box_mm(cases, extent_mm)
+    if config.depth_axis != "auto":
+        depth, reasons["depth_axis"] = AXES.index(config.depth_axis), "set in preprocess.depth_axis"
     else:
-        patch = choose_patch(median_shape, config.max_patch_voxels)
-        reasons["patch_size"] = (
-            f"median shape, in plane a multiple of {IN_PLANE_STRIDE}, at most {config.max_patch_voxels} voxels"
-        )
-    batch = int(np.clip(round(VOXELS_PER_STEP / np.prod(patch)), 2, 8))
-    reasons["batch_size"] = f"about {VOXELS_PER_STEP} voxels per step, from 2 to 8 patches"
-    normalisation = tuple(
-        _normalisation(k, channel, cases, config, reasons) for k, channel in enumerate(index.channels)
+        shape = np.rint(extent_mm / spacing).astype(int).tolist()
+        depth, reasons["depth_axis"] = rules.depth_axis(spacing, box_mm, shape)
+    order = [depth, *(k for k in range(3) if k != depth)]
+    coarse, reasons["coarse_slices"] = rules.is_coarse(spacing[order])
+    grid = rules.Grid(
+        spacing_mm=_three(spacing[order]),
+        extent_mm=_three(extent_mm[order]),
+        box_mm=_three(box_mm[order]),
+        label_mm=_three(_smallest_label_mm(cases)[order]),
+        coarse=coarse,
     )
+    limit = rules.patch_limit(budget, count)
+    if config.target_spacing_mm is not None:
+        target, reasons["target_spacing_mm"] = grid.spacing_mm, "set in preprocess.target_spacing_mm"
+    else:
+        target, reasons["target_spacing_mm"] = rules.choose_spacing(grid, limit)
+    in_order = [target[order.index(k)] for k in range(3)]
+    resampled = [resampled_shape(n, c.spacing_mm, in_order) for n, c in zip(kept, cases, strict=True)]
+    d, h, w = np.rint(np.median(resampled, axis=0)[order]).astype(int).tolist()
+    median_shape, box = (d, h, w), grid.box(target)
+    if config.patch_size is not None:
+        patch, reasons["patch_size"] = config.patch_size, "set in preprocess.patch_size"
+    else:
+        patch, reasons["patch_size"] = rules.choose_patch(median_shape, box, min(limit, config.max_patch_voxels))
+    batch, reasons["batch_size"] = rules.batch_size(patch)
     regions = regions_of(index, config)
     if regions:
         reasons["regions"] = "the data set's" if config.regions is None else "set in preprocess.regions"
+    whole = all(p >= n for p, n in zip(patch, median_shape, strict=True))
+    training, why = _training(cases, budget, patch, batch, count, whole=whole, coarse=coarse, labels=not regions)
     return Plan(
         name=index.name,
         channels=index.channels,
-        normalisation=normalisation,
+        normalisation=tuple(
+            _normalisation(k, channel, cases, config, reasons) for k, channel in enumerate(index.channels)
+        ),
         class_names=index.class_names,
         class_values=index.class_values,
         regions=regions,
         depth_axis=AXES[depth],  # type: ignore[arg-type]
-        target_spacing_mm=(spacing_dhw[0], spacing_dhw[1], spacing_dhw[2]),
+        target_spacing_mm=target,
         crop_to_nonzero=config.crop_to_nonzero,
-        coarse_slices=bool(coarse),
+        coarse_slices=coarse,
         patch_size=patch,
         batch_size=batch,
-        median_shape=median_shape,  # type: ignore[arg-type]
+        median_shape=median_shape,
         training_memory_gb=round(float(np.prod(patch)) * batch * TRAINING_BYTES_PER_VOXEL / 1e9 + 0.4, 2),
-        reasons=reasons,
+        training=training,
+        reasons=reasons | why,
     )
 
 
-def _depth_axis(config: PreprocessConfig, spacing: np.ndarray, median: np.ndarray) -> tuple[int, str]:
-    """Index of the depth axis among x, y, z, and the reason; from spacing (mm) and extent (voxels) in that order."""
-    if config.depth_axis != "auto":
-        return AXES.index(config.depth_axis), "set in preprocess.depth_axis"
-    if spacing.max() / spacing.min() > 1.25:
-        depth = int(np.argmax(spacing))
-        return depth, f"coarsest spacing ({spacing[depth]:.3g} mm)"
-    depth = int(np.argmin(median))
-    return depth, f"spacing is about the same everywhere; smallest extent ({median[depth]:.0f})"
+def _three(values: np.ndarray) -> tuple[float, float, float]:
+    d, h, w = (round(float(v), 6) for v in values)
+    return d, h, w
+
+
+def _box_mm(cases: Sequence[CaseFingerprint], extent_mm: np.ndarray) -> np.ndarray:
+    """Size (x, y, z) of the foreground's box, 90th percentile over the labelled cases; of the scan if none is."""
+    boxes = [np.multiply(c.foreground_shape, c.spacing_mm) for c in cases if c.has_foreground]
+    return np.percentile(boxes, 90, axis=0) if boxes else extent_mm
+
+
+def _smallest_label_mm(cases: Sequence[CaseFingerprint]) -> np.ndarray:
+    """Size (x, y, z) of the smallest label: per axis, the least over the labels of its median over the cases."""
+    sizes: dict[str, list[np.ndarray]] = {}
+    for case in cases:
+        for name, label in case.labels.items():
+            sizes.setdefault(name, []).append(np.multiply(label.shape, case.spacing_mm))
+    medians = [np.median(of_label, axis=0) for of_label in sizes.values()]
+    return np.min(medians, axis=0) if medians else np.full(3, np.inf)
+
+
+def _training(
+    cases: Sequence[CaseFingerprint],
+    budget: float,
+    patch: tuple[int, int, int],
+    batch: int,
+    count: int,
+    *,
+    whole: bool,
+    coarse: bool,
+    labels: bool,
+) -> tuple[TrainingPlan, dict[str, str]]:
+    """What training uses by default, with the reasons; `count`: number of training cases."""
+    why: dict[str, str] = {}
+    patches, why["patches"] = rules.patches_to_see(budget, patch, count, whole=whole)
+    epochs, samples = rules.epochs(patches, count)
+    why["epochs"] = f"{patches:,} patches of {count} training cases, {samples} of each case an epoch"
+    share, why["foreground_oversampling"] = rules.foreground_share(whole=whole)
+    steps = epochs * max(1, count * samples // batch)
+    decay, why["ema_decay"] = rules.ema_decay(steps)
+    rotation, why["rotation_deg"] = rules.rotation_deg(coarse=coarse)
+    single = rules.single_labels([{n: one.components for n, one in c.labels.items()} for c in cases]) if labels else ()
+    if single:
+        why["keep_largest"] = f"one component in {rules.ONE_COMPONENT:.0%} of the cases that hold it"
+    why["learning_rate"] = "of one cycle; tried on hippocampus and ACDC"
+    return TrainingPlan(
+        budget=budget,
+        patches=patches,
+        epochs=epochs,
+        samples_per_case=samples,
+        foreground_oversampling=share,
+        ema_decay=decay,
+        rotation_deg=rotation,
+        keep_largest=single,
+    ), why
 
 
 def regions_of(index: DatasetIndex, config: PreprocessConfig) -> tuple[Region, ...]:
@@ -197,28 +274,6 @@ def resampled_shape(
     """Shape after resampling. The field of view stays the same, up to whole voxels."""
     x, y, z = (max(1, round(n * old / new)) for n, old, new in zip(shape, spacing_mm, target_mm, strict=True))
     return x, y, z
-
-
-def choose_patch(median_shape: Sequence[int], max_voxels: int) -> tuple[int, int, int]:
-    """Patch (D, H, W): the median shape, rounded up to the stride in plane, then shrunk to `max_voxels` or fewer.
-
-    The depth shrinks first, down to 16 slices (more context than the network's depth reach of 8 to each side), then
-    the larger in-plane side, then the depth again.
-    """
-    depth, height, width = (
-        median_shape[0],
-        *(-(-n // IN_PLANE_STRIDE) * IN_PLANE_STRIDE for n in median_shape[1:]),
-    )
-    while depth * height * width > max_voxels and depth > 16:
-        depth -= 1
-    while depth * height * width > max_voxels and max(height, width) > 4 * IN_PLANE_STRIDE:
-        if height >= width:
-            height -= IN_PLANE_STRIDE
-        else:
-            width -= IN_PLANE_STRIDE
-    while depth * height * width > max_voxels and depth > 1:
-        depth -= 1
-    return depth, height, width
 
 
 def _normalisation(

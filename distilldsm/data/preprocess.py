@@ -23,7 +23,7 @@ from distilldsm.core.workers import worker_count, worker_pool
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_case, summarise
 from distilldsm.data.geometry import label_to_network_space, to_network_space
-from distilldsm.data.plan import Plan, make_plan, regions_of, resampled_shape
+from distilldsm.data.plan import Plan, TrainingPlan, make_plan, regions_of, resampled_shape
 from distilldsm.data.splits import make_splits, read_splits
 from distilldsm.io.formats import read_file
 
@@ -35,7 +35,13 @@ _BYTES_PER_VOXEL = 40
 
 
 def preprocess_dataset(
-    root: Path, index: DatasetIndex, config: PreprocessConfig, output: Path, *, left_out: Collection[str] = ()
+    root: Path,
+    index: DatasetIndex,
+    config: PreprocessConfig,
+    output: Path,
+    *,
+    budget: float = TrainingPlan.budget,
+    left_out: Collection[str] = (),
 ) -> Plan:
     """Write everything training needs into `output`.
 
@@ -45,6 +51,7 @@ def preprocess_dataset(
     `cases/<id>.json` exists is done.
 
     Args:
+        budget: `train.budget`, voxels.
         left_out: cases that validation excluded from `index`; the file `config.splits` may still name them.
 
     Raises:
@@ -69,7 +76,11 @@ def preprocess_dataset(
         from_mapping(CaseFingerprint, read_json(output / ".fingerprint" / f"{c.id}.json"), where=c.id)
         for c in index.cases
     ]
-    plan = Plan.load(config.plan) if config.plan else make_plan(index, fingerprints, config)
+    if config.plan:
+        plan = Plan.load(config.plan)
+    else:
+        training_cases = int(np.median([len(fold["train"]) for fold in folds]))
+        plan = make_plan(index, fingerprints, config, budget=budget, training_cases=training_cases)
     _check_plan(plan, index, config)
 
     # Arrays in a resumed directory belong to the same plan, because the directory's key holds data and config.

@@ -39,7 +39,7 @@ def check_params(limit_s: float) -> list[Finding]:
         hint = "run the command in the repository; distilldsm compose writes a params.yaml"
         return [Finding(name=name, status="warn", seen=f"{path.absolute()}: does not exist", hint=hint)]
     params = load_params(path)
-    seen = f"valid: {params.download.source}, {params.train.model.name}, {params.train.epochs} epochs"
+    seen = f"valid: {params.download.source}, {params.train.model.name}, {params.train.epochs or 'planned'} epochs"
     return [Finding(name=name, status="ok", seen=seen)]
 
 

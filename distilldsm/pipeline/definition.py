@@ -69,7 +69,7 @@ def data_version(params: Params) -> str:
 
 
 def arguments(params: Params) -> dict[str, Any]:
-    """The pipeline's inputs for `params.yaml`: `folds`, one mapping per section, and the data's version.
+    """The pipeline's inputs for `params.yaml`: `folds`, `budget`, one mapping per section, and the data's version.
 
     KFP's parameters cannot be null: keys with null are left out, and get the default of their dataclass.
 
@@ -89,7 +89,7 @@ def build_pipeline(
     from kfp import dsl
 
     inputs: dict[str, tuple[Any, Any]] = {
-        name: ({"folds": List[int], "data_version": str}.get(name, dict), default)  # noqa: UP006
+        name: ({"folds": List[int], "budget": float, "data_version": str}.get(name, dict), default)  # noqa: UP006
         for name, default in arguments(params).items()
     }
     secrets = ("mlflow", "s3", "download")
@@ -199,13 +199,14 @@ class _Wiring:
         return apply(task, name, self.cluster, **secrets)
 
 
-CHECK = {"folds": "list", **dict.fromkeys(SECTIONS, "dict")}
+CHECK = {"folds": "list", "budget": "float", **dict.fromkeys(SECTIONS, "dict")}
 FINISH = {"tracking": "dict", "status": "PipelineTaskFinalStatus", "report": "Output[Markdown]"}
 
 
 def step_parameters(stage: Stage, stages: Sequence[Stage] = STAGES) -> dict[str, str]:
     """The parameters of a stage's component, with their annotations."""
     parameters = {"folds": "list"} if stage.section == "cv" else {"config": "dict"}
+    parameters |= dict.fromkeys(stage.also_by_name, "float")
     parameters |= {} if stage.inputs else {"data_version": "str"}
     parameters |= {"tracking": "dict"} if stage.scope != "data" else {}
     parameters |= {"trainjob": "dict"} if stage.distributed else {}

@@ -14,7 +14,7 @@ from distilldsm.core.stage import Input, Output, Stage
 
 HEAD = """\
 # Written by: python -m distilldsm.pipeline.dvc_file, from the records in distilldsm/components. Do not edit it by hand.
-# A stage runs again when its section of params.yaml, its code or its input changes. The stages train, evaluate and
+# A stage runs again when its parameters in params.yaml, its code or its input change. The stages train, evaluate and
 # export run once for each fold in cv.folds. cross_validate waits for all folds, because it reads the folders that hold
 # their outputs. There it reads only the folds of cv.folds.
 # Metrics and plots are in DVC's cache, like all outputs, and not in git. `dvc exp show` and `dvc plots diff` find those
@@ -52,7 +52,7 @@ def _definition(stage: Stage) -> dict[str, Any]:
     definition = {
         "desc": stage.help,
         "cmd": f"python -m {stage.run.__module__}{' --fold {fold}' if stage.per_fold else ''}",
-        "params": [stage.section],
+        "params": [stage.section, *stage.also],
         "deps": [*_code(stage), *(path for one in stage.inputs for path in _read(one))],
         "outs": parts,
         "metrics": [out.path for out in shown if out.metric],

@@ -131,9 +131,12 @@ def section(cls: type[T], values: Mapping[str, Any], name: str) -> T:
 
 
 def sections_of(params: Params) -> dict[str, Any]:
-    """The pipeline's arguments for these parameters: `folds`, then one mapping per section."""
+    """The pipeline's arguments for these parameters: `folds`, `budget`, then one mapping per section.
+
+    `budget` is `train.budget`: preprocessing needs it, but not the rest of that section.
+    """
     values = to_mapping(params)
-    return {"folds": values.pop("cv")["folds"], **values}
+    return {"folds": values.pop("cv")["folds"], "budget": values["train"]["budget"], **values}
 
 
 def check_parameters(folds: Sequence[float], sections: Mapping[str, Mapping[str, Any]]) -> Params:
@@ -145,9 +148,16 @@ def check_parameters(folds: Sequence[float], sections: Mapping[str, Mapping[str,
     return section(Params, {"cv": {"folds": list(folds)}, **sections}, "pipeline parameters")
 
 
-def check(folds: Sequence[float], **sections: Mapping[str, Any]) -> None:
+def check(folds: Sequence[float], budget: float, **sections: Mapping[str, Any]) -> None:
     """Step `check`: report wrong parameters at once, not after hours of computing."""
     params = check_parameters(folds, sections)
+    if budget != params.train.budget:
+        raise ConfigError(
+            "the pipeline's 'budget' and 'train.budget' differ",
+            where="pipeline parameters",
+            seen=f"{budget:g} and {params.train.budget:g}",
+            rule="the same number",
+        )
     print(f"distilldsm {__version__}: {params.train.model.name} on {params.download.source}, folds {params.cv.folds}")
 
 
@@ -174,7 +184,9 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
         key = f"{stage.name}-fold{fold}-{work}" if stage.distributed else None
         try:
             with resumable_output(artifact, key) as target:
-                perform(stage, config, inputs, target, fold=fold, tracking=tracking, run=_runner(stage, values))
+                also = {name: values[name] for name in stage.also_by_name}
+                run = _runner(stage, values)
+                perform(stage, config, inputs, target, fold=fold, tracking=tracking, run=run, also=also)
         except UserError as error:
             failed = Path(artifact.path).with_name(f"{Path(artifact.path).name}-failed")
             if not failed.is_dir():

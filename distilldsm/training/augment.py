@@ -86,8 +86,7 @@ def augment(
         images (B, C, D, H, W) float32 and labels (B, D, H, W) int64.
     """
     draws = _draws(generator)
-    tilt_deg = config.largest_tilt(coarse_slices=coarse_slices)
-    matrices = _draw_matrices(len(images), config, tilt_deg, spacing_mm, draws).to(images.device)
+    matrices = _draw_matrices(len(images), config, coarse_slices, spacing_mm, draws).to(images.device)
     grid = _sampling_grid(matrices, images.shape[2:], size)
     if config.elastic_probability:
         grid += _bend(len(images), config, spacing_mm, images.shape[2:], size, draws).to(grid.device)
@@ -142,15 +141,15 @@ def _offset(grown: int, size: int) -> int:
 
 
 def _draw_matrices(
-    batch: int, config: AugmentConfig, tilt_deg: float, spacing_mm: Sequence[float], draws: Draws
+    batch: int, config: AugmentConfig, coarse_slices: bool, spacing_mm: Sequence[float], draws: Draws
 ) -> Tensor:
     """(B, 3, 3) matrices that map output voxel offsets to input voxel offsets, in the order (D, H, W)."""
 
     def uniform(limit: float) -> Tensor:
         return (draws.rand(batch) * 2 - 1) * limit
 
-    about_depth = uniform(math.radians(config.rotation_deg))
-    tilt = math.radians(tilt_deg)
+    about_depth = uniform(math.radians(config.largest_rotation(coarse_slices=coarse_slices)))
+    tilt = math.radians(config.largest_tilt(coarse_slices=coarse_slices))
     about_height, about_width = uniform(tilt), uniform(tilt)
     scale = 1 + uniform(config.scale)
     keep = draws.rand(batch) >= config.spatial_probability

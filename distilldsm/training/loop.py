@@ -34,6 +34,7 @@ from distilldsm.training.losses import segmentation_loss
 from distilldsm.training.patches import PatchSampler
 from distilldsm.training.schedule import Plateau, learning_rate_at
 from distilldsm.training.setup import (
+    Settings,
     build_network,
     choose_bf16,
     choose_device,
@@ -90,12 +91,14 @@ class Trainer:
         processes: Processes | None = None,
         on_epoch: EpochCallback | None = None,
     ) -> None:
-        self.config = config
         self.work = work
         self.preprocessed = preprocessed
         self.processes = processes or Processes()
         self.on_epoch = on_epoch
         self.plan = Plan.load(preprocessed / "plan.json")
+        train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
+        self.settings = Settings.of(config, self.plan, len(train_ids))
+        self.config = config = self.settings.filled(config)
         self.device = choose_device(config.device, self.processes.local_rank)
         self.bf16 = choose_bf16(config.precision, self.device)
         seed_everything(config.seed, deterministic=config.deterministic)
@@ -109,20 +112,19 @@ class Trainer:
             others = load_initial_weights(self.network, path, strict=config.initial_weights_strict)
             self._say(f"starts from {path}" + (f"; new: {', '.join(others)}" if others else ""))
         self.cost = self.network.cost()
-        self.average = WeightAverage(self.network, config.ema_decay)
+        self.average = WeightAverage(self.network, self.settings.ema_decay)
         self.trained: nn.Module = self.network
         if config.deep_supervision and not self.network.decoder_widths:
             self._say(f"{config.model.name} has no known decoder levels: trained without train.deep_supervision")
         elif config.deep_supervision:
             self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
-        self.optimizer = make_optimizer(config, self.trained)
+        self.optimizer = make_optimizer(config, self.trained, self.settings.learning_rate)
         self.plateau = Plateau()
         self.state = TrainingState()
-        train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
         if resumed:
             self._resume()
         self.sampler = self._make_sampler(train_ids)
-        self.total_steps = config.epochs * self.sampler.steps_per_epoch
+        self.total_steps = self.settings.epochs * self.sampler.steps_per_epoch
         self.parallel = self._wrap()
 
     def _say(self, text: str) -> None:
@@ -142,8 +144,8 @@ class Trainer:
             train_ids,
             patch_size=self.plan.patch_size,
             stride=self.network.stride,
-            foreground_oversampling=self.config.foreground_oversampling,
-            samples_per_case=self.config.samples_per_case,
+            foreground_oversampling=self.settings.foreground_oversampling,
+            samples_per_case=self.settings.samples_per_case,
             batch_size=self.state.batch_size,
             seed=self.config.seed,
             **({} if spatial else {"margin": 1.0}),
@@ -180,19 +182,19 @@ class Trainer:
     def _run_epochs(self) -> None:
         begun = last_saved = time.monotonic()
         first = self.state.epoch
-        for epoch in range(first, self.config.epochs):
+        for epoch in range(first, self.settings.epochs):
             if 0 < self.config.early_stopping <= self.state.validations_without_gain:
                 break
             record = self._train_epoch(epoch)
-            final = epoch + 1 == self.config.epochs
-            if final or (epoch + 1) % self.config.validate_every == 0:
+            final = epoch + 1 == self.settings.epochs
+            if final or (epoch + 1) % self.settings.validate_every == 0:
                 self._validate(record)
             self.state.epoch = epoch + 1
             self.state.history.append(record | {"unix_seconds": round(time.time(), 3)})
             if self.processes.is_main:
                 write_json(self.work / HISTORY, self.state.history)
                 a_epoch_s = (time.monotonic() - begun) / (epoch + 1 - first)
-                self._print(record, seconds_left=a_epoch_s * (self.config.epochs - epoch - 1))
+                self._print(record, seconds_left=a_epoch_s * (self.settings.epochs - epoch - 1))
                 if self.on_epoch is not None:
                     self.on_epoch(record)
                 if time.monotonic() - last_saved >= self.config.checkpoint_minutes * 60:
@@ -205,18 +207,18 @@ class Trainer:
         epoch = load_tensors(path)[1]["state"]["epoch"] if path.exists() else 0
         more = self.state.epoch - epoch
         again = f"; {more} since the last checkpoint are trained again (train.checkpoint_minutes)" if more else ""
-        return f"train: {epoch} of {self.config.epochs} epochs are kept{again}"
+        return f"train: {epoch} of {self.settings.epochs} epochs are kept{again}"
 
     def _meter(self, number: int, what: str, total: int, unit: str) -> AbstractContextManager[Meter]:
         """A progress line during epoch `number`; it disappears afterwards. `_print` writes the epoch's final line."""
-        title = f"epoch {number}/{self.config.epochs}{what}"
+        title = f"epoch {number}/{self.settings.epochs}{what}"
         return meter(total=total, title=title, unit=unit, brief=True, shown=self.processes.is_main)
 
     def _train_epoch(self, epoch: int) -> dict[str, Any]:
         self.network.train()
         started = time.perf_counter()
         total = torch.zeros(2, dtype=torch.float64)
-        rate = self.config.learning_rate
+        rate = self.settings.learning_rate
         waited, asked = 0.0, started
         with (
             loaders_are_watched(self.config.workers),
@@ -311,7 +313,7 @@ class Trainer:
         rate = self.plateau.factor * learning_rate_at(
             self.state.step,
             total_steps=self.total_steps,
-            peak=self.config.learning_rate,
+            peak=self.settings.learning_rate,
             schedule=self.config.schedule,
             warmup_fraction=self.config.warmup_fraction,
         )
@@ -388,7 +390,7 @@ class Trainer:
     def _print(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
         dice = "  ".join(f"{name} {value:.4f}" for name, value in record.get("val_dice", {}).items())
         print(
-            f"epoch {record['epoch']}/{self.config.epochs}  loss {record['train_loss']:.4f}  "
+            f"epoch {record['epoch']}/{self.settings.epochs}  loss {record['train_loss']:.4f}  "
             f"lr {record['learning_rate']:.2e}  {record['seconds']:.1f} s"
             # Katib's collector reads NAME=VALUE from a log.
             + (f"  Dice {dice}  val_dice_mean={record['val_dice_mean']:.6f}" if dice else "")

@@ -8,9 +8,6 @@ FINAL_SHARE = 1e-3
 """A decaying schedule ends at this share of the peak rate."""
 PLATEAU_FACTOR = 0.5
 PLATEAU_PATIENCE = 10
-FEW_STEPS = 500
-"""Fewer steps cause a warning. The shortest trainings on real scans in docs/recipe.md have 828 steps (hippocampus, 12
-epochs of 69) and 975 steps (ACDC, 25 epochs of 39; Dice .8919, and .9162 with 6,630 steps and other patches)."""
 
 
 def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str, warmup_fraction: float) -> float:
@@ -32,19 +29,6 @@ def learning_rate_at(step: int, *, total_steps: int, peak: float, schedule: str,
         return low + (peak - low) * 0.5 * (1 - math.cos(math.pi * share))
     progress = (step - warmup) / max(total_steps - warmup - 1, 1)
     return peak * (FINAL_SHARE + (1 - FINAL_SHARE) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
-
-
-def remark_on_few_steps(*, epochs: int, steps_per_epoch: int, cases: int, batch_size: int) -> str | None:
-    """A warning with the settings for FEW_STEPS optimizer steps; None if the training has at least as many."""
-    total = epochs * steps_per_epoch
-    if total >= FEW_STEPS:
-        return None
-    longer = -(-FEW_STEPS // steps_per_epoch)
-    denser = -(-(-(-FEW_STEPS // epochs) * batch_size) // cases)
-    return (
-        f"train: {total} optimizer steps in all are few for real scans. For {FEW_STEPS} or more, set "
-        f"train.epochs={longer} or train.samples_per_case={denser}"
-    )
 
 
 class Plateau:

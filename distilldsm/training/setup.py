@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,55 @@ from distilldsm.core.errors import ConfigError
 from distilldsm.data.plan import Plan
 from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
+
+T = TypeVar("T")
+
+VALIDATIONS = 8
+"""Validations in a training, unless `train.validate_every` is set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """The settings that the user, or else the plan, decides."""
+
+    epochs: int
+    samples_per_case: int
+    foreground_oversampling: float
+    learning_rate: float
+    ema_decay: float
+    validate_every: int
+    rotation_deg: float
+
+    @classmethod
+    def of(cls, config: TrainConfig, plan: Plan, cases: int) -> Settings:
+        """The values of the config; where it holds null, those of the plan, for a number of training cases.
+
+        If only one of `epochs` and `samples_per_case` is set, the plan's value for the other one does not fit to it.
+        """
+        planned = plan.training
+
+        def chosen(value: T | None, other: T) -> T:
+            return other if value is None else value
+
+        if config.epochs is None:
+            samples = chosen(config.samples_per_case, planned.samples_per_case)
+            epochs = max(1, round(planned.patches / (cases * samples)))
+        else:
+            samples, epochs = chosen(config.samples_per_case, 1), config.epochs
+        return cls(
+            epochs=epochs,
+            samples_per_case=samples,
+            foreground_oversampling=chosen(config.foreground_oversampling, planned.foreground_oversampling),
+            learning_rate=chosen(config.learning_rate, planned.learning_rate),
+            ema_decay=chosen(config.ema_decay, planned.ema_decay),
+            validate_every=chosen(config.validate_every, max(1, round(epochs / VALIDATIONS))),
+            rotation_deg=chosen(config.augment.rotation_deg, planned.rotation_deg),
+        )
+
+    def filled(self, config: TrainConfig) -> TrainConfig:
+        """The config with these values instead of null."""
+        values = {key: value for key, value in vars(self).items() if key != "rotation_deg"}
+        return replace(config, augment=replace(config.augment, rotation_deg=self.rotation_deg), **values)
 
 
 def hash_seed(*parts: int) -> int:
@@ -72,7 +123,7 @@ def choose_bf16(precision: str, device: torch.device) -> bool:
     return any(getattr(torch.cpu, name, lambda: False)() for name in checks)
 
 
-def make_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optimizer:
+def make_optimizer(config: TrainConfig, network: nn.Module, learning_rate: float) -> torch.optim.Optimizer:
     """The configured optimizer; weight decay acts on convolution weights only, not on biases and norms."""
     decayed = [p for p in network.parameters() if p.ndim > 1]
     others = [p for p in network.parameters() if p.ndim <= 1]
@@ -81,7 +132,7 @@ def make_optimizer(config: TrainConfig, network: nn.Module) -> torch.optim.Optim
         {"params": others, "weight_decay": 0.0},
     ]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)
+        return torch.optim.SGD(groups, lr=learning_rate, momentum=config.momentum, nesterov=True)
     if config.optimizer == "adam":
-        return torch.optim.Adam(groups, lr=config.learning_rate)
-    return torch.optim.AdamW(groups, lr=config.learning_rate)
+        return torch.optim.Adam(groups, lr=learning_rate)
+    return torch.optim.AdamW(groups, lr=learning_rate)

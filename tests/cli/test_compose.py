@@ -66,7 +66,7 @@ def test_compose_does_not_give_the_samples_training_to_other_data_unsaid(reposit
     assert compose(repository, "dataset=custom", "download.source=/data/mine", "-o", str(output)) == 0
     assert capsys.readouterr().err == ""
     assert load_params(output) == kept
-    assert (kept.train.batch_size, kept.train.samples_per_case) == (None, 1)
+    assert (kept.train.batch_size, kept.train.samples_per_case, kept.train.epochs) == (None, None, None)
 
 
 def test_compose_on_top_of_what_is_there(repository, tmp_path, capsys):

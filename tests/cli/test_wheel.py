@@ -80,7 +80,7 @@ def test_every_command_has_its_help(installed):
 
 def test_commands_without_data(installed):
     assert "distill_dsm" in installed(installed.command, "info", "--models")
-    assert installed(installed.command, "params", "train.epochs").startswith("train.epochs: int = ")
+    assert installed(installed.command, "params", "train.epochs").startswith("train.epochs: int")
     composed = yaml.safe_load(installed(installed.command, "compose", "dataset=hippocampus", "-o", "-"))
     assert composed["train"]["epochs"] == 40
     found = json.loads(installed(installed.command, "doctor", "--json", "--timeout", "60", "python", "packages"))

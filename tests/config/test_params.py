@@ -37,7 +37,7 @@ def test_defaults_survive_the_round_trip():
         ({"train": []}, ["train", "mapping"]),
         ({"preprocess": {"target_spacing_mm": [1, 1]}}, ["target_spacing_mm", "3 values"]),
         ({"preprocess": {"target_spacing_mm": [1, 1, -1]}}, ["target_spacing_mm", "above 0"]),
-        ({"preprocess": {"patch_size": [4, 20, 32]}}, ["patch_size", "multiples of 16"]),
+        ({"preprocess": {"patch_size": [4, 20, 0]}}, ["patch_size[2]", "at least 1"]),
         ({"download": {"layout": "pattern"}}, ["pattern", "layout: pattern"]),
         ({"download": {"sha256": "abc"}}, ["sha256", "64"]),
         ({"download": {"patient_pattern": "("}}, ["patient_pattern", "regular expression"]),

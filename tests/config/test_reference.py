@@ -54,7 +54,7 @@ def test_a_section_or_a_key():
 
 def test_the_command(capsys):
     assert main(["params", "train.epochs"]) == 0
-    assert capsys.readouterr().out.startswith("train.epochs: int = ")
+    assert capsys.readouterr().out.startswith("train.epochs: int | None = null\n")
     assert main(["params", "nothing.of.this"]) == 2
     assert main(["params", "--markdown"]) == 0
     table = capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from distilldsm.config import PreprocessConfig
 from distilldsm.core.errors import ConfigError
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.data.fingerprint import CaseFingerprint, summarise
-from distilldsm.data.plan import Normalisation, choose_patch, make_plan, regions_of, resampled_shape
+from distilldsm.data.fingerprint import CaseFingerprint, LabelShape, summarise
+from distilldsm.data.plan import Normalisation, Plan, TrainingPlan, make_plan, regions_of, resampled_shape
 from distilldsm.data.scan_measures import ScanMeasures
 from distilldsm.data.targets import Region
 from tests.data import test_geometry
@@ -35,7 +36,8 @@ def case_fingerprint(**changes) -> CaseFingerprint:
         nonzero_fraction=values["nonzero_fraction"],
         channels=(),
     )
-    return CaseFingerprint(**{"nonzero_shape": values["shape"], "scan": scan, **values})
+    whole = {"nonzero_shape": values["shape"], "foreground_shape": values["shape"]}
+    return CaseFingerprint(**{**whole, "scan": scan, **values})
 
 
 def index_of(patients: list[str], modality: str = "MRI") -> DatasetIndex:
@@ -50,22 +52,87 @@ def index_of(patients: list[str], modality: str = "MRI") -> DatasetIndex:
 INDEX = index_of(["a"])
 
 
-def test_plan_isotropic_takes_the_smallest_extent_as_depth():
-    plan = make_plan(INDEX, [case_fingerprint()], PreprocessConfig())
-    assert plan.depth_axis == "x"
-    assert plan.patch_size == (35, 64, 48)
+def test_whole_volumes():
+    """As hippocampus: small scans, filled by their foreground."""
+    cases = [
+        case_fingerprint(foreground_shape=(28, 44, 30), labels={"one": LabelShape(components=1, shape=(14, 20, 12))})
+    ] * 260
+    plan = make_plan(INDEX, cases, PreprocessConfig())
+    assert (plan.depth_axis, plan.target_spacing_mm, plan.median_shape) == ("y", (1, 1, 1), (50, 35, 36))
+    assert (plan.patch_size, plan.batch_size) == ((50, 36, 36), 4)
+    assert plan.training == TrainingPlan(
+        patches=12_480, epochs=60, samples_per_case=1, foreground_oversampling=0.33, learning_rate=0.004,
+        ema_decay=0.98397, rotation_deg=15, keep_largest=("one",),
+    )  # fmt: skip
     assert plan.normalisation[0].scheme == "zscore"
-    assert plan.median_shape == (35, 50, 36)
+    decided = {"depth_axis", "coarse_slices", "target_spacing_mm", "patch_size", "batch_size", "normalisation.c"}
+    decided |= set(vars(plan.training)) - {"budget", "samples_per_case"}
+    assert set(plan.reasons) == decided
 
 
-def test_plan_anisotropic_takes_the_coarsest_axis():
-    case = case_fingerprint(shape=(216, 256, 10), spacing_mm=(1.5, 1.5, 10.0))
-    plan = make_plan(INDEX, [case], PreprocessConfig())
-    assert plan.depth_axis == "z"
-    assert plan.axis_order == (2, 0, 1)
-    assert plan.coarse_slices
+def test_coarse_slices_with_a_small_structure():
+    """As ACDC: thick slices, and a heart in the middle."""
+    shape = LabelShape(components=2, shape=(60, 55, 6))
+    case = case_fingerprint(
+        shape=(216, 256, 10), spacing_mm=(1.5, 1.5, 10.0), foreground_shape=(80, 72, 9), labels={"one": shape}
+    )
+    plan = make_plan(INDEX, [case] * 200, PreprocessConfig())
+    assert (plan.depth_axis, plan.axis_order, plan.coarse_slices) == ("z", (2, 0, 1), True)
     assert plan.target_spacing_mm == (10.0, 1.5, 1.5)
-    assert plan.patch_size == (10, 224, 256)
+    assert plan.patch_size == (10, 80, 72)
+    assert plan.training.patches == 34_722
+    assert (plan.training.foreground_oversampling, plan.training.rotation_deg) == (0.8, 30)
+    assert plan.training.keep_largest == ()
+
+
+def test_fine_scans_become_coarser_until_the_budget_suffices():
+    case = case_fingerprint(
+        shape=(190, 140, 88), spacing_mm=(0.6, 0.6, 0.6), foreground_shape=(120, 100, 84),
+        labels={"one": LabelShape(components=1, shape=(120, 100, 84))},
+    )  # fmt: skip
+    plans = [make_plan(INDEX, [case] * 100, PreprocessConfig(), budget=budget) for budget in (2e8, 2e9, 2e11)]
+    spacings = [plan.target_spacing_mm[0] for plan in plans]
+    assert spacings[0] > spacings[1] >= spacings[2] > 0.6
+    for plan in plans:
+        assert plan.training.budget / np.prod(plan.patch_size) >= 6000
+        assert plan.training.patches >= 40 * 80
+    fixed = make_plan(INDEX, [case], PreprocessConfig(target_spacing_mm=(0.6, 0.6, 0.6)), budget=2e8)
+    assert fixed.target_spacing_mm == (0.6, 0.6, 0.6)
+    assert np.prod(fixed.patch_size) <= 2e8 / 6000
+
+
+def test_the_box_is_the_90th_percentile_and_the_smallest_label_counts():
+    """One scan in ten may reach beyond the patch, and a small label keeps 10 voxels across."""
+    large = LabelShape(components=1, shape=(100, 100, 84))
+    cases = [
+        case_fingerprint(
+            shape=(400, 400, 84), spacing_mm=(0.6, 0.6, 0.6), foreground_shape=(80 + n, 100, 84),
+            labels={"one": large, "small": LabelShape(components=1, shape=(15, 20, 20))},
+        )
+        for n in range(11)
+    ]  # fmt: skip
+    empty = case_fingerprint(
+        shape=(400, 400, 84), spacing_mm=(0.6, 0.6, 0.6), foreground_shape=(0, 0, 0), label_volumes_ml={"one": 0.0}
+    )
+    plan = make_plan(INDEX, [*cases, empty], PreprocessConfig(), budget=1e8)
+    assert sorted(plan.target_spacing_mm) == pytest.approx([0.9, 1.2, 1.2], abs=0.04)
+    at_native = make_plan(
+        INDEX, [*cases, empty], PreprocessConfig(target_spacing_mm=(0.6,) * 3, max_patch_voxels=10**6), budget=2e12
+    )
+    assert at_native.patch_size == (84, 90, 100)
+    unlabelled = make_plan(
+        INDEX, [empty], PreprocessConfig(target_spacing_mm=(0.6,) * 3, max_patch_voxels=10**8), budget=2e12
+    )
+    assert unlabelled.patch_size == (84, 400, 400)
+
+
+def test_a_plan_without_training_values_gets_the_defaults(tmp_path):
+    plan = test_geometry.make_plan()
+    plan.save(tmp_path / "plan.json")
+    text = json.loads((tmp_path / "plan.json").read_text())
+    del text["training"]
+    (tmp_path / "plan.json").write_text(json.dumps(text))
+    assert Plan.load(tmp_path / "plan.json").training == TrainingPlan()
 
 
 def test_plan_normalises_by_modality():
@@ -95,9 +162,10 @@ def test_healthy_cases_leave_the_ct_window_alone():
 
 def test_plan_measures_what_is_left_by_the_crop():
     case = case_fingerprint(shape=(240, 240, 155), nonzero_shape=(138, 169, 137))
-    plan = make_plan(INDEX, [case], PreprocessConfig())
+    kept = PreprocessConfig(target_spacing_mm=(1.0, 1.0, 1.0))
+    plan = make_plan(INDEX, [case], kept)
     assert (plan.median_shape, plan.depth_axis) == ((137, 138, 169), "z")
-    whole = make_plan(INDEX, [case], PreprocessConfig(crop_to_nonzero=False))
+    whole = make_plan(INDEX, [case], replace(kept, crop_to_nonzero=False))
     assert whole.median_shape == (155, 240, 240)
 
 
@@ -110,44 +178,6 @@ def test_plan_obeys_the_config():
     assert "set in" in plan.reasons["patch_size"]
 
 
-@pytest.mark.parametrize(
-    ("median", "limit", "patch"),
-    [
-        ((35, 50, 36), 655_360, (35, 64, 48)),
-        ((16, 64, 64), 16 * 64 * 64, (16, 64, 64)),  # just fits
-        ((20, 64, 64), 70_000, (17, 64, 64)),  # first the depth, to 16
-        ((300, 512, 512), 655_360, (16, 192, 208)),  # then the larger side
-        ((30, 50, 100), 16 * 64 * 96, (16, 64, 96)),
-        ((3, 900, 900), 9000, (2, 64, 64)),  # then the depth again
-        ((40, 30, 30), 4096, (4, 32, 32)),
-        ((2, 10, 10), 100, (1, 16, 16)),  # no smaller one
-    ],
-)
-def test_patches_shrink_in_a_known_order(median, limit, patch):
-    assert choose_patch(median, limit) == patch
-
-
-@pytest.mark.parametrize(
-    ("spacing", "depth", "coarse"),
-    [
-        ((1.0, 1.0, 1.25), "x", False),  # about the same everywhere: the smallest extent
-        ((1.0, 1.0, 1.26), "z", False),
-        ((1.0, 1.26, 1.0), "y", False),
-        ((1.0, 0.5, 2.99), "z", False),
-        ((1.0, 0.5, 3.0), "z", True),
-        ((1.0, 1.0, 10.0), "z", True),
-    ],
-)
-def test_the_depth_axis_and_whether_slices_are_coarse(spacing, depth, coarse):
-    plan = make_plan(INDEX, [case_fingerprint(spacing_mm=spacing)], PreprocessConfig())
-    assert (plan.depth_axis, plan.coarse_slices) == (depth, coarse)
-    ratio = plan.target_spacing_mm[0] / max(plan.target_spacing_mm[1:])
-    assert plan.reasons["coarse_slices"] == (
-        f"depth spacing is {ratio:.2g} times the in-plane spacing; coarse from 3 on"
-    )
-    assert plan.reasons["depth_axis"].startswith("spacing is about" if depth == "x" else "coarsest spacing")
-
-
 def test_medians_over_the_cases_not_their_ends():
     sizes = [((10, 20, 30), (2.0, 1.0, 1.0)), ((12, 40, 36), (2.5, 1.0, 0.5)), ((30, 24, 20), (9.0, 3.0, 4.0))]
     plan = make_plan(INDEX, [case_fingerprint(shape=n, spacing_mm=mm) for n, mm in sizes], PreprocessConfig())
@@ -157,14 +187,10 @@ def test_medians_over_the_cases_not_their_ends():
     assert resampled_shape((1, 10, 3), (0.1, 1.0, 2.0), (1.0, 4.0, 1.0)) == (1, 2, 6)
 
 
-@pytest.mark.parametrize(
-    ("patch", "batch", "memory"),
-    [((10, 32, 32), 8, 0.51), ((16, 64, 64), 6, 0.91), ((64, 64, 32), 3, 0.91), ((16, 256, 256), 2, 3.13)],
-)
-def test_batch_and_memory_go_by_the_patch(patch, batch, memory):
-    """About 400,000 voxels a step, from 2 to 8 patches; 1,300 bytes a voxel and 0.4 GB besides."""
-    plan = make_plan(INDEX, [case_fingerprint()], PreprocessConfig(patch_size=patch))
-    assert (plan.batch_size, plan.training_memory_gb) == (batch, memory)
+@pytest.mark.parametrize(("patch", "memory"), [((10, 32, 32), 0.45), ((64, 64, 32), 0.74), ((16, 256, 256), 3.13)])
+def test_memory_goes_by_patch_and_batch(patch, memory):
+    """1,300 bytes a voxel, and 0.4 GB besides."""
+    assert make_plan(INDEX, [case_fingerprint()], PreprocessConfig(patch_size=patch)).training_memory_gb == memory
 
 
 @pytest.mark.parametrize(("shares", "scheme"), [((0.75,), "zscore"), ((0.74,), "zscore_foreground"),

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from distilldsm.training.schedule import FEW_STEPS, Plateau, learning_rate_at, remark_on_few_steps
+from distilldsm.training.schedule import Plateau, learning_rate_at
 
 
 def rates(schedule: str, total: int, warmup_fraction: float = 0.2) -> list[float]:
@@ -61,26 +58,6 @@ def test_one_cycle_agrees_with_torch_on_the_way_down():
         assert ours == pytest.approx(theirs.get_last_lr()[0], rel=1e-6)
         optimizer.step()
         theirs.step()
-
-
-@given(st.integers(1, 600), st.integers(1, 60), st.integers(1, 20), st.integers(1, 8))
-def test_what_is_said_of_few_steps_reaches_them(epochs, cases, samples, batch):
-    def steps(samples_per_case: int) -> int:
-        return max(1, cases * samples_per_case // batch)
-
-    remark = remark_on_few_steps(epochs=epochs, steps_per_epoch=steps(samples), cases=cases, batch_size=batch)
-    assert (remark is None) == (epochs * steps(samples) >= FEW_STEPS)
-    if remark:
-        longer, denser = (int(n) for n in re.findall(r"train\.\w+=(\d+)", remark))
-        assert longer * steps(samples) >= FEW_STEPS > (longer - 1) * steps(samples)
-        assert epochs * steps(denser) >= FEW_STEPS > epochs * (cases * (denser - 1) // batch)
-
-
-def test_what_is_said_of_few_steps():
-    assert remark_on_few_steps(epochs=10, steps_per_epoch=7, cases=13, batch_size=2) == (
-        "train: 70 optimizer steps in all are few for real scans. For 500 or more, set "
-        "train.epochs=72 or train.samples_per_case=8"
-    )
 
 
 def test_plateau_halves_after_patience_and_survives_a_restart():

@@ -17,18 +17,19 @@ import torch
 from safetensors.torch import load_file
 
 import distilldsm.training.loop as loop
-import distilldsm.training.schedule as schedule
 from distilldsm.cli.main import main
 from distilldsm.components.train import run
 from distilldsm.config import AugmentConfig, ModelConfig, TrackingConfig, TrainConfig
 from distilldsm.core import cost, progress
 from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.data import plan_rules
 from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
+from distilldsm.data.plan import Plan
 from distilldsm.models.checkpoint import load_network
 from distilldsm.training.distributed import Processes
 from distilldsm.training.loading import batches
 from distilldsm.training.loop import Trainer
-from distilldsm.training.setup import choose_device
+from distilldsm.training.setup import Settings, choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ModelConfig(name="distill_dsm", options={"width": 0.25})
@@ -37,6 +38,7 @@ NO_TRACKING = TrackingConfig(enabled=False)
 
 def config(**changes) -> TrainConfig:
     values = {"model": SMALL, "epochs": 3, "validate_every": 2, "batch_size": 2, "checkpoint_minutes": 0.0}
+    values |= {"foreground_oversampling": 0.33, "ema_decay": 0.98}
     return TrainConfig(**{**values, "learning_rate": 0.01, **changes})
 
 
@@ -70,15 +72,37 @@ def test_it_says_how_many_steps_and_whether_they_are_few(preprocessed, tmp_path,
     train(preprocessed, tmp_path / "m", config(epochs=1))
     told = capsys.readouterr()
     assert told.out.splitlines()[0].endswith("; 2 steps, 2 an epoch")
-    assert "train: 2 optimizer steps in all are few" in told.err
-    assert "set train.epochs=250 or train.samples_per_case=250\n" in told.err
-    monkeypatch.setattr(schedule, "FEW_STEPS", 2)
+    assert "train: 2 optimizer steps and 1 patches a case are few" in told.err
+    assert "set train.epochs=null and train.budget=" in told.err
+    monkeypatch.setattr(plan_rules, "FEW_STEPS", 2)
+    monkeypatch.setattr(plan_rules, "FEW_PER_CASE", 1)
     train(preprocessed, tmp_path / "n", config(epochs=1))
-    monkeypatch.setattr(schedule, "FEW_STEPS", 500)
+    monkeypatch.undo()
     index = DatasetIndex.load(preprocessed)
     monkeypatch.setattr(DatasetIndex, "load", lambda _: replace(index, source=SAMPLE_SOURCE))
     train(preprocessed, tmp_path / "o", config(epochs=1))
     assert "few" not in capsys.readouterr().err
+
+
+def test_the_plan_decides_what_is_null(preprocessed, tmp_path):
+    """And what is set stays; the number of epochs makes up the plan's patches."""
+    plan = Plan.load(preprocessed / "plan.json")
+    values = {"model": SMALL, "batch_size": 2}
+
+    def settings(**changes) -> Settings:
+        return Trainer(TrainConfig(**values, **changes), preprocessed=preprocessed, work=tmp_path, fold=0).settings
+
+    planned = plan.training
+    made = settings()
+    assert made.samples_per_case == planned.samples_per_case == 50
+    assert made.epochs * 50 * 4 == pytest.approx(planned.patches, abs=100)
+    assert made.validate_every == round(made.epochs / 8)
+    for key in ("foreground_oversampling", "learning_rate", "ema_decay", "rotation_deg"):
+        assert getattr(made, key) == getattr(planned, key)
+    assert settings(samples_per_case=5).epochs == round(planned.patches / 20)
+    own = {"epochs": 3, "foreground_oversampling": 0.0, "learning_rate": 0.1, "ema_decay": 0.0, "validate_every": 7}
+    found = settings(**own, augment=AugmentConfig(rotation_deg=0.0))
+    assert found == Settings(**own, samples_per_case=1, rotation_deg=0.0)
 
 
 def test_the_axes_of_the_flips_are_written_down(preprocessed, tmp_path):
