@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, DatasetIndex
-from distilldsm.data.geometry import Size, nonzero_box
+from distilldsm.data.geometry import Size, background_of, nonzero_box
 from distilldsm.data.scan_measures import ScanMeasures, measure_scan
 from distilldsm.io import Scan, read_labels, read_scan
 from distilldsm.io.orientation import reorient
@@ -42,7 +42,7 @@ class CaseFingerprint:
     shape: tuple[int, int, int]
     spacing_mm: tuple[float, float, float]
     nonzero_fraction: float
-    """Share of voxels that are not zero in at least one channel, of the box around them (`nonzero_shape`)."""
+    """Share of the voxels of `nonzero_shape` that are not background in at least one channel."""
     foreground_mean: tuple[float, ...]
     """Per channel, over the voxels of all foreground labels (over all non-zero voxels if there is no foreground)."""
     foreground_sd: tuple[float, ...]
@@ -50,7 +50,7 @@ class CaseFingerprint:
     """Per channel, at PERCENTILES."""
     label_volumes_ml: Mapping[str, float]
     nonzero_shape: tuple[int, int, int]
-    """Size of the box around the voxels that are not zero in at least one channel."""
+    """Size of the box around the voxels that are not background in at least one channel, see `background_of`."""
     foreground_shape: tuple[int, int, int] = (0, 0, 0)
     """Size of the box around all labels; zeros without a labelled voxel."""
     labels: Mapping[str, LabelShape] = field(default_factory=dict)
@@ -107,7 +107,8 @@ def fingerprint_case(root: Path, case: Case, index: DatasetIndex) -> CaseFingerp
     # In RAS order: samples and components do not depend on the file's orientation.
     intensities = reorient(scan.intensities(), scan.affine, (0, 1, 2))
     ras_classes = reorient(classes[None], scan.affine, (0, 1, 2))[0]
-    nonzero = (intensities != 0).any(axis=0)
+    empty = np.array(background_of(scan), dtype=np.float32)[:, None, None, None]
+    nonzero = (intensities != empty).any(axis=0)
     box = _between(*nonzero_box(nonzero, nonzero.shape))
     mask = ras_classes > 0
     foreground = nonzero_box(mask, mask.shape) if mask.any() else ((0, 0, 0), (0, 0, 0))

@@ -64,8 +64,9 @@ class NetworkImage:
         views, read = scan.planes(plan.axis_order)
         channels, shape = range(len(views)), views[0].shape
         start, stop = (0, 0, 0), shape
+        empty = background_of(scan)
         if plan.crop_to_nonzero:
-            nonzero = (np.any([read(c, k) != 0 for c in channels], axis=0) for k in range(shape[0]))
+            nonzero = (np.any([read(c, k) != empty[c] for c in channels], axis=0) for k in range(shape[0]))
             start, stop = nonzero_box(nonzero, shape)
         self.record: GeometryRecord = make_record(scan.affine, scan.shape, start, stop, plan)
         self.channels = len(views)
@@ -80,7 +81,7 @@ class NetworkImage:
             def __iter__(self) -> Iterator[npt.NDArray]:
                 return (read(self.channel, k)[rows, columns] for k in range(start[0], stop[0]))
 
-        rules = [Normaliser(rule, Planes(c)) for c, rule in enumerate(plan.normalisation)]
+        rules = [Normaliser(rule, Planes(c), empty[c]) for c, rule in enumerate(plan.normalisation)]
 
         def normalised(k: int) -> Float32:
             return np.stack([rule(read(c, start[0] + k)[rows, columns]) for c, rule in enumerate(rules)])
@@ -199,8 +200,9 @@ def make_record(
 def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: int) -> Uint8:
     """Resample classes (X, Y, Z) on the scan's grid to (D, H, W) on the network's grid.
 
-    Each class is resampled linearly as a separate map, and the class with the largest value wins. So no new label
-    values appear between two others, and boundaries stay smooth. Of equal values, the smaller class wins.
+    Each class is resampled linearly as a separate map, and the class with the largest value wins: where voxels become
+    larger, that is the class with the largest share. So no new label values appear between two others, and boundaries
+    stay smooth. Of equal values, the smaller class wins.
     """
     box = tuple(slice(a, b) for a, b in zip(record.crop_start, record.crop_stop, strict=True))
     array = reorient(classes[None], np.array(record.affine), record.axis_order)[0][box]
@@ -222,6 +224,18 @@ def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: 
             label[n][plane > best[n]] = k
             np.maximum(best[n], plane, out=best[n])
     return label
+
+
+def background_of(scan: Scan) -> tuple[float, ...]:
+    """The value of each channel that stands for nothing: that of the volume's eight corners if they agree, else 0.
+
+    So a margin of any one value around a scan changes neither its crop nor its normalisation.
+    """
+    values = []
+    for channel in scan.channels:
+        corners = channel.values(channel.raw[np.ix_(*[[0, -1]] * 3)])
+        values.append(float(corners.flat[0]) if (corners == corners.flat[0]).all() else 0.0)
+    return tuple(values)
 
 
 def nonzero_box(planes: Iterable[npt.NDArray[np.bool_]], shape: Sequence[int]) -> tuple[Size, Size]:
@@ -250,13 +264,14 @@ class Normaliser:
         rule: the normalisation in the plan.
         planes: the channel's slices; a z-score reads them twice. Sums are computed slice by slice, so the result is the
             same whether the volume is in memory or not.
+        background: the value that a z-score leaves out, see `background_of`.
     """
 
-    def __init__(self, rule: Normalisation, planes: Iterable[npt.NDArray]) -> None:
-        self.rule = rule
+    def __init__(self, rule: Normalisation, planes: Iterable[npt.NDArray], background: float = 0.0) -> None:
+        self.rule, self.background = rule, background
         self.mean, self.sd = 0.0, 1.0
         if rule.scheme in ("zscore", "zscore_foreground"):
-            self.mean, self.sd = _mean_and_sd(planes)
+            self.mean, self.sd = _mean_and_sd(planes, background)
 
     def __call__(self, piece: npt.NDArray) -> Float32:
         rule, channel = self.rule, piece.astype(np.float64)
@@ -266,29 +281,29 @@ class Normaliser:
             return ((np.clip(channel, rule.low, rule.high) - rule.mean) / rule.sd).astype(np.float32)
         scaled = (channel - self.mean) / self.sd
         if rule.scheme == "zscore_foreground":
-            scaled = np.where(channel != 0, scaled, 0.0)
+            scaled = np.where(channel != self.background, scaled, 0.0)
         return scaled.astype(np.float32)
 
 
-def _mean_and_sd(planes: Iterable[npt.NDArray]) -> tuple[float, float]:
-    """Mean and sd of the non-zero voxels; 0 and 1 if there are none. `planes` is iterated twice.
+def _mean_and_sd(planes: Iterable[npt.NDArray], background: float) -> tuple[float, float]:
+    """Mean and sd of the voxels that are not background; 0 and 1 if there are none. `planes` is iterated twice.
 
     If all these voxels are equal, as in a mask, the sd is their absolute value. Voxels of 0 are then one sd away.
     """
 
-    def nonzero() -> Iterable[npt.NDArray[np.float64]]:
+    def content() -> Iterable[npt.NDArray[np.float64]]:
         for plane in planes:
             values = np.ascontiguousarray(plane)
-            yield values[values != 0].astype(np.float64)
+            yield values[values != background].astype(np.float64)
 
     count, sums = 0, []
-    for values in nonzero():
+    for values in content():
         count += values.size
         sums.append(float(values.sum()))
     if not count:
         return 0.0, 1.0
     mean = math.fsum(sums) / count
-    sd = math.sqrt(math.fsum(float(((values - mean) ** 2).sum()) for values in nonzero()) / count)
+    sd = math.sqrt(math.fsum(float(((values - mean) ** 2).sum()) for values in content()) / count)
     return mean, sd if sd > CONSTANT * abs(mean) else abs(mean)
 
 

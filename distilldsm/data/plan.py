@@ -30,8 +30,9 @@ class Normalisation:
     """How a channel's intensities are made comparable. It is applied before resampling."""
 
     scheme: Literal["zscore", "zscore_foreground", "ct", "none"]
-    """`zscore`: z-score with mean and sd of the case's non-zero voxels. `zscore_foreground`: the same, but zero voxels
-    stay zero (skull-stripped data). `ct`: clip to [low, high] HU, then z-score with the data set's mean and sd."""
+    """`zscore`: z-score with mean and sd of the case's voxels that are not background (0, or the value of all corners).
+    `zscore_foreground`: the same, but background becomes zero (skull-stripped data). `ct`: clip to [low, high] HU, then
+    z-score with the data set's mean and sd."""
     low: float = 0.0
     high: float = 0.0
     mean: float = 0.0

@@ -148,10 +148,10 @@ def check_parameters(folds: Sequence[float], sections: Mapping[str, Mapping[str,
     return section(Params, {"cv": {"folds": list(folds)}, **sections}, "pipeline parameters")
 
 
-def check(folds: Sequence[float], budget: float, **sections: Mapping[str, Any]) -> None:
+def check(folds: Sequence[float], budget: float | None = None, **sections: Mapping[str, Any]) -> None:
     """Step `check`: report wrong parameters at once, not after hours of computing."""
     params = check_parameters(folds, sections)
-    if budget != params.train.budget:
+    if budget not in (None, params.train.budget):
         raise ConfigError(
             "the pipeline's 'budget' and 'train.budget' differ",
             where="pipeline parameters",

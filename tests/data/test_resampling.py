@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import ndimage
 
-from distilldsm.data.resampling import ResampledSlices, cubic_weights
+from distilldsm.data.resampling import ResampledSlices, cubic_weights, low_pass
 
 SHAPES = st.tuples(*[st.integers(1, 15)] * 3)
 
@@ -18,8 +18,18 @@ def zoom(channel: np.ndarray, shape, order: int) -> np.ndarray:
     return ndimage.zoom(channel, factors, order=order, mode="nearest", grid_mode=True, output=np.float32)
 
 
+def blurred(channel: np.ndarray, shape) -> np.ndarray:
+    """The voxels' point spread, widened to that of the new voxels where they are larger."""
+    factors = [max(old / new, 1.0) for old, new in zip(channel.shape, shape, strict=True)]
+    sds = [np.sqrt(f * f - 1) / 2.3548200450309493 for f in factors]
+    radii = [int(np.ceil(4 * sd)) for sd in sds]
+    sds = [sd if sd >= 0.2 else 0.0 for sd in sds]
+    return ndimage.gaussian_filter(channel.astype(np.float64), sds, mode="nearest", radius=radii)
+
+
 def whole(image: np.ndarray, shape, order: int, coarse: bool) -> np.ndarray:
     """The volume at once: in one step, or in plane and then linearly along the depth."""
+    image = np.stack([blurred(channel, shape) for channel in image])
     if not coarse:
         return np.stack([zoom(channel, shape, order) for channel in image])
     planes = [zoom(channel, (channel.shape[0], *shape[1:]), order) for channel in image]
@@ -63,3 +73,27 @@ def test_weights_keep_constants_and_straight_lines():
         samples, weights = (np.array(part) for part in cubic_weights(index, 100, 77))
         assert weights.sum() == pytest.approx(1, abs=1e-12)
         assert (samples * weights).sum() == pytest.approx((index + 0.5) * 100 / 77 - 0.5, abs=1e-6)
+
+
+@pytest.mark.parametrize("factor", [1.5, 2.0, 4.0])
+def test_what_is_finer_than_the_new_voxels_vanishes(factor):
+    """Alternating stripes have no mean to show; without the low-pass they would become a slow false wave."""
+    stripes = np.tile(np.array([1.0, -1.0], dtype=np.float32), 60)
+    image = np.broadcast_to(stripes[:, None, None], (120, 2, 2))[None].copy()
+    new = (round(120 / factor), 2, 2)
+    slices = ResampledSlices(lambda k: image[:, k], image.shape[1:], new, order=3, coarse_slices=False)
+    found = np.array([slices(k)[0, 0, 0] for k in range(4, new[0] - 4)])
+    assert np.abs(found).max() < {1.5: 0.45, 2.0: 0.11, 4.0: 1e-4}[factor]
+
+
+def test_a_large_structure_keeps_its_place_and_height():
+    ramp = np.arange(120, dtype=np.float32)
+    image = np.broadcast_to(ramp[:, None, None], (120, 2, 2))[None].copy()
+    slices = ResampledSlices(lambda k: image[:, k], image.shape[1:], (50, 2, 2), order=3, coarse_slices=False)
+    found = [slices(k)[0, 0, 0] for k in range(10, 40)]
+    assert found == pytest.approx([(k + 0.5) * 2.4 - 0.5 for k in range(10, 40)], abs=1e-4)
+
+
+def test_no_low_pass_where_voxels_become_smaller():
+    assert low_pass(100, 100).tolist() == low_pass(100, 130).tolist() == low_pass(100, 99).tolist() == [1.0]
+    assert low_pass(100, 50).sum() == pytest.approx(1)
