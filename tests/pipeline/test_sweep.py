@@ -81,7 +81,7 @@ def test_the_objective_is_in_the_trainings_log():
     from distilldsm.training.loop import Trainer
 
     class Printed:
-        config = load_params(ROOT / "params.yaml").train
+        settings = load_params(ROOT / "params.yaml").train
 
     record = {"epoch": 3, "train_loss": 0.5, "learning_rate": 1e-3, "seconds": 2.0}
     record |= {"val_dice": {"a": 0.8, "b": 0.9}, "val_dice_mean": 0.85}
