@@ -17,7 +17,7 @@ class Int8Config:
     calibration_cases: Count = 8
     """Training cases to calibrate with."""
     min_speedup: Positive = 1.3
-    """Least speed relative to the OpenVINO model in its normal precision."""
+    """Least speed of whole `predict` calls, relative to the OpenVINO model in its normal precision."""
     max_dice_loss: Share = 0.002
     """Largest allowed loss of mean Dice (over labels) on the held-out fold."""
 

@@ -23,6 +23,19 @@ _MEMORY_FILES = (
 )
 """Files of a control group with its limit and its use, and the part of memory.stat that is the cache of files: of
 version 2 and 1."""
+_EXTENSIONS = {
+    "avx2": "AVX2",
+    "avx512f": "AVX-512",
+    "avx512_bf16": "AVX-512 BF16",
+    "avx512_vnni": "VNNI",
+    "avx_vnni": "AVX-VNNI",
+    "amx_tile": "AMX",
+    "amx_bf16": "AMX BF16",
+    "amx_int8": "AMX INT8",
+    "asimd": "NEON",
+    "sve": "SVE",
+}
+"""CPU flag in /proc/cpuinfo to its usual name: the vector extensions that speed up OpenVINO and PyTorch."""
 _largest_peak: dict[int, float] = {}
 """Process id to the largest peak measured so far. A forked process has another id, so it begins at zero."""
 
@@ -59,6 +72,12 @@ def cpu_name() -> str:
     import platform
 
     return found[1].strip() if found else platform.processor() or platform.machine()
+
+
+def vector_extensions() -> tuple[str, ...] | None:
+    """The CPU's vector extensions, e.g. `AVX2`; None if the system does not list them."""
+    found = re.search(r"^(?:flags|Features)\s*: (.*)$", _read(_PROC / "cpuinfo"), flags=re.MULTILINE)
+    return tuple(words for flag, words in _EXTENSIONS.items() if flag in found[1].split()) if found else None
 
 
 def peak_memory_gb() -> float | None:

@@ -21,6 +21,7 @@ from distilldsm.core.machine import (
     memory_limit_bytes,
     total_memory_bytes,
     usable_cores,
+    vector_extensions,
 )
 from distilldsm.doctor.checks import Finding, Status, clean, in_child
 from distilldsm.doctor.services import is_installed
@@ -29,17 +30,6 @@ OLDEST_PYTHON = (3, 11)
 EXTRAS = ("data", "train", "export", "pipeline", "dicom", "monai")
 PARTS = {"mlflow": "mlflow-skinny"}
 """Smaller package that the images contain instead of the full one."""
-FLAGS = {
-    "avx2": "AVX2",
-    "avx512f": "AVX-512",
-    "avx512_bf16": "AVX-512 BF16",
-    "avx512_vnni": "VNNI",
-    "amx_tile": "AMX",
-    "amx_bf16": "AMX BF16",
-    "asimd": "NEON",
-    "sve": "SVE",
-}
-"""CPU flag in /proc/cpuinfo to its usual name: the vector extensions that speed up OpenVINO and PyTorch."""
 FOLDERS = ("data", "models", "evaluation", "export")
 LITTLE_DISK_GB, NO_DISK_GB = 10.0, 1.0
 SHARED_BYTES = 64 << 20
@@ -127,18 +117,13 @@ def _version(name: str) -> str | None:
 def check_cpu(limit_s: float) -> list[Finding]:
     """Usable cores, the container's CPU limit, and the vector extensions."""
     name, cores, quota = "cpu", usable_cores(), core_quota()
-    flags = _cpu_field("flags").split() or _cpu_field("Features").split()
-    extensions = ", ".join(words for flag, words in FLAGS.items() if flag in flags)
+    extensions = vector_extensions()
+    listed = ", ".join(extensions or ()) or "no vector extensions"
     limited = f" (CPU time of {quota:g}: cgroup)" if quota is not None else ""
-    seen = f"{cpu_name()}; {cores} cores usable of {os.cpu_count()}{limited}; {extensions or 'no vector extensions'}"
-    if platform.machine() in ("x86_64", "AMD64") and "avx2" not in flags and flags:
+    seen = f"{cpu_name()}; {cores} cores usable of {os.cpu_count()}{limited}; {listed}"
+    if platform.machine() in ("x86_64", "AMD64") and extensions is not None and "AVX2" not in extensions:
         return [Finding(name=name, status="warn", seen=seen, hint="use a CPU with AVX2; this one works, but slowly")]
     return [Finding(name=name, status="ok", seen=seen)]
-
-
-def _cpu_field(key: str) -> str:
-    found = re.search(rf"^{key}\s*: (.*)$", _read(Path("/proc/cpuinfo")), re.M)
-    return found[1].strip() if found else ""
 
 
 def check_openvino(limit_s: float) -> list[Finding]:

@@ -88,7 +88,7 @@ def build_package(
     index = DatasetIndex.load(preprocessed)
     training, held_out = load_fold(preprocessed / "splits.json", fold)
     network = load_network(model_dir, checkpoint)
-    spec = {**spec, "depth_halo": network.depth_halo}  # the value of the built network, not of the file
+    described = _network_info(spec, network.depth_halo)  # the halo of the built network, not of the file
 
     export_onnx(network, output / "model.onnx")
     shutil.copyfile(model_dir / f"{checkpoint}.safetensors", output / "model.safetensors")
@@ -114,8 +114,8 @@ def build_package(
         config=int8 or Int8Config(enabled=False),
         training_cases=training,
         held_out=held_out,
-        network=network,
-        targets=plan.targets,
+        network=described,
+        plan=plan,
     )
     write_json(output / INT8_DECISION, quantised)
     # These are faster, but some labels differ. The differences are reported; Dice decides.
@@ -127,7 +127,7 @@ def build_package(
     summary = parity.summary(rows)
     write_json(output / "parity.json", parity.report(rows, max_voxel_difference, weights, quantised))
     write_json(output / "metrics.json", _metrics(summary, output))
-    metadata = _metadata(spec, plan, index, weights, fold=fold, checkpoint=checkpoint)
+    metadata = _metadata(spec, described, plan, index, weights, fold=fold, checkpoint=checkpoint)
     metadata = replace(metadata, int8=quantised, postprocessing=postprocessing)
     return Built(metadata=_write_documents(metadata, plan, summary, output), summary=summary)
 
@@ -188,8 +188,22 @@ def _common_plan(model_dir: Path, preprocessed: Path) -> Plan:
     return plan
 
 
+def _network_info(spec: Mapping[str, Any], depth_halo: int | None) -> NetworkInfo:
+    d, h, w = spec["stride"]
+    return NetworkInfo(
+        name=spec["name"],
+        options=spec["options"],
+        stride=(d, h, w),
+        depth_halo=depth_halo,
+        parameters=spec["parameters"],
+        macs_per_voxel=spec["macs_per_voxel"],
+        mirror_axes=tuple(spec.get("mirror_axes", ())),
+    )
+
+
 def _metadata(
     spec: Mapping[str, Any],
+    network: NetworkInfo,
     plan: Plan,
     index: DatasetIndex,
     weights: Literal["FP16", "FP32"],
@@ -197,28 +211,19 @@ def _metadata(
     fold: int,
     checkpoint: str,
 ) -> ModelMetadata:
-    d, h, w = spec["stride"]
     channels, classes = int(spec["in_channels"]), int(spec["out_channels"])
     return ModelMetadata(
         name=model_name(index.name),
         intended_use=INTENDED_USE,
-        inputs=(TensorInfo(name=INPUT, shape=(1, channels, None, None, None), multiple_of=(d, h, w)),),
-        outputs=(TensorInfo(name=OUTPUT, shape=(1, classes, None, None, None), multiple_of=(d, h, w)),),
+        inputs=(TensorInfo(name=INPUT, shape=(1, channels, None, None, None), multiple_of=network.stride),),
+        outputs=(TensorInfo(name=OUTPUT, shape=(1, classes, None, None, None), multiple_of=network.stride),),
         channels=tuple(
             ChannelInfo(name=c.name, modality=c.modality, normalisation=describe_normalisation(rule))
             for c, rule in zip(plan.channels, plan.normalisation, strict=True)
         ),
         labels=dict(zip(plan.class_names, plan.class_values, strict=True)),
         regions=plan.regions,
-        network=NetworkInfo(
-            name=spec["name"],
-            options=spec["options"],
-            stride=(d, h, w),
-            depth_halo=spec["depth_halo"],
-            parameters=spec["parameters"],
-            macs_per_voxel=spec["macs_per_voxel"],
-            mirror_axes=tuple(spec.get("mirror_axes", ())),
-        ),
+        network=network,
         openvino_weights=weights,
         data=DataInfo(
             name=index.name, licence=index.licence, reference=index.reference, source=index.source, note=index.note

@@ -105,9 +105,11 @@ class Int8Report:
     reason: str
     """In words, with the numbers."""
     speedup: float | None = None
-    """Time of the IR in OpenVINO's default precision (bf16 if the CPU has it) divided by the time of the INT8 IR."""
-    speedup_f32: float | None = None
-    """The same for the IR in float32."""
+    """Time of `predict` in OpenVINO's default precision (bf16 if the CPU has it) divided by its time in INT8."""
+    pairs: int = 0
+    """Number of timed pairs of calls."""
+    instruction_set: str = ""
+    """Vector extensions of the CPU that was measured."""
     dice_loss: float | None = None
     """Mean Dice over labels and held-out cases of the float32 IR minus that of the INT8 IR."""
     cases: int = 0

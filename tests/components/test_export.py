@@ -81,7 +81,7 @@ def test_it_writes_a_whole_model_directory(made):
     assert {c["runtime"] for c in parity["cases"]} == runtimes
     assert len({tuple(c["shape"]) for c in parity["cases"]}) >= 3
     assert parity["int8"]["shipped"] is True
-    assert parity["int8"]["cases"] == 3
+    assert parity["int8"]["cases"] == 5
     assert len({c["case"] for c in parity["cases"]}) == 3
     metrics = read_json(made.export / "metrics.json")
     assert max(metrics["voxel_difference"][name] for name in parity["held_to_it"]) <= 1e-4

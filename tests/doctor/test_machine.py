@@ -80,9 +80,9 @@ def test_requirements_of_an_installed_package(monkeypatch, tmp_path):
     assert machine.requirements() == {"": ["numpy>=2.0"], "train": ["torch>=2.6", "mlflow"], "pipeline": ["dvc>=3"]}
 
 
-def test_cpu(monkeypatch):
-    fields = {"flags": "fpu avx2 avx512f amx_tile"}
-    monkeypatch.setattr(machine, "_cpu_field", lambda key: fields.get(key, ""))
+def test_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr("distilldsm.core.machine._PROC", tmp_path)
+    (tmp_path / "cpuinfo").write_text("model name : x\nflags\t\t: fpu avx2 avx512f amx_tile\n")
     monkeypatch.setattr(machine, "cpu_name", lambda: "Model 7")
     monkeypatch.setattr(machine, "usable_cores", lambda: 8)
     monkeypatch.setattr(machine.platform, "machine", lambda: "x86_64")
@@ -96,8 +96,10 @@ def test_cpu(monkeypatch):
     assert found.status == "ok"
     assert " (CPU time of 2.5: cgroup); " in found.seen
     monkeypatch.setattr(machine, "core_quota", lambda: None)
-    fields["flags"] = "fpu sse2"
+    (tmp_path / "cpuinfo").write_text("flags\t\t: fpu sse2\n")
     assert statuses(machine.check_cpu(1)) == {"cpu": "warn"}
+    (tmp_path / "cpuinfo").unlink()  # a system that lists nothing
+    assert statuses(machine.check_cpu(1)) == {"cpu": "ok"}
 
 
 def test_memory_and_the_largest_scan(monkeypatch):

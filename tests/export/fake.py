@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from filelock import FileLock
@@ -17,12 +16,15 @@ from distilldsm.data.targets import Targets
 from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.checkpoint import save_tensors
+from distilldsm.models.package import NetworkInfo
 from tests.data.volumes import write_dataset
 
 FOLD = 1
 CHANNELS = 2
 CLASSES = 3
-NETWORK = SimpleNamespace(stride=(1, 16, 16), depth_halo=8)
+NETWORK = NetworkInfo(
+    name="distill_dsm", options={}, stride=(1, 16, 16), depth_halo=8, parameters=1000, macs_per_voxel=1.0
+)
 """What engines must know of the exported network."""
 TARGETS = Targets(("background", "a", "b"), (0, 1, 2))
 
@@ -91,7 +93,7 @@ def exported(tmp_path_factory) -> Exported:
     found = Exported(root / "raw", root / "preprocessed", root / "models/fold1", root / "export/fold1")
     with FileLock(base / "shared-export.lock"):
         if not found.export.exists():
-            index = write_dataset(found.raw, cases=6, channels=CHANNELS)
+            index = write_dataset(found.raw, cases=10, channels=CHANNELS)
             preprocess_dataset(found.raw, index, PreprocessConfig(folds=2, workers=1), _made(found.preprocessed))
             write_model(found.model, found.preprocessed, width=0.5, alpha=0.5)
             run(
