@@ -19,7 +19,7 @@ import psutil
 import yaml
 
 from distilldsm.core.files import read_json
-from distilldsm.core.output_directory import MANIFEST, file_hashes
+from distilldsm.core.hashes import MANIFEST, file_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
 TINY = (

@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
             options = ", ".join(f"{key}={value}" for key, value in entry.options.items())
             print(f"{name:14}{entry.summary}\n{'':14}options: {options}")
     else:
-        from distilldsm.core.output_directory import package_versions
+        from distilldsm.core.hashes import package_versions
 
         facts = {"python": sys.version.split()[0], **package_versions()}
         if args.json:

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _is_current(directory: Path) -> bool:
     """Whether there is a table over the folds, and no fold has been evaluated again or removed since."""
-    from distilldsm.core.output_directory import MANIFEST, content_hash
+    from distilldsm.core.hashes import MANIFEST, content_hash
 
     if not (directory / "summary.json").is_file():
         return False

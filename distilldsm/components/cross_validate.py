@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.files import sha256_json, write_json
-from distilldsm.core.output_directory import content_hash, output_directory
+from distilldsm.core.hashes import content_hash
+from distilldsm.core.output_directory import output_directory
 from distilldsm.core.stage import Input, Output, Stage
 
 if TYPE_CHECKING:

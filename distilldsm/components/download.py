@@ -13,7 +13,8 @@ from urllib.parse import unquote, urlsplit
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import sha256_file, sha256_json
-from distilldsm.core.output_directory import MANIFEST, output_directory
+from distilldsm.core.hashes import MANIFEST
+from distilldsm.core.output_directory import output_directory
 from distilldsm.core.redaction import public_address
 from distilldsm.core.stage import WORK_VARIABLE, Output, Stage
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.files import read_json, sha256_json
-from distilldsm.core.output_directory import content_hash, output_directory, result_config
+from distilldsm.core.hashes import content_hash
+from distilldsm.core.output_directory import output_directory, result_config
 from distilldsm.core.stage import Input, Option, Output, Plot, Stage
 
 if TYPE_CHECKING:

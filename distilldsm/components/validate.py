@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import MANIFEST, output_directory
+from distilldsm.core.hashes import MANIFEST
+from distilldsm.core.output_directory import output_directory
 from distilldsm.core.stage import Input, Output, Stage
 
 if TYPE_CHECKING:

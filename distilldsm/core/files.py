@@ -45,12 +45,14 @@ def whole_file(path: Path, suffix: str = "") -> Iterator[Path]:
     Args:
         suffix: ending of the temporary name, for a writer that derives the format from the name.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{suffix}")
+    # Not the process id: two containers on one folder may have the same.
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.tmp{suffix}")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
-        with suppress(OSError):  # the folder may not exist; report the original write error
+        with suppress(OSError):  # the folder may be gone; report the original write error
             temporary.unlink(missing_ok=True)
 
 
@@ -121,16 +123,33 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError("is missing", where=path, hint="run the stage that writes it (dvc repro)") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(
-            "cannot be read as JSON", where=path, seen=str(error), hint="copy it again, or run the stage that writes it"
+            "cannot be read as JSON",
+            where=path,
+            seen=str(error),
+            hint="copy it again, or run the stage that writes it (dvc repro)",
         ) from None
 
 
+def sync(path: Path) -> None:
+    """Wait until the disk holds a file's contents, or a folder's entries."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def replace_directory(source: Path, target: Path) -> None:
-    """Move `source` to `target` and replace what is there. `target` is never a mixture of both."""
+    """Move `source` to `target` and replace what is there. `target` is never a mixture of both.
+
+    After a power cut, there is `target`, or `source` and the old target as `.NAME.old`. The files in `source` must be
+    on the disk already, see `sync`.
+    """
     old = target.with_name(f".{target.name}.old")
     if old.exists():
         shutil.rmtree(old)
     if target.exists():
         target.rename(old)
     source.rename(target)
+    sync(target.parent)
     shutil.rmtree(old, ignore_errors=True)

@@ -8,17 +8,36 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from distilldsm.core.errors import UserError
-from distilldsm.core.files import FULL_DISK, read_json, replace_directory, sha256_file, sha256_json, write_json, writes
+from distilldsm.core.files import (
+    FULL_DISK,
+    replace_directory,
+    sha256_file,
+    sha256_json,
+    sync,
+    write_json,
+    writes,
+)
+from distilldsm.core.hashes import (
+    MANIFEST,
+    PIECES,
+    code_hash,
+    content_hash,
+    current_hashes,
+    files_of,
+    hashed_files,
+    names_below,
+    package_versions,
+    read_if_whole,
+    remember,
+)
 
 if TYPE_CHECKING:
     from filelock import FileLock
 
-MANIFEST = "manifest.json"
 SCHEMA_VERSION = 1
 EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_minutes", "memory_gb"})
 """Parameters that say where and how a stage computes, but do not change its result. A stage continues work that was
@@ -27,44 +46,10 @@ _FULL_BYTES = 64 << 10
 """With less free space than this, any error counts as "the disk is full"."""
 _FINISH_S = 60.0
 """How long to wait for another process that is renaming the same output, seconds."""
-_TEMPORARY = re.compile(r"\..+\.\d+\.tmp[.\w]*")
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp[.\w]*")
 """Temporary names that `whole_file` makes."""
-_PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
-
-
-def content_hash(path: str | os.PathLike[str]) -> str:
-    """Hash of a stage's input: the SHA-256 of a file; for a directory, the hash of the file hashes in its manifest."""
-    path = Path(path)
-    if path.is_file():
-        return sha256_file(path)
-    if not path.is_dir():
-        raise UserError("is missing", where=path, hint="run the stage that writes it (dvc repro)")
-    manifest = path / MANIFEST
-    if manifest.is_file():
-        return sha256_json(read_json(manifest)["files"])
-    return sha256_json(file_hashes(path))
-
-
-def file_hashes(root: Path) -> dict[str, str]:
-    """Relative POSIX path to SHA-256 of every file below `root` but the manifest."""
-    files = [file for file in sorted(root.rglob("*")) if file.is_file() and file != root / MANIFEST]
-    from distilldsm.core.progress import progress
-
-    tracked = progress(files, total=len(files), title=f"hash {root.name}", unit="file", brief=True)
-    return {file.relative_to(root).as_posix(): sha256_file(file) for file in tracked}
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of the installed packages that can change a result."""
-    import importlib.metadata
-
-    found = {}
-    for name in ("distilldsm", *_PACKAGES):
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+_SHAPING = ("distilldsm", "numpy", "scipy", "nibabel", "torch")
+"""Packages that shape the pieces of resumable work."""
 
 
 @contextmanager
@@ -84,8 +69,9 @@ def output_directory(
 
     The manifest is written at the end: schema version, stage, config, hashes of inputs, code and files, package
     versions, and the entries of `extra`. With `resumable`, an interrupted block leaves its work directory. The next
-    call with the same stage, config (EXECUTION_PARAMETERS may differ), inputs and code continues in it. With others
-    it starts empty, and a line on stderr says so. A lock stops a second process from writing the same output.
+    call with the same stage, config (EXECUTION_PARAMETERS may differ), inputs, code and packages continues in it.
+    With others it starts empty, and a line on stderr says so. Files and folders are on the disk before the rename, so
+    a power cut leaves the old output or the new one. A lock stops a second process from writing the same output.
 
     Args:
         code: files and folders of this package that can change the output.
@@ -112,12 +98,12 @@ def output_directory(
     try:
         key = _key(stage, config, inputs, extra, code)
         input_hashes = key["inputs"]
-        _prepare(work, sha256_json(key), resumable)
+        _prepare(work, sha256_json({**key, "packages": package_versions(_SHAPING)}), resumable)
         try:
             yield work
             _check_unchanged(stage, inputs, input_hashes)
             _drop_unfinished(work)
-            files = file_hashes(work)
+            hashed = hashed_files(work, names_below(work), synced=True)
             manifest = {
                 "schema_version": SCHEMA_VERSION,
                 "stage": stage,
@@ -126,9 +112,10 @@ def output_directory(
                 "inputs": input_hashes,
                 "code": key["code"],
                 "packages": package_versions(),
-                "files": {name: digest for name, digest in files.items() if name not in until_done},
+                "files": {name: digest for name, (_, digest) in hashed.items() if name not in until_done},
             }
             write_json(work / MANIFEST, manifest)
+            sync(work / MANIFEST)
         except UserError:
             raise
         except Exception as error:
@@ -141,6 +128,7 @@ def output_directory(
                 hint="free space, then run the same command again",
             ) from error
         _put_in_place(work, path)
+        remember(path, {name: entry for name, entry in hashed.items() if name not in until_done})
     except BaseException as error:
         if isinstance(error, KeyboardInterrupt) and not (resumable and kept is None and notes_of(error)):
             error.add_note(f"{stage}: {_kept(work, kept) if resumable else f'{path} is as it was before'}")
@@ -195,13 +183,14 @@ def is_current(
     extra: Mapping[str, Any] | None = None,
     code: Sequence[str] = (),
 ) -> bool:
-    """Whether `path` holds the output that `output_directory` would make with the same arguments.
+    """Whether `path` holds, unchanged, the output that `output_directory` would make with the same arguments.
 
-    EXECUTION_PARAMETERS may differ. If a process was killed just before the end, its work directory is complete; it is
+    EXECUTION_PARAMETERS may differ. A file is unchanged if its size, times and inode are, else its SHA-256 decides.
+    If a process was killed just before the end, its work directory is complete; it is
     renamed to `path` first.
 
     Raises:
-        UserError: an input is missing, or the manifest cannot be read.
+        UserError: an input is missing, or its manifest is damaged.
     """
     path = Path(path)
     work = _work(path)
@@ -209,7 +198,7 @@ def is_current(
         return False
     key = _key(stage, config, inputs, extra, code)
     _finish(work, path, key)
-    return _made_with(path, key) and all((path / name).is_file() for name in read_json(path / MANIFEST)["files"])
+    return _made_with(path, key) and current_hashes(path, files_of(path)) == files_of(path)
 
 
 def _key(
@@ -229,22 +218,12 @@ def _key(
     }
 
 
-@cache
-def code_hash(paths: tuple[str, ...]) -> str:
-    """SHA-256 of files and folders of this package, with paths relative to it. Bytecode is left out."""
-    package = Path(__file__).parents[1]
-    files = sorted(file for path in paths for file in (package / path, *(package / path).rglob("*")) if file.is_file())
-    return sha256_json(
-        {f.relative_to(package).as_posix(): sha256_file(f) for f in files if f.parent.name != "__pycache__"}
-    )
-
-
 def _made_with(path: Path, key: Mapping[str, Any]) -> bool:
     """Whether the manifest in `path` has this key."""
-    if not (path / MANIFEST).is_file():
+    made = read_if_whole(path / MANIFEST)
+    if not isinstance(made.get("files"), dict) or not isinstance(made.get("config"), dict):
         return False
-    made = read_json(path / MANIFEST)
-    made["config"] = result_config(made.get("config", {}))
+    made["config"] = result_config(made["config"])
     wanted = {**{name: value for name, value in key.items() if name != "extra"}, **key["extra"]}
     return all(made.get(name) == value for name, value in wanted.items())
 
@@ -257,7 +236,7 @@ def _finish(work: Path, path: Path, key: Mapping[str, Any]) -> None:
     if lock is None:
         return
     try:
-        files = read_json(work / MANIFEST)["files"] if _made_with(work, key) else {}
+        files = files_of(work) if _made_with(work, key) else {}
         if files and all((work / n).is_file() and sha256_file(work / n) == digest for n, digest in files.items()):
             _put_in_place(work, path)
     finally:
@@ -269,10 +248,13 @@ def _put_in_place(work: Path, path: Path) -> None:
 
     A process that is killed in here leaves either the output or a complete work directory, see `is_current`.
     """
-    files = read_json(work / MANIFEST)["files"]
+    files = files_of(work)
+    shutil.rmtree(work / PIECES, ignore_errors=True)
     for file in [file for file in work.rglob("*") if file.is_file()]:
         if file != work / MANIFEST and file.relative_to(work).as_posix() not in files:
             file.unlink()
+    for folder in (*(one for one in work.rglob("*") if one.is_dir()), work):
+        sync(folder)
     replace_directory(work, path)
     _stamp(work).unlink(missing_ok=True)
 
@@ -311,11 +293,13 @@ def _stamp(work: Path) -> Path:
 def _prepare(work: Path, key: str, resumable: bool) -> None:
     stamp = _stamp(work)
     if work.exists():
-        same = resumable and stamp.is_file() and read_json(stamp).get("key") == key
+        same = resumable and read_if_whole(stamp).get("key") == key
         if not same:
             if resumable and stamp.is_file():
-                print(f"{work}: begun with other parameters, inputs or code; starting again", file=sys.stderr)
+                reason = "begun with other parameters, inputs, code or packages"
+                print(f"{work}: {reason}; starting again", file=sys.stderr)
             shutil.rmtree(work)
     write_json(stamp, {"key": key})
+    sync(stamp)
     work.mkdir(exist_ok=True)
     (work / MANIFEST).unlink(missing_ok=True)  # a process was killed while it finished

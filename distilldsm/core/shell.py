@@ -140,7 +140,7 @@ def _of_system(error: OSError) -> UserError:
     """Convert an error of the operating system. It names the user's file, not our temporary or lock file."""
     path = Path(os.fsdecode(error.filename)) if isinstance(error.filename, str | bytes) else None
     if path is not None and (
-        hidden := re.fullmatch(r"\.(.+?)\.(\d+\.tmp[.\w]*|lock|partial|partial\.json)", path.name)
+        hidden := re.fullmatch(r"\.(.+?)\.([0-9a-f]{12}\.tmp[.\w]*|lock|partial|partial\.json|hashes\.json)", path.name)
     ):
         path = path.with_name(hidden.group(1))
     return UserError(error.strerror or str(error), where=path, hint=SYSTEM_HINTS.get(error.errno or 0))

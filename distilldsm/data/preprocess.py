@@ -17,6 +17,7 @@ import numpy.typing as npt
 from distilldsm.config import PreprocessConfig
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json, whole_file, write_json
+from distilldsm.core.hashes import finish, is_finished
 from distilldsm.core.mapping import from_mapping
 from distilldsm.core.progress import progress
 from distilldsm.core.workers import worker_count, worker_pool
@@ -47,8 +48,8 @@ def preprocess_dataset(
 
     Layout: `plan.json`, `fingerprint.json`, `splits.json`, `dataset_index.json`, and per case
     `images/<id>.npy` (C, D, H, W) float16, `labels/<id>.npy` (D, H, W) uint8 class indices,
-    `locations/<id>.npy` (n, 4) int32 rows (class, d, h, w), `cases/<id>.json` (the geometry record). A case whose
-    `cases/<id>.json` exists is done.
+    `locations/<id>.npy` (n, 4) int32 rows (class, d, h, w), `cases/<id>.json` (the geometry record). A case that
+    an interrupted call has finished is not done again.
 
     Args:
         budget: `train.budget`, voxels.
@@ -69,7 +70,7 @@ def preprocess_dataset(
     # A task needs only the head of the index. With all cases in it, the data sent would grow with their square.
     about = replace(index, cases=index.cases[:1])
 
-    todo = [c for c in index.cases if not (output / ".fingerprint" / f"{c.id}.json").exists()]
+    todo = [c for c in index.cases if not is_finished(output, f"fingerprint/{c.id}")]
     workers = _workers(index, config, _largest_scan(root, index))
     run_cases("fingerprint", _fingerprint, [(root, c, about, output) for c in todo], workers)
     fingerprints = [
@@ -84,7 +85,7 @@ def preprocess_dataset(
     _check_plan(plan, index, config)
 
     # Arrays in a resumed directory belong to the same plan, because the directory's key holds data and config.
-    todo = [c for c in index.cases if not (output / "cases" / f"{c.id}.json").exists()]
+    todo = [c for c in index.cases if not is_finished(output, f"cases/{c.id}")]
     order = plan.axis_order
     spacing = [plan.target_spacing_mm[order.index(k)] for k in range(3)]
     largest = max(
@@ -139,7 +140,9 @@ def _guard(function: Callable[..., None], task: tuple) -> UserError | None:
 
 
 def _fingerprint(root: Path, case: Case, index: DatasetIndex, output: Path) -> None:
-    write_json(output / ".fingerprint" / f"{case.id}.json", fingerprint_case(root, case, index))
+    path = output / ".fingerprint" / f"{case.id}.json"
+    write_json(path, fingerprint_case(root, case, index))
+    finish(output, f"fingerprint/{case.id}", path)
 
 
 def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output: Path) -> None:
@@ -155,10 +158,17 @@ def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output:
             rule=f"at most {LARGEST_STORED} (half precision)",
             hint="set preprocess.normalisation to zscore, or scale the images",
         )
-    save_array(output / "images" / f"{case.id}.npy", image.astype(np.float16))
-    save_array(output / "labels" / f"{case.id}.npy", label)
-    save_array(output / "locations" / f"{case.id}.npy", foreground_locations(label, len(plan.class_names)))
-    write_json(output / "cases" / f"{case.id}.json", {"patient": case.patient, "geometry": record})
+    arrays: dict[str, npt.NDArray] = {
+        "images": image.astype(np.float16),
+        "labels": label,
+        "locations": foreground_locations(label, len(plan.class_names)),
+    }
+    files = {output / name / f"{case.id}.npy": array for name, array in arrays.items()}
+    for path, array in files.items():
+        save_array(path, array)
+    described = output / "cases" / f"{case.id}.json"
+    write_json(described, {"patient": case.patient, "geometry": record})
+    finish(output, f"cases/{case.id}", *files, described)
 
 
 def foreground_locations(label: npt.NDArray[np.uint8], class_count: int) -> npt.NDArray[np.int32]:

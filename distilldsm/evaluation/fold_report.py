@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distilldsm.core.output_directory import content_hash, package_versions
+from distilldsm.core.hashes import content_hash, package_versions
 from distilldsm.evaluation.costs import COSTS, measured
 from distilldsm.evaluation.fold_table import cost_lines, largest_lines, lines_of
 from distilldsm.evaluation.folds import Fold

@@ -10,8 +10,9 @@ from typing import Any
 from distilldsm.core.cost import TIMING
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.hashes import MANIFEST, content_hash
 from distilldsm.core.mapping import flatten
-from distilldsm.core.output_directory import EXECUTION_PARAMETERS, MANIFEST, content_hash
+from distilldsm.core.output_directory import EXECUTION_PARAMETERS
 from distilldsm.evaluation.postprocess import POSTPROCESSED, POSTPROCESSING, load_postprocessing
 from distilldsm.evaluation.tables import Row, read_rows
 

@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from distilldsm.config import EvaluateConfig
 from distilldsm.core.files import read_json
+from distilldsm.core.hashes import MANIFEST, content_hash, package_versions
 from distilldsm.core.mapping import flatten
-from distilldsm.core.output_directory import MANIFEST, content_hash, package_versions
 from distilldsm.core.provenance import provenance
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.evaluation import report_sections as sections

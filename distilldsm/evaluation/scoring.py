@@ -15,7 +15,7 @@ from distilldsm.config import EvaluateConfig
 from distilldsm.core import cost
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import MANIFEST, content_hash
+from distilldsm.core.hashes import MANIFEST, content_hash, finish, is_finished
 from distilldsm.core.progress import progress
 from distilldsm.core.workers import worker_count, worker_pool
 from distilldsm.data.dataset import Case, DatasetIndex
@@ -160,7 +160,7 @@ def score_all(
     targets: Targets,
 ) -> None:
     """Predict in this process and score in worker processes. Cases that have scores are skipped."""
-    todo = [case for case in cases if not (work / "scores" / f"{case.id}.json").exists()]
+    todo = [case for case in cases if not is_finished(work, f"scores/{case.id}")]
     if not todo:
         return
     predictor = _predictor(models, config)
@@ -170,25 +170,25 @@ def score_all(
         for case in progress(todo, total=len(todo), title="evaluate", unit="case"):
             path = work / "predictions" / f"{case.id}.nii.gz"
             timing = work / "timing" / f"{case.id}.json"
-            if not (path.exists() and timing.exists()):  # an interruption may come between mask and scores
+            if not is_finished(work, f"predictions/{case.id}"):  # an interruption may come between mask and scores
                 scan = read_scan([dataset / p for p in case.images], len(index.channels)).load()
                 with cost.measured(timing):
                     mask = predictor.predict(scan).mask
                 write_mask(path, mask, scan)
-            task = (
-                dataset / case.label,
-                path,
-                targets,
-                config.nsd_tolerance_mm,
-                work / "scores" / f"{case.id}.json",
-            )
-            running.add(pool.submit(score_file, *task))
+                finish(work, f"predictions/{case.id}", path, timing)
+            running.add(pool.submit(_score, work, case.id, dataset / case.label, targets, config.nsd_tolerance_mm))
             if len(running) > 2 * workers:
                 finished, running = wait(running, return_when=FIRST_COMPLETED)
                 for future in finished:
                     future.result()
         for future in running:
             future.result()
+
+
+def _score(work: Path, case: str, truth: Path, targets: Targets, tolerance_mm: float) -> None:
+    output = work / "scores" / f"{case}.json"
+    score_file(truth, work / "predictions" / f"{case}.nii.gz", targets, tolerance_mm, output)
+    finish(work, f"scores/{case}", output)
 
 
 def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm: float, output: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from distilldsm.core.cost import TIMING
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json
-from distilldsm.core.output_directory import MANIFEST
+from distilldsm.core.hashes import MANIFEST
 from distilldsm.evaluation.costs import costs_of_fold
 from distilldsm.evaluation.folds import CASES_POSTPROCESSED, recipe_of
 from distilldsm.evaluation.tables import ScoreTable, read_rows

@@ -12,7 +12,7 @@ from typing import Any, Literal
 from distilldsm.config import Int8Config
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, sha256_file, write_json
-from distilldsm.core.output_directory import package_versions
+from distilldsm.core.hashes import package_versions
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.plan import Normalisation, Plan
 from distilldsm.data.splits import check_held_out, load_fold

@@ -10,8 +10,8 @@ from typing import Any, Literal
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.hashes import MANIFEST, content_hash
 from distilldsm.core.mapping import from_mapping
-from distilldsm.core.output_directory import MANIFEST, content_hash
 from distilldsm.evaluation.metrics import main_metrics
 from distilldsm.evaluation.tables import metrics_for_mlflow, read_rows
 
@@ -30,7 +30,7 @@ class Scores:
     fold: int
     checkpoint: str
     data_hash: str
-    """Hash of the data set's directory, see `distilldsm.core.output_directory.content_hash`."""
+    """Hash of the data set's directory, see `distilldsm.core.hashes.content_hash`."""
     split_hash: str
     """SHA-256 of splits.json."""
     nsd_tolerance_mm: float | None = None

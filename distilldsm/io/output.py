@@ -46,11 +46,11 @@ def scratch_array(path: Path, shape: Sequence[int]) -> Iterator[npt.NDArray[np.u
     Raises:
         UserError: the disk is full.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.scratch")
+    temporary = path.with_name(f".{path.name}.{os.urandom(6).hex()}.scratch")
     size = int(np.prod(shape, dtype=object))
     try:
         try:
-            with open(temporary, "wb") as stream:
+            with open(temporary, "xb") as stream:
                 # Reserve the space now: if the disk fills up while a memory map is written, the process is killed.
                 os.posix_fallocate(stream.fileno(), 0, size)
         except OSError as error:

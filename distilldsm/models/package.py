@@ -18,7 +18,7 @@ from distilldsm.config import MirrorAxis, Modality
 from distilldsm.config.networks import Options
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, read_record, sha256_file
-from distilldsm.core.output_directory import MANIFEST
+from distilldsm.core.hashes import MANIFEST
 from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
 
 METADATA = "metadata.json"

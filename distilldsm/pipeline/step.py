@@ -24,8 +24,8 @@ from distilldsm.components.registry import STAGES, find
 from distilldsm.config import ExportConfig, Params, TrackingConfig
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import read_json, sha256_json, write_json
+from distilldsm.core.hashes import MANIFEST, content_hash
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
-from distilldsm.core.output_directory import MANIFEST, content_hash
 from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
 from distilldsm.core.version import __version__
 from distilldsm.tracking import run_id_of

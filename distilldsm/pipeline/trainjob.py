@@ -23,8 +23,8 @@ from distilldsm.config import TrackingConfig, TrainConfig, load_params
 from distilldsm.core.assignments import add_parameters
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, replace_directory, sha256_file, sha256_json
+from distilldsm.core.hashes import MANIFEST
 from distilldsm.core.mapping import from_mapping, load_yaml, to_mapping
-from distilldsm.core.output_directory import MANIFEST
 from distilldsm.core.shell import end_processes, handled, interrupt
 from distilldsm.pipeline.trainjob_follow import TrainJobs, follow
 from distilldsm.pipeline.trainjob_manifest import TrainJobConfig, manifest, passed_on

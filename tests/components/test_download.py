@@ -20,8 +20,8 @@ from distilldsm.components.download import STAGE, run
 from distilldsm.config import DownloadConfig, SampleConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, sha256_file
+from distilldsm.core.hashes import MANIFEST, content_hash, file_hashes
 from distilldsm.core.mapping import from_mapping
-from distilldsm.core.output_directory import MANIFEST, content_hash, file_hashes
 from distilldsm.data import catalog
 from distilldsm.data.dataset import INDEX, DatasetIndex
 from distilldsm.data.sample import NOTE

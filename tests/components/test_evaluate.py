@@ -18,7 +18,8 @@ from distilldsm.components.evaluate import STAGE, run
 from distilldsm.config import EvaluateConfig, ModelConfig, PreprocessConfig, TrackingConfig, TrainConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import file_hashes, is_current
+from distilldsm.core.hashes import file_hashes
+from distilldsm.core.output_directory import is_current
 from distilldsm.data.dataset import DatasetIndex
 from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.evaluation import scoring

@@ -17,7 +17,7 @@ from distilldsm.components.export import STAGE, run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import content_hash
+from distilldsm.core.hashes import content_hash
 from distilldsm.evaluation.metrics import METRICS, VOLUMES
 from distilldsm.evaluation.postprocess import write_postprocessing
 from distilldsm.evaluation.tables import summarise, write_csv

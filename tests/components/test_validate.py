@@ -18,7 +18,7 @@ from distilldsm.components.validate import STAGE, run
 from distilldsm.config import ValidateConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json
-from distilldsm.core.output_directory import file_hashes
+from distilldsm.core.hashes import file_hashes
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from tests.data.volumes import write_case, write_dataset
 

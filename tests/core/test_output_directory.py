@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.metadata
 import itertools
 import json
 import multiprocessing
@@ -18,9 +19,11 @@ import pytest
 from filelock import FileLock
 
 from distilldsm.config import EvaluateConfig
+from distilldsm.core import hashes
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json, sha256_file, whole_file, write_json
-from distilldsm.core.output_directory import code_hash, content_hash, is_current, output_directory
+from distilldsm.core.hashes import PIECES, code_hash, content_hash, finish, is_finished
+from distilldsm.core.output_directory import is_current, output_directory
 from distilldsm.core.workers import worker_count
 
 
@@ -46,7 +49,7 @@ def test_manifest_tells_config_and_hashes(tmp_path: Path):
     assert manifest["inputs"] == {"in": sha256_file(source)}
     assert manifest["files"] == {"sub/b.txt": sha256_file(tmp_path / "out" / "sub" / "b.txt")}
     assert "numpy" in manifest["packages"]
-    assert {p.name for p in tmp_path.iterdir()} - {".out.lock"} == {"in.txt", "out"}
+    assert {p.name for p in tmp_path.iterdir()} == {"in.txt", "out", ".out.lock", ".out.hashes.json"}
 
 
 def test_an_input_that_is_replaced_meanwhile_is_told(tmp_path: Path):
@@ -70,9 +73,11 @@ def test_what_goes_on_is_there_until_all_is_written(tmp_path: Path, monkeypatch)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as broken:
-        broken.setattr(
-            "distilldsm.core.output_directory.write_json", lambda path, value: path.name == "manifest.json" and full()
-        )
+
+        def write(path, value):
+            return full() if path.name == "manifest.json" else write_json(path, value)
+
+        broken.setattr("distilldsm.core.output_directory.write_json", write)
         with pytest.raises(UserError, match="no space left"):
             begin()
     assert (tmp_path / ".out.partial" / "state").is_file()
@@ -115,7 +120,7 @@ def test_resume_only_with_the_same_key(tmp_path: Path, capsys):
     assert interrupted({"a": 1, "workers": 2, "device": "cpu", "memory_gb": 9.0}) == ["done.txt"]  # how, not what
     assert capsys.readouterr().err == ""
     assert interrupted({"a": 2}) == []
-    assert "begun with other parameters, inputs or code; starting again" in capsys.readouterr().err
+    assert "begun with other parameters, inputs, code or packages; starting again" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
@@ -152,6 +157,115 @@ def test_what_is_current_need_not_be_made_again(tmp_path: Path):
     (tmp_path / "out" / "a.txt").write_text("a")
     source.write_text("changed")
     assert not is_current(tmp_path / "out", **key)
+
+
+def test_a_file_counts_as_unchanged_by_its_state_else_by_its_content(tmp_path: Path, monkeypatch):
+    key = {"stage": "s", "config": {}, "inputs": {}}
+    make(tmp_path / "out", config={})
+    file, read = tmp_path / "out" / "a.txt", []
+    monkeypatch.setattr(hashes, "sha256_file", lambda path: read.append(path.name) or sha256_file(path))
+    before = content_hash(tmp_path / "out")
+    assert is_current(tmp_path / "out", **key)
+    assert read == [], "nothing is read again"
+    os.utime(file)
+    assert is_current(tmp_path / "out", **key)
+    assert content_hash(tmp_path / "out") == before
+    assert read == ["a.txt"], "once"
+    state = file.stat()
+    file.write_text("y")  # as long as before, and with its old times, as a copy that keeps times has
+    os.utime(file, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert not is_current(tmp_path / "out", **key)
+    assert content_hash(tmp_path / "out") != before, "its user runs again"
+    file.write_text("x")
+    assert is_current(tmp_path / "out", **key)
+    assert content_hash(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 100, b'{"files"', b"[]", b"{}"])
+def test_what_a_power_cut_left_unreadable_is_made_again(tmp_path: Path, content):
+    key = {"stage": "s", "config": {}, "inputs": {}}
+    for name in ("out/manifest.json", ".out.hashes.json"):
+        make(tmp_path / "out", config={})
+        (tmp_path / name).write_bytes(content)
+        assert is_current(tmp_path / "out", **key) is (name != "out/manifest.json")
+    (tmp_path / "out" / "manifest.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"out/manifest\.json(.|\n)*dvc repro"):
+        content_hash(tmp_path / "out")
+    for name in (".out.partial.json", ".out.partial/manifest.json"):
+        with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **key, resumable=True) as work:
+            (work / "old").touch()
+            raise KeyboardInterrupt
+        (tmp_path / name).write_bytes(content)
+        with output_directory(tmp_path / "out", **key, resumable=True) as work:
+            assert (work / "old").exists() is (name != ".out.partial.json")
+        assert is_current(tmp_path / "out", **key)
+
+
+def test_a_piece_counts_only_with_the_files_that_it_had(tmp_path: Path):
+    key = {"stage": "s", "config": {}, "inputs": {}, "resumable": True}
+    with pytest.raises(KeyboardInterrupt), output_directory(tmp_path / "out", **key) as work:
+        for name in "abcd":
+            (work / name).write_text(name)
+            finish(work, f"letters/{name}", work / name)
+        raise KeyboardInterrupt
+    (work / "b").write_text("")
+    (work / "c").unlink()
+    (work / PIECES / "letters" / "d.json").write_text("")
+    with output_directory(tmp_path / "out", **key) as work:
+        assert [name for name in "abcde" if is_finished(work, f"letters/{name}")] == ["a"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a", "b", "d", "manifest.json"]
+    assert sorted(read_json(tmp_path / "out" / "manifest.json")["files"]) == ["a", "b", "d"]
+
+
+def test_packages_decide_whether_work_is_resumed(tmp_path: Path, monkeypatch, capsys):
+    def begin() -> bool:
+        with (
+            pytest.raises(KeyboardInterrupt),
+            output_directory(tmp_path / "out", stage="s", config={}, inputs={}, resumable=True) as work,
+        ):
+            found = (work / "done").exists()
+            (work / "done").touch()
+            raise KeyboardInterrupt
+        return found
+
+    assert [begin(), begin()] == [False, True]
+    sound = importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "mlflow" else sound(name))
+    assert begin()
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "0" if name == "scipy" else sound(name))
+    assert not begin()
+    assert "other parameters, inputs, code or packages" in capsys.readouterr().err
+
+
+def test_all_is_on_the_disk_before_the_rename_and_the_rename_too(tmp_path: Path, monkeypatch):
+    done: list[str] = []
+    sound = os.fsync
+    monkeypatch.setattr(
+        os, "fsync", lambda file: done.append(str(Path(f"/proc/self/fd/{file}").readlink())) or sound(file)
+    )
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda one, to: done.append("rename") or rename(one, to))
+    with output_directory(tmp_path / "out", stage="s", config={}, inputs={}) as work:
+        (work / "sub").mkdir()
+        for name in ("a", "sub/b"):
+            (work / name).write_text(name)
+        done.clear()
+    before = [Path(one).relative_to(work).as_posix() for one in done[: done.index("rename")]]
+    assert sorted(before) == [".", "a", "manifest.json", "sub", "sub/b"], "each once"
+    assert before.index("manifest.json") > max(before.index("a"), before.index("sub/b"))
+    assert done[done.index("rename") + 1 :] == [str(tmp_path)]
+
+
+def test_two_writers_of_one_name_have_two_temporary_files(tmp_path: Path, monkeypatch):
+    """Process ids are the same in two containers."""
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    with whole_file(tmp_path / "mask") as one, whole_file(tmp_path / "mask") as two:
+        one.write_text("one")
+        two.write_text("two")
+        assert one.read_text() == "one"
+    monkeypatch.setattr(os, "urandom", lambda size: b"\0" * size)
+    with whole_file(tmp_path / "mask") as one, pytest.raises(FileExistsError), whole_file(tmp_path / "mask"):
+        pass
 
 
 def test_missing_input_is_named(tmp_path: Path):
@@ -256,18 +370,18 @@ def test_a_work_directory_that_is_not_complete_is_not_put_in_place(tmp_path: Pat
     with output_directory(tmp_path / "out", **key, resumable=True) as work:
         assert (work / "weights").read_text() == "half", "it is gone on with"
         (work / "weights").write_text("trained")
-    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == ["out"]
+    assert sorted(p.name for p in tmp_path.iterdir() if p.suffix != ".lock") == [".out.hashes.json", "out"]
 
 
 def test_code_decides_too(tmp_path: Path, monkeypatch):
-    from distilldsm.core import output_directory as module
+    from distilldsm.core import hashes as module
 
     package = tmp_path / "package"
     (package / "room" / "__pycache__").mkdir(parents=True)
     (package / "core").mkdir()
     (package / "room" / "a.py").write_text("1")
     (package / "other.py").write_text("1")
-    monkeypatch.setattr(module, "__file__", str(package / "core" / "output_directory.py"))
+    monkeypatch.setattr(module, "__file__", str(package / "core" / "hashes.py"))
     key = {"stage": "s", "config": {}, "inputs": {}, "code": ("room", "component.py")}
     code_hash.cache_clear()
     with output_directory(tmp_path / "out", **key):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import distilldsm.data.archive as archive_module
 from distilldsm.core.errors import DataError
-from distilldsm.core.output_directory import file_hashes
+from distilldsm.core.hashes import file_hashes
 from distilldsm.data.archive import extract, find_root, wrapped
 
 NOISE = bytes(np.random.default_rng(0).integers(0, 256, 100_000, dtype=np.uint8))

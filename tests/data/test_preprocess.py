@@ -14,7 +14,7 @@ from distilldsm.components.preprocess import run
 from distilldsm.config import PreprocessConfig
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import file_hashes
+from distilldsm.core.hashes import file_hashes
 from distilldsm.data import fingerprint, preprocess
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.fingerprint import fingerprint_case, summarise

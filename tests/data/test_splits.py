@@ -13,7 +13,7 @@ from distilldsm.components import preprocess
 from distilldsm.config import PreprocessConfig, load_params
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, sha256_file, write_json
-from distilldsm.core.output_directory import MANIFEST
+from distilldsm.core.hashes import MANIFEST
 from distilldsm.data.splits import check_held_out, load_fold, make_splits, read_splits
 from tests.data.test_plan import index_of
 from tests.data.volumes import write_dataset

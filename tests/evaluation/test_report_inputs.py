@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from distilldsm.config import EvaluateConfig
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import content_hash
+from distilldsm.core.hashes import content_hash
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.evaluation import tables
 from distilldsm.evaluation.metrics import score_case

@@ -10,7 +10,7 @@ import pytest
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, sha256_file, write_json
-from distilldsm.core.output_directory import content_hash
+from distilldsm.core.hashes import content_hash
 from distilldsm.evaluation.metrics import METRICS, VOLUMES
 from distilldsm.evaluation.tables import summarise, write_csv
 from distilldsm.export.scores import Scores, collect_scores, load_scores

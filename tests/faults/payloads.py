@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distilldsm.core.files import read_json, sha256_file, write_json
-from distilldsm.core.output_directory import MANIFEST
+from distilldsm.core.hashes import MANIFEST
 from distilldsm.models.package import METADATA
 
 

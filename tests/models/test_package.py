@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from distilldsm.cli.info import _print_model
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import MANIFEST
+from distilldsm.core.hashes import MANIFEST
 from distilldsm.data.plan import Normalisation
 from distilldsm.export.build import describe_normalisation
 from distilldsm.export.card import model_card

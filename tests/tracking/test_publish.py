@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from distilldsm.cli.main import main
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.output_directory import file_hashes
+from distilldsm.core.hashes import file_hashes
 from distilldsm.tracking import describe
 from distilldsm.tracking.publish import Publisher, known_outputs, publish, publish_all
 from distilldsm.tracking.store import Store
