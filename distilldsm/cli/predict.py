@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from distilldsm.inference.job import Job, Settings
     from distilldsm.inference.loading import Runtime
     from distilldsm.inference.predict import Predictor
+    from distilldsm.io.scan import Skipped
 
 ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 """Maps each engine to the package that it needs; the preferred engine comes first."""
@@ -115,7 +116,7 @@ def run(args: argparse.Namespace) -> None:
         postprocess=args.postprocess,
     )
     _remark(predictor, args)
-    jobs, many = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
+    jobs, many, skipped = _plan_jobs(args, [channel.name for channel in predictor.plan.channels])
     made = many and not Path(args.output).exists()
     if made:
         Path(args.output).mkdir()
@@ -127,7 +128,11 @@ def run(args: argparse.Namespace) -> None:
     if args.volumes and done:
         write_volumes(Path(args.volumes), {row["scan"]: row["volume_ml"] for row in done})
     if args.json:
-        rows = {"scans": done, "failures": [_failure(job, error) for job, error in failures]}
+        rows = {
+            "scans": done,
+            "failures": [_failure(job, error) for job, error in failures],
+            "skipped": [{"path": str(one.path), "reason": one.reason} for one in skipped],
+        }
         print(json.dumps({**_described(predictor, args, engine), **rows}, indent=2))
     if failures and not many:
         raise failures[0][1]
@@ -205,14 +210,14 @@ def _installed_engine() -> Runtime:
     raise UserError("no engine is installed", rule=" or ".join(ENGINES.values()), hint="pip install openvino")
 
 
-def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool]:
+def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], bool, list[Skipped]]:
     """Plan the work, and refuse everything that can be refused before a scan is read."""
     from distilldsm.inference.job import Job
     from distilldsm.io.inputs import check_output, find_inputs, listed, output_path, refuse_input
 
     output = Path(args.output)
     paths = [Path(path) for path in args.inputs]
-    scans, many = find_inputs(paths, len(names), names)
+    scans, many, skipped = find_inputs(paths, len(names), names)
     if many and output.name.endswith((".nii", ".nii.gz", ".dcm")) and not output.is_dir():
         if len(scans) > 1:
             raise ConfigError(
@@ -250,7 +255,7 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
         refuse_input(volumes, every, "is an input")
         if not os.access(volumes if volumes.exists() else volumes.parent, os.W_OK):
             raise UserError("cannot be written", where=volumes, hint="name a file that you may write")
-    return jobs, many
+    return jobs, many, skipped
 
 
 def _failure(job: Job, error: UserError) -> dict[str, Any]:

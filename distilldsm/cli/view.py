@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> None:
 def _one_image(path: Path) -> Input:
     from distilldsm.io.inputs import find_inputs
 
-    scans, _ = find_inputs([path], 1)
+    scans, *_ = find_inputs([path], 1)
     if len(scans) != 1:
         raise ConfigError(
             "holds several scans",

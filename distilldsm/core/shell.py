@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import re
 import signal
@@ -101,8 +102,11 @@ def run_shell(run: Callable[[], int | None]) -> int:
     0 is success only; 1 data or environment, 2 usage or parameters, 130 interrupted. An error that the user cannot fix
     keeps its traceback. DISTILLDSM_DEBUG=1 shows tracebacks of operating system errors too. SIGTERM, which Kubernetes
     and batch systems send, acts like Ctrl-C. After an interrupt, the message says what is kept and how to continue, see
-    `interruption`.
+    `interruption`. Characters that the terminal cannot show are written as escapes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         try:
             with handled({signal.SIGTERM: interrupt}):

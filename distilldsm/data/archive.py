@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import lzma
 import os
 import stat
@@ -12,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from distilldsm.core.errors import DataError
 from distilldsm.core.machine import check_space
@@ -24,6 +26,10 @@ RATIO_FREE_BYTES = 100_000_000
 """Below this unpacked size the ratio is not checked, because small label maps compress very well."""
 MAX_MEMBERS = 1_000_000
 """Largest number of files in one archive: a disk can run out of inodes before it runs out of space."""
+MIN_MEMBERS, MIN_BYTES_PER_MEMBER = 10_000, 10
+"""A tar may have this many header blocks, and one more for every so many bytes of the packed archive."""
+MAX_HEADER_BYTES, MAX_EXTENDED_BYTES = 1_000_000, 100_000_000
+"""Largest extended header of a tar (a long name, attributes), and of all such headers together."""
 _JUNK = {"__MACOSX", ".DS_Store", "Thumbs.db", "desktop.ini"}
 _BROKEN = (
     tarfile.TarError,
@@ -56,8 +62,8 @@ def extract(archive: str | os.PathLike[str], target: str | os.PathLike[str]) -> 
     `.DS_Store`) are skipped. Owners, permissions and times of the archive are not restored.
 
     Raises:
-        DataError: the file is not an archive, is truncated, is a decompression bomb, holds a link, a device or a path
-            outside the target; or the disk has not enough space.
+        DataError: the file is not an archive, is truncated, is a decompression bomb, holds a link, a special or sparse
+            file, a negative size or a path outside the target; or the disk has not enough space.
     """
     archive, target = Path(archive), Path(target)
     with _opened(archive) as (members, read):
@@ -101,15 +107,17 @@ def is_litter(path: PurePosixPath) -> bool:
 def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member], IO[bytes]]]]:
     """Yield the archive's members, in stored order, and a function that opens one of them."""
     try:
-        with open(archive, "rb") as stream:
+        with open(archive, "rb") as raw:
             # Not zipfile.is_zipfile: it calls a tar file with a zip as its last member a zip file.
-            is_zip = stream.read(2) == b"PK"
+            is_zip = raw.read(2) == b"PK"
         if is_zip:
             with zipfile.ZipFile(archive) as packed_zip:
                 yield _zip_members(packed_zip, archive), lambda member: packed_zip.open(member.handle)
         else:
-            with tarfile.open(archive) as packed:
-                yield _tar_members(packed, archive), lambda member: _tar_file(packed, member)
+            with _decompressed(archive) as plain:
+                stream = _TarStream(plain, archive.stat().st_size)
+                with tarfile.open(fileobj=cast(IO[bytes], stream), mode="r:") as packed:
+                    yield _tar_members(packed, stream, archive), lambda member: _tar_file(packed, member)
     except FileNotFoundError as error:
         if error.filename and Path(error.filename) == archive:
             raise DataError("file not found", where=archive) from None
@@ -131,6 +139,34 @@ def _opened(archive: Path) -> Iterator[tuple[Iterator[Member], Callable[[Member]
             rule="tar (also gz, bz2, xz) or zip",
             hint="download or copy it again",
         ) from None
+
+
+def _decompressed(archive: Path) -> IO[bytes]:
+    """The archive as a stream, decompressed. Its first bytes tell how."""
+    with open(archive, "rb") as stream:
+        head = stream.read(6)
+    kinds: tuple[tuple[bytes, Any], ...] = ((b"\x1f\x8b", gzip.open), (b"BZh", bz2.open), (b"\xfd7zXZ\0", lzma.open))
+    opened: IO[bytes] = next((kind for magic, kind in kinds if head.startswith(magic)), open)(archive, "rb")
+    return opened
+
+
+class _TarStream:
+    """The stream of a tar. While headers are read, it refuses what no honest archive holds, before it is in memory."""
+
+    def __init__(self, stream: IO[bytes], packed_bytes: int) -> None:
+        self.stream = stream
+        self.seek, self.tell = stream.seek, stream.tell
+        self.reading_headers = True
+        self._blocks = MIN_MEMBERS + packed_bytes // MIN_BYTES_PER_MEMBER
+        self._extended = MAX_EXTENDED_BYTES
+
+    def read(self, size: int = -1) -> bytes:
+        if self.reading_headers:
+            self._blocks -= size >= tarfile.BLOCKSIZE
+            self._extended -= size if size > tarfile.BLOCKSIZE else 0
+            if size < 0 or size > MAX_HEADER_BYTES or self._extended < 0 or self._blocks < 0:
+                raise tarfile.ReadError("its headers are too large or too many (decompression bomb?)")
+        return self.stream.read(size)
 
 
 def _checked(members: Iterator[Member], archive: Path) -> list[Member]:
@@ -157,22 +193,25 @@ def _checked(members: Iterator[Member], archive: Path) -> list[Member]:
     return list(files.values())
 
 
-def _tar_members(packed: tarfile.TarFile, archive: Path) -> Iterator[Member]:
-    for info in packed:
+def _tar_members(packed: tarfile.TarFile, stream: _TarStream, archive: Path) -> Iterator[Member]:
+    while (info := packed.next()) is not None:
+        packed.members.clear()  # type: ignore[attr-defined]  # tarfile would keep all of them
+        if info.size < 0:
+            raise DataError("holds a member of negative size", where=archive, seen=f"{info.name}: {info.size} bytes")
         path = _safe_path(info.name, archive)
         if path is None or info.isdir():
             continue
-        if not info.isreg():
-            kind = "link" if info.issym() or info.islnk() else "device or special file"
+        if not info.isreg() or info.issparse():
+            kind = "link" if info.issym() or info.islnk() else "device, sparse or special file"
             raise DataError(f"holds a {kind}", where=archive, seen=info.name, rule="plain files and folders only")
         yield Member(path, info.size, info)
+    stream.reading_headers = False
     # A tar that was cut between two members looks complete, but the zeros at the end of every tar are missing.
-    assert packed.fileobj is not None
-    if packed.fileobj.tell() <= packed.offset:
+    if stream.tell() <= packed.offset:
         raise tarfile.ReadError("the end mark is missing")
     # Compressed streams have their checksum at the end; tarfile does not read that far.
     rest = 0
-    while chunk := packed.fileobj.read(_CHUNK):
+    while chunk := stream.read(_CHUNK):
         rest += len(chunk)
         if rest > RATIO_FREE_BYTES:
             raise tarfile.ReadError("data after the end mark")

@@ -45,7 +45,7 @@ def drift_of_files(
     if masks is not None and not masks.is_dir():
         raise DataError("no such directory", where=masks, hint="give the folder that `distilldsm predict -o` wrote")
     known = references(distribution, measures_of(plan))
-    scans, _ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
+    scans, *_ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     for one in progress(scans, total=len(scans), title="drift", unit="scan"):

@@ -36,7 +36,7 @@ def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
     Raises:
         DataError: the folder has no scan, or a scan without one of its channels.
     """
-    scans, _ = find_inputs([Path(folder)], channels)
+    scans, *_ = find_inputs([Path(folder)], channels)
     for scan in scans:
         if scan.format.name != "nifti":
             raise DataError("is not a NIfTI scan", where=scan.name, hint="use distilldsm predict, which reads DICOM")

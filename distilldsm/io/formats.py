@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
+from distilldsm.io.channel_names import check_channel_names
 from distilldsm.io.dicom import Dicom, is_dicom
 from distilldsm.io.errors import Refuse, raise_error
 from distilldsm.io.nifti import Nifti
@@ -85,8 +86,8 @@ def format_of(path: Path) -> Format | None:
 
 
 def is_scan_file(path: Path) -> bool:
-    """Whether the file name has the ending of a scan."""
-    return path.name.endswith(tuple(ending for one in FORMATS for ending in one.endings))
+    """Whether the file name has the ending of a scan, in upper or lower case."""
+    return path.name.lower().endswith(tuple(ending for one in FORMATS for ending in one.endings))
 
 
 def is_series(folder: Path) -> bool:
@@ -98,8 +99,8 @@ def stem(path: Path) -> str:
     """The file name without the ending of its scan or mask format."""
     for one in FORMATS:
         for ending in (*one.endings, *one.mask_endings):
-            if path.name.endswith(ending):
-                return path.name.removesuffix(ending)
+            if path.name.lower().endswith(ending):
+                return path.name[: -len(ending)]
     return path.name
 
 
@@ -139,12 +140,15 @@ def read_scan(
 
     Args:
         limit_bytes: largest memory for voxels and mask.
-        names: channel names for error messages.
+        names: the model's channels, for error messages; the names of files must not contradict them.
 
     Raises:
+        ConfigError: see `check_channel_names`.
         DataError: a file cannot be read, the number of channels is wrong, the grids differ, or voxels and mask need
             more than `limit_bytes`.
     """
+    if len(names) == len(paths):
+        check_channel_names(paths, [stem(path) for path in paths], names)
     scans = [read_file(path) for path in paths]
     base = scans[0]
     wanted = f"{channels} channels" + (f" ({', '.join(names)})" if names else "")

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.io import formats
-from distilldsm.io.dicom_slice import is_dicom
+from distilldsm.io.dicom import why_no_scan
+from distilldsm.io.dicom_slice import visible_files
+from distilldsm.io.errors import damaged
 from distilldsm.io.formats import (
     Format,
     format_of,
@@ -22,9 +25,14 @@ from distilldsm.io.formats import (
     stem,
     unknown_format,
 )
-from distilldsm.io.scan import Scan
+from distilldsm.io.scan import Scan, Skipped
 
 _MASK = re.compile(r"^(?P<case>.+)_(seg|segmentation|mask|labels?|gt)$", re.IGNORECASE)
+OTHER_ENDINGS = (
+    *(".nrrd", ".nhdr", ".mha", ".mhd", ".mgh", ".mgz", ".mnc", ".hdr", ".img"),
+    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"),
+)
+"""Endings, in lower case, of scans in formats that are not read. Files with them are left out, with a line."""
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -37,11 +45,8 @@ class Input:
 
     @property
     def format(self) -> Format:
-        """The format of the first file."""
-        scan_format = format_of(self.paths[0])
-        if scan_format is None:
-            raise unknown_format(self.paths[0])
-        return scan_format
+        """The format of the first file. For a file that cannot be read, which `read` reports, the first format."""
+        return format_of(self.paths[0]) or formats.FORMATS[0]
 
     def read(self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = ()) -> Scan:
         """Read the scan. Image and mask may take `limit_bytes` of memory; `names` are channel names for errors.
@@ -50,6 +55,17 @@ class Input:
             DataError: see `read_scan` and `Scan.load`.
         """
         return read_scan(self.paths, channels, limit_bytes=limit_bytes, names=names).load()
+
+
+class Inputs(NamedTuple):
+    """What the arguments name."""
+
+    scans: list[Input]
+    """Sorted by name."""
+    many: bool
+    """The output is a directory: there are several scans, or a folder of scans is named."""
+    skipped: list[Skipped]
+    """Files and series in named folders that are left out."""
 
 
 def tell_on_stderr(remark: str) -> None:
@@ -62,18 +78,19 @@ def find_inputs(
     channels: int,
     names: Sequence[str] = (),
     tell: Callable[[str], object] = tell_on_stderr,
-) -> tuple[list[Input], bool]:
+) -> Inputs:
     """Find the scans that the arguments name. In folders, masks such as `CASE_seg.nii.gz` are left out.
+
+    A folder is searched with all folders in it that are not hidden. If it holds NIfTI files itself, those in folders
+    below (its masks, often) are left out. Files that should be scans but cannot be read are among the scans; reading
+    them reports the error.
 
     Args:
         arguments: files and folders.
         channels: number of channels of the model.
         names: names of the channels. With several, the files `CASE_<name>.nii.gz`, in any order, are one scan, and
             other files of that case (its `_seg`) are left out. BraTS is laid out in this way.
-        tell: called with remarks about files that the user may have meant differently.
-
-    Returns:
-        The scans sorted by name, and whether the output is a directory (for several scans, or a folder of scans).
+        tell: called with remarks about what is left out, and about files that the user may have meant differently.
 
     Raises:
         DataError: a path does not exist, or holds nothing to predict.
@@ -82,6 +99,7 @@ def find_inputs(
     files: list[Path] = []
     series: list[Path] = []
     found: list[Input] = []
+    skipped: list[Skipped] = []
     many = False
     for path in arguments:
         if not path.exists():
@@ -89,15 +107,15 @@ def find_inputs(
         if not path.is_dir():
             files.append(path)
             continue
-        nifti, folders = _look_into(path)
-        if nifti:
-            found += _without_masks(_by_channel_name(nifti, names) or _group(nifti, channels), path, tell)
-            many = True
-        elif folders == [path]:
+        nifti, folders, others = _look_into(path)
+        if folders == [path] and not nifti:
             series.append(path)
-        else:
-            found += [Input(_series_name(folder, path), (folder,)) for folder in folders]
-            many = True
+            continue
+        scans, masks = _without_masks(_by_channel_name(nifti, names) or _group(nifti, channels))
+        found += scans + [Input(_series_name(folder, path), (folder,)) for folder in folders]
+        _tell_left_out(path, masks + others, tell)
+        skipped += masks + others
+        many = True
     found += _series(series, channels) + (_by_channel_name(files, names) or _files(files, channels))
     many = many or len(found) > 1
     named: dict[str, Input] = {}
@@ -113,7 +131,7 @@ def find_inputs(
         named[one.name] = one
     if channels == 1:
         _remark_on_channels(found, tell)
-    return sorted(found, key=lambda one: one.name), many
+    return Inputs(sorted(found, key=lambda one: one.name), many, skipped)
 
 
 def _series(folders: Sequence[Path], channels: int) -> list[Input]:
@@ -125,7 +143,7 @@ def _series(folders: Sequence[Path], channels: int) -> list[Input]:
 def _files(files: Sequence[Path], channels: int) -> list[Input]:
     """Scans from single files: one scan per file. With several channels: files named as in nnU-Net, or one scan."""
     for path in files:
-        if not is_scan_file(path):
+        if not is_scan_file(path) and format_of(path) is None:
             raise unknown_format(path)
     if channels == 1:
         return [Input(stem(path), (path,)) for path in files]
@@ -182,8 +200,8 @@ def _group(files: Sequence[Path], channels: int) -> list[Input]:
     return out
 
 
-def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], object]) -> list[Input]:
-    """The scans without masks, e.g. without `CASE_seg` if there is a scan `CASE`."""
+def _without_masks(found: list[Input]) -> tuple[list[Input], list[Skipped]]:
+    """The scans without masks, e.g. without `CASE_seg` if there is a scan `CASE`; and the masks."""
     cases = {name for one in found for name in (one.name, _key(one.paths[0])[1])}
 
     def is_mask(one: Input) -> bool:
@@ -191,10 +209,13 @@ def _without_masks(found: list[Input], folder: Path, tell: Callable[[str], objec
         numbered = _CHANNEL.match(stem(one.paths[0]))  # a channel number marks an image
         return match is not None and match["case"] in cases and not numbered
 
-    masks = [one.name for one in found if is_mask(one)]
-    if masks:
-        tell(f"{folder}: left out, because they are named like masks: {listed(masks)}")
-    return [one for one in found if not is_mask(one)]
+    masks = [Skipped(path, "named like a mask") for one in found if is_mask(one) for path in one.paths]
+    return [one for one in found if not is_mask(one)], masks
+
+
+def _tell_left_out(folder: Path, skipped: Sequence[Skipped], tell: Callable[[str], object]) -> None:
+    for reason in dict.fromkeys(one.reason for one in skipped):
+        tell(f"{folder}: left out ({reason}): {listed([one.path.name for one in skipped if one.reason == reason])}")
 
 
 def _remark_on_channels(found: Sequence[Input], tell: Callable[[str], object]) -> None:
@@ -233,25 +254,55 @@ def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]
     return [Input(case, tuple(found[name] for name in names if name in found)) for (_, case), found in cases.items()]
 
 
-def _look_into(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Scan files in a folder or in its direct subfolders; or else the series folders at or below it."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-    scans = [path for path in files if is_scan_file(path)]
-    if scans and any(is_dicom(path) for path in files):
-        raise DataError("holds NIfTI and DICOM files", where=folder, rule="one kind", hint="name the files one by one")
-    if scans:
-        return scans, []
-    folders = []
-    for directory, inner, _ in os.walk(folder):
-        inner.sort()
-        if is_series(Path(directory)):
-            folders.append(Path(directory))
-    below = [path for path in sorted(folder.glob("*/*")) if is_scan_file(path) and not path.name.startswith(".")]
-    if below and not folders:
-        return below, []
-    if not folders:
-        raise unknown_format(folder)
-    return [], folders
+def _look_into(folder: Path) -> tuple[list[Path], list[Path], list[Skipped]]:
+    """Scan files in a folder and below it, series folders, and what is left out.
+
+    Raises:
+        DataError: there are none, a folder cannot be read, or one folder holds NIfTI and DICOM files.
+    """
+    scans: list[Path] = []
+    folders: list[Path] = []
+    skipped: list[Skipped] = []
+    for here in _folders(folder):
+        files = visible_files(here)
+        mine = [path for path in files if is_scan_file(path)]
+        broken = [path for path in files if path.is_symlink() and not path.exists() and path not in mine]
+        if is_series(here):
+            if mine:
+                raise DataError("holds NIfTI and DICOM files", where=here, rule="one kind", hint="name them one by one")
+            folders.append(here)
+            continue
+        if here != folder and any(path.parent == folder for path in scans):
+            skipped += [Skipped(path, "in a folder beside scans") for path in mine + broken]
+        else:
+            scans += mine + broken
+        skipped += [Skipped(path, "another format") for path in files if path.name.lower().endswith(OTHER_ENDINGS)]
+    if folders != [folder] or scans:
+        reasons = {one: why_no_scan(one) for one in folders}
+        skipped += [Skipped(one, reason) for one, reason in reasons.items() if reason]
+        folders = [one for one, reason in reasons.items() if not reason]
+    if not scans and not folders:
+        error = unknown_format(folder)
+        left_out = listed([f"{one.path.name} ({one.reason})" for one in skipped]) if skipped else None
+        raise DataError(error.problem, where=folder, seen=left_out, rule=error.rule)
+    return scans, folders, skipped
+
+
+def _folders(top: Path) -> Iterator[Path]:
+    """A folder and all visible folders below it, sorted. Links are followed; each folder counts once."""
+
+    def refuse(error: OSError) -> None:
+        raise damaged(Path(error.filename), error)
+
+    known = set()
+    for name, inner, _ in os.walk(top, followlinks=True, onerror=refuse):
+        inner[:] = sorted(one for one in inner if not one.startswith("."))
+        real = os.path.realpath(name)
+        if real in known:
+            inner.clear()
+            continue
+        known.add(real)
+        yield Path(name)
 
 
 def _series_name(folder: Path, root: Path) -> str:

@@ -82,4 +82,5 @@ def write_volumes(path: Path, volumes_ml: Mapping[str, Mapping[str, float]]) -> 
 
         content = json.dumps({scan: dict(labels) for scan, labels in volumes_ml.items()}, indent=2) + "\n"
     with replacing(path) as temporary:
-        temporary.write_text(content, encoding="utf-8")
+        # A file name of a scan need not be UTF-8.
+        temporary.write_text(content, encoding="utf-8", errors="backslashreplace")

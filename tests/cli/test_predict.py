@@ -19,33 +19,17 @@ import numpy as np
 import pytest
 
 from distilldsm.cli.main import main
-from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.data.plan import Plan
 from distilldsm.inference.loading import load_trained
 from distilldsm.io import read_scan
-from tests.data.volumes import affine, ellipsoid
+from tests.cli.predicting import files, predict, single_channel, write_scan
+from tests.data.volumes import affine
 from tests.export.fake import Exported, exported
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory) -> Exported:
     return exported(tmp_path_factory)
-
-
-def write_scan(folder: Path, names: tuple[str, ...], *, shape=(23, 31, 9), seed: int = 0) -> list[Path]:
-    """Two channels: LPS, oblique by a few degrees, anisotropic, not the size of any training case."""
-    rng = np.random.default_rng(seed)
-    turn = np.eye(4)
-    turn[:2, :2] = [[np.cos(0.1), -np.sin(0.1)], [np.sin(0.1), np.cos(0.1)]]
-    matrix = turn @ affine("LPS", (0.8, 0.9, 3.0))
-    bright = ellipsoid(shape, np.array(shape) / 2, np.array(shape) / 3)
-    paths = []
-    folder.mkdir(parents=True, exist_ok=True)
-    for channel, name in enumerate(names):
-        data = (100 + 60 * (1 + channel) * bright + rng.normal(0, 10, shape)).astype(np.float32)
-        paths.append(folder / name)
-        nib.save(nib.Nifti1Image(data, matrix), paths[-1])
-    return paths
 
 
 @pytest.fixture
@@ -55,40 +39,7 @@ def scan(tmp_path) -> list[Path]:
 
 @pytest.fixture(scope="module")
 def single(made, tmp_path_factory) -> Path:
-    """The exported model made one of a single channel: its first convolution sees the channel twice."""
-    import onnx
-    from onnx import helper
-
-    from distilldsm.export.openvino_export import export_openvino
-
-    root = tmp_path_factory.mktemp("single") / "model"
-    shutil.copytree(made.export, root)
-    model = onnx.load(root / "model.onnx")
-    for node in model.graph.node:
-        for k, name in enumerate(node.input):
-            if name == "image":
-                node.input[k] = "both"
-    model.graph.node.insert(0, helper.make_node("Concat", ["image", "image"], ["both"], axis=1))
-    model.graph.input[0].type.tensor_type.shape.dim[1].dim_value = 1
-    onnx.save_model(model, root / "model.onnx")
-    export_openvino(root / "model.onnx", root / "model.xml", fp16=False)
-    plan = read_json(root / "plan.json")
-    plan["channels"], plan["normalisation"] = plan["channels"][:1], plan["normalisation"][:1]
-    write_json(root / "plan.json", plan)
-    (root / "manifest.json").unlink()
-    metadata = read_json(root / "metadata.json")
-    metadata["channels"] = metadata["channels"][:1]
-    metadata["files"] = {name: sha256_file(root / name) for name in metadata["files"]}
-    write_json(root / "metadata.json", metadata)
-    return root
-
-
-def predict(model: Path, scans, out: Path, *options: str) -> int:
-    return main(["predict", str(model), *map(str, scans), "-o", str(out), *options])
-
-
-def files(folder: Path) -> set[str]:
-    return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    return single_channel(made.export, tmp_path_factory.mktemp("single") / "model")
 
 
 @pytest.mark.parametrize("engine", ["openvino", "onnx", "torch"])
@@ -346,7 +297,8 @@ def test_a_dicom_series_becomes_a_segmentation_or_nifti(single, tmp_path, capsys
     pytest.importorskip("highdicom", reason="needs the optional group 'dicom'")
     import highdicom as hd
 
-    from tests.io.test_dicom import oracle, write_series
+    from tests.io.dicom_series import write_series
+    from tests.io.test_dicom import oracle
 
     rng = np.random.default_rng(0)
     root = tmp_path / "patient"
@@ -378,7 +330,8 @@ def test_a_dicom_series_becomes_a_segmentation_or_nifti(single, tmp_path, capsys
 
 def test_dicom_series_as_channels_of_one_scan(made, tmp_path, capsys):
     pytest.importorskip("highdicom", reason="needs the optional group 'dicom'")
-    from tests.io.test_dicom import oracle, write_series
+    from tests.io.dicom_series import write_series
+    from tests.io.test_dicom import oracle
 
     rng = np.random.default_rng(0)
     series = [tmp_path / name for name in ("t1", "t2")]

@@ -112,7 +112,7 @@ def test_large_volumes_lose_voxels_and_it_says_so(files, tmp_path, capsys):
 def test_a_dicom_series_is_an_image_too(tmp_path):
     pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
     from distilldsm.io import read_scan
-    from tests.io.test_dicom import write_series
+    from tests.io.dicom_series import write_series
 
     series = tmp_path / "series"
     write_series(series, np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(np.int16))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import gzip
 import io
+import lzma
 import os
 import shutil
 import stat
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path, PurePosixPath
 
@@ -105,6 +107,47 @@ def test_bombs(tmp_path, monkeypatch, kind):
     else:
         archive = tar_of(tmp_path / "x", [(member("zeros"), zeros), (member("../x"), b"")], "w:gz")
     refused(archive, "bomb")  # and not the second member: it is refused as soon as it is seen
+
+
+def tar_header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
+    info = member(name, kind)
+    info.size = size
+    return info.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize("kind", [tarfile.REGTYPE, tarfile.DIRTYPE, tarfile.XHDTYPE, tarfile.XGLTYPE])
+def test_sizes_below_zero(tmp_path, kind):
+    content = tar_header("good", 512) + b"x" * 512 + tar_header("evil", -1024, kind) + bytes(4096)
+    (tmp_path / "x.tar").write_bytes(content)
+    refused(tmp_path / "x.tar", "negative size|not a readable archive")
+    pax = tar_of(tmp_path / "x.tar", [(member("evil"), b"x")], "w").read_bytes()
+    record = b"13 size=-512\n"
+    pax = tar_header("p", len(record), tarfile.XHDTYPE) + record.ljust(512, b"\0") + pax
+    (tmp_path / "x.tar").write_bytes(pax)
+    refused(tmp_path / "x.tar", "negative size|not a readable archive")
+
+
+@pytest.mark.parametrize("kind", ["one long name", "many long names", "attributes", "one name often", "folders"])
+@pytest.mark.parametrize("packed", [gzip.compress, lzma.compress])
+def test_headers_that_grow_while_they_are_read(tmp_path, kind, packed, monkeypatch):
+    monkeypatch.setattr(archive_module, "MAX_EXTENDED_BYTES", 1_000_000)
+    monkeypatch.setattr(archive_module, "MIN_MEMBERS", 1_000)
+    size = 4_000_000 if kind == "one long name" else 100_352
+    long = tar_header("p", size, tarfile.XHDTYPE if kind == "attributes" else tarfile.GNUTYPE_LONGNAME) + b"a" * size
+    content = {
+        "one long name": long + tar_header("a", 0),
+        "many long names": (long + tar_header("a", 0)) * 30,
+        "attributes": (long + tar_header("a", 0)) * 30,
+        "one name often": tar_header("a", 0) * 3_000,
+        "folders": tar_header("a", 0, tarfile.DIRTYPE) * 3_000,
+    }[kind]
+    (tmp_path / "x.tar").write_bytes(packed(content + bytes(10_240)))
+    tracemalloc.start()
+    try:
+        refused(tmp_path / "x.tar", "too large or too many")
+        assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def test_too_many_files(tmp_path, monkeypatch):

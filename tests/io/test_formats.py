@@ -46,7 +46,7 @@ def test_a_format_is_added_by_its_class_alone(tmp_path, monkeypatch):
     voxels = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
     np.savez(tmp_path / "a.npz", voxels=voxels, affine=affine("LPS", (1, 2, 3)))
     write(tmp_path / "b.nii.gz", voxels)
-    found, many = find_inputs([tmp_path], 1)
+    found, many, _ = find_inputs([tmp_path], 1)
     assert ([one.name for one in found], many) == (["a", "b"], True)
     scan = found[0].read(1)
     np.testing.assert_array_equal(scan.intensities()[0], voxels)

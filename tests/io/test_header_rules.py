@@ -38,7 +38,7 @@ CASE = INDEX.cases[0]
 
 
 def predict(root: Path) -> None:
-    (one,), _ = find_inputs([root / "scan.nii"], 1)
+    (one,), *_ = find_inputs([root / "scan.nii"], 1)
     one.read(1)
 
 

@@ -10,8 +10,10 @@ import numpy as np
 import pytest
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.io import read_scan
 from distilldsm.io.inputs import find_inputs, listed, refuse_input
 from distilldsm.io.output import replacing
+from tests.io.dicom_series import other_object, write_series
 from tests.io.test_nifti import write
 
 
@@ -25,7 +27,7 @@ def touch(folder: Path, *names: str) -> list[Path]:
 def found(arguments: list[Path], channels: int, *names: str) -> tuple[list[str], list[str]]:
     """Names of the scans, and the remarks."""
     remarks: list[str] = []
-    scans, _ = find_inputs(arguments, channels, names, remarks.append)
+    scans, *_ = find_inputs(arguments, channels, names, remarks.append)
     return [scan.name for scan in scans], remarks
 
 
@@ -55,8 +57,8 @@ def test_masks_beside_their_scans_are_left_out_of_folders(tmp_path, ending, caps
     touch(tmp_path, *(f"scans/p{k}.nii.gz" for k in range(5)), *masks)
     scans, (remark,) = found([tmp_path], 1)
     assert scans == [f"p{k}" for k in range(5)]
-    assert remark.startswith(f"{tmp_path}: left out")
-    assert remark.endswith(f"masks: p0_{ending}, p1_{ending}, p2_{ending} and 2 more")
+    shown = ", ".join(f"p{k}_{ending}.nii.gz" for k in range(3))
+    assert remark == f"{tmp_path}: left out (named like a mask): {shown} and 2 more"
     find_inputs([tmp_path], 1)
     assert capsys.readouterr().err == remark + "\n"
     # Of two channels likewise; a file that is given itself, or whose scan is not there, is a scan.
@@ -70,13 +72,13 @@ def test_masks_beside_their_scans_are_left_out_of_folders(tmp_path, ending, caps
 
 def test_a_missing_channel_is_told_with_the_names_of_all(tmp_path):
     path = write(tmp_path / "a.nii", np.zeros((4, 5, 6), np.int16))
-    (one,), _ = find_inputs([path], 2)
+    (one,), *_ = find_inputs([path], 2)
     with pytest.raises(DataError) as caught:
         one.read(2, names=("T1", "FLAIR"))
     told = str(caught.value)
     for words in ("seen: 1 (shape (4, 5, 6))", "rule: 2 channels (T1, FLAIR)", "hint: give one file per channel"):
         assert words in told
-    (one,), _ = find_inputs([path] * 3, 2)
+    (one,), *_ = find_inputs([path] * 3, 2)
     with pytest.raises(DataError, match=r"seen: 3: a\.nii, a\.nii, a\.nii\n  rule: 2 channels \(T1, FLAIR\)"):
         one.read(2, names=("T1", "FLAIR"))
 
@@ -84,7 +86,7 @@ def test_a_missing_channel_is_told_with_the_names_of_all(tmp_path):
 def test_files_named_after_the_channels_are_one_scan_in_the_models_order(tmp_path):
     names = ("T1", "FLAIR")
     touch(tmp_path, "b_flair.nii.gz", "b_t1.nii.gz", "b_seg.nii.gz", "a_t1.nii.gz", "a_flair.nii.gz")
-    scans, many = find_inputs([tmp_path], 2, names)
+    scans, many, _ = find_inputs([tmp_path], 2, names)
     assert many
     assert [(one.name, [path.name for path in one.paths]) for one in scans] == [
         (case, [f"{case}_t1.nii.gz", f"{case}_flair.nii.gz"]) for case in "ab"
@@ -107,6 +109,95 @@ def test_series_are_channels_where_their_number_is_that_of_the_model(tmp_path):
     assert [one.paths for one in find_inputs(folders, 3)[0]] == [tuple(folders)]
     assert found(folders, 2)[0] == found([tmp_path], 3)[0] == ["a", "b", "c"]
     assert found(folders[:1], 1)[0] == ["c"]
+
+
+def test_every_scan_of_a_folder_is_read_or_named(tmp_path):
+    """What cannot be read stays among the scans: reading it is the error."""
+    write(tmp_path / "a.nii.gz", np.zeros((4, 5, 6), np.int16))
+    touch(tmp_path, "B.NII.GZ", "d.nrrd", "e.MHA", "f.nii.bz2", "notes.txt", ".hidden.nii", "masks/a.nii.gz")
+    (tmp_path / "c.nii.gz").symlink_to("gone")
+    (tmp_path / "series").symlink_to("not mounted")
+    for folder in ("dicom", "sub/deep", ".hidden"):
+        (tmp_path / folder).mkdir(parents=True)
+        (tmp_path / folder / "1").write_bytes(bytes(128) + b"DICM")
+    (tmp_path / "linked").symlink_to("sub")
+    (tmp_path / "empty").mkdir()
+    touch(tmp_path, "empty/1.dcm")
+    scans, many, skipped = find_inputs([tmp_path], 1, tell=lambda remark: None)
+    assert many
+    assert [one.name for one in scans] == ["B", "a", "c", "dicom", "empty", "linked_deep", "series"]
+    assert {one.path.name: one.reason for one in skipped} == {
+        **dict.fromkeys(("d.nrrd", "e.MHA", "f.nii.bz2"), "another format"),
+        "a.nii.gz": "in a folder beside scans",
+    }
+    assert scans[1].read(1).shape == (4, 5, 6)
+    for one in scans[:1] + scans[2:]:
+        with pytest.raises(DataError) as caught:
+            one.read(1)
+        assert caught.value.where.startswith(str(one.paths[0]))
+    _, remarks = found([tmp_path], 1)
+    assert remarks == [
+        f"{tmp_path}: left out (another format): d.nrrd, e.MHA, f.nii.bz2",
+        f"{tmp_path}: left out (in a folder beside scans): a.nii.gz",
+    ]
+    # Without scans of its own, a folder stands for all scans below it, as BIDS lays them out.
+    touch(tmp_path / "bids", "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.json", "sub-02/x_T1w.nii")
+    assert found([tmp_path / "bids"], 1) == (["sub-01_T1w", "x_T1w"], [])
+    touch(tmp_path / "foreign", "a.nrrd")
+    with pytest.raises(DataError, match=r"holds no scan(.|\n)*a\.nrrd \(another format\)"):
+        found([tmp_path / "foreign"], 1)
+
+
+def test_series_of_a_study_without_slices_are_left_out(tmp_path):
+    pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
+    voxels = np.zeros((3, 5, 7), np.int16)
+    paths = write_series(tmp_path / "t1", voxels)
+    write_series(tmp_path / "plan", voxels[:2], ImageType=["ORIGINAL", "PRIMARY", "LOCALIZER"])
+    write_series(tmp_path / "mosaic", voxels[:1], ImageType=["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"])
+    (tmp_path / "report").mkdir()
+    other_object(tmp_path / "report" / "1", paths[0], "1.2.840.10008.5.1.4.1.1.88.11")
+    scans, _, skipped = find_inputs([tmp_path], 1, tell=lambda remark: None)
+    assert [one.name for one in scans] == ["mosaic", "t1"]
+    assert {one.path.name: one.reason.split(" (")[0] for one in skipped} == {
+        "plan": "localizer",
+        "report": "object without an image",
+    }
+    assert scans[1].read(1).shape == (7, 5, 3)
+    with pytest.raises(DataError, match="is a mosaic"):
+        scans[0].read(1)
+    # A series that is named itself is read, whatever it is.
+    assert found([tmp_path / "plan"], 1) == (["plan"], [])
+
+
+@pytest.mark.parametrize(
+    ("channels", "files", "refused"),
+    [
+        (("T1", "FLAIR"), ("p_t1", "p_flair"), False),
+        (("T1", "FLAIR"), ("p_FLAIR", "p_t1"), True),
+        (("T1", "FLAIR"), ("flair", "T1"), True),
+        (("T1", "FLAIR"), ("p_t1", "p_t2"), True),
+        (("T1w", "T1gd"), ("p_t1", "p_t1ce"), False),
+        (("T1w", "T1gd"), ("p-t1ce", "p-t1"), True),
+        (("T2", "T2 FLAIR"), ("p_t2", "p_t2_flair"), False),
+        (("T2", "T2 FLAIR"), ("p_t2_flair", "p_t2"), True),
+        (("left", "right"), ("p_right", "p_left"), True),
+        (("left", "right"), ("p_t1", "p_t2"), False),
+        (("T1", "FLAIR"), ("p_start1", "p_aflair"), False),
+        (("FLAIR",), ("p_t1",), True),
+        (("MRI",), ("p_t1",), False),
+        (("CT",), ("direct",), False),
+    ],
+)
+def test_files_named_like_another_channel_are_refused(tmp_path, channels, files, refused):
+    paths = [write(tmp_path / f"{name}.nii.gz", np.zeros((4, 5, 6), np.int16)) for name in files]
+    if refused:
+        with pytest.raises(ConfigError, match=r"names|named like") as caught:
+            read_scan(paths, len(channels), names=channels)
+        assert f"rule: the model's channels: {', '.join(channels)}" in str(caught.value)
+        if sorted(files) == ["p_FLAIR", "p_t1"]:
+            assert caught.value.hint == f"give {paths[1]} {paths[0]}"
+    else:
+        assert len(read_scan(paths, len(channels), names=channels).channels) == len(channels)
 
 
 def test_no_input_is_overwritten(tmp_path):
