@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import re
 from functools import cache
 from typing import Any
 
 from distilldsm.core.errors import ConfigError
+
+MAX_YAML_BYTES = 10_000_000
+"""Largest YAML document, with its aliases replaced by what they stand for."""
 
 
 def add_parameters(parser: argparse.ArgumentParser) -> None:
@@ -25,20 +29,48 @@ def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) 
         loader: a loader class of PyYAML; the safe one by default.
 
     Raises:
-        ConfigError: a mapping holds a key twice. PyYAML would silently use the last one; DVC refuses such a file.
+        ConfigError: a mapping holds a key twice. PyYAML would silently use the last one; DVC refuses such a file. Or
+            the document is larger than MAX_YAML_BYTES, as text or with its aliases replaced by what they stand for.
         yaml.YAMLError, ValueError, RecursionError: raised by PyYAML.
     """
     import yaml
 
+    _refuse_large(len(text), where)
     reader = (loader or yaml.SafeLoader)(text)
     try:
         node = reader.get_single_node()
         if node is None:
             return None
+        _refuse_large(_expanded_bytes(node, {}), where)
         _refuse_duplicate_keys(node, where)
         return reader.construct_document(node)
     finally:
         reader.dispose()
+
+
+def _refuse_large(size: float, where: str | os.PathLike[str]) -> None:
+    if size > MAX_YAML_BYTES:
+        raise ConfigError(
+            "is too large, or its aliases stand for too much",
+            where=where,
+            seen=f"{size:.3g} bytes",
+            rule=f"at most {MAX_YAML_BYTES:,} bytes, with every alias replaced by what it stands for",
+        )
+
+
+def _expanded_bytes(node: Any, known: dict[int, float]) -> float:
+    """The size of a node with its aliases replaced, bytes; infinite if a node holds itself.
+
+    Args:
+        known: sizes by the id of the node. Each node is visited once, so the time does not grow with the expansion.
+    """
+    if isinstance(node.value, str):
+        return len(node.value) + 1.0
+    if id(node) not in known:
+        known[id(node)] = math.inf  # until it is known: a node that is met again meanwhile holds itself
+        inner = (one for pair in node.value for one in (pair if isinstance(pair, tuple) else (pair,)))
+        known[id(node)] = 1.0 + sum(_expanded_bytes(one, known) for one in inner)
+    return known[id(node)]
 
 
 def _refuse_duplicate_keys(root: Any, where: str | os.PathLike[str]) -> None:

@@ -73,6 +73,24 @@ def handled(handlers: Mapping[signal.Signals, Any]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def time_limit(seconds: float, error: UserError) -> Iterator[None]:
+    """Raise `error` if the block takes longer. Without limit outside the main thread, and on Windows."""
+
+    def too_slow(number: int, frame: object) -> None:
+        raise error
+
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    with handled({signal.SIGALRM: too_slow}):
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
+
 def end_processes(processes: Sequence[subprocess.Popen], *, grace_s: float, patience_s: float = 0.0) -> None:
     """Interrupt processes that have not ended within `patience_s`, and kill those that then take longer than `grace_s`.
 

@@ -13,7 +13,7 @@ from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.data import descriptions
 from distilldsm.data.archive import find_root, wrapped
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
-from distilldsm.data.patterns import Files, find_cases, some
+from distilldsm.data.patterns import Files, find_cases, limited, some
 from distilldsm.data.targets import Region, regions_from_labels
 
 _BRATS_CHANNELS = ("flair", "t1", "t1ce", "t2")
@@ -329,7 +329,8 @@ def _name(source: str) -> str:
 def _patient(case: str, pattern: str | None) -> str:
     if pattern is None:
         return case
-    match = re.search(pattern, case)
+    with limited(pattern, case):
+        match = re.search(pattern, case)
     if not match or not match[1]:
         raise DataError(
             "the patient cannot be told from a case id",

@@ -7,14 +7,18 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from distilldsm.config import PatternConfig
 from distilldsm.core.errors import DataError
+from distilldsm.core.shell import time_limit
 from distilldsm.data.archive import is_litter, wrapped
 
 _SHOWN = 10
+SECONDS_PER_NAME = 1.0
+"""Time for one pattern on one name. Some patterns take hours on a name that they do not match."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,18 @@ def _walk(root: Path) -> Iterator[str]:
                 yield relative.as_posix()
 
 
+def limited(pattern: str, name: str) -> AbstractContextManager[None]:
+    """A context that refuses a pattern that takes longer than SECONDS_PER_NAME on a name."""
+    error = DataError(
+        "a pattern takes too long",
+        where=name,
+        seen=pattern,
+        rule=f"at most {SECONDS_PER_NAME:g} s for a name",
+        hint="use a simpler pattern, with fewer * or nested repetitions",
+    )
+    return time_limit(SECONDS_PER_NAME, error)
+
+
 def matches(pattern: str, files: Sequence[str]) -> dict[str, list[str]]:
     """Case id to the files that match a pattern with `{case}`, `*`, `?` (within a name) and `**/` (any folders)."""
     parts = re.split(r"(\{case\}|\*\*/|\*|\?)", pattern.removeprefix("./"))
@@ -109,6 +125,8 @@ def matches(pattern: str, files: Sequence[str]) -> dict[str, list[str]]:
     matcher = re.compile(text)
     found = defaultdict(list)
     for file in files:
-        if match := matcher.fullmatch(file):
+        with limited(pattern, file):
+            match = matcher.fullmatch(file)
+        if match:
             found[match["case"]].append(file)
     return dict(found)

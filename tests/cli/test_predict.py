@@ -334,20 +334,20 @@ def test_dicom_series_as_channels_of_one_scan(made, tmp_path, capsys):
     from tests.io.test_dicom import oracle
 
     rng = np.random.default_rng(0)
-    series = [tmp_path / name for name in ("t1", "t2")]
+    series = [tmp_path / name for name in ("first", "second")]
     for folder in series:
         write_series(folder, rng.normal(100, 40, (12, 20, 18)).astype(np.int16), step=1.5)
     assert predict(made.export, series, tmp_path / "mask.nii") == 0
     for folder in series:
         nib.save(nib.Nifti1Image(*oracle(folder)), tmp_path / f"{folder.name}.nii")
-    assert predict(made.export, [tmp_path / "t1.nii", tmp_path / "t2.nii"], tmp_path / "same.nii") == 0
+    assert predict(made.export, [tmp_path / "first.nii", tmp_path / "second.nii"], tmp_path / "same.nii") == 0
     found, expected = (np.asarray(nib.load(tmp_path / n).dataobj) for n in ("mask.nii", "same.nii"))
     np.testing.assert_array_equal(found, expected)
     assert predict(made.export, series[:1], tmp_path / "one.dcm") == 1
     assert "has the wrong number of channels" in capsys.readouterr().err
     write_series(tmp_path / "other", rng.normal(100, 40, (12, 20, 18)).astype(np.int16), step=2.5)
     assert predict(made.export, [series[0], tmp_path / "other"], tmp_path / "one.dcm") == 1
-    assert "does not lie on the grid of t1" in capsys.readouterr().err
+    assert "does not lie on the grid of first" in capsys.readouterr().err
 
 
 def test_nothing_heavy_is_imported(made, scan, tmp_path):

@@ -134,6 +134,23 @@ def test_what_only_looks_like_a_key_twice_is_read(tmp_path):
     assert load_yaml(path)["c"] == [{"k": 2, "l": 1}] * 2
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a0: &a0 " + "x" * 100 + "".join(f"\na{k}: &a{k} [{f'*a{k - 1}, ' * 9}]" for k in range(1, 30)),
+        "a0: &a0 {k: v}" + "".join(f"\na{k}: &a{k} {{<<: [{f'*a{k - 1}, ' * 9}]}}" for k in range(1, 30)),
+        "a: &a [*a]",
+        "a: " + "x" * 10_000_001,
+    ],
+    ids=["lists", "merges", "a list of itself", "text"],
+)
+def test_yaml_that_stands_for_too_much_is_refused(tmp_path, text):
+    path = tmp_path / "bomb.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="is too large, or its aliases stand for too much"):
+        load_yaml(path)
+
+
 def test_missing_files_say_what_to_do(tmp_path):
     with pytest.raises(ConfigError, match=r"none\.yaml: cannot be read\n(.|\n)*hint: .*distilldsm compose.*--params"):
         load_params(tmp_path / "none.yaml")
