@@ -39,7 +39,7 @@ def answering(answer: Answer) -> Iterator[str]:
                 self.wfile.write(content)
             self.close_connection = True
 
-        do_POST = do_PUT = do_DELETE = do_GET  # noqa: N815
+        do_POST = do_PUT = do_PATCH = do_DELETE = do_GET  # noqa: N815
 
         def log_message(self, *_: Any) -> None:
             pass

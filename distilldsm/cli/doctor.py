@@ -57,6 +57,20 @@ def check_kubeflow(limit_s: float) -> list[Finding]:
     return [Finding(name=name, status="ok", seen=f"{server.host}: healthy, requested with {server.credentials}")]
 
 
+def check_cluster(limit_s: float) -> list[Finding]:
+    """Check what the cluster must have for conf/cluster.yaml, where Kubernetes can be asked."""
+    from distilldsm.pipeline.cluster import load_cluster
+    from distilldsm.pipeline.cluster_setup import has_configuration, missing_in_cluster
+
+    name, file = "cluster", Path("conf/cluster.yaml")
+    if not (file.is_file() and has_configuration() and services.is_installed("kubernetes")):
+        return [Finding(name=name, status="skip", seen=f"no kubeconfig, no package kubernetes, or no {file}")]
+    namespace = os.environ.get("KF_PIPELINES_NAMESPACE") or "kubeflow"
+    missing = missing_in_cluster(load_cluster(file), namespace)
+    found = [Finding(name=name, status="warn", seen=seen, hint=hint) for seen, hint in missing]
+    return found or [Finding(name=name, status="ok", seen=f"has what {file} needs, in namespace {namespace}")]
+
+
 CHECKS = (
     Check(name="python", about="Python's version", run=machine.check_python),
     Check(name="packages", about="installed packages of each optional group", run=machine.check_packages, loads=True),
@@ -72,6 +86,7 @@ CHECKS = (
     Check(name="mlflow", about="the store of the runs", run=services.check_mlflow, loads=True),
     Check(name="outputs", about="outputs that MLflow does not hold", run=services.check_outputs, loads=True),
     Check(name="kubeflow", about="Kubeflow Pipelines", run=check_kubeflow),
+    Check(name="cluster", about="what conf/cluster.yaml needs of Kubernetes", run=check_cluster),
 )
 
 

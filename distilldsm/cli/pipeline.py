@@ -41,7 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     storage = commands.add_parser("storage", parents=[common], help="show the bucket of KFP, DVC and MLflow")
     storage.add_argument("--apply", action="store_true", help="make the bucket DVC's default remote")
+    storage.add_argument("--namespace", help="with --apply: also configure KFP there, with your kubeconfig")
+    storage.add_argument("--s3-secret", default="s3", help="Kubernetes secret with the keys (default: %(default)s)")
     storage.set_defaults(run=storage_command)
+
+    images = commands.add_parser("images", parents=[common], help="list the images of the pods")
+    images.set_defaults(run=images_command)
 
     serving = commands.add_parser("serving", help="write a KServe InferenceService for an exported model")
     serving.add_argument("model_dir", metavar="MODEL_DIR")
@@ -85,21 +90,39 @@ def run_command(args: argparse.Namespace) -> None:
 
 
 def storage_command(args: argparse.Namespace) -> None:
-    """Show the addresses in the bucket; with `--apply` set DVC's remote."""
+    """Show the addresses in the bucket and KFP's settings for it; `--apply` sets DVC's remote and these settings."""
+    import yaml
+
+    from distilldsm.pipeline.cluster_setup import apply_launcher_config, launcher_config
     from distilldsm.pipeline.dvc_file import run_dvc
 
-    storage = cluster_of(args).storage
+    cluster = cluster_of(args)
+    storage = cluster.storage
     if storage.bucket is None:
         raise ConfigError("'storage.bucket' is not set", where=args.cluster, rule="e.g. s3://team/distilldsm")
     for service in ("kfp", "dvc", "mlflow"):
         print(f"{service:8}{storage.address(service)}")  # type: ignore[arg-type]
     print("MLflow's server: mlflow server --artifacts-destination", storage.address("mlflow"))
+    manifest = launcher_config(cluster, args.s3_secret)
+    if manifest is not None:
+        print("KFP's pods need, in their namespace (kubectl apply -f, or --apply --namespace NAMESPACE):\n---")
+        print(yaml.safe_dump(manifest, sort_keys=False, width=1000), end="")
     if args.apply:
         run_dvc("remote", "add", "--force", "--default", "storage", str(storage.address("dvc")))
         for key, value in (("endpointurl", storage.endpoint_url), ("region", storage.region)):
             if value:
                 run_dvc("remote", "modify", "storage", key, value)
         print("DVC's default remote is now 'storage'; credentials: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY")
+        if args.namespace and manifest is not None:
+            done = apply_launcher_config(manifest, args.namespace)
+            print(f"ConfigMap {manifest['metadata']['name']} in namespace {args.namespace}: {done}")
+
+
+def images_command(args: argparse.Namespace) -> None:
+    """Print the images of the pods, one a line: what a registry without internet must hold."""
+    images = images_of(args)
+    for image in dict.fromkeys((images.data, images.train, images.export)):
+        print(image)
 
 
 def serving_command(args: argparse.Namespace) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+import uuid
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +15,7 @@ from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import sha256_file
 from distilldsm.core.interruption import explains_interrupt
 from distilldsm.core.mapping import to_mapping
+from distilldsm.core.provenance import SCHEDULE_VARIABLE
 from distilldsm.core.version import __version__
 from distilldsm.pipeline.cluster import STEPS, Cluster, load_cluster
 from distilldsm.pipeline.definition import Images, arguments
@@ -85,6 +88,9 @@ def submit_command(args: argparse.Namespace) -> None:
     params, cluster, images = load_params(args.params, args.set), cluster_of(args), images_of(args)
     if args.cron is not None and len(args.cron.split()) != 6:
         raise ConfigError("is not a schedule", where="--cron", seen=args.cron, rule="six fields, seconds first")
+    schedule = uuid.uuid4().hex[:12] if args.cron is not None else None
+    if schedule:
+        cluster = _with_variable(cluster, SCHEDULE_VARIABLE, schedule)
     trainjob = _trainjob(args.trainjob, cluster) if args.trainjob else {}
     server = _server(args)
     with tempfile.TemporaryDirectory() as folder:
@@ -108,7 +114,8 @@ def submit_command(args: argparse.Namespace) -> None:
             mlflow_experiment=params.tracking.experiment if params.tracking.enabled else None,
             cron=args.cron,
         )
-    mlflow_url = _mlflow_url(cluster, params.tracking.experiment, started.run_id)
+    condition = f"tags.kfp_schedule = '{schedule}'" if schedule else f"tags.kfp_run_id = '{started.run_id}'"
+    mlflow_url = _mlflow_url(cluster, params.tracking.experiment, condition)
     if args.json and not args.wait:
         print(json.dumps({**to_mapping(started), "version": version, "mlflow_url": mlflow_url}, indent=2))
     elif not args.json:
@@ -138,7 +145,13 @@ def _trainjob(path: str, cluster: Cluster) -> dict[str, Any]:
     return values
 
 
-def _mlflow_url(cluster: Cluster, experiment: str, run_id: str) -> str | None:
+def _with_variable(cluster: Cluster, name: str, value: str) -> Cluster:
+    """The cluster file with an environment variable for every pod."""
+    profiles = {key: replace(one, env={**one.env, name: value}) for key, one in cluster.profiles.items()}
+    return replace(cluster, profiles=profiles)
+
+
+def _mlflow_url(cluster: Cluster, experiment: str, condition: str) -> str | None:
     """The page on which MLflow will show this pipeline run: a search, because the MLflow runs do not exist yet."""
     import os
     from urllib.parse import quote
@@ -154,9 +167,8 @@ def _mlflow_url(cluster: Cluster, experiment: str, run_id: str) -> str | None:
         known = MlflowClient(tracking_uri=uri).get_experiment_by_name(experiment)
     except Exception:  # the address is only a convenience; MLflow may not be reachable from here
         known = None
-    condition = quote(f"tags.kfp_run_id = '{run_id}'")
     page = f"experiments/{known.experiment_id}/runs" if known else "experiments"
-    return f"{uri.rstrip('/')}/#/{page}?searchFilter={condition}"
+    return f"{uri.rstrip('/')}/#/{page}?searchFilter={quote(condition)}"
 
 
 def _server(args: argparse.Namespace) -> Server:
@@ -209,6 +221,7 @@ def _follow(server: Server, run_id: str, *, as_json: bool) -> None:
 
 def _show(found: Status, *, as_json: bool) -> None:
     from distilldsm.pipeline.client import as_json as json_of
+    from distilldsm.pipeline.delivery import advice
     from distilldsm.pipeline.run_tree import clock, lines_of
 
     if as_json:
@@ -219,4 +232,5 @@ def _show(found: Status, *, as_json: bool) -> None:
         print(f"{found.plugin_url} (KFP's MLflow plugin)")
     if found.error:
         print(f"  {found.error}")
-    print("\n".join(lines_of(found.steps, f"distilldsm pipeline logs {found.run_id} STEP")))
+    lines = [*lines_of(found.steps, f"distilldsm pipeline logs {found.run_id} STEP"), *advice(found.not_in_mlflow)]
+    print("\n".join(lines))

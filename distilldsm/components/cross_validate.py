@@ -59,7 +59,7 @@ def run(
         report.draw(folds, work / "dice.png")
         (work / "report.html").write_text(report.render(folds, summary, work / "dice.png"), encoding="utf-8")
         _describe(tracking if len(folds) > 1 else None, folds, summary, work)
-    send(outputs["cross_validation"], *_places(folds))
+    send(outputs["cross_validation"], *(p for f in folds for p in (f.model_directory, f.evaluation_directory)))
     print(table.format_table(summary, "cross-validation"))
 
 

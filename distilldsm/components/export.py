@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.core.files import read_json, write_json
+from distilldsm.core.files import read_json, sha256_json, write_json
+from distilldsm.core.hashes import MANIFEST, files_of
 from distilldsm.core.output_directory import output_directory
 from distilldsm.core.stage import Input, Output, Stage
 
@@ -28,7 +29,8 @@ def run(
 
     Args:
         inputs: `model` (from train), `preprocessed` (its held-out volumes are used for the comparison), and optionally
-            `evaluation` (its scores per case are stored with the model, see distilldsm/export/scores.py).
+            `evaluation` (its scores per case are stored with the model, see distilldsm/export/scores.py) and
+            `cross_validation` (its folds become champion together).
         outputs: `export`: the model directory, see distilldsm/models/package.py.
         fold: the fold that was held out.
         tracking: adds the model to the training's MLflow run. None: no tracking.
@@ -57,7 +59,8 @@ def run(
             postprocessing=postprocessing,
         )
         write_json(work / SCORES, scores)
-        _describe(config, built, scores, inputs["model"], work, tracking)
+        facts = {"fold": fold, **_cross_validation(inputs, fold)}
+        _describe(config, built, scores, facts, inputs["model"], work, tracking)
     for name, row in built.summary.items():
         print(
             f"{name}: {100 * row['voxel_difference']:.4f} % of the voxels differ from the network, logits by up to "
@@ -68,15 +71,36 @@ def run(
     send(outputs["export"], *(inputs[name] for name in ("model", "evaluation") if name in inputs))
 
 
+def _cross_validation(inputs: Mapping[str, Path], fold: int) -> dict[str, Any]:
+    """Id and folds of the cross-validation that this fold's evaluation is part of; empty if there is none."""
+    path = inputs["cross_validation"] / MANIFEST if "cross_validation" in inputs else None
+    if path is None or not path.is_file() or "evaluation" not in inputs:
+        return {}
+    used = read_json(path)["inputs"]
+    # The evaluation's manifest, not its files: on Kubeflow only those files are here that the export reads.
+    evaluated = inputs["evaluation"] / MANIFEST
+    if not evaluated.is_file() or used.get(f"evaluation{fold}") != sha256_json(files_of(inputs["evaluation"])):
+        print("the cross-validation is of another evaluation: this model is registered for itself")
+        return {}
+    folds = sorted(int(name.removeprefix("evaluation")) for name in used if name.startswith("evaluation"))
+    return {"cross_validation": sha256_json(used)[:32], "folds": folds} if len(folds) > 1 else {}
+
+
 def _describe(
-    config: ExportConfig, built: Built, scores: Scores, trained: Path, work: Path, tracking: TrackingConfig | None
+    config: ExportConfig,
+    built: Built,
+    scores: Scores,
+    place: Mapping[str, Any],
+    trained: Path,
+    work: Path,
+    tracking: TrackingConfig | None,
 ) -> None:
     """Write the tracking record: it adds the model to its training's run."""
     from distilldsm.export.gate import Gate
     from distilldsm.tracking import describe
 
     facts = {
-        "fold": scores.fold,
+        **place,
         "data_hash": scores.data_hash,
         "split_hash": scores.split_hash,
         "scores": scores.source,
@@ -120,6 +144,12 @@ STAGE = Stage(
                 "postprocessing": "postprocessing.json",
                 "summary": "summary.json",
             },
+            optional=True,
+        ),
+        Input(
+            name="cross_validation",
+            path="cross_validation",
+            files={"cross_validation": "manifest.json"},
             optional=True,
         ),
     ),

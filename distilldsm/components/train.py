@@ -88,7 +88,7 @@ def _train_as_main(
     from distilldsm.core.cost import TrainingCost, machine
     from distilldsm.core.mapping import to_mapping
     from distilldsm.data.dataset import DatasetIndex
-    from distilldsm.tracking import followed
+    from distilldsm.tracking import followed, key_in_pipeline
     from distilldsm.training.loop import BEST, HISTORY, Trainer
 
     preprocessed = inputs["preprocessed"]
@@ -115,6 +115,7 @@ def _train_as_main(
         tracking,
         work,
         name=tracking.run_name or f"{config.model.name}-fold{fold}",
+        run_key=key_in_pipeline("train", fold),
         tags={"fold": fold},
         params={
             "train": to_mapping(trainer.config),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from distilldsm.core.mapping import NotNegative
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackingConfig:
@@ -15,3 +17,5 @@ class TrackingConfig:
     """MLflow experiment for all runs."""
     run_name: str | None = None
     """Name of the run. null: the model and the fold."""
+    wait_minutes: NotNegative = 10.0
+    """Minutes that a step on Kubeflow waits at its end for a server that is away. (Its disk goes with its pod.)"""

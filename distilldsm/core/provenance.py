@@ -9,9 +9,12 @@ from pathlib import Path
 
 from distilldsm.core.files import sha256_file
 
+SCHEDULE_VARIABLE = "DISTILLDSM_SCHEDULE"
+"""Environment variable of a recurring run's pods: an id that all its runs share."""
+
 
 def provenance() -> dict[str, str]:
-    """`git_commit`, `git_dirty`, `dvc_lock_sha256` and `kfp_run_id`; unknown ones are left out."""
+    """`git_commit`, `git_dirty`, `dvc_lock_sha256`, `kfp_run_id` and `kfp_schedule`; unknown ones are left out."""
     facts = {}
     commit = _git("rev-parse", "HEAD") or os.environ.get("GIT_COMMIT")
     if commit:
@@ -22,8 +25,9 @@ def provenance() -> dict[str, str]:
     if Path("dvc.lock").is_file():
         with contextlib.suppress(OSError):
             facts["dvc_lock_sha256"] = sha256_file("dvc.lock")
-    if os.environ.get("KFP_RUN_ID"):
-        facts["kfp_run_id"] = os.environ["KFP_RUN_ID"]
+    for name, variable in (("kfp_run_id", "KFP_RUN_ID"), ("kfp_schedule", SCHEDULE_VARIABLE)):
+        if os.environ.get(variable):
+            facts[name] = os.environ[variable]
     return facts
 
 

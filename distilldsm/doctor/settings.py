@@ -23,6 +23,7 @@ VARIABLES: Mapping[str, str] = {
     "DISTILLDSM_PROFILE": "profile of conf/cluster.yaml, set by the Kubeflow pipeline",
     "DISTILLDSM_RESUME": "command that continues after an interruption; set by commands that start stages",
     "DISTILLDSM_SCANS": "folder that a model server reads and writes",
+    "DISTILLDSM_SCHEDULE": "recurring run of Kubeflow, set by `pipeline submit --cron`",
     "DISTILLDSM_TEST_CACHE": "where the tests keep base images",
     "DISTILLDSM_VERSION": "version of the images in docker/compose.yaml",
     "DISTILLDSM_WORK_DIR": "volume for unfinished work, set by the Kubeflow pipeline",

@@ -24,7 +24,7 @@ from distilldsm.export.scores import Scores
 Outcome = Literal["first", "better", "not_better", "not_significant", "not_comparable", "not_good_enough"]
 MIN_CASES = 5
 """Scored cases that a champion and an INT8 model need. The mean of fewer cases says too little."""
-_BY_HAND = "or set the alias champion by hand"
+BY_HAND = "or set the alias champion by hand"
 _DECIMALS = 9  # a rounding error must not lift a difference that equals the margin above it
 
 
@@ -134,21 +134,21 @@ def decide(challenger: Scores | None, champion: Scores | None, gate: Gate, *, ve
 def why_not_good_enough(scores: Scores, gate: Gate) -> str | None:
     """Why a model cannot be champion, whatever the champion is; None if it can."""
     if not scores.cases:
-        return f"{scores.note}; evaluate this fold, then export again, {_BY_HAND}"
+        return f"{scores.note}; evaluate this fold, then export again, {BY_HAND}"
     if len(scores.cases) < gate.min_cases:
-        return f"scored on {len(scores.cases)} cases, a champion needs {gate.min_cases}; use fewer folds, {_BY_HAND}"
+        return f"scored on {len(scores.cases)} cases, a champion needs {gate.min_cases}; use fewer folds, {BY_HAND}"
     dice = float(np.mean(list(scores.per_case("dice").values())))
     if dice < gate.min_dice:
-        return f"its mean Dice {dice:.4f} is below {gate.min_dice:g} (export.min_dice); train longer, {_BY_HAND}"
+        return f"its mean Dice {dice:.4f} is below {gate.min_dice:g} (export.min_dice); train longer, {BY_HAND}"
     return None
 
 
 def why_not_comparable(challenger: Scores, champion: Scores | None, metric: str, version: str) -> str | None:
     """Why two models cannot be compared and how to fix it; None if they can be compared."""
     if champion is None or not champion.cases:
-        again = f"evaluate and export that model again, {_BY_HAND}"
+        again = f"evaluate and export that model again, {BY_HAND}"
         return f"not comparable: version {version} has no scores per case; {again}"
-    again = f"train, evaluate and export both on the same data and fold, {_BY_HAND}"
+    again = f"train, evaluate and export both on the same data and fold, {BY_HAND}"
     for key, name in (("fold", "fold"), ("data_hash", "data"), ("labels", "labels")):
         ours, theirs = getattr(challenger, key), getattr(champion, key)
         if ours != theirs:
@@ -164,12 +164,12 @@ def why_not_comparable(challenger: Scores, champion: Scores | None, metric: str,
         seen = "with mirroring, this one without" if champion.mirror else "without mirroring, this one with it"
         return (
             f"not comparable: version {version} was scored {seen}; "
-            f"evaluate both with the same evaluate.mirror, {_BY_HAND}"
+            f"evaluate both with the same evaluate.mirror, {BY_HAND}"
         )
     if metric == "nsd" and challenger.nsd_tolerance_mm != champion.nsd_tolerance_mm:
         return (
             f"not comparable: the NSD of version {version} has a tolerance of {champion.nsd_tolerance_mm} mm, this one "
-            f"of {challenger.nsd_tolerance_mm} mm; evaluate both with the same evaluate.nsd_tolerance_mm, {_BY_HAND}"
+            f"of {challenger.nsd_tolerance_mm} mm; evaluate both with the same evaluate.nsd_tolerance_mm, {BY_HAND}"
         )
     return None
 
@@ -193,6 +193,8 @@ def gate_from(values: Mapping[str, Any] | None) -> Gate:
 
 
 def _short(value: object) -> str:
+    if value is None:
+        return "all folds"
     if isinstance(value, tuple):
         return ", ".join(value)
     return str(value)[:12]

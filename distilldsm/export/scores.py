@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,8 @@ class Scores:
     """`evaluation`: whole cases in the scan's own geometry; `validation`: only the means measured during training."""
     note: str = ""
     """Why there is no evaluation."""
-    fold: int
+    fold: int | None
+    """None: several folds of a cross-validation together."""
     checkpoint: str
     data_hash: str
     """Hash of the data set's directory, see `distilldsm.core.hashes.content_hash`."""
@@ -64,6 +65,23 @@ def load_scores(path: Path) -> Scores | None:
         return from_mapping(Scores, read_json(path), where=str(path))
     except UserError:
         return None
+
+
+def together(parts: Sequence[Scores]) -> Scores | None:
+    """The scores of several folds of one cross-validation; None if they do not belong together.
+
+    Each case is held out in one fold, so every case counts once.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    same = {
+        (one.data_hash, one.split_hash, one.labels, one.mirror, one.nsd_tolerance_mm, one.checkpoint) for one in parts
+    }
+    cases = {case: rows for one in parts for case, rows in one.cases.items()}
+    if len(same) != 1 or not all(one.cases for one in parts) or len(cases) < sum(len(one.cases) for one in parts):
+        return None
+    patients = {case: patient for one in parts for case, patient in one.patients.items()}
+    return replace(parts[0], fold=None, cases=cases, patients=patients, mean={})
 
 
 def collect_scores(

@@ -12,7 +12,7 @@ from typing import Any
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.mapping import to_mapping
 from distilldsm.pipeline.definition import NAME
-from distilldsm.pipeline.failure import log_of, run_error, with_reasons
+from distilldsm.pipeline.failure import log_of, not_in_mlflow, run_error, with_reasons
 from distilldsm.pipeline.run_tree import RunTree, Step
 from distilldsm.pipeline.server import RefusedError, Server, ServerAwayError
 
@@ -45,6 +45,8 @@ class Status:
     url: str
     plugin_url: str | None
     steps: tuple[Step, ...]
+    not_in_mlflow: Mapping[str, str]
+    """Address in the bucket to reason of what MLflow lacks; empty while the run goes on."""
 
     @property
     def is_over(self) -> bool:
@@ -184,6 +186,7 @@ def status(server: Server, run_id: str, known: dict[tuple[str, str], str] | None
         url=f"{server.host}/#/runs/details/{run_id}",
         plugin_url=_plugin_url(run),
         steps=tuple(with_reasons(server, tree, known)),
+        not_in_mlflow=not_in_mlflow(server, tree) if tree.is_over else {},
     )
 
 

@@ -190,6 +190,8 @@ class Cluster:
     image_pull_secrets: tuple[str, ...] = ()
     parallel_folds: Natural = 0
     """Number of folds that run at once; 0: all."""
+    mlflow_plugin: bool = False
+    """The cluster has KFP's MLflow plugin with `injectUserEnvVars`: pods get MLflow's address and secrets from it."""
     retries_everywhere: bool = True
     """False: no step is retried, e.g. in tests."""
 
@@ -291,7 +293,7 @@ def _environment(task: Any, step: str, profile: Profile, cluster: Cluster, mlflo
 
     storage = cluster.storage
     known = {
-        "MLFLOW_TRACKING_URI": storage.mlflow_tracking_uri,
+        "MLFLOW_TRACKING_URI": None if cluster.mlflow_plugin else storage.mlflow_tracking_uri,
         "MLFLOW_S3_ENDPOINT_URL": storage.endpoint_url,
         "AWS_ENDPOINT_URL": storage.endpoint_url,
         "AWS_DEFAULT_REGION": storage.region,
@@ -301,5 +303,6 @@ def _environment(task: Any, step: str, profile: Profile, cluster: Cluster, mlflo
         task.set_env_variable(name, value)
     # The run's id comes from the pod. As a parameter it would differ in each run, and nothing would be cached.
     kubernetes.use_field_path_as_env(task, "KFP_RUN_ID", "metadata.labels['pipeline/runid']")
-    kubernetes.use_secret_as_env(task, mlflow_secret, dict(cluster.secrets.mlflow), optional=True)
+    if not cluster.mlflow_plugin:
+        kubernetes.use_secret_as_env(task, mlflow_secret, dict(cluster.secrets.mlflow), optional=True)
     kubernetes.use_secret_as_env(task, s3_secret, dict(cluster.secrets.s3), optional=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 from distilldsm.core.errors import UserError
 from distilldsm.pipeline.cluster import PROFILE_VARIABLE
+from distilldsm.pipeline.delivery import undelivered
 from distilldsm.pipeline.run_tree import RunTree, Step
 from distilldsm.pipeline.server import Server
 
@@ -73,6 +74,11 @@ def argo_messages(server: Server, run_id: str) -> dict[str, str]:
         nodes = (workflow.get("status") or {}).get("nodes") or {}
         return {key: str(node["message"]) for key, node in nodes.items() if node.get("message")}
     return {}
+
+
+def not_in_mlflow(server: Server, tree: RunTree) -> dict[str, str]:
+    """Address in the bucket to reason of what MLflow lacks of a run that is over, as its steps' logs say."""
+    return undelivered(_log(server, tree, step.node) for step in tree.steps() if step.node and step.state == "done")
 
 
 def error_lines(log: str) -> str:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from distilldsm.core.errors import UserError
-from distilldsm.pipeline.failure import run_error, with_reasons
+from distilldsm.pipeline.delivery import advice
+from distilldsm.pipeline.failure import not_in_mlflow, run_error, with_reasons
 from distilldsm.pipeline.run_tree import RunTree, Step, lines_of
 from distilldsm.pipeline.server import Server
 
@@ -39,6 +40,8 @@ class Ending:
     error: str = ""
     """The failed step and why, or why the state is unknown."""
     steps: tuple[Step, ...] = ()
+    not_in_mlflow: Mapping[str, str] = field(default_factory=dict)
+    """Address in the bucket to reason of what MLflow lacks."""
 
 
 def finish(tracking: Mapping[str, Any], status: Any, report: Any) -> None:
@@ -53,6 +56,7 @@ def finish(tracking: Mapping[str, Any], status: Any, report: Any) -> None:
     ending = _ending(run_id, status)
     lines = [f"pipeline run {run_id or '(no id)'}: {ending.state}", *ending.error.splitlines()]
     lines += lines_of(ending.steps, f"distilldsm pipeline logs {run_id} STEP")
+    lines += advice(ending.not_in_mlflow)
     if run_id and tracking.get("enabled", True):
         lines.append(_end_mlflow_runs(run_id, ending))
     print("\n".join(lines), flush=True)
@@ -90,7 +94,8 @@ def ask(server: Server, run_id: str) -> Ending:
     if state is None:
         return Ending(state="unknown", error="the server does not know the end of all steps", steps=steps)
     failed = [f"{step.name}: {step.error}" for step in steps if step.state == "failed"]
-    return Ending(state=state, error=(failed or [run_error(server, tree) or ""])[0], steps=steps)
+    error = (failed or [run_error(server, tree) or ""])[0]
+    return Ending(state=state, error=error, steps=steps, not_in_mlflow=not_in_mlflow(server, tree))
 
 
 def _end_mlflow_runs(run_id: str, ending: Ending) -> str:

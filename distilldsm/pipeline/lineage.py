@@ -16,6 +16,8 @@ from distilldsm.tracking.record import PARENT_TAG
 from distilldsm.tracking.store import RUN_KEY_TAG, prepare_environment
 
 TAGS = {"dvc": "dvc_lock_sha256", "kfp": "kfp_run_id", "git": "git_commit"}
+PLUGIN_TAG = "kfp.pipeline_run_id"
+"""KFP's MLflow plugin sets it on its own run of a pipeline, and we on ours."""
 SHORTEST = 8
 """Least number of characters of an abbreviated identifier."""
 
@@ -118,7 +120,7 @@ def _find(mlflow: Any, identifier: str) -> tuple[str, list[Any]]:
     conditions = [f"= '{identifier}'", f"LIKE '{identifier}%'"]
     for condition in conditions if len(identifier) >= SHORTEST else conditions[:1]:
         for kind, tag in TAGS.items():
-            runs = search(mlflow, f"tags.{tag} {condition}")
+            runs = search(mlflow, f"tags.`{PLUGIN_TAG if kind == 'kfp' else tag}` {condition}")
             if runs:
                 return kind, runs
     every = search(mlflow, "") if len(identifier) >= SHORTEST else []
@@ -135,7 +137,7 @@ def _describe(mlflow: Any, run: Any) -> dict[str, Any]:
         "status": run.info.status,
         "fold": tags.get("fold"),
         "parent": tags.get("mlflow.parentRunId"),
-        "kfp_run_id": tags.get(TAGS["kfp"]),
+        "kfp_run_id": tags.get(TAGS["kfp"]) or tags.get(PLUGIN_TAG),
         "dvc_lock_sha256": tags.get(TAGS["dvc"]),
         "git_commit": tags.get(TAGS["git"]),
         "datasets": [

@@ -28,6 +28,7 @@ from distilldsm.core.hashes import MANIFEST, content_hash
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
 from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
 from distilldsm.core.version import __version__
+from distilldsm.pipeline.delivery import deliver, tracked
 from distilldsm.tracking import run_id_of
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
@@ -193,6 +194,10 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
                 raise
             _hand_on(error, stage, failed, Path(artifact.path), inputs)
         output = Path(artifact.path)
+        if stage.scope != "data":
+            artifacts = [one for value in values.values() for one in (value if isinstance(value, list) else [value])]
+            places = [*inputs.values(), output]
+            deliver(tracking, tracked(places, [one for one in artifacts if hasattr(one, "path")]))
         facts = dict(stage.facts(inputs, output)) if stage.facts else {}
         if stage.per_fold:
             facts["mlflow_run_id"] = run_id_of(inputs.get("model", output))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from distilldsm.tracking.addresses import default_uri, redact_uri, sqlite_path
 from distilldsm.tracking.process import followed, send
-from distilldsm.tracking.record import FILE, describe, identity_of, run_id_of, run_key_of
+from distilldsm.tracking.record import FILE, describe, identity_of, key_in_pipeline, run_id_of, run_key_of
 
 __all__ = [
     "FILE",
@@ -17,6 +17,7 @@ __all__ = [
     "describe",
     "followed",
     "identity_of",
+    "key_in_pipeline",
     "redact_uri",
     "run_id_of",
     "run_key_of",

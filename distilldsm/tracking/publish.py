@@ -20,7 +20,7 @@ from distilldsm.core.files import read_json, sha256_file, sha256_json
 from distilldsm.tracking.addresses import live_uri
 from distilldsm.tracking.contents import lines_of, numbers_of, table_of
 from distilldsm.tracking.logged_model import log_model
-from distilldsm.tracking.record import FILE, PARENT_TAG, SYSTEM, File, Record, RunIdentity, load
+from distilldsm.tracking.record import FILE, PARENT_TAG, SYSTEM, TASK_TAG, File, Record, RunIdentity, load
 from distilldsm.tracking.store import Store, explain, patience, run_lock
 from distilldsm.tracking.values import clean, key_name
 
@@ -178,7 +178,9 @@ class Publisher:
         self._store, self._client = store, store.client
         mark, digest = _mark(record), _digest(record)
         if self._run is None:
-            self._run = store.run(replace(identity, id=None) if self._to else identity, is_placeholder=record.adds)
+            self._run = store.run(
+                replace(identity, id=None, experiment_id=None) if self._to else identity, is_placeholder=record.adds
+            )
             self._sent.clear()
             self._steps.clear()
             # Another record of the same kind may have sent a file of the same name and size: then send all files again.
@@ -359,7 +361,8 @@ class Publisher:
     def _send_child(self, child: RunIdentity) -> None:
         """Make this run the parent of `child`. If the child has no run in MLflow yet, create it; it is filled later."""
         run = self._store.run(child, is_placeholder=True)
-        self._client.set_tag(run.info.run_id, PARENT_TAG, self._run.info.run_id)
+        if TASK_TAG not in run.data.tags:
+            self._client.set_tag(run.info.run_id, PARENT_TAG, self._run.info.run_id)
 
     def _send_model(self, record: Record) -> None:
         try:

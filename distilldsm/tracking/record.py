@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from distilldsm.config import TrackingConfig
 from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.core.files import read_json, sha256_file, sha256_json, write_json
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
 from distilldsm.models.package import METADATA
 from distilldsm.tracking.addresses import default_uri, redact_uri, uri_to_attach
@@ -41,6 +41,8 @@ FILE = "tracking.json"
 SYSTEM = "system.jsonl"
 """The machine's load while a training runs, one JSON object per line. Lies beside `tracking.json`."""
 PARENT_TAG = "mlflow.parentRunId"
+TASK_TAG = "distilldsm.task_run"
+"""Tag of a run below a task's run of Kubeflow's MLflow plugin. A cross-validation leaves it there."""
 Status = Literal["RUNNING", "FINISHED", "FAILED", "KILLED"]
 logger = logging.getLogger("distilldsm.tracking")
 
@@ -57,6 +59,8 @@ class RunIdentity:
     """Milliseconds since 1970, like all times in the record."""
     tracking_uri: str
     """Address of the store, without user, password and query."""
+    experiment_id: str | None = None
+    """Experiment of the task's run that Kubeflow's MLflow plugin made; None: the one named `experiment`."""
     id: str | None = None
     """MLflow's id of the run, if it was known when the output was finished."""
 
@@ -187,6 +191,15 @@ def run_id_of(directory: Path) -> str:
     return "" if identity is None else identity.id or ""
 
 
+def key_in_pipeline(stage: str, fold: int) -> str | None:
+    """The run's key of a step of a Kubeflow run: a pod that is started again goes on in the same MLflow run.
+
+    None outside of Kubeflow.
+    """
+    run_id = os.environ.get("KFP_RUN_ID")
+    return sha256_json([run_id, stage, fold])[:32] if run_id else None
+
+
 def is_tracked(config: TrackingConfig | None) -> bool:
     """Whether this process tracks. In a distributed training only the first process does."""
     return config is not None and config.enabled and os.environ.get("RANK", "0") == "0"
@@ -284,6 +297,7 @@ def _new_identity(config: TrackingConfig, name: str, run_key: str | None) -> Run
         name=name,
         started_ms=time.time_ns() // 1_000_000,
         tracking_uri=redact_uri(default_uri()),
+        experiment_id=os.environ.get("MLFLOW_EXPERIMENT_ID") if os.environ.get("MLFLOW_RUN_ID") else None,
     )
 
 
@@ -293,7 +307,7 @@ def _origin() -> dict[str, str]:
     Kubeflow's MLflow plugin creates a run for the task and sets MLFLOW_RUN_ID to its id.
     """
     outer = os.environ.get("MLFLOW_RUN_ID")
-    return {**version_tags(), **({PARENT_TAG: outer} if outer else {})}
+    return {**version_tags(), **({PARENT_TAG: outer, TASK_TAG: outer} if outer else {})}
 
 
 def _numbers(values: Mapping[str, float]) -> dict[str, float | str]:

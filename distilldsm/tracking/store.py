@@ -123,11 +123,15 @@ class Store:
             except MlflowException as error:
                 if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                     raise
-        experiment = self.client.get_experiment_by_name(identity.experiment)
-        if experiment is None or experiment.lifecycle_stage == "deleted":
-            return None
+        if identity.experiment_id is not None:
+            experiment_id = identity.experiment_id
+        else:
+            experiment = self.client.get_experiment_by_name(identity.experiment)
+            if experiment is None or experiment.lifecycle_stage == "deleted":
+                return None
+            experiment_id = experiment.experiment_id
         condition = f"tags.`{RUN_KEY_TAG}` = '{identity.key}'"
-        runs = self.client.search_runs([experiment.experiment_id], condition, max_results=1)
+        runs = self.client.search_runs([experiment_id], condition, max_results=1)
         return runs[0] if runs else None
 
     def run(self, identity: RunIdentity, *, is_placeholder: bool, tags: dict[str, str] | None = None) -> Any:
@@ -142,7 +146,7 @@ class Store:
             if run is None:
                 marks = {RUN_KEY_TAG: identity.key, **({PLACEHOLDER_TAG: "true"} if is_placeholder else {})}
                 return self.client.create_run(
-                    self.experiment(identity.experiment),
+                    identity.experiment_id or self.experiment(identity.experiment),
                     start_time=identity.started_ms,
                     tags={**(tags or {}), **marks},
                     run_name=identity.name,
@@ -192,6 +196,9 @@ def explain(error: Exception, uri: str, doing: str = "") -> UserError:
     if code == 401:
         problem = f"access is refused: the MLflow server does not let {who} in"
         hint = "set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN"
+    elif "Invalid Host header" in text:
+        problem = "the MLflow server refuses the name by which it was asked"
+        hint = "start it with --allowed-hosts NAME (mlflow server), or use a name that it allows"
     elif code == 403:
         problem = f"access is refused: the MLflow server does not let {who} do this"
         hint = "ask its administrator for the permission EDIT on the experiment, and on the registered model"

@@ -27,6 +27,8 @@ def version_tags() -> dict[str, str]:
     facts = provenance()
     if "git_commit" in facts:
         tags["mlflow.source.git.commit"] = facts["git_commit"]
+    if "kfp_run_id" in facts:
+        tags["kfp.pipeline_run_id"] = facts["kfp_run_id"]  # the name that KFP's MLflow plugin uses
     return tags | facts
 
 

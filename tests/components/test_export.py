@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from distilldsm.cli.main import main
-from distilldsm.components.export import STAGE, run
+from distilldsm.components.export import STAGE, _cross_validation, run
 from distilldsm.config import ExportConfig, Int8Config, TrackingConfig
 from distilldsm.core.errors import DataError, UserError
-from distilldsm.core.files import read_json, write_json
+from distilldsm.core.files import read_json, sha256_json, write_json
 from distilldsm.core.hashes import content_hash
 from distilldsm.evaluation.metrics import METRICS, VOLUMES
 from distilldsm.evaluation.postprocess import write_postprocessing
@@ -245,3 +245,23 @@ def test_the_command_line(made, traced, tmp_path, capsys):
     verify(tmp_path / "out")
     (tmp_path / "params.yaml").write_text("export: {parity_cases: 0}\n")
     assert main(["export", *arguments, "--model", str(made.model)]) == 2
+
+
+def test_the_version_names_the_cross_validation_that_holds_its_evaluation(tmp_path):
+    """A cross-validation of other evaluations, left from before, must not keep the model from being champion."""
+    evaluation, cv = tmp_path / "evaluation", tmp_path / "cross_validation"
+    for folder in (evaluation, cv):
+        folder.mkdir()
+    files = {"cases.csv": "1", "figures/a.png": "2"}  # of which Kubeflow hands on the first one only
+    write_json(evaluation / "manifest.json", {"files": files})
+    inputs = {"evaluation": evaluation, "cross_validation": cv}
+    assert _cross_validation(inputs, 1) == {}
+    used = {"evaluation0": "other", "evaluation1": sha256_json(files), "models0": "a", "models1": "b"}
+    write_json(cv / "manifest.json", {"inputs": used})
+    found = _cross_validation(inputs, 1)
+    assert found["folds"] == [0, 1]
+    assert _cross_validation(inputs, 0) == {}
+    write_json(cv / "manifest.json", {"inputs": {**used, "models0": "another training"}})
+    assert _cross_validation(inputs, 1)["cross_validation"] != found["cross_validation"]
+    write_json(cv / "manifest.json", {"inputs": {"evaluation1": sha256_json(files)}})
+    assert _cross_validation(inputs, 1) == {}, "a single fold is judged for itself"

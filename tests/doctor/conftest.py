@@ -16,6 +16,7 @@ __all__ = ["empty_store", "no_sender"]
 
 ANSWERS = {
     "401": (401, b"You are not authenticated."),
+    "host": (403, b"Invalid Host header - possible DNS rebinding attack detected"),
     "403": (403, b'{"error_code": "PERMISSION_DENIED", "message": "no"}'),
     "404": (404, b"nothing here"),
     "500": (500, b"oops"),

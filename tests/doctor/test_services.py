@@ -95,6 +95,7 @@ def test_a_server_keeps_one_deleted_experiment_however_often_it_is_asked(store, 
     [
         ("401", "access is refused", "MLFLOW_TRACKING_USERNAME"),
         ("403", "access is refused", "the permission EDIT"),
+        ("host", "the MLflow server refuses the name by which it was asked", "--allowed-hosts"),
         ("404", "answers, but not as MLflow does", "MLflow's own address"),
         ("login", "answers, but not as MLflow does", "a page to log in"),
         ("500", "the server answers, but fails", "the server's own log"),

@@ -7,6 +7,7 @@ import socket
 from pathlib import Path
 
 import pytest
+import yaml
 
 from distilldsm.cli.main import main
 from distilldsm.core.errors import ConfigError, UserError
@@ -71,12 +72,20 @@ def test_a_trainjob_is_passed_on_and_its_claim_must_be_mounted(fake, capsys):
     assert fake.runs[0]["runtime_config"]["parameters"]["trainjob"]["nodes"] == 2
 
 
-def test_caching_service_account_and_schedule_are_passed_on(fake, capsys):
+def test_caching_service_account_and_schedule_are_passed_on(fake, capsys, tmp_path):
+    values = yaml.safe_load((ROOT / "conf" / "cluster.yaml").read_text())
+    values["storage"] = {"mlflow_tracking_uri": "http://127.0.0.1:9"}
+    cluster = tmp_path / "cluster.yaml"
+    cluster.write_text(yaml.safe_dump(values))
     command = ("submit", "--host", fake.url, "--service-account", "trainer", "--no-cache", "--cron", "0 0 2 * * *")
+    command += ("--cluster", str(cluster))
     code, out, err = run_cli(*command, capsys=capsys)
     assert code == 0, err
     assert "recurring run rec-0" in out
     job = fake.recurring[0]
+    env = fake.packages[0][0]["deploymentSpec"]["executors"]["exec-train"]["container"]["env"]
+    schedule = next(one["value"] for one in env if one["name"] == "DISTILLDSM_SCHEDULE")
+    assert f"tags.kfp_schedule%20%3D%20%27{schedule}%27" in out  # its runs' ids are not known yet
     assert job["trigger"]["cron_schedule"]["cron"] == "0 0 2 * * *"
     assert job["service_account"] == "trainer"
     assert not fake.runs

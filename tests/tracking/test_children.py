@@ -10,6 +10,7 @@ import pytest
 from distilldsm.components import cross_validate
 from distilldsm.config import CrossValidationConfig, EvaluateConfig, TrackingConfig
 from distilldsm.core.files import read_json
+from distilldsm.pipeline.lineage import lineage
 from distilldsm.tracking import default_uri
 from distilldsm.tracking.publish import publish
 from tests.evaluation.folds import write_fold, write_folds
@@ -126,11 +127,23 @@ def test_a_child_that_arrives_after_its_parent(place, client, no_sender):
 
 def test_a_run_below_the_task_of_a_pipeline(place, client, no_sender, monkeypatch):
     """Kubeflow's MLflow plugin names its run in MLFLOW_RUN_ID."""
-    outer = client.create_run("0", run_name="task")
+    plugins = client.create_experiment("plugin's")
+    root = client.create_run(plugins, run_name="pipeline", tags={"kfp.pipeline_run_id": "kfp-run-1"})
+    outer = client.create_run(plugins, run_name="task")
+    rows = cross_validation(place, folds=2)  # of an earlier run, without the plugin
+    monkeypatch.setenv("KFP_RUN_ID", "kfp-run-1")
     monkeypatch.setenv("MLFLOW_RUN_ID", outer.info.run_id)
-    trained(place / "models/fold0")
+    monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", plugins)
+    write_fold(place, 1, rows[1], splits=place / "splits.json", run=train(place, 5))
+    sum_up(place, folds=2)
     publish_known()
-    assert children(client, outer) == ["fold0"]
+    parent = the_parent(client)
+    assert sorted(children(client, outer)) == sorted([parent.info.run_name, "net-fold5"])
+    assert parent.info.experiment_id == plugins
+    assert children(client, parent) == ["net-fold0"], "a fold stays below its own task"
+    found = lineage("kfp-run-1")
+    assert {run["name"] for run in found["runs"]} == {"pipeline", "net-fold5", parent.info.run_name}
+    assert {run["kfp_run_id"] for run in found["runs"]} == {root.data.tags["kfp.pipeline_run_id"]}
 
 
 def test_one_fold_has_no_parent(place, client, no_sender):

@@ -19,7 +19,7 @@ from distilldsm.cli.main import main
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.hashes import file_hashes
-from distilldsm.tracking import describe
+from distilldsm.tracking import describe, key_in_pipeline
 from distilldsm.tracking.publish import Publisher, known_outputs, publish, publish_all
 from distilldsm.tracking.store import Store
 from tests.tracking.store import (
@@ -338,3 +338,21 @@ def test_a_deleted_run_is_followed_by_a_new_one(place, client, no_sender):
     publish_known()
     (stored,) = all_runs(client, "metrics.test_dice_mean = 0.5")  # MLflow restores runs with their experiment
     assert stored.data.metrics["train_loss"] == 1.0
+
+
+def test_a_pod_that_is_started_again_goes_on_in_the_same_run(place, client, no_sender, monkeypatch):
+    """Without a work volume nothing of the first attempt is left but its run in MLflow, still RUNNING."""
+    monkeypatch.setenv("KFP_RUN_ID", "k")
+    key = key_in_pipeline("train", 0)
+    (place / "pod1").mkdir()
+    describe(CONFIG, place / "pod1", run_key=key, name="m", status="RUNNING", params={"a": 1}, tags={"fold": 0})
+    publish(place / "pod1")
+    trained(place / "pod2", 0.5, run_key=key)
+    assert publish(place / "pod2").is_complete
+    [run] = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+    assert key_in_pipeline("train", 1) != key
+    monkeypatch.setenv("KFP_RUN_ID", "another")
+    assert key_in_pipeline("train", 0) != key
+    monkeypatch.delenv("KFP_RUN_ID")
+    assert key_in_pipeline("train", 0) is None

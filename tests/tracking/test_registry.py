@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,11 +29,13 @@ class Exports:
     def __init__(self, place: Path, client: Any) -> None:
         self.place, self.client, self.count = place, client, 0
 
-    def describe(self, *scores: float, gate: dict | None = None, with_scores: bool = True, **facts: Any) -> Path:
+    def describe(
+        self, *scores: float, gate: dict | None = None, with_scores: bool = True, tags: dict | None = None, **facts: Any
+    ) -> Path:
         """One more export, not published."""
         self.count += 1
         export = export_model(self.place / f"export/{self.count}")
-        write_json(export / SCORES, scored(*scores, **facts))
+        write_json(export / SCORES, replace(scored(*scores), **facts))
         if not with_scores:
             (export / SCORES).unlink()
         gate = {"min_dice": 0.0, "min_cases": 1, **(gate or {})}
@@ -41,7 +44,7 @@ class Exports:
             "registered_name": NAME,
             "gate": gate,
             "metrics": metrics,
-            "version_tags": {"fold": 0, "data_hash": "d"},
+            "version_tags": {"fold": 0, "data_hash": "d", **(tags or {})},
         }
         describe(CONFIG, export, name=export.name, model=model)
         return export
@@ -106,6 +109,76 @@ def test_who_is_better_takes_over_and_who_is_not_does_not(export, client):
     assert export.tags(6)["gate.outcome"] == "not_significant"
     export(0.7, 0.9, gate={"metric": "hd95_mm", "margin": 0.0, "p": None})
     assert export.aliases[CHAMPION] == "4"  # the same numbers as distances are worse
+
+
+def fold_of(cv: str, fold: int, *scores: float, folds: tuple[int, ...] = (0, 1)) -> dict[str, Any]:
+    """Keywords for one fold of a cross-validation; its cases are its own."""
+    rows = scored(*scores).cases
+    cases = {f"fold{fold}-{case}": row for case, row in rows.items()}
+    return {"fold": fold, "cases": cases, "tags": {"fold": fold, "cross_validation": cv, "folds": list(folds)}}
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_the_folds_of_a_cross_validation_are_judged_once_and_together(export, client, order):
+    """The fold that registers first must not become champion because there is none yet."""
+    means = {0: (0.3, 0.5), 1: (0.7, 0.9)}
+    first = export(**fold_of("a", order[0], *means[order[0]]))
+    assert export.aliases == {CHALLENGER: "1"}
+    assert f"challenger: the champion is decided when the other folds are registered: export {order[1]}" in str(
+        first.registration
+    )
+    last = export(**fold_of("a", order[1], *means[order[1]]))
+    best = str(1 + order.index(1))
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: best}
+    for number in (1, 2):
+        tags = export.tags(number)
+        assert tags["gate.decision"] == (CHAMPION if str(number) == best else CHALLENGER)
+        assert tags["gate.reason"] == (
+            f"fold 1 (version {best}) is the best of folds 0, 1, together: there was no champion"
+        )
+        run = client.get_run(client.get_model_version(NAME, str(number)).run_id)
+        assert run.data.tags["gate.decision"] == tags["gate.decision"]
+    assert tags["gate.reason"] in str(last.registration)
+
+    # Better together, though its best fold is worse than the champion.
+    export(**fold_of("b", 0, 0.7, 0.7))
+    export(**fold_of("b", 1, 0.6, 0.6))
+    assert export.aliases == {CHALLENGER: "4", CHAMPION: "3"}
+    assert "mean Dice difference +0.0500 over 4 cases" in export.tags(4)["gate.reason"]
+    # Worse together, though one fold is the best of all.
+    export(**fold_of("c", 0, 1.0, 1.0))
+    export(**fold_of("c", 1, 0.2, 0.2))
+    assert export.aliases == {CHALLENGER: "6", CHAMPION: "3"}
+    # The mean of all folds must reach the gate's minimum.
+    export(**fold_of("d", 0, 1.0, 1.0), gate={"min_dice": 0.95})
+    export(**fold_of("d", 1, 0.8, 0.8), gate={"min_dice": 0.95})
+    assert export.tags(8)["gate.outcome"] == "not_good_enough"
+
+
+def test_a_cross_validation_and_a_single_fold_are_compared_on_the_fold_that_both_have(export):
+    alone = {key: value for key, value in fold_of("x", 1, 0.5, 0.7).items() if key != "tags"}
+    export(**alone, tags={"fold": 1})
+    export(**fold_of("a", 0, 0.1, 0.1))
+    export(**fold_of("a", 1, 0.6, 0.8))
+    assert export.aliases == {CHALLENGER: "3", CHAMPION: "3"}
+    assert "over 2 cases" in export.tags(3)["gate.reason"]
+    export(**{**alone, "cases": fold_of("x", 1, 0.9, 0.9)["cases"]}, tags={"fold": 1})
+    assert export.aliases[CHAMPION] == "4"
+    export(**{**alone, "fold": 2}, tags={"fold": 2})
+    assert "version 4 was scored on fold 1, this one 2" in export.tags(5)["gate.reason"]
+
+
+def test_a_decision_that_was_interrupted_is_made_by_the_next_delivery(export, client, monkeypatch):
+    export(**fold_of("a", 0, 0.5))
+    last = export.describe(**fold_of("a", 1, 0.9))
+    whole = registry._decide
+    monkeypatch.setattr(registry, "_decide", lambda *_: (_ for _ in ()).throw(ConnectionError("cut")))
+    publish(last)
+    assert export.aliases == {CHALLENGER: "2"}
+    monkeypatch.setattr(registry, "_decide", whole)
+    assert "version 2, champion: fold 1 (version 2) is the best" in str(publish(last).registration)
+    assert publish(last).is_complete
+    assert export.aliases == {CHALLENGER: "2", CHAMPION: "2"}
 
 
 @pytest.mark.parametrize("change", [{"fold": 1}, {"data_hash": "other"}, {"scores": (0.9, 0.9, 0.9)}])
