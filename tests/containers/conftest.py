@@ -28,6 +28,8 @@ class BuiltImages:
     """Address of the engine, as for DOCKER_HOST; it knows the networks `none` and `host` only."""
     cli: str
     """The docker command they were built with."""
+    folder: str
+    """Where the engine keeps everything."""
     secret: str
     """A word that stood in both secrets of the build."""
     commit: str
@@ -59,7 +61,7 @@ def images(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator
                 path.write_text(json.dumps({"skipped": str(reason)}))
                 raise
         path.write_text(json.dumps({**state, "users": [*state.get("users", []), os.getpid()]}))
-    yield BuiltImages(**{name: state[name] for name in ("host", "cli", "secret", "commit", "cpu")})
+    yield BuiltImages(**{name: state[name] for name in ("host", "cli", "folder", "secret", "commit", "cpu")})
     with lock:
         state = engine.read_state(path)
         # A worker that crashed is none any more.
@@ -75,14 +77,14 @@ def _start(shared: Path) -> dict:
     engine.base_archive()
     wheels = engine.wheelhouse(ROLES)
     word = secrets.token_hex(16)
-    given = {"pip_config": shared / "secret-pip.conf", "ca_bundle": shared / "secret-ca.pem"}
-    given["pip_config"].write_text(f"[global]\nindex-url = https://user:{word}@127.0.0.1:9/simple\n")
-    given["ca_bundle"].write_text(f"# {word}\n{Path(certifi.where()).read_text()}")
+    passed = {"pip_config": shared / "secret-pip.conf", "ca_bundle": shared / "secret-ca.pem"}
+    passed["pip_config"].write_text(f"[global]\nindex-url = https://user:{word}@127.0.0.1:9/simple\n")
+    passed["ca_bundle"].write_text(f"# {word}\n{Path(certifi.where()).read_text()}")
     # A short path: a socket's name has a hundred characters at most.
     state = engine.start_engine(Path(tempfile.mkdtemp(prefix="dsm-engine-")))
     commit = engine.git_commit()
     try:
-        engine.build_images(cli, str(state["host"]), wheels, given, shared / "build.log", roles=ROLES)
+        engine.build_images(cli, str(state["host"]), wheels, passed, shared / "build.log", roles=ROLES)
     except BaseException:
         engine.stop_engine(state)
         raise

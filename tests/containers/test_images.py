@@ -18,16 +18,6 @@ from tests.containers.engine import ROOT
 pytestmark = [pytest.mark.containers, pytest.mark.slow]
 
 LIMIT_MB = {"data": 600, "train": 1600, "export": 1250}
-MODULES = {
-    "data": "distilldsm.components.download, distilldsm.components.validate, distilldsm.components.preprocess, "
-    "great_expectations, nilearn",
-    "train": "distilldsm.components.train, distilldsm.components.evaluate, distilldsm.training.loop, "
-    "distilldsm.report.figures, "
-    "matplotlib, surface_distance, psutil, mlflow, sqlalchemy",
-    "export": "distilldsm.components.export, distilldsm.export.build, distilldsm.export.parity, "
-    "distilldsm.models.checkpoint, "
-    "onnx, onnxscript, onnxruntime, openvino, mlflow.onnx, sqlalchemy",
-}
 
 
 @pytest.fixture(scope="module")
@@ -61,36 +51,20 @@ def test_labels_and_configuration(images: BuiltImages, client: docker.DockerClie
 
 @pytest.mark.parametrize("role", ROLES)
 def test_entry_point_with_a_read_only_root(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
-    assert run(client, images.tag(role), "distilldsm", "--version") == f"distilldsm {__version__}\n"
-    assert run(client, images.tag(role), "id", "-u", user="") == "10001\n"
-    assert "/opt/venv/bin/python\n" in run(client, images.tag(role), "sh", "-lc", "command -v python")
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_what_the_stages_import_is_there(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
-    output = run(
-        client,
-        images.tag(role),
-        "python",
-        "-c",
-        f"import distilldsm.pipeline.step, {MODULES[role]}; print('imported')",
-    )
-    assert output.splitlines()[-1] == "imported"
-
-
-@pytest.mark.parametrize("role", ROLES)
-def test_kfp_can_run_a_component(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
-    output = run(client, images.tag(role), "python3", "-m", "kfp.dsl.executor_main", "--help")
-    assert "--function_to_execute" in output
+    script = "distilldsm --version; sh -lc 'command -v python'"
+    assert run(client, images.tag(role), "sh", "-c", script).split() == [
+        "distilldsm",
+        __version__,
+        "/opt/venv/bin/python",
+    ]
 
 
 @pytest.mark.parametrize("role", ROLES)
 def test_no_compiler_and_no_pip(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
     names = "gcc cc c99 g++ c++ clang tcc cpp ld as make cmake nvcc pip pip3"
-    found = run(client, images.tag(role), "sh", "-c", f"for n in {names}; do command -v $n; done; true", user="0:0")
-    assert found == ""
     searched = "find / -xdev -name cc1 -o -xdev -name cc1plus -o -xdev -name 'libgcc.a' 2>/dev/null; true"
-    assert run(client, images.tag(role), "sh", "-c", searched, user="0:0") == ""
+    script = f"for n in {names}; do command -v $n; done; {searched}"
+    assert run(client, images.tag(role), "sh", "-c", script, user="0:0") == ""
 
 
 def test_no_torch_in_the_data_image(images: BuiltImages, client: docker.DockerClient) -> None:
@@ -121,16 +95,12 @@ def test_size(images: BuiltImages, client: docker.DockerClient, role: str) -> No
     assert size_mb < LIMIT_MB[role]
 
 
-@pytest.mark.parametrize("role", ROLES)
-def test_a_secret_of_the_build_is_in_no_layer(images: BuiltImages, client: docker.DockerClient, role: str) -> None:
-    needle, known = images.secret.encode(), b"Distill DSM: volumetric segmentation"
-    tail, seen = b"", False
-    for chunk in client.api.get_image(images.tag(role)):
-        window = tail + chunk
-        assert needle not in window
-        seen = seen or known in window
-        tail = window[-100:]
-    assert seen, "the layers could not be searched: a sentence of the package's source is not found either"
+def test_a_secret_of_the_build_is_in_no_layer(images: BuiltImages) -> None:
+    """Nor anywhere else where the engine keeps what it has built: each layer is a folder there."""
+    known = "Distill DSM: volumetric segmentation"  # a sentence of the package's source
+    search = ["grep", "-rhoaF", "--exclude-dir=merged", "-e", images.secret, "-e", known, f"{images.folder}/data"]
+    done = subprocess.run(search, capture_output=True, text=True, check=False)
+    assert set(done.stdout.splitlines()) == {known}
 
 
 def test_the_pip_configuration_reaches_pip(images: BuiltImages, tmp_path) -> None:

@@ -129,12 +129,3 @@ def test_the_dockerfile_ends_as_another_user_with_no_secret_in_a_layer():
     assert not re.search(r"^ADD |curl |wget |chmod .*777|sudo|setuid|--privileged|--security=insecure", text, re.M)
     for mounted in re.findall(r"--mount=type=secret\S*", text):
         assert "target=/run/build/" in mounted
-
-
-def test_the_images_tests_run_them_hardened():
-    """tests/containers needs an engine; that it asks for the same is seen here."""
-    text = (ROOT / "tests/containers/test_images.py").read_text()
-    assert '"read_only": True' in text
-    assert '"cap_drop": ["ALL"]' in text
-    assert '["no-new-privileges"]' in text
-    assert 'user: str = "54321:54321"' in text

@@ -1,4 +1,4 @@
-"""`servers`, started once for all tests of this folder, and `job`: a pipeline that ran against them."""
+"""`servers`, started once for all tests of this folder, and `job`: a pipeline whose outputs are published to them."""
 
 from __future__ import annotations
 
@@ -11,21 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.dvc_run import copy_of_tutorial
 from tests.services.servers import Servers, running
-from tests.test_pipeline import TINY, make_clone
 
-SMALLEST = (
-    *TINY,
-    "download.sample.subjects=10",
-    "preprocess.folds=2",  # a champion needs five scored cases
-    "preprocess.workers=1",
-    "train.epochs=1",
-    "train.samples_per_case=2",
-    "train.workers=1",
-    "evaluate.workers=1",
-    "export.int8.enabled=false",
-    "export.min_dice=0",
-)
 ELSEWHERE = ("MLFLOW_TRACKING", "AWS_", "PG", "DISTILLDSM_TRACKING")
 
 
@@ -62,9 +50,7 @@ def servers() -> Iterator[Servers]:
 
 @pytest.fixture(scope="session")
 def job(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Job:
-    """After the pipeline with the smallest training; of the servers it knows MLflow's user and password only."""
-    made = Job(place=make_clone(tmp_path_factory.mktemp("job") / "distilldsm"))
-    made.run("distilldsm", "compose", *SMALLEST)
-    made.run("dvc", "repro", "export@0", **servers.tracking())
-    made.run("distilldsm", "publish", **servers.tracking())  # on a busy machine a request may have taken too long
+    """The tutorial's outputs, published to the servers; of these it knows MLflow's user and password only."""
+    made = Job(place=copy_of_tutorial(tmp_path_factory, "job"))
+    made.run("distilldsm", "publish", "--to", servers.mlflow_url, **servers.tracking())
     return made
