@@ -129,7 +129,7 @@ def open_array(path: Path) -> npt.NDArray:
         DataError: missing or damaged.
     """
     try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # noqa: TID251 - no pickles
         if not isinstance(array, np.ndarray):  # np.load looks at the content, not the name
             array.close()
             raise ValueError("a .npz archive")
