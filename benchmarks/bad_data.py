@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.damages import DAMAGES, Planted, by_case, copies, index_of, plant_all
 from benchmarks.pipeline import ROOT, machine
 from distilldsm.config import DownloadConfig
 from distilldsm.data.archive import extract, find_root
@@ -27,7 +28,6 @@ from distilldsm.validation.case_table import build_case_table, table_columns
 from distilldsm.validation.expectations import Finding, check_table, load_suite
 from distilldsm.validation.report import make_report
 from tests.data.volumes import write_dataset
-from tests.faults.bad_data import DAMAGES, Planted, by_case, copies, index_of, plant_all
 
 SUITE = ROOT / "conf" / "expectations.yaml"
 

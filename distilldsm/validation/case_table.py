@@ -56,7 +56,7 @@ COLUMNS: tuple[Column, ...] = (
     _column("read_error", "text", "image", "why a file of the case cannot be read; empty if all can"),
     _column("header_error", "text", "image", "header rules that image or label break; empty if none"),
     _column("surplus_bytes", "number", "image", "bytes after the last voxel that the header declares, image or label"),
-    _column("geometry_told", "number", "image", "1 if image and label have a qform or an sform, else 0"),
+    _column("has_geometry", "number", "image", "1 if image and label have a qform or an sform, else 0"),
     _column("header_flaws", "text", "image", "other flaws of the headers of image and label"),
     _column("channel_count", "number", "image", "channels found"),
     _column("channel_difference", "number", "image", "channels found minus channels declared"),

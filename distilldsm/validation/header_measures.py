@@ -65,9 +65,9 @@ def _measure_soundness(row: CaseRow, file: str, nifti: NiftiFile) -> None:
         row.note("surplus_bytes", file, f"{surplus} bytes more than shape {nifti.shape} of {nifti.dtype} needs")
     raw = nifti.raw_header
     has_geometry = int(raw["qform_code"]) > 0 or int(raw["sform_code"]) > 0
-    row.worst("geometry_told", int(has_geometry), largest=False)
+    row.worst("has_geometry", int(has_geometry), largest=False)
     if not has_geometry:
-        row.note("geometry_told", file, "qform_code 0, sform_code 0")
+        row.note("has_geometry", file, "qform_code 0, sform_code 0")
     flaws = _flaws(nifti)
     if flaws:
         row.note("header_flaws", file, "; ".join(flaws))

@@ -10,6 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from benchmarks.damages import DAMAGES, by_case, copies, digests, index_of, needed, plant, plant_all
+from benchmarks.damages.nifti import raw, store
 from distilldsm.config import DownloadConfig
 from distilldsm.core.errors import DataError
 from distilldsm.data.archive import extract, find_root
@@ -19,8 +21,6 @@ from distilldsm.io import read_labels, read_scan
 from distilldsm.validation.case_table import build_case_table, table_columns
 from distilldsm.validation.expectations import Finding, check_table, load_suite
 from tests.data.volumes import write_dataset
-from tests.faults.bad_data import DAMAGES, by_case, copies, digests, index_of, needed, plant, plant_all
-from tests.faults.files import raw, store
 
 SUITE = Path(__file__).resolve().parents[2] / "conf" / "expectations.yaml"
 GOOD = 25

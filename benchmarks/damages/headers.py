@@ -7,18 +7,18 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.damages.damage import damage, simple
+from benchmarks.damages.nifti import affine, field, header, raw, store, voxels
 from distilldsm.data.dataset import Case
-from tests.faults.damages import damage, simple
-from tests.faults.files import affine, field, header, raw, store, voxels
 
 BOTH = ("qform_code", "sform_code")
 
 
-def _set(**values: object) -> Callable[[Path], None]:
+def _set(**values: object) -> Callable[[Path], object]:
     return lambda path: header(path, **values)
 
 
-def _matrix(function: Callable[[np.ndarray], np.ndarray], forms: str = "qs") -> Callable[[Path], None]:
+def _matrix(function: Callable[[np.ndarray], np.ndarray], forms: str = "qs") -> Callable[[Path], object]:
     return lambda path: affine(path, function, forms=forms)
 
 
@@ -51,14 +51,14 @@ simple(
     "image",
     lambda p: header(p, pixdim_3=field(p, "pixdim")[3] * 2),
     severity="warning",
-    voxel_size_told_once="image",
+    one_voxel_size="image",
 )
 simple(
     "pixdim_in_metres",
     "image",
     lambda p: header(p, **{f"pixdim_{k}": field(p, "pixdim")[k] / 1000 for k in (1, 2, 3)}),
     severity="warning",
-    voxel_size_told_once="image",
+    one_voxel_size="image",
 )
 simple("metres", "both", _matrix(_scaled(1e-3)), usable_header="image", plausible_spacing_fine="image")
 simple("micrometres", "both", _matrix(_scaled(1e3)), usable_header="image", plausible_spacing_coarse="image")
@@ -90,7 +90,7 @@ simple(
     "both",
     _set(qform_code=0, sform_code=0),
     severity="warning",
-    geometry_is_told="image",
+    geometry_present="image",
 )
 simple("geometry_lost_in_the_image", "image", _set(qform_code=0, sform_code=0), label_on_image_grid="label")
 simple("sheared", "both", _matrix(_sheared, "s"), usable_header="image")
@@ -138,7 +138,7 @@ def byte_order_of_the_voxels(root: Path, cases: Sequence[Case], rng: np.random.G
 
 
 # Dimensions and offset
-def _dim(axis: int, step: int) -> Callable[[Path], None]:
+def _dim(axis: int, step: int) -> Callable[[Path], object]:
     return lambda p: header(p, **{f"dim_{axis}": field(p, "dim")[axis] + step})
 
 

@@ -8,14 +8,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from benchmarks.damages.damage import as_patient, damage, simple
+from benchmarks.damages.nifti import affine, raw, replace_content, store, voxels
 from distilldsm.data.dataset import Case
-from tests.faults.damages import as_patient, damage, simple
-from tests.faults.files import affine, raw, replace_content, store, voxels
 
 Array = np.ndarray
 
 
-def _change(function: Callable[[Array], Array], dtype: object = None) -> Callable[[Path], None]:
+def _change(function: Callable[[Array], Array], dtype: object = None) -> Callable[[Path], object]:
     return lambda path: voxels(path, function, dtype)
 
 

@@ -20,7 +20,7 @@ def raw(path: Path) -> bytearray:
     return bytearray(gzip.decompress(path.read_bytes()))
 
 
-def store(path: Path, content: bytes, level: int = 6) -> None:
+def store(path: Path, content: bytes | bytearray, level: int = 6) -> None:
     """Compress and write; the same content gives the same file."""
     path.write_bytes(gzip.compress(bytes(content), level, mtime=0))
 
@@ -47,7 +47,7 @@ def voxels(path: Path, change: Callable[[np.ndarray], np.ndarray], dtype: object
     """Write a file anew with changed voxels, in its own geometry and number type unless another is given."""
     image = nib.load(path)
     data = np.asarray(change(np.asarray(image.dataobj)))
-    kind = np.dtype(image.get_data_dtype() if dtype is None else dtype)  # type: ignore[call-overload]
+    kind = np.dtype(image.get_data_dtype() if dtype is None else dtype)  # type: ignore[arg-type]
     fresh = image.header.copy()
     fresh.set_data_dtype(kind)
     nib.save(nib.Nifti1Image(data.astype(kind), None, fresh), path)

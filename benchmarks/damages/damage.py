@@ -14,9 +14,9 @@ from typing import Literal
 
 import numpy as np
 
+from benchmarks.damages.nifti import affine, vary
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.validation.expectations import Finding
-from tests.faults.files import affine, vary
 
 Where = Literal["image", "label"]
 Change = Callable[[Path, Sequence[Case], np.random.Generator], Sequence[Case] | None]
@@ -79,7 +79,7 @@ def damage(
 def simple(
     name: str,
     where: Where | Literal["both"],
-    function: Callable[[Path], None],
+    function: Callable[[Path], object],
     *,
     severity: str = "error",
     **rules: Where,

@@ -9,16 +9,16 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.damages.damage import damage, simple
+from benchmarks.damages.nifti import header, raw, store
 from distilldsm.data.dataset import Case
-from tests.faults.damages import damage, simple
-from tests.faults.files import header, raw, store
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 27000\n"
 PAGE = b"<!DOCTYPE html><html><body><h1>403 Forbidden</h1></body></html>"
 
 
-def _content(content: bytes) -> Callable[[Path], None]:
-    return lambda path: path.write_bytes(content) and None
+def _content(content: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(content)
 
 
 def _folder(path: Path) -> None:
@@ -31,8 +31,8 @@ def _dangling(path: Path) -> None:
     path.symlink_to("nowhere.nii.gz")
 
 
-def _cut(share: float) -> Callable[[Path], None]:
-    return lambda p: p.write_bytes(p.read_bytes()[: int(p.stat().st_size * share)]) and None
+def _cut(share: float) -> Callable[[Path], object]:
+    return lambda p: p.write_bytes(p.read_bytes()[: int(p.stat().st_size * share)])
 
 
 def _noughts(path: Path) -> None:
@@ -58,12 +58,12 @@ simple("image_web_page", "image", _content(PAGE), readable="image")
 simple("label_lfs_pointer", "label", _content(POINTER), readable="label")
 simple("image_dicom", "image", _content(bytes(128) + b"DICM" + bytes(2000)), readable="image")
 simple("image_png", "image", _content(b"\x89PNG\r\n\x1a\n" + bytes(500)), readable="image")
-simple("not_compressed", "image", lambda p: p.write_bytes(raw(p)) and None, readable="image")
+simple("not_compressed", "image", lambda p: p.write_bytes(raw(p)), readable="image")
 simple("compressed_twice", "image", lambda p: store(p, p.read_bytes()), readable="image")
-simple("other_compression", "image", lambda p: p.write_bytes(zlib.compress(bytes(raw(p)))) and None, readable="image")
+simple("other_compression", "image", lambda p: p.write_bytes(zlib.compress(bytes(raw(p)))), readable="image")
 simple("gzip_cut_in_half", "image", _cut(0.5), readable="image")
 simple("gzip_cut_at_the_end", "image", _cut(0.98), readable="image")
-simple("gzip_without_its_checksum", "image", lambda p: p.write_bytes(p.read_bytes()[:-8]) and None, readable="image")
+simple("gzip_without_its_checksum", "image", lambda p: p.write_bytes(p.read_bytes()[:-8]), readable="image")
 simple("label_gzip_cut", "label", _cut(0.6), readable="label")
 simple("gzip_half_noughts", "image", _noughts, readable="image")
 simple("gzip_checksum_wrong", "image", _checksum, readable="image")
