@@ -78,22 +78,12 @@ class TrainingCost:
 
 
 def training_cost(model: Path) -> dict[str, Any]:
-    """The content of `cost.json` in a model directory. Without that file: what the other files of the model say.
+    """The content of `cost.json` in a model directory.
 
     Raises:
-        UserError: the directory holds no model.
+        UserError: the directory holds no finished model.
     """
-    if (model / COST).is_file():
-        return dict(read_json(model / COST))
-    facts, history = read_json(model / "model.json"), read_json(model / "history.json")
-    seconds = [float(record["seconds"]) for record in history]
-    return {
-        "parameters": facts["parameters"],
-        "macs_per_voxel": facts["macs_per_voxel"],
-        "epochs": len(seconds),
-        "seconds_per_epoch": round(statistics.median(seconds), 3) if seconds else None,
-        "seconds": round(sum(seconds), 1),
-    }
+    return dict(read_json(model / COST))
 
 
 def ensemble_cost(models: Sequence[Path]) -> dict[str, Any]:

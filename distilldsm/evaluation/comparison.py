@@ -246,4 +246,5 @@ def draw(trainings: Sequence[Training], path: Path) -> None:
 
 def write_comparison(rows: Sequence[Comparison], path: Path) -> None:
     """The same numbers as CSV; undefined values are empty."""
-    write_csv(path, [dataclasses.asdict(row) for row in rows])
+    columns = [field.name for field in dataclasses.fields(Comparison)]
+    write_csv(path, [dataclasses.asdict(row) for row in rows], columns)

@@ -65,50 +65,50 @@ def optional_inputs(inputs: Mapping[str, Path]) -> dict[str, Path]:
     return {name: path for name, path in paths.items() if path.is_file()}
 
 
-def write_report(work: Path, given: Evaluation) -> None:
+def write_report(work: Path, evaluation: Evaluation) -> None:
     """Write `report.html` and `figures/`; `work` holds the predicted masks."""
-    (work / "report.html").write_text(render("evaluation.html", **page_contents(work, given)), encoding="utf-8")
+    (work / "report.html").write_text(render("evaluation.html", **page_contents(work, evaluation)), encoding="utf-8")
 
 
-def page_contents(work: Path, given: Evaluation) -> dict[str, Any]:
+def page_contents(work: Path, evaluation: Evaluation) -> dict[str, Any]:
     """The variables of the template evaluation.html. This also writes the figures."""
-    model = read_json(given.inputs["model"] / "model.json")
-    if given.ensemble:
-        model |= {key: given.training_cost[key] for key in ("parameters", "macs_per_voxel")}
-    optional = {name: read_json(path) for name, path in optional_inputs(given.inputs).items()}
-    overlays, viewer = _look_at_cases(work, given)
-    facts = _facts(given, model)
+    model = read_json(evaluation.inputs["model"] / "model.json")
+    if evaluation.ensemble:
+        model |= {key: evaluation.training_cost[key] for key in ("parameters", "macs_per_voxel")}
+    optional = {name: read_json(path) for name, path in optional_inputs(evaluation.inputs).items()}
+    overlays, viewer = _look_at_cases(work, evaluation)
+    facts = _facts(evaluation, model)
     return {
-        "title": f"{given.index.name}, {facts['network']}, fold {given.fold}",
-        "notes": _notes(given),
-        "overview": sections.overview(given.rows, given.summary, given.intervals),
-        "scores": sections.score_lines(given.summary, given.intervals),
-        "largest": sections.largest_component(given.postprocessing),
-        "figures": _draw(work / "figures", given),
+        "title": f"{evaluation.index.name}, {facts['network']}, fold {evaluation.fold}",
+        "notes": _notes(evaluation),
+        "overview": sections.overview(evaluation.rows, evaluation.summary, evaluation.intervals),
+        "scores": sections.score_lines(evaluation.summary, evaluation.intervals),
+        "largest": sections.largest_component(evaluation.postprocessing),
+        "figures": _draw(work / "figures", evaluation),
         "distributions": {_file_name(metric): metric.heading for metric in main_metrics()},
-        "tolerance_mm": given.config.nsd_tolerance_mm,
+        "tolerance_mm": evaluation.config.nsd_tolerance_mm,
         "overlays": overlays,
         "viewer": viewer,
-        "cases": sections.case_lines(given.rows),
-        "agreement": sections.agreement_lines(given.rows, given.labels),
+        "cases": sections.case_lines(evaluation.rows),
+        "agreement": sections.agreement_lines(evaluation.rows, evaluation.labels),
         "data": sections.data_lines(optional.get("fingerprint")),
-        "plan": sections.plan_facts(read_json(given.inputs["model"] / "plan.json")),
+        "plan": sections.plan_facts(read_json(evaluation.inputs["model"] / "plan.json")),
         "validation": sections.validation_lines(optional.get("validation")),
         "model": model,
-        "cost": sections.cost_lines(given.prediction_cost, given.training_cost),
+        "cost": sections.cost_lines(evaluation.prediction_cost, evaluation.training_cost),
         "provenance": facts,
-        "params": _params(given),
+        "params": _params(evaluation),
     }
 
 
-def _notes(given: Evaluation) -> list[str]:
-    notes = [given.index.note]
-    if given.config.checkpoint == "best":
+def _notes(evaluation: Evaluation) -> list[str]:
+    notes = [evaluation.index.note]
+    if evaluation.config.checkpoint == "best":
         notes.append("The checkpoint was chosen on these same cases, so the scores are optimistic.")
-    if given.config.mirror:
+    if evaluation.config.mirror:
         notes.append("The scored predictions are averaged over mirrored views.")
-    if given.ensemble:
-        count = 1 + len(given.ensemble)
+    if evaluation.ensemble:
+        count = 1 + len(evaluation.ensemble)
         notes.append(f"Predictions are the average of {count} networks. Plan, curves, parameters are of the first one.")
     return notes
 
@@ -125,24 +125,24 @@ def choose_cases(rows: Rows) -> dict[str, str]:
     return {kind: chosen[kind] for kind in order if kind in chosen}
 
 
-def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[tuple[Path, str, str]], dict[str, Any]]:
+def _look_at_cases(work: Path, evaluation: Evaluation) -> tuple[list[tuple[Path, str, str]], dict[str, Any]]:
     """Overlays of the chosen cases (picture, caption, description), and the viewer's contents for some of them."""
     from distilldsm.report.viewer import ViewedCase, viewer_contents
 
     names = {"second worst": "worst2", "third worst": "worst3"}
-    cases = {case.id: case for case in given.cases}
-    chosen = choose_cases(given.rows)
+    cases = {case.id: case for case in evaluation.cases}
+    chosen = choose_cases(evaluation.rows)
     in_viewer = [kind for kind in VIEWED if kind in chosen]
     pictures, viewed = [], []
     for kind, id_ in chosen.items():
-        case, dataset = cases[id_], given.inputs["dataset"]
-        scan = read_scan([dataset / p for p in case.images], len(given.index.channels))
+        case, dataset = cases[id_], evaluation.inputs["dataset"]
+        scan = read_scan([dataset / p for p in case.images], len(evaluation.index.channels))
         image = scan.channels[0].values(scan.channels[0].raw)
         truth = read_labels(dataset / case.label).values
         mask = read_labels(work / "predictions" / f"{case.id}.nii.gz").values
-        caption = f"{kind} case: {_caption(id_, given)}"
+        caption = f"{kind} case: {_caption(id_, evaluation)}"
         path = work / "figures" / f"{names.get(kind, kind)}.png"
-        figure = overlay(image, truth, mask, affine=scan.affine, labels=given.index.labels)
+        figure = overlay(image, truth, mask, affine=scan.affine, labels=evaluation.index.labels)
         figures.save_figure(figure, path)
         alt = f"Three planes of {id_} with the outlines of truth and prediction. {caption}"
         pictures.append((path, caption[0].upper() + caption[1:], alt))
@@ -150,7 +150,7 @@ def _look_at_cases(work: Path, given: Evaluation) -> tuple[list[tuple[Path, str,
             small = fitted(image, truth, mask, scan.affine, VIEWER_BYTES // len(in_viewer))
             parts = dict(zip(("image", "truth", "prediction"), small, strict=True))
             viewed.append(ViewedCase(name=f"{kind}: {id_}", caption=caption, **parts))
-    return pictures, viewer_contents(viewed, given.index.labels)
+    return pictures, viewer_contents(viewed, evaluation.index.labels)
 
 
 def fitted(
@@ -176,8 +176,8 @@ def fitted(
         voxels = max(_FEWEST_VOXELS, int(0.9 * voxels * max_bytes / size))
 
 
-def _caption(case: str, given: Evaluation) -> str:
-    rows = [row for row in given.rows if row["case"] == case]
+def _caption(case: str, evaluation: Evaluation) -> str:
+    rows = [row for row in evaluation.rows if row["case"] == case]
     mean = np.mean([row["dice"] for row in rows])
     text = f"{case}, mean Dice {mean:.3f}"
     shown = sorted(rows, key=lambda row: row["dice"])[:6]
@@ -187,10 +187,10 @@ def _caption(case: str, given: Evaluation) -> str:
     return f"{text}, largest HD95 {max(row['hd95_mm'] for row in rows):.1f} mm"
 
 
-def _draw(folder: Path, given: Evaluation) -> dict[str, Path]:
+def _draw(folder: Path, evaluation: Evaluation) -> dict[str, Path]:
     """All figures except the overlays: name to PNG."""
-    history = read_json(given.inputs["model"] / "history.json")
-    drawn = _distributions(given) | _volume_plots(given.rows, given.labels) | _training_plots(history)
+    history = read_json(evaluation.inputs["model"] / "history.json")
+    drawn = _distributions(evaluation) | _volume_plots(evaluation.rows, evaluation.labels) | _training_plots(history)
     for name, figure in drawn.items():
         figures.save_figure(figure, folder / f"{name}.png")
     return {name: folder / f"{name}.png" for name in drawn}
@@ -200,15 +200,15 @@ def _file_name(metric: Metric) -> str:
     return metric.name.removesuffix("_mm")
 
 
-def _distributions(given: Evaluation) -> dict[str, Figure]:
+def _distributions(evaluation: Evaluation) -> dict[str, Figure]:
     """Box plots of each main metric with the scores of all cases."""
     drawn = {}
     for metric in main_metrics():
         values = {
-            label: [r[metric.name] for r in given.rows if r["label"] == label and r[metric.name] is not None]
-            for label in given.labels
+            label: [r[metric.name] for r in evaluation.rows if r["label"] == label and r[metric.name] is not None]
+            for label in evaluation.labels
         }
-        unit = f"{given.config.nsd_tolerance_mm:g} mm" if metric.name == "nsd" else metric.unit
+        unit = f"{evaluation.config.nsd_tolerance_mm:g} mm" if metric.name == "nsd" else metric.unit
         title = f"{metric.title} ({unit})" if unit else metric.title
         drawn[_file_name(metric)] = figures.score_boxes(values, title)
     return drawn
@@ -244,24 +244,25 @@ def _training_plots(history: Rows) -> dict[str, Figure]:
     }
 
 
-def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
-    index, inputs = given.index, given.inputs
+def _facts(evaluation: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
+    index, inputs = evaluation.index, evaluation.inputs
     source = provenance()
     commit = source.get("git_commit", "not known")
     recorded = inputs["model"] / "tracking.json"
+    others = [read_json(folder / "model.json") for folder in evaluation.ensemble]
     run = (read_json(recorded).get("run") or {}).get("id") if recorded.is_file() else None
     return {
-        "network": sections.networks_named([model, *(read_json(folder / "model.json") for folder in given.ensemble)]),
+        "network": sections.networks_named([model, *others]),
         "epochs": model["epochs"],
-        "checkpoint": given.config.checkpoint,
-        "fold": given.fold,
-        "NSD tolerance": f"{given.config.nsd_tolerance_mm:g} mm",
+        "checkpoint": evaluation.config.checkpoint,
+        "fold": evaluation.fold,
+        "NSD tolerance": f"{evaluation.config.nsd_tolerance_mm:g} mm",
         "data set": index.name,
         "source": index.source,
         "licence of the data": index.licence,
         "reference": index.reference,
         "data hash": content_hash(inputs["dataset"])[:16],
-        "model hash": ", ".join(content_hash(folder)[:16] for folder in (inputs["model"], *given.ensemble)),
+        "model hash": ", ".join(content_hash(folder)[:16] for folder in (inputs["model"], *evaluation.ensemble)),
         "git commit": commit + (", changed since" if source.get("git_dirty") == "true" else ""),
         "MLflow run": run or "none",
         **({"Kubeflow run": source["kfp_run_id"]} if "kfp_run_id" in source else {}),
@@ -269,9 +270,9 @@ def _facts(given: Evaluation, model: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _params(given: Evaluation) -> dict[str, Any]:
+def _params(evaluation: Evaluation) -> dict[str, Any]:
     """The parameters of the training (from its manifest) and of the evaluation."""
-    manifest = given.inputs["model"] / MANIFEST
+    manifest = evaluation.inputs["model"] / MANIFEST
     train = read_json(manifest).get("config", {}) if manifest.is_file() else {}
-    flat = flatten({"train": train, "evaluate": asdict(given.config)})
+    flat = flatten({"train": train, "evaluate": asdict(evaluation.config)})
     return {key: "-" if value is None else value for key, value in flat.items()}

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -134,27 +133,11 @@ def _small_is_worse(rows: Rows, labels: Sequence[str]) -> list[str]:
     return texts
 
 
-@dataclass(frozen=True, kw_only=True)
-class VolumeAgreement(Agreement):
-    """Agreement of predicted and true volumes of one label, ml."""
-
-    mean_truth: float
-
-    @property
-    def share(self) -> float:
-        """The bias as a share of the mean true volume, which must not be 0."""
-        return self.bias / self.mean_truth
-
-
-def volume_agreement(rows: Rows, labels: Sequence[str]) -> dict[str, VolumeAgreement]:
-    """Label to agreement, without labels that have fewer than two cases."""
-    found = {}
-    for label in labels:
-        truth, predicted = ([row[name] for row in rows if row["label"] == label] for name in VOLUMES)
-        agreement = bland_altman(truth, predicted)
-        if agreement is not None:
-            found[label] = VolumeAgreement(**vars(agreement), mean_truth=float(np.mean(truth)))
-    return found
+def volume_agreement(rows: Rows, labels: Sequence[str]) -> dict[str, Agreement]:
+    """Label to agreement of its volumes (ml), without labels that have fewer than two cases."""
+    of = {label: [row for row in rows if row["label"] == label] for label in labels}
+    found = {label: bland_altman(*([row[name] for row in of[label]] for name in VOLUMES)) for label in labels}
+    return {label: agreement for label, agreement in found.items() if agreement is not None}
 
 
 def agreement_lines(rows: Rows, labels: Sequence[str]) -> list[tuple[Any, ...]]:

@@ -218,7 +218,7 @@ def write_plots(
         for h in history
         for label, dice in h.get("val_dice", {}).items()
     ]
-    tables.write_csv(folder / "dice_by_epoch.csv", by_epoch)
+    tables.write_csv(folder / "dice_by_epoch.csv", by_epoch, ("epoch", "label", "dice"))
     tables.write_csv(
         folder / "dice_by_case.csv",
         [{k: row[k] for k in ("case", "label", "dice", "hd95_mm", "volume_truth_ml")} for row in rows],

@@ -142,6 +142,12 @@ class Agreement:
     high: float
     """Limits of agreement: bias -/+ 1.96 sample standard deviations of the differences."""
     cases: int
+    mean_truth: float
+
+    @property
+    def share(self) -> float:
+        """The bias as a share of the mean true volume, which must not be 0."""
+        return self.bias / self.mean_truth
 
 
 def bland_altman(truth: Sequence[float], predicted: Sequence[float]) -> Agreement | None:
@@ -149,4 +155,5 @@ def bland_altman(truth: Sequence[float], predicted: Sequence[float]) -> Agreemen
     bias, sd, cases = spread(np.subtract(predicted, truth, dtype=np.float64))
     if bias is None or sd is None:
         return None
-    return Agreement(bias=bias, low=bias - 1.96 * sd, high=bias + 1.96 * sd, cases=cases)
+    mean_truth = float(np.mean(truth))
+    return Agreement(bias=bias, low=bias - 1.96 * sd, high=bias + 1.96 * sd, cases=cases, mean_truth=mean_truth)

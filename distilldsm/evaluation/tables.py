@@ -19,10 +19,14 @@ Row = Mapping[str, Any]
 """Columns: `case`, `label`, the metrics (None if undefined), VOLUMES, and `patient` and `fold` if they are known."""
 
 
-def write_csv(path: Path, rows: Sequence[Row]) -> None:
-    """Write rows with the columns of the first row. Numbers have six significant digits; undefined values are empty."""
+def write_csv(path: Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+    """Write rows as CSV. Numbers have six significant digits; undefined values are empty.
+
+    Args:
+        columns: default: those of the first row.
+    """
     with open(path, "w", newline="", encoding="utf-8") as stream:
-        writer = csv.DictWriter(stream, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(stream, fieldnames=columns or list(*rows[:1]))
         writer.writeheader()
         for row in rows:
             writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})

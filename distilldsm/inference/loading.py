@@ -204,12 +204,10 @@ def _engine(
         path = model_dir / ("int8/model.xml" if precision == "int8" else "model.xml")
         computed: Literal["f32", "auto"] = "f32" if precision == "f32" else "auto"
         return OpenVINOEngine(path, metadata.network, precision=computed, fixed_size=fixed_size)
-    from distilldsm.models.checkpoint import described_network, load_tensors, load_weights
+    from distilldsm.models.checkpoint import described_network, load_file
 
-    path = model_dir / "model.safetensors"
     described = metadata.network
     network = described_network(
         described.name, described.options, len(metadata.channels), metadata.targets.channels, where=model_dir / METADATA
     )
-    load_weights(network, load_tensors(path)[0], path)
-    return TorchEngine(network)
+    return TorchEngine(load_file(network, model_dir / "model.safetensors"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Hashable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -26,6 +26,9 @@ from distilldsm.inference.windows import MAX_VOXELS, predict_logits
 from distilldsm.io import read_scan
 from distilldsm.io.formats import read_file, write_mask
 from distilldsm.io.inputs import find_inputs
+
+if TYPE_CHECKING:
+    from distilldsm.models.base import SegmentationNetwork
 
 Case = Mapping[Hashable, Any]
 
@@ -43,13 +46,11 @@ def list_scans(folder: str, channels: int) -> list[dict[str, Any]]:
     return [{"image": [str(p) for p in scan.paths], "source": scan.name} for scan in scans]
 
 
-def load_weights(network: torch.nn.Module, path: str) -> torch.nn.Module:
+def load_weights(network: SegmentationNetwork, path: str) -> SegmentationNetwork:
     """The network with the weights of a safetensors file, in evaluation mode."""
-    from distilldsm.models.checkpoint import load_tensors
-    from distilldsm.models.checkpoint import load_weights as load
+    from distilldsm.models.checkpoint import load_file
 
-    load(network, load_tensors(Path(path))[0], Path(path))  # type: ignore[arg-type]
-    return network.eval()
+    return load_file(network, Path(path))
 
 
 class ToNetworkSpaced(Transform):

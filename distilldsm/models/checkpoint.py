@@ -92,6 +92,16 @@ def load_weights(network: nn.Module, tensors: dict[str, Tensor], path: Path) -> 
         raise DataError("does not fit the network", where=path, seen=str(error)[:500]) from None
 
 
+def load_file(network: SegmentationNetwork, path: Path) -> SegmentationNetwork:
+    """The network with the weights of a file, in evaluation mode.
+
+    Raises:
+        DataError: missing or damaged file, or it does not fit.
+    """
+    load_weights(network, load_tensors(path)[0], path)
+    return network.eval()
+
+
 def pack_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Split an optimizer's state into named tensors and plain JSON."""
     state = optimizer.state_dict()
@@ -130,13 +140,9 @@ def load_network(model_dir: Path, checkpoint: str = "last") -> SegmentationNetwo
         DataError: a file is missing or damaged, or does not fit. A network with random weights is never returned.
     """
     spec = read_model_spec(model_dir)
-    path = model_dir / f"{checkpoint}.safetensors"
-    tensors, _ = load_tensors(path)
-    network = described_network(
-        spec.name, spec.options, spec.in_channels, spec.out_channels, where=model_dir / "model.json"
-    )
-    load_weights(network, tensors, path)
-    return network.eval()
+    path = model_dir / "model.json"
+    network = described_network(spec.name, spec.options, spec.in_channels, spec.out_channels, where=path)
+    return load_file(network, model_dir / f"{checkpoint}.safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -155,5 +155,5 @@ def test_bland_altman_by_hand():
     # Differences 1, -1, 3, 1: mean 1, squares of what is left 0, 4, 4, 0, so sd = sqrt(8 / 3).
     assert found.bias == 1
     assert (found.low, found.high) == pytest.approx((1 - 1.96 * (8 / 3) ** 0.5, 1 + 1.96 * (8 / 3) ** 0.5))
-    assert found.cases == 4
+    assert (found.cases, found.mean_truth, found.share) == (4, 25, 1 / 25)
     assert bland_altman([1], [2]) is None

@@ -130,6 +130,8 @@ def test_files_hold_six_digits_and_are_read_again(tmp_path):
     assert written[1]["sensitivity"] == ""
     read = tables.read_rows(path)
     assert (read[0]["case"], read[0]["dice"], read[1]["sensitivity"]) == ("a", 0.3, None)
+    tables.write_csv(tmp_path / "empty.csv", [], ("case", "dice"))
+    assert (tmp_path / "empty.csv").read_text() == "case,dice\n"
     with pytest.raises(DataError, match=r"none\.csv: is missing"):
         tables.read_rows(tmp_path / "none.csv")
     text = path.read_text()
