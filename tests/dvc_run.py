@@ -61,7 +61,10 @@ def blocks(text: str, language: str) -> list[str]:
 
 
 def tutorial(tmp_path_factory) -> Path:
-    """The clone after the tutorial's commands, shared by all workers: who changes something does it in a copy."""
+    """A folder that all workers share: `clone` after the tutorial's commands, `copy` of it, and NOTHING_TO_DO.
+
+    tests/test_pipeline.py changes the clone, tests/services the copy.
+    """
     base = tmp_path_factory.getbasetemp()
     root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "tutorial"
     with FileLock(f"{root}.lock"):
@@ -69,14 +72,9 @@ def tutorial(tmp_path_factory) -> Path:
             shutil.rmtree(root, ignore_errors=True)  # it failed in another worker
             write_scans(root / "mine")
             last = follow_tutorial(make_clone(root / "clone"), root / "mine")
+            shutil.copytree(root / "clone", root / "copy", symlinks=True)
             (root / NOTHING_TO_DO).write_text(last)
-    return root / "clone"
-
-
-def copy_of_tutorial(tmp_path_factory, name: str) -> Path:
-    """A copy to change."""
-    clone = tutorial(tmp_path_factory)
-    return Path(shutil.copytree(clone, tmp_path_factory.mktemp(name) / "distilldsm", symlinks=True))
+    return root
 
 
 def write_scans(data: Path) -> None:

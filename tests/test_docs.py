@@ -62,7 +62,7 @@ def test_every_page_is_led_to_from_the_readme():
 
 @pytest.mark.slow
 def test_the_tutorial(tmp_path_factory):
-    clone = tutorial(tmp_path_factory)
+    clone = tutorial(tmp_path_factory) / "clone"
     for made in (
         "data/validation/report.html",
         "evaluation/fold0/report.html",

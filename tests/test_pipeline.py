@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from distilldsm.cli.main import main
-from tests.dvc_run import NOTHING_TO_DO, copy_of_tutorial, run, tutorial
+from tests.dvc_run import NOTHING_TO_DO, run, tutorial
 
 pytestmark = pytest.mark.slow
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory) -> Path:
     """After `dvc repro`."""
-    return copy_of_tutorial(tmp_path_factory, "clone")
+    return tutorial(tmp_path_factory) / "clone"
 
 
 def stages_that_ran(text: str) -> list[str]:
@@ -61,8 +61,8 @@ def test_all_that_a_stage_writes_goes_with_dvc_push(clone: Path):
             assert file.is_dir() or outs & {file, *file.parents}, file
 
 
-def test_nothing_to_do_runs_nothing(clone: Path, tmp_path_factory):
-    assert stages_that_ran((tutorial(tmp_path_factory).parent / NOTHING_TO_DO).read_text()) == []
+def test_nothing_to_do_runs_nothing(clone: Path):
+    assert stages_that_ran((clone.parent / NOTHING_TO_DO).read_text()) == []
 
 
 def test_metrics_and_plots_are_useful(clone: Path):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.dvc_run import copy_of_tutorial
+from tests.dvc_run import tutorial
 from tests.services.servers import Servers, running
 
 ELSEWHERE = ("MLFLOW_TRACKING", "AWS_", "PG", "DISTILLDSM_TRACKING")
@@ -51,6 +51,6 @@ def servers() -> Iterator[Servers]:
 @pytest.fixture(scope="session")
 def job(servers: Servers, tmp_path_factory: pytest.TempPathFactory) -> Job:
     """The tutorial's outputs, published to the servers; of these it knows MLflow's user and password only."""
-    made = Job(place=copy_of_tutorial(tmp_path_factory, "job"))
+    made = Job(place=tutorial(tmp_path_factory) / "copy")
     made.run("distilldsm", "publish", "--to", servers.mlflow_url, **servers.tracking())
     return made
