@@ -51,11 +51,36 @@ def test_plain_download_leaves_only_the_file(server, get, tmp_path):
     assert get.waits == []
 
 
-def test_a_cut_connection_is_resumed_where_it_stopped(server, get):
-    server.cut_after, server.cuts_left = 100_000, 2
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [0, 100_000, 200_000]
-    assert get.waits[0] < 2.01 <= get.waits[1] + 0.01  # jittered, and doubled
+CUT = {"cut_after": 100_000, "cuts_left": 1}
+
+
+@pytest.mark.parametrize(
+    ("part", "validator", "settings", "starts"),
+    [
+        (None, "", CUT | {"cuts_left": 2}, [0, 100_000, 200_000]),
+        (None, "", CUT | {"etag": None, "modified": MODIFIED}, [0, 100_000]),
+        (None, "", CUT | {"etag": 'W/"one"'}, [0, 0]),  # a weak ETag is no promise
+        (None, "", CUT | {"ranges": False}, [0, 100_000]),
+        (None, "", {"length": False}, [0]),
+        (CONTENT[:123_456], '"one"', {}, [123_456]),  # of a run that was killed
+        (CONTENT, '"one"', {}, [len(CONTENT)]),
+        (CONTENT + b"more", '"one"', {}, [len(CONTENT) + 4, 0]),
+        (b"\0" * 1000, '"one"', {}, [1000, 0]),  # the same ETag, other bytes
+        (b"old bytes of another version", '"zero"', {}, [28]),
+        (CONTENT[:1000], '"one"', {"wrong_range": True}, None),
+    ],
+)
+def test_what_is_there_is_continued_or_started_again(server, get, tmp_path, part, validator, settings, starts):
+    for name, value in settings.items():
+        setattr(server, name, value)
+    if part is not None:
+        leave_part(tmp_path, part, validator)
+    # Where a checksum would catch it, the bytes must be right without one.
+    checksum = {} if validator == '"zero"' or "wrong_range" in settings else {"sha256": SHA256}
+    assert get(server.url(), **checksum).read_bytes() == CONTENT
+    assert starts is None or server.starts == starts
+    if len(get.waits) == 2:
+        assert get.waits[0] < 2.01 <= get.waits[1] + 0.01  # jittered, and doubled
 
 
 def test_tries_that_get_further_are_not_counted(server, get):
@@ -65,49 +90,6 @@ def test_tries_that_get_further_are_not_counted(server, get):
     assert max(get.waits) <= 60
 
 
-def test_a_run_that_was_killed_is_continued_by_the_next(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT[:123_456])
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [123_456]
-
-
-def test_last_modified_serves_where_there_is_no_etag(server, get):
-    server.etag, server.modified = None, MODIFIED
-    server.cut_after, server.cuts_left = 100_000, 1
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [0, 100_000]
-
-
-def test_a_weak_etag_is_no_promise(server, get):
-    server.etag = 'W/"one"'
-    server.cut_after, server.cuts_left = 100_000, 1
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [0, 0]
-
-
-def test_a_part_that_is_whole_is_not_fetched_again(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT)
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [len(CONTENT)]
-
-
-def test_a_part_longer_than_the_file_is_started_again(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT + b"more")
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [len(CONTENT) + 4, 0]
-
-
-def test_a_changed_file_is_not_spliced(server, get, tmp_path):
-    leave_part(tmp_path, b"old bytes of another version", '"zero"')
-    assert get(server.url()).read_bytes() == CONTENT  # without a checksum that would catch it
-
-
-def test_wrong_bytes_at_the_beginning_cost_one_more_try(server, get, tmp_path):
-    leave_part(tmp_path, b"\0" * 1000)  # the same ETag, other bytes
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-    assert server.starts == [1000, 0]
-
-
 @pytest.mark.parametrize("note", [None, "{broken", "[]", '{"validator": 5}'])
 def test_a_part_whose_note_is_missing_or_broken_is_started_again(server, get, tmp_path, note):
     (tmp_path / "archive.tar.part").write_bytes(b"who knows from where")
@@ -115,22 +97,6 @@ def test_a_part_whose_note_is_missing_or_broken_is_started_again(server, get, tm
         (tmp_path / "archive.tar.part.json").write_text(note)
     assert get(server.url()).read_bytes() == CONTENT
     assert server.requests == [("/file", None)]
-
-
-def test_without_range_support_it_starts_again(server, get):
-    server.ranges, server.cut_after, server.cuts_left = False, 50_000, 1
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
-
-
-def test_another_range_than_asked_for_is_not_appended(server, get, tmp_path):
-    leave_part(tmp_path, CONTENT[:1000])
-    server.wrong_range = True
-    assert get(server.url()).read_bytes() == CONTENT
-
-
-def test_a_server_that_tells_no_length(server, get):
-    server.length = False
-    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
 
 
 def test_server_errors_are_retried_and_redirects_followed(server, get):
