@@ -53,7 +53,7 @@ def test_the_golden_file_passes_kfps_schema_and_loads_again():
     assert len(documents) == 2
     loaded = components.load_component_from_file(str(GOLDEN))
     assert set(loaded.component_spec.inputs) == {
-        "folds", *SECTIONS, "data_version", "trainjob", "mlflow_secret", "s3_secret",
+        "folds", "budget", *SECTIONS, "data_version", "trainjob", "mlflow_secret", "s3_secret",
         "download_secret",
     }  # fmt: skip
 
