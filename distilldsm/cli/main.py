@@ -29,6 +29,7 @@ COMMANDS: Mapping[str, str] = {
     "plots": "show DVC's plots (show, diff) as a page that works offline",
     "info": "show facts about an exported model, the networks or the installation",
     "plan": "show the decisions that are made from a data set, and why",
+    "budget": "measure this machine, and turn a time into train.budget",
     "params": "show every parameter: type, default, meaning",
     "compose": "write params.yaml from the presets in conf/",
     "pipeline": "run the pipeline on Kubeflow: compile, run, submit, status",

@@ -7,12 +7,14 @@ DISTILLDSM_PROGRESS selects `bar`, `plain` or `off`. `bar` moves the cursor with
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TextIO, TypeVar, get_args
 
+from distilldsm.core.errors import ConfigError
 from distilldsm.core.machine import held_memory_bytes
 
 T = TypeVar("T")
@@ -194,6 +196,21 @@ def duration(seconds: float) -> str:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def seconds_of(text: str, *, where: str) -> float:
+    """The seconds of a time such as `60 min`, `1.5 h` or `90 s`.
+
+    Raises:
+        ConfigError: it is not such a time.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(s|min|h)\s*", text)
+    seconds = float(found[1]) * {"s": 1, "min": 60, "h": 3600}[found[2]] if found else 0.0
+    if seconds <= 0:
+        raise ConfigError(
+            "is not a time", where=where, seen=text, rule="a number and s, min or h", hint='e.g. "60 min"'
+        )
+    return seconds
 
 
 def memory_text() -> str:

@@ -227,7 +227,7 @@ class Trainer:
             for images, labels, size, step in batches(self.sampler, epoch, self.config.workers, self.processes):
                 waited += time.perf_counter() - asked
                 rate = self._set_learning_rate()
-                loss = self._step(images, labels, size, epoch, step)
+                loss = self.step(images, labels, size, epoch, step)
                 total += torch.tensor([loss, 1.0], dtype=torch.float64)
                 self.state.step += 1
                 self.average.update(self.network, self.state.step)
@@ -243,7 +243,7 @@ class Trainer:
             "loading_seconds": round(waited, 3),
         }
 
-    def _step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
+    def step(self, images: np.ndarray, labels: np.ndarray, size: tuple[int, int, int], epoch: int, step: int) -> float:
         """Do one optimizer step; return the mean loss over all processes."""
         x, y = self._augment(images, labels, size, self._draws(epoch, step))
         parts = self.config.accumulate

@@ -86,7 +86,7 @@ def test_each_step_has_its_rate(trainer, monkeypatch, schedule):
         used.append({group["lr"] for group in made.optimizer.param_groups})
         return float(next(losses))
 
-    monkeypatch.setattr(made, "_step", step)
+    monkeypatch.setattr(made, "step", step)
     monkeypatch.setattr(made.average, "update", lambda one, number: averaged.append((one is made.network, number)))
     state = made.run()
     expected = [
@@ -106,7 +106,7 @@ def test_gradients_are_clipped(trainer, norm):
     """The first step of SGD with Nesterov momentum m moves by rate x (1 + m) x gradient."""
     made = trainer(optimizer="sgd", momentum=0.5, weight_decay=0.0, gradient_clip_norm=norm, precision="fp32")
     before = [p.detach().clone() for p in made.trained.parameters()]
-    assert made._step(*made.sampler.batch(0, 0), 0, 0) > 0
+    assert made.step(*made.sampler.batch(0, 0), 0, 0) > 0
     pairs = zip(made.trained.parameters(), before, strict=True)
     moved = math.sqrt(sum(float((p.detach() - q).square().sum()) for p, q in pairs))
     assert all(p.grad is None for p in made.trained.parameters())
@@ -193,5 +193,5 @@ def test_halves_of_a_batch_have_the_loss_of_the_whole(trainer):
             model=ModelConfig(name="unet3d", options={"base_width": 2}), accumulate=accumulate, dice_weight=0.0,
             precision="fp32",
         )  # fmt: skip
-        found.append(made._step(*made.sampler.batch(0, 0), 0, 0))
+        found.append(made.step(*made.sampler.batch(0, 0), 0, 0))
     assert found[0] == pytest.approx(found[1], rel=1e-5)

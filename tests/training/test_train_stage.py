@@ -210,7 +210,7 @@ def test_accumulation_gives_the_same_gradient_without_batch_statistics(preproces
         trainer.optimizer.zero_grad = lambda set_to_none=True, t=trainer, c=captured: c.update(
             {k: p.grad.clone() for k, p in t.network.named_parameters()}
         )
-        trainer._step(*trainer.sampler.batch(0, 0), 0, 0)
+        trainer.step(*trainer.sampler.batch(0, 0), 0, 0)
         gradients.append(captured)
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, atol=1e-5, rtol=1e-3)
@@ -292,7 +292,7 @@ def test_a_killed_loader_is_told_wherever_the_program_is(preprocessed, tmp_path,
     import psutil
 
     trainer = loop.Trainer(config(epochs=2, workers=1), preprocessed=preprocessed, work=tmp_path, fold=0)
-    step = trainer._step
+    step = trainer.step
 
     def kill_loader(*batch):
         for child in psutil.Process().children():
@@ -300,6 +300,6 @@ def test_a_killed_loader_is_told_wherever_the_program_is(preprocessed, tmp_path,
         time.sleep(1)  # the signal comes while the step is computed
         return step(*batch)
 
-    monkeypatch.setattr(trainer, "_step", kill_loader)
+    monkeypatch.setattr(trainer, "step", kill_loader)
     with pytest.raises(UserError, match=r"train\.workers: a worker process was killed"):
         trainer.run()

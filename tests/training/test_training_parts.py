@@ -92,13 +92,13 @@ def test_the_order_of_parameters_changes_no_byte(tmp_path: Path):
 
 def test_checkpoints_keep_everything_and_hold_no_pickle(tmp_path: Path):
     network = build_model("distill_dsm", in_channels=1, out_channels=2, width=0.25)
-    optimizer = make_optimizer(TrainConfig(), network)
+    optimizer = make_optimizer(TrainConfig(), network, 0.1)
     network(torch.randn(1, 1, 2, 16, 16)).sum().backward()
     optimizer.step()
     tensors, meta = pack_optimizer(optimizer)
     save_tensors(tmp_path / "x.safetensors", {**tensors, **network.state_dict()}, {"optimizer": meta, "epoch": 3})
     loaded, loaded_meta = load_tensors(tmp_path / "x.safetensors")
-    fresh = make_optimizer(TrainConfig(), network)
+    fresh = make_optimizer(TrainConfig(), network, 0.1)
     unpack_optimizer(fresh, {k: v for k, v in loaded.items() if k.startswith("optimizer.")}, loaded_meta["optimizer"])
     before, after = optimizer.state_dict(), fresh.state_dict()
     assert before["param_groups"] == after["param_groups"]
@@ -124,7 +124,7 @@ def test_damaged_or_foreign_checkpoints_are_refused(tmp_path: Path):
 
 def test_weight_decay_spares_biases_and_norms():
     network = build_model("unet2d", in_channels=1, out_channels=2)
-    decayed, others = make_optimizer(TrainConfig(weight_decay=0.1), network).param_groups
+    decayed, others = make_optimizer(TrainConfig(weight_decay=0.1), network, 0.1).param_groups
     assert decayed["weight_decay"] == 0.1
     assert others["weight_decay"] == 0
     assert all(p.ndim == 4 for p in decayed["params"])
@@ -168,7 +168,7 @@ def test_the_device_that_is_asked_for(monkeypatch):
 )
 def test_the_optimizer_is_the_configured_one(name, kind, defaults):
     network = build_model("unet2d", in_channels=1, out_channels=2, width=0.25)
-    made = make_optimizer(TrainConfig(optimizer=name, learning_rate=0.25, momentum=0.8), network)
+    made = make_optimizer(TrainConfig(optimizer=name, momentum=0.8), network, 0.25)
     assert type(made) is kind
     assert {"lr": 0.25, **defaults}.items() <= made.defaults.items()
 
