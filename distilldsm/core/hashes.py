@@ -18,7 +18,7 @@ PIECES = ".pieces"
 """Folder of a work directory with the SHA-256 of the files of each finished piece. It is not part of the output."""
 State = list[int]
 """Size, modification time, change time (ns) and inode of a file: equal values mean an unchanged file."""
-_THREADS = 8
+_THREADS = 16
 _PACKAGES = ("numpy", "scipy", "nibabel", "torch", "onnxruntime", "openvino", "mlflow", "great_expectations")
 
 

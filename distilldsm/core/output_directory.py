@@ -44,6 +44,8 @@ EXECUTION_PARAMETERS = frozenset({"workers", "device", "compile", "checkpoint_mi
 begun with other values of them."""
 _FULL_BYTES = 64 << 10
 """With less free space than this, any error counts as "the disk is full"."""
+_TURN_S = 0.5
+"""How long to wait for a process that only looks whether the output is being written, seconds."""
 _FINISH_S = 60.0
 """How long to wait for another process that is renaming the same output, seconds."""
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{12}\.tmp[.\w]*")
@@ -90,7 +92,7 @@ def output_directory(
     work = _work(path)
     with writes(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = _locked(path, timeout_s=0)
+        lock = _locked(path, timeout_s=_TURN_S)
     if lock is None:
         raise UserError(
             "another process is writing this output", where=path, hint="wait for it, or stop it, then run again"
@@ -283,6 +285,19 @@ def _locked(path: Path, timeout_s: float) -> FileLock | None:
     except Timeout:
         return None
     return lock
+
+
+def is_being_written(path: Path) -> bool | None:
+    """Whether a process is writing an output; None if there is no lock that tells it.
+
+    The kernel frees the lock of a process that has ended, also of one in another container.
+    """
+    if not path.with_name(f".{path.name}.lock").is_file():
+        return None
+    lock = _locked(path, timeout_s=0)
+    if lock is not None:
+        lock.release()
+    return lock is None
 
 
 def _stamp(work: Path) -> Path:

@@ -124,7 +124,7 @@ class Publisher:
             record = load(self.directory)
         except UserError:
             return False
-        return record is not None and record.is_at_work() is True
+        return record is not None and record.is_at_work(self.directory) is True
 
     def is_published(self) -> bool:
         """Whether MLflow holds everything in the record. Sends nothing.
@@ -151,7 +151,7 @@ class Publisher:
             record = load(self.directory)
             if record is None or (identity := record.run) is None:
                 return Outcome(directory=self.directory, is_complete=True)
-            if record.status == "RUNNING" and (is_abandoned or record.is_at_work() is False):
+            if record.status == "RUNNING" and (is_abandoned or record.is_at_work(self.directory) is False):
                 record = replace(record, status="KILLED")
             with run_lock(identity.key, patience_s):
                 is_complete = self._send_new(record, identity)
@@ -209,7 +209,7 @@ class Publisher:
         if not record.adds:
             self._once(
                 f"status {record.status}",
-                lambda: self._client.set_terminated(run_id, record.status, record.time_ms or None),
+                lambda: self._client.set_terminated(run_id, record.status, max(record.time_ms, identity.started_ms)),
             )
         if self._problems or record.status == "KILLED":
             return False
@@ -323,15 +323,20 @@ class Publisher:
         """Send metrics without an epoch, at step 0, if MLflow's latest value differs."""
         from mlflow.entities import Metric
 
-        known = self._run.data.metrics
+        known, run_id = self._run.data.metrics, self._run.info.run_id
+
+        def time_ms(key: str) -> int:
+            """MLflow shows the value with the latest time, also if the clock went back since the last one."""
+            earlier = self._client.get_metric_history(run_id, key) if key in known else []
+            return max(record.time_ms, *(one.timestamp + 1 for one in earlier), 0)
+
         metrics = [
-            Metric(key, float(value), record.time_ms, 0)
+            Metric(key, float(value), time_ms(key), 0)
             for key, value in record.metrics.items()
             if str(known.get(key)) != str(float(value))
         ]
         for start in range(0, len(metrics), METRICS_PER_BATCH):
-            batch = metrics[start : start + METRICS_PER_BATCH]
-            self._client.log_batch(self._run.info.run_id, metrics=batch, synchronous=True)
+            self._client.log_batch(run_id, metrics=metrics[start : start + METRICS_PER_BATCH], synchronous=True)
 
     def _send_file(self, file: File) -> None:
         path = self.directory / file.path

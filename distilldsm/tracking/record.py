@@ -22,6 +22,7 @@ from distilldsm.config import TrackingConfig
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.files import read_json, sha256_file, sha256_json, write_json
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
+from distilldsm.core.output_directory import is_being_written
 from distilldsm.models.package import METADATA
 from distilldsm.tracking.addresses import default_uri, redact_uri, uri_to_attach
 from distilldsm.tracking.flavor import requirements
@@ -140,10 +141,17 @@ class Record:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the record", seen=self.schema_version, rule="1")
 
-    def is_at_work(self) -> bool | None:
-        """Whether the process of a RUNNING record is alive. None: not RUNNING, or written on another machine."""
+    def is_at_work(self, directory: Path) -> bool | None:
+        """Whether the process that writes the RUNNING record in `directory` is alive.
+
+        None: not RUNNING, or written on another machine. The lock of the output decides, because another process may
+        have the same number, after a restart or in another container.
+        """
         if self.status != "RUNNING" or self.process is None or self.host != socket.gethostname():
             return None
+        is_locked = is_being_written(final_path(directory))
+        if is_locked is not None:
+            return is_locked
         try:
             os.kill(self.process, 0)
         except ProcessLookupError:
@@ -275,8 +283,11 @@ def describe(
 
 
 def _earlier_record(config: TrackingConfig, directory: Path) -> Record | None:
-    """The record that an earlier attempt has written, if it belongs to the same store and experiment."""
-    record = load(directory)
+    """The record that an earlier attempt has written, if it is readable and of the same store and experiment."""
+    try:
+        record = load(directory)
+    except UserError:  # a power cut
+        return None
     if record is None or record.run is None:
         return None
     place = (record.run.tracking_uri, record.run.experiment)

@@ -145,12 +145,15 @@ class Store:
             run = self.find_run(identity)
             if run is None:
                 marks = {RUN_KEY_TAG: identity.key, **({PLACEHOLDER_TAG: "true"} if is_placeholder else {})}
-                return self.client.create_run(
+                created = self.client.create_run(
                     identity.experiment_id or self.experiment(identity.experiment),
                     start_time=identity.started_ms,
                     tags={**(tags or {}), **marks},
                     run_name=identity.name,
                 )
+                if not created.info.run_id:
+                    raise RuntimeError("the answer to the creation of a run names no run")
+                return created
         if not is_placeholder and run.data.tags.get(PLACEHOLDER_TAG):
             self.client.update_run(run.info.run_id, name=identity.name)
             self.client.delete_tag(run.info.run_id, PLACEHOLDER_TAG)

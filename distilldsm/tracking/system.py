@@ -9,6 +9,7 @@ import threading
 import time
 from pathlib import Path
 
+from distilldsm.tracking.contents import lines_of
 from distilldsm.tracking.record import SYSTEM
 
 
@@ -58,6 +59,8 @@ def sample_until(
 ) -> None:
     """Append a sample every `interval_s` seconds. The steps are seconds since the run first started.
 
+    Each step is above the last one, also if the clock goes back: MLflow would take an equal step for the same sample.
+
     Raises:
         Exception: the process has ended, or the file cannot be written.
     """
@@ -65,8 +68,10 @@ def sample_until(
     if path.is_file() and not path.read_bytes().endswith(b"\n"):  # a killed process may have left half a line
         with open(path, "a", encoding="utf-8") as stream:
             stream.write("\n")
+    step = max((int(row["step"]) for row in lines_of(path)), default=-1)
     while not finish.wait(interval_s):
         time_ms = time.time_ns() // 1_000_000
-        row = {"time_ms": time_ms, "step": (time_ms - started_ms) // 1000, "values": sampler.sample()}
+        step = max((time_ms - started_ms) // 1000, step + 1)
+        row = {"time_ms": time_ms, "step": step, "values": sampler.sample()}
         with open(path, "a", encoding="utf-8") as stream:
             stream.write(json.dumps(row) + "\n")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -237,11 +238,12 @@ def test_memory_of_children_and_a_gpu_count(monkeypatch):
 
 def test_sampling_goes_on_after_half_a_line(place, monkeypatch):
     monkeypatch.setattr(SystemSampler, "sample", lambda self: {"system/a": 1.0})
-    (place / "system.jsonl").write_text('{"time_ms": 1, "st')
+    last = {"time_ms": 1, "step": 2**40, "values": {}}  # the clock has gone back since then
+    (place / "system.jsonl").write_text(json.dumps(last) + '\n{"time_ms": 1, "st')
     waits = iter([False, False, True])
     system.sample_until(
         SimpleNamespace(wait=lambda _: next(waits)), place, SystemSampler(os.getpid()), 0.1, started_ms=0
     )
-    _, *whole = (place / "system.jsonl").read_text().splitlines()
-    assert len(whole) == 2
+    _, _, *whole = (place / "system.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in whole] == [2**40 + 1, 2**40 + 2]
     assert all('"system/a": 1.0' in line for line in whole)

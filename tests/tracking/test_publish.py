@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import re
 import shutil
 import socket
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from filelock import FileLock
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -251,6 +255,50 @@ def test_how_a_training_ended(place, client, no_sender):
     write_json(place / "models/fold0/tracking.json", dead | {"host": "elsewhere"})
     publish(place / "models/fold0")
     assert the_run(client).info.status == "RUNNING", "of another machine's processes nothing is known"
+
+
+def test_the_lock_of_an_output_tells_whether_its_training_is_at_work(place, client, no_sender):
+    """A process with the recorded number may be another one, and a living one may have no number here."""
+    work = place / "models/.fold0.partial"
+    with training(work):
+        record = read_json(work / "tracking.json")
+        with FileLock(place / "models/.fold0.lock"):
+            write_json(work / "tracking.json", record | {"process": 2**22 + 1})
+            assert Publisher(work).is_followed
+            publish(work)
+            assert the_run(client).info.status == "RUNNING"
+        write_json(work / "tracking.json", record | {"process": os.getpid()})
+        assert not Publisher(work).is_followed
+        publish(work)
+        assert the_run(client).info.status == "KILLED"
+
+
+@pytest.mark.parametrize("method", ["log_artifact", "create_run", "set_terminated", "log_batch"])
+def test_what_a_store_rejects_is_left_for_the_next_publish(place, client, no_sender, monkeypatch, method):
+    model = trained(place / "models/fold0")
+    with monkeypatch.context() as patch:
+        if method == "create_run":
+            nameless = SimpleNamespace(info=SimpleNamespace(run_id=""))
+            patch.setattr(type(client), method, lambda *_, **__: nameless)
+        else:
+            fail(patch, client, method, lambda *_: True, OSError(errno.ENOSPC, "No space left on device"))
+        outcome = publish(model)
+        assert (outcome.is_complete, len(outcome.problems) > 0) == (False, True)
+        assert not Publisher(model).is_published()
+    publish_known()
+    assert the_run(client).info.status == "FINISHED"
+    assert history(client, "train_loss") == [(1, 1.0)]
+
+
+def test_a_clock_that_goes_back_loses_nothing(place, client, no_sender, monkeypatch):
+    model = trained(place / "models/fold0")
+    for value in (0.5, 0.6):
+        evaluated(place / "evaluation/fold0", model, test_dice_mean=value)
+        publish_known()
+        assert the_run(client).data.metrics["test_dice_mean"] == value
+        now = time.time_ns()
+        monkeypatch.setattr(time, "time_ns", lambda now=now: now - 10**12)
+    assert [value for _, value in history(client, "test_dice_mean")] == [0.5, 0.6]
 
 
 def test_one_bad_value_is_told_and_takes_no_other_along(place, client, no_sender, monkeypatch, capsys):
