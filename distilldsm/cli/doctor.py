@@ -12,6 +12,7 @@ from pathlib import Path
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.mapping import load_yaml
+from distilldsm.core.text import unescaped
 from distilldsm.doctor import machine, report, services, settings
 from distilldsm.doctor.checks import LIMIT_S, Check, Finding, clean, in_child, run_checks
 
@@ -118,5 +119,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(report.to_json(findings, seconds))
     else:
-        print(report.render(findings, seconds, colour=report.wants_colour(sys.stdout)))
+        print(report.render(findings, seconds, colour=report.wants_colour(sys.stdout)), file=unescaped(sys.stdout))
     return int(report.has_failed(findings))

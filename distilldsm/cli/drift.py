@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.text import one_line
 
 DESCRIPTION = (
     "Compare scans with the training data of an exported model: geometry, intensities as stored and as the network "
@@ -99,7 +100,7 @@ def _print(report: dict[str, Any]) -> None:
     for row in report["scans"]:
         serious = [o for o in row["outside"] if not o["undone"]]
         state = f"outside in {len(serious)} of {len(row['values'])} measures" if serious else "inside"
-        print(f"{row['scan']}: {state}")
+        print(f"{one_line(row['scan'])}: {state}")
         for one in row["outside"]:
             print(f"  {sentence(one, measures)}")
     for one in report["together"]:

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     """Ask the services and print what they know."""
     from distilldsm.pipeline.lineage import format_lineage, lineage
+    from distilldsm.tracking import default_uri
+    from distilldsm.tracking.store import explained
 
-    found = lineage(args.identifier)
+    with explained(default_uri(), "searching the runs"):
+        found = lineage(args.identifier)
     print(json.dumps(found, indent=2) if args.json else format_lineage(found))

@@ -10,9 +10,11 @@ import argparse
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import ModuleType
 from typing import TYPE_CHECKING
 
+from distilldsm.core.shell import run_shell
 from distilldsm.core.version import __version__
 
 if TYPE_CHECKING:
@@ -41,24 +43,22 @@ COMMANDS: Mapping[str, str] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 (data, environment) or 2 (usage, parameters)."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    return run_shell(partial(_run, list(sys.argv[1:] if argv is None else argv)))
+
+
+def _run(arguments: Sequence[str]) -> int | None:
     name = arguments[0] if arguments else ""
     stage = None if name in COMMANDS else stages().get(name)
     if name not in COMMANDS and stage is None:
         overview = _overview()
         overview.parse_args(arguments)  # exits for --help, --version and unknown commands
         overview.error("the command comes first")
-    from distilldsm.core.shell import run_shell
+    if stage is not None:
+        from distilldsm.components.command import main as run_stage
 
-    def command() -> int | None:
-        if stage is not None:
-            from distilldsm.components.command import main as run_stage
-
-            return run_stage(stage, arguments[1:])
-        code: int | None = _module(name).run(parser(name).parse_args(arguments[1:]))
-        return code
-
-    return run_shell(command)
+        return run_stage(stage, arguments[1:])
+    code: int | None = _module(name).run(parser(name).parse_args(arguments[1:]))
+    return code
 
 
 def stages() -> Mapping[str, Stage]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.core.interruption import explains_interrupt
 from distilldsm.core.progress import beside_the_bar, progress
+from distilldsm.core.text import one_line
 
 if TYPE_CHECKING:
     from distilldsm.inference.job import Job, Settings
@@ -265,4 +266,4 @@ def _failure(job: Job, error: UserError) -> dict[str, Any]:
 
 def _print_line(row: dict[str, Any], engine: str) -> None:
     volumes = ", ".join(f"{name} {ml:.3g} ml" for name, ml in row["volume_ml"].items())
-    print(f"{row['mask']}: {volumes} ({sum(row['seconds'].values()):.1f} s, {engine})")
+    print(f"{one_line(row['mask'])}: {volumes} ({sum(row['seconds'].values()):.1f} s, {engine})")

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.text import one_line
 
 DESCRIPTION = "Send to MLflow what it does not hold yet of finished and unfinished outputs. Nothing is sent twice."
 
@@ -47,9 +48,9 @@ def run(args: argparse.Namespace) -> None:
     for outcome in publish_all(outputs, to=args.to and use(args.to)):
         problems = "; ".join(outcome.problems)
         done = "published" if outcome.is_complete else "published so far; it is not finished"
-        print(f"{outcome.directory}: {problems or outcome.registration or done}")
+        print(f"{one_line(outcome.directory)}: {problems or outcome.registration or done}")
         for note in outcome.notes:
-            print(f"{outcome.directory}: {note}")
+            print(f"{one_line(outcome.directory)}: {note}")
         if problems:
             left.append(str(outcome.directory))
     if left:

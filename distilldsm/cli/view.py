@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.text import one_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     if channel.raw.size > args.max_voxels:
         sizes = " x ".join(str(n) for n in scan.shape)
         print(f"{sizes} voxels are more than --max-voxels {args.max_voxels}: some are left out", file=sys.stderr)
-    print(output)
+    print(one_line(output))
     if not args.no_open and _has_display():
         webbrowser.open(output.resolve().as_uri())
 

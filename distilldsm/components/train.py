@@ -39,9 +39,12 @@ def run(
     from distilldsm.config import TrackingConfig
     from distilldsm.training.distributed import training_processes
     from distilldsm.training.loop import RESUME
-    from distilldsm.training.setup import choose_device
+    from distilldsm.training.setup import choose_device, require_compiler
 
-    with training_processes(choose_device(config.device, 0).type) as processes:
+    device = choose_device(config.device, 0).type
+    if config.compile:
+        require_compiler(device)
+    with training_processes(device) as processes:
         if not processes.is_main:
             _train_as_peer(config, inputs, outputs, fold, processes)
             return

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from typing import Self
 
 from distilldsm.core.redaction import redact
+from distilldsm.core.text import one_line, printable
+
+_INNER_LINE = re.compile(r"\n(?! {4})")
 
 
 class UserError(Exception):
     """Something from the user (data, file, environment) cannot be used.
 
     The message names the place, the value seen, the rule it breaks and a hint, where these are known. It never shows
-    a password from the environment or from an address.
+    a password from the environment or from an address. No part of it can look like a line of another message.
     """
 
     exit_code = 1
@@ -32,14 +36,14 @@ class UserError(Exception):
         self.seen = seen
         self.rule = rule
         self.hint = hint
-        parts = [f"{self.where}: {problem}" if self.where else problem]
+        parts = [f"{one_line(self.where)}: {problem}" if self.where else problem]
         if seen is not None:
             parts.append(f"  seen: {seen}")
         if rule:
             parts.append(f"  rule: {rule}")
         if hint:
             parts.append(f"  hint: {hint}")
-        super().__init__(redact("\n".join(parts)))
+        super().__init__(redact("\n".join(_INNER_LINE.sub("\n    ", printable(part)) for part in parts)))
 
     def at(self, where: str | os.PathLike[str]) -> Self:
         """The same error at a place; unchanged if it has a place already."""

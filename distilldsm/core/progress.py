@@ -16,6 +16,7 @@ from typing import Any, Literal, TextIO, TypeVar, get_args
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.machine import held_memory_bytes
+from distilldsm.core.text import one_line, unescaped
 
 T = TypeVar("T")
 Mode = Literal["bar", "plain", "off"]
@@ -70,9 +71,9 @@ def meter(
         initial: steps done before.
         shown: False shows nothing, e.g. in all processes of a training but the first.
     """
-    file = file or sys.stderr
+    file = unescaped(file or sys.stderr)
     kind = {"bar": _Bar, "plain": _Plain, "off": Meter}[mode(file) if shown else "off"]
-    made = kind(total=total, title=title, unit=unit, brief=brief, initial=initial, file=file)
+    made = kind(total=total, title=one_line(title), unit=unit, brief=brief, initial=initial, file=file)
     try:
         yield made
     except BaseException:

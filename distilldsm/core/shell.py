@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import io
 import os
 import re
 import signal
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from distilldsm.core.errors import UserError
 from distilldsm.core.interruption import describe
 from distilldsm.core.progress import close_bars
+from distilldsm.core.text import escaped_output
 
 if TYPE_CHECKING:
     import subprocess
@@ -56,7 +56,12 @@ SYSTEM_HINTS = {
 
 def interrupt(number: int, frame: object) -> None:
     """End on SIGTERM as on Ctrl-C, with the same cleaning up."""
+    _stopped.append(number)
     raise KeyboardInterrupt
+
+
+_stopped: list[int] = []
+"""The signals that `interrupt` has received."""
 
 
 @contextmanager
@@ -122,13 +127,26 @@ def run_shell(run: Callable[[], int | None]) -> int:
     and batch systems send, acts like Ctrl-C. After an interrupt, the message says what is kept and how to continue, see
     `interruption`. Characters that the terminal cannot show are written as escapes.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    with escaped_output():
+        return _run(run)
+
+
+def _run(run: Callable[[], int | None]) -> int:
+    _stopped.clear()
+    stops = {signal.SIGTERM: interrupt}
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not where it is ignored
+        stops[signal.SIGINT] = interrupt
     try:
         try:
-            with handled({signal.SIGTERM: interrupt}):
+            with handled(stops):
                 code = run() or 0
+        except UserError:
+            raise
+        except Exception as error:
+            # A package in C turns an interrupt of its import into an ImportError of its own.
+            if _stopped:
+                raise KeyboardInterrupt from error
+            raise
         finally:
             close_bars()
         # A closed pipe is noticed only when the buffer is written. Write it before the exit code is decided.

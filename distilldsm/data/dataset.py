@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 
@@ -12,6 +12,7 @@ from distilldsm.config import Modality
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.mapping import from_mapping, to_mapping
+from distilldsm.core.text import is_plain, one_line
 from distilldsm.data.targets import Region
 
 INDEX = "dataset_index.json"
@@ -32,8 +33,9 @@ class Case:
 
     def check_names(self) -> None:
         """Raise DataError if the id cannot be a file name (outputs use it as one), or a path leaves the data set."""
-        if self.id in ("", ".", "..") or re.search(r"[/\\\0]", self.id):
-            raise DataError("a case id cannot be a file name", seen=self.id, rule="no slash, not '.' or '..'")
+        if self.id in ("", ".", "..") or re.search(r"[/\\]", self.id) or not is_plain(self.id):
+            rule = "no slash, no control character, not '.' or '..'"
+            raise DataError("a case id cannot be a file name", seen=self.id, rule=rule)
         for path in (*self.images, self.label):
             if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\0" in path:
                 raise DataError("an index names a file outside the data set", seen=path, rule="paths below its folder")
@@ -43,6 +45,13 @@ class Case:
 class Channel:
     name: str
     modality: Modality
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise DataError if a name of a label, channel or data set is not one plain line."""
+    for name in names:
+        if not is_plain(name):
+            raise DataError("a name holds control characters", seen=one_line(name), hint="rename it in the description")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,6 +80,7 @@ class DatasetIndex:
     def __post_init__(self) -> None:
         if not self.cases:
             raise DataError("the data set has no labelled case")
+        check_names((self.name, *self.labels, *(channel.name for channel in self.channels)))
         ids = [case.id for case in self.cases]
         if len(set(ids)) != len(ids):
             twice = next(i for i in ids if ids.count(i) > 1)

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.text import is_plain, one_line
 
 Float32 = npt.NDArray[np.float32]
 LARGEST_NOT_TRIED = "not tried, as regions overlap and none contains all others"
@@ -55,6 +56,12 @@ class Targets:
     regions: tuple[Region, ...] = ()
 
     def __post_init__(self) -> None:
+        values = self.class_values
+        if not all(0 <= value <= 255 for value in values) or len(set(values)) != len(values):
+            raise ConfigError("impossible label values", seen=values, rule="different whole numbers from 0 to 255")
+        for name in (*self.class_names, *(region.name for region in self.regions)):
+            if not is_plain(name):
+                raise ConfigError("a name holds control characters", seen=one_line(name), rule="one line of text")
         for region in self.regions:
             unknown = sorted(set(region.values) - set(self.class_values))
             if unknown:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import TextIO
 
+from distilldsm.core.text import one_line
 from distilldsm.core.version import __version__
 from distilldsm.doctor.checks import STATUSES, Finding, Status
 
@@ -34,10 +35,10 @@ def render(findings: Sequence[Finding], seconds: float, *, colour: bool, width: 
     lines: list[str] = []
     for one in findings:
         status = f"\x1b[{_COLOURS[one.status]}m{one.status:4}\x1b[0m" if colour else f"{one.status:4}"
-        first, *rest = textwrap.wrap(one.seen, room, break_on_hyphens=False) or [""]
-        lines.append(f"{status}  {one.name:{name_width}}  {first}".rstrip())
+        first, *rest = textwrap.wrap(one_line(one.seen), room, break_on_hyphens=False) or [""]
+        lines.append(f"{status}  {one_line(one.name):{name_width}}  {first}".rstrip())
         if one.hint and one.status != "ok":
-            rest += textwrap.wrap(f"hint: {one.hint}", room, break_on_hyphens=False)
+            rest += textwrap.wrap(f"hint: {one_line(one.hint)}", room, break_on_hyphens=False)
         lines += [" " * (name_width + 8) + line for line in rest]
     counts = Counter(one.status for one in findings)
     words = {"ok": "ok", "warn": "warnings", "fail": "failed", "skip": "skipped"}

@@ -10,7 +10,6 @@ import contextlib
 import shutil
 import tempfile
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from distilldsm.core.errors import UserError
 from distilldsm.doctor.checks import Finding, leaving_no_folder
 from distilldsm.tracking import default_uri, redact_uri, sqlite_path
 from distilldsm.tracking.publish import Publisher, known_outputs
-from distilldsm.tracking.store import explain
+from distilldsm.tracking.store import explained
 
 EXPERIMENT = "distilldsm-doctor"
 _FILE = "probe.txt"
@@ -41,7 +40,7 @@ def check_outputs(limit_s: float) -> list[Finding]:
     outputs = [one for one in map(Publisher, known_outputs()) if one.uri is not None]
     for one in outputs:
         uri = str(one.uri)
-        with _explained(uri, "searching the runs"):
+        with explained(uri, "searching the runs"):
             if _is_new(uri) or not one.is_published():
                 missing.append(str(one.directory))
     if not missing:
@@ -71,21 +70,21 @@ def probe_store(uri: str) -> None:
             stack.enter_context(leaving_no_folder(artifacts.parent))
             stack.callback(shutil.rmtree, artifacts, ignore_errors=True)
             stack.enter_context(leaving_no_folder(Path("mlruns")))  # MLflow creates it even if it is not used
-        with _explained(uri, "listing the experiments"):
+        with explained(uri, "listing the experiments"):
             client = MlflowClient(tracking_uri=uri)
             client.search_experiments(max_results=1)
-        with _explained(uri, "writing a run"):
+        with explained(uri, "writing a run"):
             experiment = _experiment(client, artifacts)
         run_id = None
         try:
-            with _explained(uri, "writing a run"):
+            with explained(uri, "writing a run"):
                 run = client.create_run(experiment, run_name="doctor")
                 run_id = run.info.run_id
                 client.log_metric(run_id, "probe", 0.5)
                 stored = client.get_run(run_id).data.metrics
             if stored != {"probe": 0.5}:
                 raise UserError("the metrics read differ from those written", where=redact_uri(uri), seen=stored)
-            with _explained(uri, "writing an artifact"):
+            with explained(uri, "writing an artifact"):
                 _round_trip(client, run_id)
         finally:
             _take_away(client, experiment, run_id, permanently=database is not None)
@@ -130,13 +129,3 @@ def _take_away(client: MlflowClient, experiment: str, run_id: str | None, *, per
                 if store.get_run(deleted).info.experiment_id == experiment:
                     store._hard_delete_run(deleted)
             store._hard_delete_experiment(experiment)
-
-
-@contextlib.contextmanager
-def _explained(uri: str, doing: str) -> Iterator[None]:
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:
-        raise explain(error, uri, doing) from None

@@ -17,6 +17,7 @@ from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
 from distilldsm.core.hashes import MANIFEST, content_hash, finish, is_finished
 from distilldsm.core.progress import progress
+from distilldsm.core.text import csv_cell
 from distilldsm.core.workers import worker_count, worker_pool
 from distilldsm.data.dataset import Case, DatasetIndex
 from distilldsm.data.plan import Plan
@@ -206,10 +207,16 @@ def score_file(truth_path: Path, mask_path: Path, targets: Targets, tolerance_mm
     write_json(output, {"rows": scores, "largest": largest, "confusion": table.tolist()})
 
 
+def _plot_cell(value: Any) -> Any:
+    return csv_cell(value.replace("<", "\u2039") if isinstance(value, str) else value)
+
+
 def write_plots(
     folder: Path, rows: Sequence[Mapping], history: Sequence[Mapping], scores: Mapping, index: DatasetIndex
 ) -> None:
-    tables.write_csv(
+    # DVC puts these files into a script of its page as they are.
+    write_csv = partial(tables.write_csv, text=_plot_cell)
+    write_csv(
         folder / "history.csv",
         [{k: h.get(k, "") for k in ("epoch", "train_loss", "val_dice_mean", "learning_rate")} for h in history],
     )
@@ -218,8 +225,8 @@ def write_plots(
         for h in history
         for label, dice in h.get("val_dice", {}).items()
     ]
-    tables.write_csv(folder / "dice_by_epoch.csv", by_epoch, ("epoch", "label", "dice"))
-    tables.write_csv(
+    write_csv(folder / "dice_by_epoch.csv", by_epoch, ("epoch", "label", "dice"))
+    write_csv(
         folder / "dice_by_case.csv",
         [{k: row[k] for k in ("case", "label", "dice", "hd95_mm", "volume_truth_ml")} for row in rows],
     )
@@ -232,4 +239,4 @@ def write_plots(
         for j, b in enumerate(index.class_names)
         for _ in range(shares[i, j])
     ]
-    tables.write_csv(folder / "confusion.csv", pairs)
+    write_csv(folder / "confusion.csv", pairs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from distilldsm.core.errors import DataError
+from distilldsm.core.text import csv_cell, from_csv_cell
 from distilldsm.evaluation.metrics import METRICS, VOLUMES, Metric, main_metrics
 from distilldsm.evaluation.statistics import LEVEL, METHOD, RESAMPLES, SEED, Floats, bootstrap_mean, mean_of, spread
 
@@ -19,17 +20,20 @@ Row = Mapping[str, Any]
 """Columns: `case`, `label`, the metrics (None if undefined), VOLUMES, and `patient` and `fold` if they are known."""
 
 
-def write_csv(path: Path, rows: Sequence[Row], columns: Sequence[str] = ()) -> None:
+def write_csv(
+    path: Path, rows: Sequence[Row], columns: Sequence[str] = (), *, text: Callable[[Any], Any] = csv_cell
+) -> None:
     """Write rows as CSV. Numbers have six significant digits; undefined values are empty.
 
     Args:
         columns: default: those of the first row.
+        text: escapes text.
     """
     with open(path, "w", newline="", encoding="utf-8") as stream:
         writer = csv.DictWriter(stream, fieldnames=columns or list(*rows[:1]))
         writer.writeheader()
         for row in rows:
-            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+            writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else text(v) for k, v in row.items()})
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -42,7 +46,10 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
         raise DataError("is missing", where=path, hint="dvc repro, or distilldsm evaluate")
     numbers = (*METRICS, *VOLUMES)
     with open(path, newline="", encoding="utf-8") as stream:
-        rows: list[dict[str, Any]] = list(csv.DictReader(stream))
+        rows: list[dict[str, Any]] = [
+            {key: from_csv_cell(cell) if isinstance(cell, str) else cell for key, cell in row.items()}
+            for row in csv.DictReader(stream)
+        ]
     needed = {"case", "label", *numbers}
     if not rows or not needed <= rows[0].keys():
         absent = ", ".join(sorted(needed - rows[0].keys())) if rows else "all rows"

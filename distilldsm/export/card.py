@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from distilldsm.core.text import markdown
 from distilldsm.models.package import ModelMetadata
 from distilldsm.report.page import render
 
@@ -43,8 +44,9 @@ def _options(metadata: ModelMetadata) -> str:
         along = ", ".join(axes)
         sentences.append(f"`--mirror trained` averages over flips along {along}, in {2 ** len(axes)} times the time.")
     if labels:
+        names = markdown(", ".join(labels))
         sentences.append(
-            f"`--postprocess` keeps only the largest connected component of {', '.join(labels)}{together}. This "
+            f"`--postprocess` keeps only the largest connected component of {names}{together}. This "
             "raised Dice on the held-out cases. It may not raise Dice on other cases."
         )
     return " ".join(sentences)

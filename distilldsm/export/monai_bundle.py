@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.files import write_json
+from distilldsm.core.text import markdown
 from distilldsm.core.version import __version__
 from distilldsm.data.plan import Plan
 from distilldsm.models.package import MONAI_BUNDLE, ModelMetadata
@@ -150,7 +151,7 @@ def _inference(model: ModelMetadata) -> dict[str, Any]:
 
 def _readme(model: ModelMetadata) -> str:
     return (
-        f"# {model.name} as a MONAI bundle\n\n"
+        f"# {markdown(model.name)} as a MONAI bundle\n\n"
         f"Intended use: **{model.intended_use}**. With `distilldsm[monai]` installed, in "
         f"this folder:\n\n    {RUN}\n\n"
         "SCANS holds NIfTI files (NAME.nii.gz, or NAME_0000.nii.gz and so on for several channels); the masks lie on "

@@ -70,6 +70,8 @@ class Engine(ABC):
     def __init__(self, network: NetworkFacts) -> None:
         self.stride = network.stride
         self.depth_halo = network.depth_halo
+        self.channels: tuple[Any, Any] = (None, None)
+        """Channels of the network's input and output; None or a name: any number."""
 
     @abstractmethod
     def __call__(self, image: Float32) -> Float32:
@@ -95,6 +97,7 @@ class TorchEngine(Engine):
     def __init__(self, network: SegmentationNetwork, *, device: str = "cpu", bf16: bool = False) -> None:
         super().__init__(network)
         self.network = network.to(device).eval()
+        self.channels = (network.in_channels, network.out_channels)
         self.device = device
         self.bf16 = bf16
 
@@ -135,6 +138,7 @@ class OnnxEngine(Engine):
         super().__init__(network)
         self.path = _existing(path)
         self.session: Any = self._load()
+        self.channels = (self.session.get_inputs()[0].shape[1], self.session.get_outputs()[0].shape[1])
 
     def _load(self) -> Any:
         import onnxruntime
@@ -192,6 +196,8 @@ class OpenVINOEngine(Engine):
         except Exception as error:
             raise self._unloadable(error) from None
         self._free_shape = self._model.input(0).partial_shape
+        shapes = (self._free_shape, self._model.output(0).partial_shape)
+        self.channels = tuple(shape[1].get_length() if shape[1].is_static else None for shape in shapes)  # type: ignore[assignment]
         if not fixed_size:
             self._compile_for(None)
 

@@ -17,6 +17,7 @@ import numpy.typing as npt
 from distilldsm.core.errors import DataError, UserError
 from distilldsm.core.machine import peak_memory_gb
 from distilldsm.core.progress import beside_the_bar, progress
+from distilldsm.core.text import one_line
 from distilldsm.inference.loading import Precision
 from distilldsm.inference.memory import budget_bytes
 from distilldsm.inference.predict import Observer, Prediction, Predictor
@@ -99,7 +100,7 @@ class _Shown(Observer):
         """Print remarks about this scan."""
         with beside_the_bar():
             for remark in remarks:
-                print(f"{self.job.input.name}: {remark}", file=sys.stderr)
+                print(f"{one_line(self.job.input.name)}: {remark}", file=sys.stderr)
 
     def follow(self, stream: Iterator[Slices], count: int) -> Iterator[Slices]:
         if not (self.settings.alone and count > 1):

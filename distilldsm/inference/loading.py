@@ -93,6 +93,8 @@ def load_exported(
     axes = [mirror_axes(mirror, one.mirror_axes, folder) for one, folder in zip(described, folders, strict=True)]
     kept = common_postprocessing(folders, metadata) if postprocess else ()
     engines = [_engine(f, m, runtime, precision, fixed_size) for f, m in zip(folders, metadata, strict=True)]
+    for folder, one, engine in zip(folders, metadata, engines, strict=True):
+        _require_agreement(folder, one, engine)
     members = [Member(engine, own) for engine, own in zip(engines, axes, strict=True)]
     return Predictor(
         Ensemble(members, activation=plan.targets.probabilities),
@@ -101,6 +103,32 @@ def load_exported(
         metadata=metadata,
         keep_largest={name: plan.targets.largest[name] for name in kept},
     )
+
+
+def _require_agreement(folder: Path, metadata: ModelMetadata, engine: Engine) -> None:
+    """Check that plan, metadata and network speak of the same channels and labels.
+
+    Raises:
+        DataError: they do not; the message names the first that differs from the plan.
+    """
+    plan = Plan.load(folder / "plan.json")
+    targets = plan.targets
+    channels = (len(plan.channels), targets.channels)
+    expected = {
+        "labels": (metadata.targets, targets),
+        "channels": ([one.name for one in metadata.channels], [one.name for one in plan.channels]),
+        "shapes": ((metadata.inputs[0].shape[1:2], metadata.outputs[0].shape[1:2]), tuple((n,) for n in channels)),
+        "network": (engine.channels, channels),
+    }
+    for name, (seen, planned) in expected.items():
+        if seen != planned:
+            raise DataError(
+                "the model's files do not belong together",
+                where=folder,
+                seen=f"{name}: {to_mapping(seen)}",
+                rule=f"{to_mapping(planned)}, as plan.json",
+                hint="copy the whole model directory, or export the model again",
+            )
 
 
 def common_postprocessing(folders: Sequence[Path], metadata: Sequence[ModelMetadata]) -> tuple[str, ...]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
+from distilldsm.core.text import one_line
 from distilldsm.io import formats
 from distilldsm.io.dicom import why_no_scan
 from distilldsm.io.dicom_slice import visible_files
@@ -70,7 +71,7 @@ class Inputs(NamedTuple):
 
 def tell_on_stderr(remark: str) -> None:
     """Print a remark to stderr, apart from the command's output."""
-    print(remark, file=sys.stderr)
+    print(one_line(remark), file=sys.stderr)
 
 
 def find_inputs(

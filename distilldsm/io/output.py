@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import whole_file
+from distilldsm.core.text import csv_cell
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -75,7 +76,7 @@ def write_volumes(path: Path, volumes_ml: Mapping[str, Mapping[str, float]]) -> 
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(["scan", "label", "volume_ml"])
         for scan, labels in volumes_ml.items():
-            writer.writerows([scan, label, f"{ml:.6g}"] for label, ml in labels.items())
+            writer.writerows([csv_cell(scan), csv_cell(label), f"{ml:.6g}"] for label, ml in labels.items())
         content = text.getvalue()
     else:
         import json

@@ -12,13 +12,15 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
+from typing import Annotated, Literal
 
 from distilldsm.config import MirrorAxis, Modality
 from distilldsm.config.networks import Options
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.files import read_json, read_record, sha256_file
 from distilldsm.core.hashes import MANIFEST
+from distilldsm.core.mapping import Range
+from distilldsm.core.text import is_plain
 from distilldsm.data.targets import LARGEST_NOT_TRIED, Region, Targets
 
 METADATA = "metadata.json"
@@ -46,6 +48,10 @@ HASHED_FILES = (
     "training_distribution.json",
 )
 """The metadata hold the SHA-256 of these files."""
+Stride = Annotated[int, Range(1, 256)]
+"""Voxels. Prediction pads to the stride: a forged one would fill the memory."""
+Halo = Annotated[int, Range(0, 4096)]
+"""Slices."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,7 @@ class TensorInfo:
     shape: tuple[int | None, ...]
     """null: any size that `multiple_of` allows."""
     axes: tuple[str, ...] = ("batch", "channel", "depth", "height", "width")
-    multiple_of: tuple[int, int, int]
+    multiple_of: tuple[Stride, Stride, Stride]
     """Depth, height and width must be multiples of these numbers; prediction pads to them."""
 
 
@@ -77,8 +83,8 @@ class NetworkInfo:
 
     name: str
     options: Options
-    stride: tuple[int, int, int]
-    depth_halo: int | None
+    stride: tuple[Stride, Stride, Stride]
+    depth_halo: Halo | None
     """The logits of a slice depend on this many slices on each side; null: on the whole depth."""
     parameters: int
     macs_per_voxel: float
@@ -151,7 +157,9 @@ class ModelMetadata:
     def __post_init__(self) -> None:
         if self.schema_version != 1:
             raise ConfigError("unknown version of the metadata", seen=self.schema_version, rule="1")
-        largest = self.targets.largest  # also checks that the regions fit the labels
+        if not all(is_plain(name) for name in (self.name, *(channel.name for channel in self.channels))):
+            raise ConfigError("a name holds control characters", rule="one line of text")
+        largest = self.targets.largest  # also checks that the regions fit the labels, and the labels' names and values
         if not set(self.postprocessing or ()) <= largest.keys():
             raise ConfigError(
                 "'postprocessing' names an unknown label or region, or one that cannot be post-processed",

@@ -1,17 +1,20 @@
 """Pages and other texts, from the templates beside this file.
 
 The caller collects a page's content and passes it to `render`. Jinja escapes HTML (templates named .html), `tojson`
-escapes data in a script element, and the filter `cell` escapes cells of a Markdown table.
+escapes data in a script element, and the filter `markdown` escapes text in Markdown.
 """
 
 from __future__ import annotations
 
 import base64
 import gzip
+import shlex
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from distilldsm.core.text import markdown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -63,7 +66,7 @@ def _environment() -> Environment:
     )
     environment.globals["asset"] = _asset
     environment.filters |= {"number": number, "count": count, "named": named, "png": _png, "base64": _base64}
-    environment.filters["cell"] = lambda text: str(text).replace("|", "\\|")
+    environment.filters |= {"markdown": markdown, "quote": shlex.quote}
     return environment
 
 

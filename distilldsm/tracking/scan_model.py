@@ -44,7 +44,7 @@ class ScanModel(PythonModel):
         remote = os.environ.get("_MLFLOW_IS_IN_SERVING_ENVIRONMENT") == "true" or "mlserver" in sys.modules
         try:
             return answer(self.predictor, model_input, params, remote=remote)
-        except UserError as error:
+        except (UserError, OSError) as error:  # e.g. a path that is too long
             if remote:
                 raise MlflowException.invalid_parameter_value(str(error)) from None
             raise

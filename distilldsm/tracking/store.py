@@ -181,6 +181,17 @@ def run_lock(key: str, timeout_s: float = 60) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def explained(uri: str, doing: str) -> Iterator[None]:
+    """Raise errors of MLflow inside the block as `explain` does."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise explain(error, uri, doing) from None
+
+
 def explain(error: Exception, uri: str, doing: str = "") -> UserError:
     """Turn an error of MLflow into a message with the cause and a hint: password, network, server or disk.
 
@@ -219,6 +230,9 @@ def explain(error: Exception, uri: str, doing: str = "") -> UserError:
     elif doing.endswith("artifact"):
         problem = "runs can be written, artifacts cannot"
         hint = "check the server's artifact storage (its --artifacts-destination) and your access to it"
+    elif "not a database" in text or "malformed" in text:
+        problem = "is damaged, or no database"
+        hint = "move it away, or put a copy of it back; then distilldsm publish sends the outputs again"
     elif sqlite_path(uri) is not None:
         problem, hint = "the store cannot be used", "can the file be written, is it locked, is the disk full?"
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from distilldsm.config import TrainConfig
-from distilldsm.core.errors import ConfigError
+from distilldsm.core.errors import ConfigError, UserError
 from distilldsm.data.plan import Plan
 from distilldsm.models import build_model
 from distilldsm.models.base import SegmentationNetwork
@@ -94,6 +95,25 @@ def choose_device(name: str, local_rank: int) -> torch.device:
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", local_rank)
+
+
+def require_compiler(device: str) -> None:
+    """Check that the compiler is there which torch.compile calls on a device (`cpu` or `cuda`).
+
+    PyTorch's own error would come in the first step, as a traceback.
+
+    Raises:
+        UserError: it is not.
+    """
+    variable, names = ("CC", ("clang", "gcc")) if device == "cuda" else ("CXX", ("g++",))
+    names = (os.environ[variable],) if os.environ.get(variable) else names
+    if not any(map(shutil.which, names)):
+        raise UserError(
+            "needs a C++ compiler",
+            where="train.compile",
+            seen=f"no {' and no '.join(names)} on the PATH",
+            hint=f"install one, set {variable} to its name, or set train.compile to false",
+        )
 
 
 def build_network(config: TrainConfig, plan: Plan, device: torch.device) -> SegmentationNetwork:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from distilldsm.core.progress import progress
+from distilldsm.core.text import csv_cell
 from distilldsm.core.workers import worker_count, worker_pool
 from distilldsm.data.dataset import INDEX, Case, Channel, DatasetIndex
 from distilldsm.validation.case_measures import PERCENTILES, measure_case, voxels_of_largest_file
@@ -169,7 +170,7 @@ class CaseTable:
             writer = csv.writer(stream, lineterminator="\n")
             writer.writerow([c.name for c in self.columns])
             for row in self.rows:
-                writer.writerow([show(row.values.get(c.name), empty="") for c in self.columns])
+                writer.writerow([_cell(row.values.get(c.name)) for c in self.columns])
 
     def summary(self) -> dict[str, dict[str, Any]]:
         """Per column: `min`, `median`, `max` of numbers or the most frequent texts; number of `measured` cases."""
@@ -195,6 +196,11 @@ def show(value: Value, *, empty: str = "none") -> str:
     if value is None:
         return empty
     return f"{value:.9g}" if isinstance(value, float) else str(value)
+
+
+def _cell(value: Value) -> str:
+    text = show(value, empty="")
+    return csv_cell(text) if isinstance(value, str) else text
 
 
 def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> CaseTable:

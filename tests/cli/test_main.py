@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -198,7 +200,7 @@ def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "locked.nii"), 1, "error: locked.nii: Permission denied\n  hint: "),
         (PermissionError(13, "Permission denied", "a/.raw.lock"), 1, "error: a/raw: Permission denied"),
-        (FileNotFoundError(2, "No such file", "a/.b.json.12.tmp"), 1, "error: a/b.json: No such file\n  hint: "),
+        (FileNotFoundError(2, "No such file", "a/.b.0123456789ab.tmp"), 1, "error: a/b: No such file\n  hint: "),
         (OSError("odd"), 1, "error: odd\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install '.[train]'"),
     ):
@@ -213,6 +215,26 @@ def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
     monkeypatch.setenv("DISTILLDSM_DEBUG", "1")
     with pytest.raises(PermissionError):
         run_shell(raising(PermissionError(13, "Permission denied", "locked.nii")))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_is_one_whatever_a_package_makes_of_it(capsys, monkeypatch, number):
+    """A package in C that is interrupted while it is imported raises an ImportError of its own."""
+
+    def run() -> None:
+        try:
+            os.kill(os.getpid(), number)
+        except KeyboardInterrupt:
+            raise ImportError("initialization failed") from None
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert run_shell(run) == 130
+        assert capsys.readouterr().err.startswith("interrupted\n")
+        with pytest.raises(ImportError):  # the earlier interrupt is no excuse
+            run_shell(lambda: importlib.import_module("no_such_package_of_ours"))
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_closed_pipe_is_no_traceback(repository):

@@ -121,7 +121,7 @@ def test_a_server_that_refuses(server, place, monkeypatch, answer, problem, hint
 
 def test_a_file_that_is_no_store(place):
     (place / "mlflow.db").write_text("something else" * 100)
-    with pytest.raises(UserError, match="the store cannot be used"):
+    with pytest.raises(UserError, match="is damaged, or no database"):
         probe.probe_store(f"sqlite:///{place}/mlflow.db")
     assert files(place) == ["mlflow.db"]
 

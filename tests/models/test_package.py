@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from distilldsm.cli.info import _print_model
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
-from distilldsm.core.hashes import MANIFEST
+from distilldsm.core.hashes import MANIFEST, sha256_file
 from distilldsm.data.plan import Normalisation
 from distilldsm.export.build import describe_normalisation
 from distilldsm.export.card import model_card
+from distilldsm.inference.loading import load_exported
 from distilldsm.models.package import (
     HASHED_FILES,
     INT8_FILES,
@@ -125,13 +126,45 @@ def test_post_processing_of_regions_is_described_and_checked(package, capsys):
 
 
 @pytest.mark.parametrize(
-    "change", [{"schema_version": 2}, {"labels": ["a"]}, {"surprise": 1}, {"network": {"name": "distill_dsm"}}]
+    "change",
+    [
+        *({"schema_version": 2}, {"labels": ["a"]}, {"surprise": 1}, {"network": {"name": "distill_dsm"}}),
+        *({"labels": labels} for labels in ({"a": 0, "b": 256}, {"a": 0, "b": -1}, {"a": 0, "b": 0}, {"a\x1b": 0})),
+        *({"network": {"stride": stride}} for stride in ([0, 1, 1], [1, 1, 1 << 40], [-1, 1, 1])),
+        *({"network": {"depth_halo": halo}} for halo in (-1, 1 << 40)),
+        {"name": "a\nerror: b"},
+    ],
+    ids=str,
 )
-def test_damaged_or_newer_metadata_are_data_errors(package, change):
+def test_damaged_newer_or_impossible_metadata_are_data_errors(package, change):
     path = package / "metadata.json"
-    write_json(path, read_json(path) | change)
+    content = read_json(path)
+    if "network" in change and "name" not in change["network"]:
+        change = {"network": content["network"] | change["network"]}
+    write_json(path, content | change)
     with pytest.raises(DataError, match=r"metadata\.json"):
         load_metadata(package)
+
+
+def test_files_that_do_not_belong_together(package):
+    """Each hash is right, but the network, the plan and the metadata are not of one export."""
+    (package / MANIFEST).unlink()
+    metadata, plan = read_json(package / "metadata.json"), read_json(package / "plan.json")
+    fewer = {key: plan[key][:1] for key in ("channels", "normalisation")}
+    one_channel = metadata["inputs"][0] | {"shape": [1, 1, None, None, None]}
+    others = ({"labels": {"background": 0, "core": 1, "shell": 2}}, {"channels": metadata["channels"][::-1]})
+    for change, changed_plan, seen in (
+        (others[0], {}, "labels"),
+        (others[1], {}, "channels"),
+        ({"channels": metadata["channels"][:1]}, fewer, "shapes"),
+        ({"channels": metadata["channels"][:1], "inputs": [one_channel]}, fewer, "network"),
+    ):
+        write_json(package / "plan.json", plan | changed_plan)
+        files = metadata["files"] | {"plan.json": sha256_file(package / "plan.json")}
+        write_json(package / "metadata.json", metadata | change | {"files": files})
+        for runtime in ("openvino", "onnx"):
+            with pytest.raises(DataError, match=rf"do not belong together\n  seen: {seen}: (.|\n)*as plan.json"):
+                load_exported(package, runtime=runtime)
 
 
 def test_the_metadata_tell_what_a_user_needs(package):
@@ -160,7 +193,8 @@ def test_the_metadata_tell_what_a_user_needs(package):
 
 def test_the_card_names_use_data_and_limits(package):
     metadata = load_metadata(package)
-    noted = replace(metadata, data=replace(metadata.data, licence="CC-BY-SA 4.0", note="from one template"))
+    data = replace(metadata.data, licence="CC-BY-SA 4.0", note="from one template", name="<b>|[x](http://h)\n# y")
+    noted = replace(metadata, data=data)
     row = {"max_logit_difference": 1e-5, "voxel_difference": 5e-5, "dice_difference": 1e-4}
     card = model_card(noted, plan_spacing_mm=(2.0, 1.0, 1.0), summary={"onnx": row})
     for text in (
@@ -170,6 +204,7 @@ def test_the_card_names_use_data_and_limits(package):
         "0.0050 %",
         "T0.nii.gz T1.nii.gz",
         "| core | 2 |",
+        r"- name: \<b\>\|\[x\](http://h) # y",
     ):
         assert text in card
     assert "Not a medical device" in card

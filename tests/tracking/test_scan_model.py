@@ -18,7 +18,7 @@ from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json
 from distilldsm.inference.engines import OnnxEngine, OpenVINOEngine
 from distilldsm.inference.loading import load_exported
-from distilldsm.inference.service import ROOT_VARIABLE, answer
+from distilldsm.inference.service import OUTPUT_VARIABLE, ROOT_VARIABLE, answer
 from distilldsm.io import read_scan
 from distilldsm.models.package import verify
 from distilldsm.tracking import describe, flavor
@@ -168,12 +168,28 @@ def test_a_server_sees_its_folder_only(predictor, scan, tmp_path, monkeypatch):
     assert answer(predictor, np.array(names, dtype=object), remote=True)["mask"].all()
     with pytest.raises(UserError, match="lies outside"):
         answer(predictor, None, {"paths": names, "output": "../mask.nii.gz"}, remote=True)
+    monkeypatch.setenv(OUTPUT_VARIABLE, str(tmp_path))
+    (tmp_path / "out").symlink_to(Path(scan[0]).parent)
+    for output in (f"{Path(scan[0]).parent}/mask.nii.gz", "out/mask.nii.gz"):
+        with pytest.raises(UserError, match=f"lies outside(.|\n)*{OUTPUT_VARIABLE}"):
+            answer(predictor, None, {"paths": names, "output": output}, remote=True)
+    assert answer(predictor, None, {"paths": names, "output": "m.nii"}, remote=True) == {"output": f"{tmp_path}/m.nii"}
+    before = (tmp_path / "m.nii").read_bytes()
+    with pytest.raises(UserError, match="exists"):
+        answer(predictor, None, {"paths": names, "output": "m.nii"}, remote=True)
+    assert (tmp_path / "m.nii").read_bytes() == before
+    predictor.predict = lambda scan: scan.no_such_thing
+    with pytest.raises(AttributeError):
+        answer(predictor, None, {"paths": names, "output": "other.nii"}, remote=True)
+    assert not (tmp_path / "other.nii").exists()
+    with pytest.raises(UserError, match="is not a path"):
+        answer(predictor, None, {"paths": ["a\0"]}, remote=True)
 
 
 def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
     monkeypatch.delenv(ROOT_VARIABLE, raising=False)
     for output, words in (
-        (scan[0], "is an input"),
+        (scan[0], "exists"),
         (str(tmp_path / "mask.png"), "cannot be written"),
         (str(tmp_path / "none" / "mask.nii.gz"), "cannot be written"),
     ):
@@ -181,3 +197,11 @@ def test_outputs_that_cannot_be(predictor, scan, tmp_path, monkeypatch):
             answer(predictor, None, {"paths": scan, "output": output}, remote=False)
     with pytest.raises(UserError, match="neither an image"):
         answer(predictor, np.zeros((2, 3, 4), np.float32), remote=False)
+    image = np.zeros((1, 2, 1, 2, 2))
+    for unfit in (image[:, :1], image.astype(complex)):
+        with pytest.raises(UserError, match="neither an image"):
+            answer(predictor, unfit, remote=False)
+    for value in (np.nan, np.inf):
+        image[0, 1, 0, 1, 0] = value
+        with pytest.raises(UserError, match="NaN or infinite"):
+            answer(predictor, {"image": image}, remote=False)

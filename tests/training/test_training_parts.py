@@ -10,7 +10,7 @@ import torch
 from monai.losses import DiceLoss
 
 from distilldsm.config import ModelConfig, TrainConfig
-from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.data.targets import Targets
 from distilldsm.models import build_model
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
@@ -22,6 +22,7 @@ from distilldsm.training.setup import (
     choose_device,
     hash_seed,
     make_optimizer,
+    require_compiler,
     seed_everything,
 )
 from distilldsm.training.validation import structure_dice
@@ -201,3 +202,16 @@ def test_the_same_seed_draws_the_same():
         seed_everything(seed, deterministic=False)
         drawn.append(torch.rand(3).tolist())
     assert drawn[0] == drawn[1] != drawn[2]
+
+
+@pytest.mark.parametrize(("device", "variable"), [("cpu", "CXX"), ("cuda", "CC")])
+def test_compile_without_a_compiler(tmp_path, monkeypatch, device, variable):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(
+        UserError, match=rf"train\.compile: needs a C\+\+ compiler\n  seen: no (.|\n)*hint: .*{variable}"
+    ):
+        require_compiler(device)
+    monkeypatch.setenv(variable, "mine")
+    (tmp_path / "mine").touch(0o755)
+    require_compiler(device)
