@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.assignments import add_parameters
+from distilldsm.core.errors import DataError
 from distilldsm.core.output_directory import is_current
+from distilldsm.core.progress import seconds_of
 from distilldsm.core.shell import run_shell
 from distilldsm.core.stage import Input, Stage
 
@@ -20,6 +22,9 @@ def parser(stage: Stage) -> argparse.ArgumentParser:
     add_parameters(result)
     if stage.per_fold:
         result.add_argument("--fold", type=int, default=0, help="default: %(default)s")
+    if stage.distributed:
+        text = 'go on with the finished training for a time, e.g. "30 min", from its last weights'
+        result.add_argument("--continue-for", metavar="TIME", help=text)
     for one in stage.inputs:
         condition = ", if it exists" if one.optional else ""
         result.add_argument(f"--{one.name}", type=Path, metavar="PATH", help=f"default: {_shown(one.path)}{condition}")
@@ -51,11 +56,21 @@ def main(stage: Stage, argv: Sequence[str] | None = None) -> int:
 
             trust_builder(params.train.model.options)
         fold = args.fold if stage.per_fold else None
+        config = getattr(params, stage.section)
+        inputs = {one.name: path for one in stage.inputs if (path := _place(one, getattr(args, one.name), fold))}
+        output = args.output or Path(stage.output.path.format(fold=fold))
+        if getattr(args, "continue_for", None):
+            seconds = seconds_of(args.continue_for, where="--continue-for")
+            _require_current(stage, config, inputs, output, fold)
+            stage.run(
+                config, inputs, {stage.output.name: output}, fold=fold, tracking=params.tracking, continue_for=seconds
+            )
+            return
         perform(
             stage,
-            getattr(params, stage.section),
-            {one.name: path for one in stage.inputs if (path := _place(one, getattr(args, one.name), fold))},
-            args.output or Path(stage.output.path.format(fold=fold)),
+            config,
+            inputs,
+            output,
             fold=fold,
             tracking=params.tracking,
             also={name: reduce(getattr, key.split("."), params) for name, key in stage.also_by_name.items()},
@@ -69,6 +84,16 @@ def _place(one: Input, argument: Path | None, fold: int | None) -> Path | None:
     """The path of an input: the argument, else the default. None for an optional input that does not exist."""
     default = Path(one.path.format(fold=fold))
     return argument or (default if default.exists() or not one.optional else None)
+
+
+def _require_current(stage: Stage, config: Any, inputs: Mapping[str, Path], output: Path, fold: int | None) -> None:
+    """Raise DataError if the output was not made with these parameters, inputs and code."""
+    if not is_current(output, **stage.key(config, inputs, fold)):
+        raise DataError(
+            "holds no finished training with these parameters, data and code",
+            where=output,
+            hint="train first, without --continue-for; or start a new training from it with train.initial_weights",
+        )
 
 
 def perform(

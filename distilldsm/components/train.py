@@ -15,6 +15,7 @@ from distilldsm.core.stage import Input, Output, Stage
 
 if TYPE_CHECKING:
     from distilldsm.config import TrackingConfig, TrainConfig
+    from distilldsm.training.continuation import Continuation
 
 
 def run(
@@ -24,6 +25,7 @@ def run(
     *,
     fold: int,
     tracking: TrackingConfig | None = None,
+    continue_for: float | None = None,
 ) -> None:
     """Train one fold. An interrupted training resumes after the last epoch for which a state was saved.
 
@@ -33,10 +35,12 @@ def run(
             `cost.json`, `tracking.json`.
         fold: the fold that is held out.
         tracking: how the run is tracked; None: no tracking.
+        continue_for: seconds for which the finished training in `model` goes on, see `Continuation`; None: train anew.
 
     Under torchrun every process calls this function; only the first one writes.
     """
     from distilldsm.config import TrackingConfig
+    from distilldsm.training.continuation import Continuation
     from distilldsm.training.distributed import training_processes
     from distilldsm.training.loop import RESUME
     from distilldsm.training.setup import choose_device, require_compiler
@@ -44,23 +48,29 @@ def run(
     device = choose_device(config.device, 0).type
     if config.compile:
         require_compiler(device)
+    continued = Continuation.for_time(outputs["model"], continue_for) if continue_for else None
     with training_processes(device) as processes:
         if not processes.is_main:
-            _train_as_peer(config, inputs, outputs, fold, processes)
+            _train_as_peer(config, inputs, outputs, fold, processes, continued)
             return
         weights = config.initial_weights
         STAGE.keep_apart(outputs["model"], initial_weights=Path(weights) if weights else None)
-        key = STAGE.key(config, inputs, fold)
+        also = {"continued": {"from": content_hash(continued.model), "epochs": continued.epochs}} if continued else {}
+        key = STAGE.key(config, inputs, fold, also=also)
         with output_directory(outputs["model"], **key, resumable=True, until_done=[RESUME]) as work:
-            _train_as_main(config, inputs, work, fold, processes, tracking or TrackingConfig(enabled=False))
+            tracking = tracking or TrackingConfig(enabled=False)
+            _train_as_main(config, inputs, work, fold, processes, tracking, continued)
 
 
-def _train_as_peer(config: TrainConfig, inputs: Mapping, outputs: Mapping, fold: int, processes: Any) -> None:
+def _train_as_peer(
+    config: TrainConfig, inputs: Mapping, outputs: Mapping, fold: int, processes: Any, continued: Continuation | None
+) -> None:
     from distilldsm.training.loop import Trainer
 
     processes.barrier()  # the main process has prepared the directory
     work = outputs["model"].with_name(f".{outputs['model'].name}.partial")
-    Trainer(config, preprocessed=inputs["preprocessed"], work=work, fold=fold, processes=processes).run()
+    preprocessed = inputs["preprocessed"]
+    Trainer(config, preprocessed=preprocessed, work=work, fold=fold, processes=processes, continued=continued).run()
 
 
 def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
@@ -86,7 +96,13 @@ def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
 
 
 def _train_as_main(
-    config: TrainConfig, inputs: Mapping, work: Path, fold: int, processes: Any, tracking: TrackingConfig
+    config: TrainConfig,
+    inputs: Mapping,
+    work: Path,
+    fold: int,
+    processes: Any,
+    tracking: TrackingConfig,
+    continued: Continuation | None,
 ) -> None:
     from distilldsm.core.cost import TrainingCost, machine
     from distilldsm.core.mapping import to_mapping
@@ -102,6 +118,7 @@ def _train_as_main(
         work=work,
         fold=fold,
         processes=processes,
+        continued=continued,
         on_epoch=lambda _: spent.write(trainer.state.history),  # after each epoch: a killed training has a cost, too
     )
     size = {"parameters": trainer.cost.parameters, "macs_per_voxel": trainer.cost.macs_per_voxel}

@@ -25,6 +25,7 @@ from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.augment import Draws, augment, centre_crop, changes_nothing
+from distilldsm.training.continuation import BEST, HISTORY, LAST, Continuation
 from distilldsm.training.deep_supervision import DeeplySupervised, supervised_loss
 from distilldsm.training.distributed import Processes, share_batch_statistics
 from distilldsm.training.ema import WeightAverage
@@ -45,10 +46,7 @@ from distilldsm.training.setup import (
 from distilldsm.training.validation import validate
 
 RESUME = "resume.safetensors"
-BEST = "best.safetensors"
-LAST = "last.safetensors"
-HISTORY = "history.json"
-"""One record per epoch. The file is rewritten after each epoch."""
+__all__ = ["BEST", "HISTORY", "LAST", "RESUME", "Trainer", "TrainingState"]
 
 EpochCallback = Callable[[Mapping[str, Any]], None]
 
@@ -79,6 +77,7 @@ class Trainer:
         fold: number of the held-out fold.
         processes: this process among all training processes.
         on_epoch: called in the main process with each epoch's record.
+        continued: the finished training to go on with; None: a new training.
     """
 
     def __init__(
@@ -90,6 +89,7 @@ class Trainer:
         fold: int,
         processes: Processes | None = None,
         on_epoch: EpochCallback | None = None,
+        continued: Continuation | None = None,
     ) -> None:
         self.work = work
         self.preprocessed = preprocessed
@@ -98,11 +98,12 @@ class Trainer:
         self.plan = Plan.load(preprocessed / "plan.json")
         train_ids, self.held_out = load_fold(preprocessed / "splits.json", fold)
         self.settings = Settings.of(config, self.plan, len(train_ids))
+        if continued:
+            self.settings, config = continued.settings(self.settings), continued.config(config)
         self.config = config = self.settings.filled(config)
         self.device = choose_device(config.device, self.processes.local_rank)
         self.bf16 = choose_bf16(config.precision, self.device)
         seed_everything(config.seed, deterministic=config.deterministic)
-
         targets = self.plan.targets
         self.regions = torch.from_numpy(targets.membership()) if targets.regions else None
         self.network = build_network(config, self.plan, self.device)
@@ -119,11 +120,12 @@ class Trainer:
         elif config.deep_supervision:
             self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
         self.optimizer = make_optimizer(config, self.trained, self.settings.learning_rate)
-        self.plateau = Plateau()
-        self.state = TrainingState()
+        self.plateau, self.state = Plateau(), TrainingState()
         if resumed:
             self._resume()
         self.sampler = self._make_sampler(train_ids)
+        if continued and not resumed:
+            vars(self.state).update(continued.state(work, self.sampler.steps_per_epoch))
         self.total_steps = self.settings.epochs * self.sampler.steps_per_epoch
         self.parallel = self._wrap()
 
@@ -155,10 +157,8 @@ class Trainer:
         network = self.trained
         if self.processes.world > 1:
             network = share_batch_statistics(network, self.device.type)
-            if self.device.type == "cuda":
-                network = DistributedDataParallel(network, device_ids=[self.processes.local_rank])
-            else:
-                network = DistributedDataParallel(network)
+            ids = [self.processes.local_rank] if self.device.type == "cuda" else None
+            network = DistributedDataParallel(network, device_ids=ids)
         if self.config.compile:
             network = torch.compile(network, dynamic=True)  # type: ignore[assignment]
         return network

@@ -22,13 +22,16 @@ from distilldsm.components.train import run
 from distilldsm.config import AugmentConfig, ModelConfig, TrackingConfig, TrainConfig
 from distilldsm.core import cost, progress
 from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.mapping import to_mapping
 from distilldsm.data import plan_rules
 from distilldsm.data.dataset import SAMPLE_SOURCE, DatasetIndex
 from distilldsm.data.plan import Plan
 from distilldsm.models.checkpoint import load_network
+from distilldsm.training import continuation
 from distilldsm.training.distributed import Processes
 from distilldsm.training.loading import batches
 from distilldsm.training.loop import Trainer
+from distilldsm.training.schedule import learning_rate_at
 from distilldsm.training.setup import Settings, choose_device
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -103,6 +106,44 @@ def test_the_plan_decides_what_is_null(preprocessed, tmp_path):
     own = {"epochs": 3, "foreground_oversampling": 0.0, "learning_rate": 0.1, "ema_decay": 0.0, "validate_every": 7}
     found = settings(**own, augment=AugmentConfig(rotation_deg=0.0))
     assert found == Settings(**own, samples_per_case=1, rotation_deg=0.0)
+
+
+def test_a_finished_training_goes_on(preprocessed, tmp_path, monkeypatch):
+    """From its last weights, with the rates that a training of the whole length would have had."""
+    params = tmp_path / "params.yaml"
+    values = {"train": to_mapping(config(epochs=2, samples_per_case=2)), "tracking": {"enabled": False}}
+    params.write_text(json.dumps(values))
+    arguments = ["train", "--params", str(params), "--preprocessed", str(preprocessed), "--output", str(tmp_path / "m")]
+    assert main([*arguments, "--continue-for", "1 min"]) == 1, "there is nothing to go on with"
+    assert main(arguments) == 0
+    first = load_file(tmp_path / "m" / "last.safetensors")
+    history = json.loads((tmp_path / "m" / "history.json").read_text())
+    rates, begun = [], []
+    original = Trainer.step
+
+    def step(self, *batch):
+        begun.append({k: v.clone() for k, v in self.network.state_dict().items()})
+        rates.append(self.optimizer.param_groups[0]["lr"])
+        return original(self, *batch)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(continuation.statistics, "median", lambda seconds: 20.0)
+    assert main([*arguments, "--continue-for", "1 min"]) == 0  # .9 x 60 / 20: two epochs
+    assert same(begun[0], first)
+    assert len(rates) == 8
+    whole = [
+        learning_rate_at(k, total_steps=16, peak=0.01, schedule="one_cycle", warmup_fraction=0.2) for k in range(16)
+    ]
+    assert rates == pytest.approx(whole[8:])
+    after = json.loads((tmp_path / "m" / "history.json").read_text())
+    assert [h["epoch"] for h in after] == [1, 2, 3, 4]
+    assert after[:2] == history
+    manifest = json.loads((tmp_path / "m" / "manifest.json").read_text())
+    assert manifest["continued"]["epochs"] == 2
+    assert (tmp_path / "m" / "best.safetensors").is_file()
+    assert main(arguments) == 0
+    assert len(rates) == 8, "the continued model is what these parameters make"
+    assert main([*arguments, "--set", "train.seed=3", "--continue-for", "1 min"]) == 1
 
 
 def test_the_axes_of_the_flips_are_written_down(preprocessed, tmp_path):
