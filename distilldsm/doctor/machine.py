@@ -187,7 +187,7 @@ def largest_scan(budget: int) -> int:
         try:
             plan_pieces(
                 (slices, 512, 512),
-                stride=(1, 16, 16),
+                stride=(1, 1, 1),
                 depth_halo=8,
                 per_voxel=activation_bytes("distill_dsm", {}, "openvino"),
                 channels=1,

@@ -85,8 +85,8 @@ def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
 
 
 def _example_sizes(stride: tuple[int, int, int]) -> list[int]:
-    """Sizes for tracing: all different, and none is 1, because tracing treats a 1 as a constant."""
-    return [max(step * factor, factor + 2) for step, factor in zip(stride, (3, 4, 5), strict=True)]
+    """Sizes for tracing. All differ, and none is 1 at any level, because tracing treats a 1 as a constant."""
+    return [-(-size // step) * step for size, step in zip((5, 64, 80), stride, strict=True)]
 
 
 def _tidy(model: Any) -> None:
@@ -102,6 +102,8 @@ def _tidy(model: Any) -> None:
                 size.dim_param = name if size.dim_param == image[axis] else f"{value.name}_{name}"
     # Shapes of inner tensors still use the old names. Runtimes infer these shapes anyway.
     del model.graph.value_info[:]
+    for node in model.graph.node:
+        _pad_instead_of_rounding_up(node)
     for item in (model, model.graph, *model.graph.node, *model.graph.initializer):
         item.doc_string = ""
         del item.metadata_props[:]
@@ -109,6 +111,17 @@ def _tidy(model: Any) -> None:
         value.doc_string = ""
         del value.metadata_props[:]
     onnx.helper.set_model_props(model, {"intended_use": "research; not a medical device"})
+
+
+def _pad_instead_of_rounding_up(node: Any) -> None:
+    """Write a 2x2 max-pooling that rounds sizes up as one that pads the end by 1. The values are the same.
+
+    OpenVINO refuses to round up the size 1, which small images have at the coarse levels.
+    """
+    attributes = {attribute.name: attribute for attribute in node.attribute}
+    if node.op_type == "MaxPool" and attributes["ceil_mode"].i and list(attributes["kernel_shape"].ints) == [2, 2]:
+        attributes["ceil_mode"].i = 0
+        attributes["pads"].ints[:] = [0, 0, 1, 1]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from distilldsm.config.networks import MODELS
 from distilldsm.core.errors import ConfigError, DataError
 from distilldsm.core.machine import available_memory_bytes
-from distilldsm.inference.windows import STREAM_SLICES, Pieces, smallest_window
+from distilldsm.inference.windows import STREAM_SLICES, Pieces, size_steps, smallest_window
 
 DEFAULT_GB = 3.0
 BASE_BYTES = 400_000_000
@@ -20,6 +20,8 @@ MODEL_BYTES = 30_000_000
 """Bytes for each further network of an ensemble, in addition to its weights, while another network runs."""
 USABLE = 0.95
 """Plan with this share of the budget only, because estimates may be wrong."""
+SMALLEST_TILE = 64
+"""Height and width of a tile, in voxels: smaller tiles would see too little of the slice."""
 DEFAULT_PIECE_VOXELS = 26 * 512 * 512
 """Largest piece if no budget is set; larger pieces save little time."""
 _SLICEWISE = {"openvino": 235.0, "openvino-auto": 150.0, "onnx": 680.0, "torch": 400.0}
@@ -143,7 +145,8 @@ def plan_pieces(
         return base + in_tiles * window * area + (per_voxel + whole_slices) * window * tile[0] * tile[1]
 
     usable = budget * USABLE
-    least = [min(4 * s, n) for s, n in zip(stride[1:], (height, width), strict=True)]
+    steps = size_steps(stride)[1:]
+    least = [min(max(4 * s, SMALLEST_TILE), n) for s, n in zip(steps, (height, width), strict=True)]
     if after_bytes and after > usable:
         raise _too_little(budget, max(after, estimate(smallest, least)), held_bytes, where)
     voxels = (usable - base) / (per_voxel + whole_slices)
@@ -172,7 +175,7 @@ def plan_pieces(
             axis = 1 - axis
         if tile[axis] <= least[axis]:
             raise _too_little(budget, estimate(smallest, least), held_bytes, where)
-        tile[axis] -= stride[axis + 1]
+        tile[axis] -= steps[axis]
     peak = int(max(estimate(smallest, tile), after))
     return Pieces(window=smallest, tile=(tile[0], tile[1]), estimate_bytes=peak, exact=False)
 

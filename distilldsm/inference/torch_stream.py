@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from distilldsm.inference.depth_stream import Float32
 from distilldsm.models.depth_shift import DepthModule, DistillDepthShift, ResidualDepthShift
 from distilldsm.models.insert import AddedDistillDepthShift, GatedDepthShift
-from distilldsm.models.unet2d import Block, UNet2D
+from distilldsm.models.unet2d import Block, UNet2D, join, pool
 
 
 class TorchStream:
@@ -48,14 +48,13 @@ class TorchStream:
         skips, lag = [], 0
         for level, block in enumerate(self.network.encoder):
             if level:
-                x = F.max_pool2d(x, 2)
+                x = pool(x)
             x, lag = self._block(block, x, lag)
             skips.append((x, lag))
         skips.pop()
         for block in self.network.decoder:
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
             skip, before = skips.pop()
-            x, lag = self._block(block, torch.cat((self._late(skip, lag - before), x), dim=1), lag)
+            x, lag = self._block(block, join(self._late(skip, lag - before), x), lag)
         return self.network.head(x)
 
     def _block(self, block: nn.Module, x: Tensor, lag: int) -> tuple[Tensor, int]:

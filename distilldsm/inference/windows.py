@@ -6,6 +6,7 @@ slice that a logit depends on. Tiles give another result.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +34,11 @@ UNBOUNDED_HALO = 32
 """Overlap, in slices, for networks whose logits depend on the whole depth (there, windows are an approximation)."""
 TILE_OVERLAP = 0.5
 """Overlap of neighbouring tiles, if whole slices do not fit in memory."""
+
+
+IN_PLANE_STEP = 4
+"""Slices are padded to multiples of this number, whatever the network accepts: OpenVINO compiles large images anew for
+each size, and fewer sizes save more time than the padding costs."""
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,14 @@ class Pieces:
         return depth_windows(depth, self.window, network.depth_halo, network.stride[0])
 
 
+def size_steps(stride: Sequence[int]) -> tuple[int, int, int]:
+    """(D, H, W): the sizes of images for a network of this stride are multiples of these numbers."""
+    return stride[0], math.lcm(stride[1], IN_PLANE_STEP), math.lcm(stride[2], IN_PLANE_STEP)
+
+
 def padded_size(size: Sequence[int], stride: Sequence[int]) -> tuple[int, int, int]:
-    """(D, H, W) rounded up to multiples of the stride."""
-    d, h, w = (-(-n // s) * s for n, s in zip(size, stride, strict=True))
+    """(D, H, W) rounded up to multiples of `size_steps`."""
+    d, h, w = (-(-n // s) * s for n, s in zip(size, size_steps(stride), strict=True))
     return d, h, w
 
 
@@ -150,7 +161,7 @@ class _Array:
 def through_network(network: Ensemble, image: Image, pieces: Pieces, phase: Phases = nullcontext) -> Iterator[Slices]:
     """The network's values for consecutive slices, in ascending order: (index of the first, [(K, H, W), ...]).
 
-    The image is padded with zeros to the network's stride. The values of the padding are cut away.
+    The image is padded with zeros, see `padded_size`. The values of the padding are cut away.
 
     Raises:
         DataError: streaming is requested, but the network cannot be streamed.

@@ -3,8 +3,8 @@
 Paper: see depth_shift.py. From the paper: five levels, two 3x3 convolutions with BatchNorm per block, max-pooling in
 plane, bilinear upsampling with aligned corners, a depth shift module between the two convolutions of every block except
 the first.
-Ours: any number of slices per call, a volume interface, widths as a parameter, other places and another initialisation
-of the modules.
+Ours: any number of slices per call and any size in plane, a volume interface, widths as a parameter, other places and
+another initialisation of the modules.
 """
 
 from __future__ import annotations
@@ -111,8 +111,6 @@ class UNet2D(SegmentationNetwork):
         self.decoder = nn.ModuleList(decoder)
         self.decoder_widths = tuple(widths[max(level - 1, 0)] for level in range(len(widths) - 2, -1, -1))
         self.head = nn.Conv2d(below, out_channels, kernel_size=1)
-        in_plane = 2 ** (len(widths) - 1)
-        self.stride = (1, in_plane, in_plane)
         # Each module looks one slice further. The path through the lowest block passes all modules, so the halo is
         # their number.
         self.depth_halo = sum(isinstance(m, Block) and m.shift is not None for m in self.modules())
@@ -137,16 +135,31 @@ class UNet2D(SegmentationNetwork):
         skips = []
         for level, block in enumerate(self.encoder):
             if level:
-                x = F.max_pool2d(x, 2)
+                x = pool(x)
             x = block(x, depth)
             skips.append(x)
         skips.pop()
         for block in self.decoder:
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-            x = block(torch.cat((skips.pop(), x), dim=1), depth)
+            x = block(join(skips.pop(), x), depth)
             if features is not None:
                 features.append(x)
         return self.head(x)
+
+
+def pool(x: Tensor) -> Tensor:
+    """Max-pooling of (N, C, h, w) to (N, C, ceil(h / 2), ceil(w / 2)). The last window of an odd size is half empty."""
+    return F.max_pool2d(x, 2, ceil_mode=True)
+
+
+def join(skip: Tensor, below: Tensor) -> Tensor:
+    """Upsample the level below by 2, cut it to the size of the skip connection, and append it along the channels.
+
+    Upsampling by exactly 2, also where the skip has an odd size, keeps each voxel where pooling took it from.
+    """
+    below = F.interpolate(below, scale_factor=2, mode="bilinear", align_corners=True)
+    for axis in (2, 3):
+        below = below.narrow(axis, 0, skip.shape[axis])
+    return torch.cat((skip, below), dim=1)
 
 
 def build(in_channels: int, out_channels: int, *, width: float, **arguments: Any) -> UNet2D:
