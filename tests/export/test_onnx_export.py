@@ -17,8 +17,8 @@ from distilldsm.models.base import SegmentationNetwork
 from tests.export.fake import CHANNELS, CLASSES, exported, random_network
 from tests.models.small import NEEDED
 
-# (D, H, W) in units of the stride; one slice and one stride step are the smallest volumes there are.
-SIZES = ((1, 1, 1), (2, 1, 3), (7, 3, 2))
+# (D, H, W), rounded up to the stride: the smallest volume, and sizes that are odd at some level or at all.
+SIZES = ((1, 1, 1), (2, 16, 44), (7, 33, 27))
 ONNX_TOLERANCE = 1e-4
 """Largest difference of logits that reach about 10: float32 sums in another order."""
 FP16_TOLERANCE = 5e-2
@@ -50,7 +50,7 @@ def test_runtimes_say_what_the_network_says(name, tmp_path, monkeypatch, tmp_pat
     }
     rng = np.random.default_rng(0)
     for size in SIZES:
-        shape = [n * s for n, s in zip(size, network.stride, strict=True)]
+        shape = [-(-n // s) * s for n, s in zip(size, network.stride, strict=True)]
         image = rng.normal(size=(1, CHANNELS, *shape)).astype(np.float32)
         expected = reference(image)
         assert expected.std() > 0.1, "logits that hardly differ would make any comparison pass"
