@@ -86,7 +86,7 @@ def check_onnx(model: Any, *, path: str | os.PathLike[str]) -> None:
 
 def _example_sizes(stride: tuple[int, int, int]) -> list[int]:
     """Sizes for tracing. All differ, and none is 1 at any level, because tracing treats a 1 as a constant."""
-    return [-(-size // step) * step for size, step in zip((5, 64, 80), stride, strict=True)]
+    return [max(3, -(-size // step)) * step for size, step in zip((5, 64, 80), stride, strict=True)]
 
 
 def _tidy(model: Any) -> None:

@@ -23,7 +23,7 @@ FOLD = 1
 CHANNELS = 2
 CLASSES = 3
 NETWORK = NetworkInfo(
-    name="distill_dsm", options={}, stride=(1, 16, 16), depth_halo=8, parameters=1000, macs_per_voxel=1.0
+    name="distill_dsm", options={}, stride=(1, 1, 1), depth_halo=8, parameters=1000, macs_per_voxel=1.0
 )
 """What engines must know of the exported network."""
 TARGETS = Targets(("background", "a", "b"), (0, 1, 2))

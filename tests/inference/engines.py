@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import permutations, product
@@ -84,8 +85,9 @@ def in_pieces(engine: Engine | Ensemble, scan: Scan, plan: Plan, pieces: Pieces,
 def at_once(engine: Engine, scan: Scan, plan: Plan) -> np.ndarray:
     """The mask, the obvious way: the whole volume in memory, padded, through the function, back."""
     image, record = to_network_space(scan, plan)
-    before = [(-n % s) // 2 for n, s in zip(image.shape[1:], engine.stride, strict=True)]
-    after = [-n % s - b for n, s, b in zip(image.shape[1:], engine.stride, before, strict=True)]
+    steps = [engine.stride[0], *(math.lcm(s, 4) for s in engine.stride[1:])]
+    before = [(-n % s) // 2 for n, s in zip(image.shape[1:], steps, strict=True)]
+    after = [-n % s - b for n, s, b in zip(image.shape[1:], steps, before, strict=True)]
     logits = engine(np.pad(image, [(0, 0), *zip(before, after, strict=True)])[None])[0]
     inside = tuple(slice(b, b + n) for b, n in zip(before, image.shape[1:], strict=True))
     return mask_of(softmax(logits[:, *inside]), record, plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from unittest.mock import MagicMock, patch
@@ -19,7 +20,7 @@ from distilldsm.inference.depth_stream import NotStreamableError, stream_graph
 from distilldsm.inference.engines import OpenVINOEngine, TorchEngine
 from distilldsm.inference.loading import load_exported
 from distilldsm.inference.probabilities import Ensemble, Member
-from distilldsm.inference.windows import predict_logits, stream_windows
+from distilldsm.inference.windows import padded_size, predict_logits, stream_windows
 from distilldsm.models import unet2d
 from distilldsm.models.base import SegmentationNetwork
 from distilldsm.models.depth_shift import masked_depth_shift
@@ -95,7 +96,7 @@ def test_pytorch_streams_the_same(name, shape, slices):
     network = random_network(name.split()[0].rstrip(","), **OURS.get(name, {"alpha": 0.0}))
     image = np.random.default_rng(0).normal(size=(2, *shape)).astype(np.float32)
     expected = predict_logits(TorchEngine(network), image)
-    area = 16 * -(-shape[2] // 16) * 16
+    area = math.prod(padded_size(shape, network.stride)[1:])
     with patch.object(UNet2D, "forward", autospec=True, side_effect=UNet2D.forward) as whole:
         found = predict_logits(TorchEngine(network), image, max_voxels=slices * area)
     assert whole.call_count == (shape[0] <= slices), "in one piece if it fits, else never as a whole"

@@ -186,7 +186,7 @@ def test_from_training_and_export_agree(tmp_path_factory, tmp_path):
         assert shipped.plan == trained.plan
         assert shipped.described == trained.described
         engine = shipped.network.members[0].engine
-        assert (engine.stride, engine.depth_halo) == ((1, 16, 16), 8)
+        assert (engine.stride, engine.depth_halo) == ((1, 1, 1), 8)
     with pytest.raises(DataError, match=r"best\.safetensors: checkpoint not found"):
         load_trained(made.model, "best")
     with pytest.raises(DataError, match="is not an exported model"):

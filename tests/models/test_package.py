@@ -177,7 +177,7 @@ def test_the_metadata_tell_what_a_user_needs(package):
             "dtype": "float32",
             "shape": [1, 2, None, None, None],
             "axes": ["batch", "channel", "depth", "height", "width"],
-            "multiple_of": [1, 16, 16],
+            "multiple_of": [1, 1, 1],
         }
     ]
     assert metadata["outputs"][0]["shape"] == [1, 3, None, None, None]
@@ -185,7 +185,7 @@ def test_the_metadata_tell_what_a_user_needs(package):
     assert metadata["labels"] == {"background": 0, "shell": 1, "core": 2}
     network = metadata["network"]
     assert (network["name"], network["options"]) == ("distill_dsm", {"width": 0.5, "alpha": 0.5})
-    assert (network["stride"], network["depth_halo"]) == ([1, 16, 16], 8)
+    assert (network["stride"], network["depth_halo"]) == ([1, 1, 1], 8)
     assert (metadata["fold"], metadata["checkpoint"]) == (1, "last")
     assert {"torch", "onnx", "openvino", "distilldsm"} <= set(metadata["versions"])
     assert metadata["data"]["licence"] == "unknown"

@@ -121,10 +121,15 @@ def test_depth_halo_is_the_exact_reach(name, options, reach):
     assert reached.max() == 10 + network.depth_halo
 
 
-@pytest.mark.parametrize("shape", [(1, 2, 4, 16), (1, 3, 4, 16, 16), (1, 2, 4, 16, 17)])
+@pytest.mark.parametrize("shape", [(1, 2, 4, 16), (1, 3, 4, 16, 16)])
 def test_wrong_input_is_refused(network, shape):
-    with pytest.raises(ValueError, match=r"expected|multiples"):
+    with pytest.raises(ValueError, match="expected"):
         network(torch.zeros(shape))
+
+
+def test_sizes_between_the_strides_are_refused():
+    with pytest.raises(ValueError, match="multiples"):
+        build_model("unet3d", in_channels=2, out_channels=3)(torch.zeros(1, 2, 16, 16, 17))
 
 
 def test_unknown_names_and_options():
@@ -242,7 +247,7 @@ def test_macs_are_those_of_a_slow_count(layer, shape):
                     ]
                     inside += all(0 <= r < n for r, n in zip(reached, other, strict=True))
     assert float(layer(torch.ones(shape)).detach().sum()) == inside
-    assert One().cost().macs_per_voxel == count / 8
+    assert One().cost().macs_per_voxel == count / (2 * 32 * 32)
 
 
 def test_width_scales_the_network():
