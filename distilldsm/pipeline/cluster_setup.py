@@ -68,7 +68,7 @@ def apply_launcher_config(manifest: Mapping[str, Any], namespace: str) -> str:
         UserError: Kubernetes does not answer, or refuses.
     """
     with _explained():
-        api = _client().CoreV1Api()
+        api = kubernetes_client().CoreV1Api()
         known = _found(lambda: api.read_namespaced_config_map(LAUNCHER_CONFIG, namespace, _request_timeout=_REQUEST_S))
         if known is None:
             api.create_namespaced_config_map(namespace, manifest, _request_timeout=_REQUEST_S)
@@ -89,7 +89,7 @@ def missing_in_cluster(cluster: Cluster, namespace: str, kfp_namespace: str = "k
     missing = []
     manifest = launcher_config(cluster)
     with _explained():
-        core, apps = _client().CoreV1Api(), _client().AppsV1Api()
+        core, apps = kubernetes_client().CoreV1Api(), kubernetes_client().AppsV1Api()
         if manifest is not None:
             known = _found(
                 lambda: core.read_namespaced_config_map(LAUNCHER_CONFIG, namespace, _request_timeout=_REQUEST_S)
@@ -111,7 +111,8 @@ def missing_in_cluster(cluster: Cluster, namespace: str, kfp_namespace: str = "k
     return missing
 
 
-def _client() -> Any:
+def kubernetes_client() -> Any:
+    """The package `kubernetes.client`, configured by the kubeconfig or by the service account of this pod."""
     from kubernetes import client, config
 
     file = os.environ.get("KUBECONFIG")  # the package reads it only when it is imported

@@ -121,7 +121,7 @@ class _Wiring:
         from kfp import dsl
 
         channels = self.channels
-        end = self.task("finish", "Report how the pipeline ended", FINISH, {"tracking": channels["tracking"]})
+        end = self.task("finish", "Report how the pipeline ended", FINISH, channels)
         with dsl.ExitHandler(end, name="pipeline"):
             checked = self.task("check", "Check all parameters before anything is computed", CHECK, channels)
             for stage in self.of("data"):
@@ -200,7 +200,7 @@ class _Wiring:
 
 
 CHECK = {"folds": "list", "budget": "float", **dict.fromkeys(SECTIONS, "dict")}
-FINISH = {"tracking": "dict", "status": "PipelineTaskFinalStatus", "report": "Output[Markdown]"}
+FINISH = {"tracking": "dict", "trainjob": "dict", "status": "PipelineTaskFinalStatus", "report": "Output[Markdown]"}
 
 
 def step_parameters(stage: Stage, stages: Sequence[Stage] = STAGES) -> dict[str, str]:

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distilldsm.core.errors import UserError
+from distilldsm.pipeline.cluster_setup import kubernetes_client
 from distilldsm.pipeline.delivery import advice
 from distilldsm.pipeline.failure import not_in_mlflow, run_error, with_reasons
 from distilldsm.pipeline.run_tree import RunTree, Step, lines_of
 from distilldsm.pipeline.server import Server
+from distilldsm.pipeline.trainjob_manifest import RUN_LABEL
 
 State = Literal["SUCCEEDED", "SUCCEEDED, gate closed", "FAILED", "CANCELED", "unknown"]
 MLFLOW_STATUS: Mapping[State, str] = {
@@ -44,11 +46,12 @@ class Ending:
     """Address in the bucket to reason of what MLflow lacks."""
 
 
-def finish(tracking: Mapping[str, Any], status: Any, report: Any) -> None:
+def finish(tracking: Mapping[str, Any], trainjob: Mapping[str, Any], status: Any, report: Any) -> None:
     """Report how the pipeline ended: in the log, on the run's page, and as tags of its MLflow runs.
 
     Args:
         tracking: the section of `params.yaml`.
+        trainjob: the pipeline's input: settings of the TrainJobs, or empty.
         status: what KFP says of the pipeline; used only where no server can be asked.
         report: the artifact that the run's page shows.
     """
@@ -57,6 +60,8 @@ def finish(tracking: Mapping[str, Any], status: Any, report: Any) -> None:
     lines = [f"pipeline run {run_id or '(no id)'}: {ending.state}", *ending.error.splitlines()]
     lines += lines_of(ending.steps, f"distilldsm pipeline logs {run_id} STEP")
     lines += advice(ending.not_in_mlflow)
+    if run_id and trainjob:
+        lines.append(_delete_trainjobs(run_id, trainjob.get("namespace")))
     if run_id and tracking.get("enabled", True):
         lines.append(_end_mlflow_runs(run_id, ending))
     print("\n".join(lines), flush=True)
@@ -96,6 +101,20 @@ def ask(server: Server, run_id: str) -> Ending:
     failed = [f"{step.name}: {step.error}" for step in steps if step.state == "failed"]
     error = (failed or [run_error(server, tree) or ""])[0]
     return Ending(state=state, error=error, steps=steps, not_in_mlflow=not_in_mlflow(server, tree))
+
+
+def _delete_trainjobs(run_id: str, namespace: str | None) -> str:
+    """Delete the TrainJobs that this run has left; one line that says so. A lost pod could not delete its own."""
+    place = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
+    try:
+        namespace = namespace or place.read_text().strip()
+        client = kubernetes_client()
+        address = ("trainer.kubeflow.org", "v1alpha1", namespace, "trainjobs")
+        label = f"{RUN_LABEL}={run_id}"
+        client.CustomObjectsApi().delete_collection_namespaced_custom_object(*address, label_selector=label)
+        return f"TrainJobs of this run in namespace {namespace}: none is left"
+    except Exception as failure:
+        return f"the TrainJobs of this run could not be deleted: {type(failure).__name__}: {failure}"
 
 
 def _end_mlflow_runs(run_id: str, ending: Ending) -> str:

@@ -273,6 +273,19 @@ def resumable_output(artifact: Artifact, key: str | None) -> Iterator[Path]:
         yield Path(artifact.path)
         return
     target = Path(root) / key
+    try:
+        Path(root).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=root):
+            pass
+    except OSError as error:
+        user = os.getuid() if hasattr(os, "getuid") else "?"
+        raise UserError(
+            "the work volume is not writable",
+            where=root,
+            seen=f"{error.strerror} for user {user}",
+            rule=f"writable for user {user} or its group",
+            hint="make it once: chgrp -R 10001 and chmod -R g+rwX on the volume, or set fsGroup (docs/kubeflow.md)",
+        ) from None
     yield target
     shutil.copytree(target, artifact.path, dirs_exist_ok=True)
     shutil.rmtree(target)

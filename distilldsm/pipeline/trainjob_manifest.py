@@ -15,6 +15,10 @@ from distilldsm.pipeline.cluster import refuse_secrets
 
 NODE = "node"
 """Name of the training's pods and containers in Trainer's torch runtimes."""
+RUN_LABEL = "distilldsm.org/kfp-run"
+"""Label of a TrainJob: the Kubeflow run that started it. The step `finish` deletes what is left of it."""
+IMAGE_USER = 10001
+"""User of our images."""
 PASSED_ON = ("MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION", "KFP_RUN_ID")
 """Environment variables that the pods get from the process that starts them."""
 
@@ -92,10 +96,11 @@ def manifest(job: TrainJobConfig, name: str, arguments: Sequence[str], env: Mapp
     """
     resources = {"cpu": job.cpu, "memory": job.memory} | ({job.gpu: str(job.processes)} if job.gpu else {})
     replicated = {"name": NODE, "template": {"spec": {"template": {"spec": _pod(job)}}}}
+    run_label = {RUN_LABEL: env["KFP_RUN_ID"]} if env.get("KFP_RUN_ID") else {}
     built = {
         "apiVersion": "trainer.kubeflow.org/v1alpha1",
         "kind": "TrainJob",
-        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "distilldsm"}},
+        "metadata": {"name": name, "labels": {"app.kubernetes.io/name": "distilldsm", **run_label}},
         "spec": {
             "runtimeRef": {
                 "name": job.runtime,
@@ -163,6 +168,8 @@ def _pod(job: TrainJobConfig) -> dict[str, Any]:
                 },
             }
         ],
+        # The claim's files get this group, so that the user of the images may write them.
+        "securityContext": {"fsGroup": IMAGE_USER, "fsGroupChangePolicy": "OnRootMismatch"},
         "volumes": [
             {"name": "work", "persistentVolumeClaim": {"claimName": job.claim}},
             {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": job.shared_memory}},

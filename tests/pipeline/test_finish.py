@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from types import SimpleNamespace
+from urllib.parse import unquote
 
 import pytest
 
 from distilldsm.pipeline import finish as module
 from distilldsm.pipeline import lineage, step
 from distilldsm.pipeline.run_tree import RunTree
+from tests.http_answers import answering
 from tests.pipeline.kfp_server import RECORDED_LOG, FakeKfp, recorded, serving
 
 ENDINGS = {
@@ -53,10 +56,13 @@ def as_finish_sees_it(run: dict) -> dict:
     return run
 
 
-def ended(monkeypatch, tmp_path: Path, run_id: str, state: str = "RUNNING", **tracking) -> str:
+def ended(
+    monkeypatch, tmp_path: Path, run_id: str, state: str = "RUNNING", trainjob: dict | None = None, **tracking
+) -> str:
     monkeypatch.setenv("KFP_RUN_ID", run_id)
     report = SimpleNamespace(path=str(tmp_path / "report"))
-    step.run("finish", tracking=tracking, status=SimpleNamespace(state=state, error_message=""), report=report)
+    status = SimpleNamespace(state=state, error_message="")
+    step.run("finish", tracking=tracking, trainjob=trainjob or {}, status=status, report=report)
     return (tmp_path / "report").read_text()
 
 
@@ -111,3 +117,24 @@ def test_without_a_server_only_states_that_are_reliable_count(fake, monkeypatch,
 def test_mlflow_that_is_away_does_not_fail_the_step(fake, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert "could not be marked" in ended(monkeypatch, tmp_path, "local-1", "SUCCEEDED")
+
+
+def test_trainjobs_that_a_lost_pod_left_are_deleted(fake, monkeypatch, tmp_path):
+    seen = []
+
+    def answer(method, target, headers, body):
+        seen.append((method, unquote(target)))
+        return 200, {"Content-Type": "application/json"}, b"{}"
+
+    with answering(answer) as url:
+        cluster, context = {"server": url}, {"cluster": "k", "user": "u"}
+        config = {
+            "apiVersion": "v1", "kind": "Config", "current-context": "c", "users": [{"name": "u", "user": {}}],
+            "clusters": [{"name": "k", "cluster": cluster}], "contexts": [{"name": "c", "context": context}],
+        }  # fmt: skip
+        (tmp_path / "kubeconfig").write_text(json.dumps(config))
+        monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
+        page = ended(monkeypatch, tmp_path, "local-7", "FAILED", trainjob={"namespace": "ns"}, enabled=False)
+    assert "TrainJobs of this run in namespace ns: none is left" in page
+    path = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/ns/trainjobs?labelSelector=distilldsm.org/kfp-run=local-7"
+    assert seen == [("DELETE", path)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json
 from distilldsm.pipeline import step
 from tests.data.volumes import write_dataset
@@ -79,6 +80,16 @@ def test_the_gate_is_the_mean_over_labels_and_folds(tmp_path, threshold, passed)
 def test_the_confusion_matrix_counts_pairs(tmp_path):
     (tmp_path / "c.csv").write_text("actual,predicted\nb,b\nbackground,b\nb,b\nbackground,background\n")
     assert step.confusion_matrix(tmp_path / "c.csv") == (["background", "b"], [[1, 1], [0, 2]])
+
+
+def test_a_work_volume_that_is_not_writable_is_an_error_at_the_start(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(step.WORK_VARIABLE, str(tmp_path / "file" / "work"))
+    with (
+        pytest.raises(UserError, match="the work volume is not writable"),
+        step.resumable_output(FakeArtifact(tmp_path / "model"), "k"),
+    ):
+        raise AssertionError("must not get here")
 
 
 def test_refused_data_hand_their_report_on_and_the_next_step_refuses(tmp_path, capsys):

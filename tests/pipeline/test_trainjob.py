@@ -22,7 +22,7 @@ from distilldsm.data.preprocess import preprocess_dataset
 from distilldsm.pipeline import trainjob
 from distilldsm.pipeline.trainjob import run_train
 from distilldsm.pipeline.trainjob_follow import JobExistsError, JobGoneError, TrainJobs, follow
-from distilldsm.pipeline.trainjob_manifest import SecretVariable, TrainJobConfig, check_manifest, manifest
+from distilldsm.pipeline.trainjob_manifest import RUN_LABEL, SecretVariable, TrainJobConfig, check_manifest, manifest
 from tests.data.volumes import write_dataset
 from tests.http_answers import answering
 
@@ -89,6 +89,10 @@ def test_the_shipped_job_is_what_trainers_api_takes():
     assert trainer["command"] + trainer["args"] == ["torchrun", "-m", "distilldsm.components.train", "--fold", "1"]
     assert trainer["resourcesPerNode"]["limits"]["nvidia.com/gpu"] == "4"
     assert {"name": "KFP_RUN_ID", "value": "r"} in trainer["env"]
+    assert built["metadata"]["labels"][RUN_LABEL] == "r"
+    [patch] = built["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    assert node["template"]["spec"]["template"]["spec"]["securityContext"]["fsGroup"] == 10001
     for variable in trainer["env"]:
         if variable["name"] != "KFP_RUN_ID":
             assert set(variable) == {"name", "valueFrom"}
