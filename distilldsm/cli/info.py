@@ -21,9 +21,10 @@ def run(args: argparse.Namespace) -> None:
     from distilldsm.core.mapping import to_mapping
 
     if args.model_dir is not None:
+        from distilldsm.models.catalogue import model_directory
         from distilldsm.models.package import verify
 
-        metadata = verify(args.model_dir)
+        metadata = verify(model_directory(args.model_dir))
         if args.json:
             print(json.dumps(to_mapping(metadata), indent=2))
         else:

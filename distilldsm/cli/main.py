@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 COMMANDS: Mapping[str, str] = {
     "cross-validate": "train and evaluate every fold, and write one table of all folds",
     "predict": "segment scans; each mask is on its scan's own grid",
+    "models": "list the trained models, and fetch one",
     "view": "show a scan and masks as a page for the browser",
     "drift": "check whether scans look like a model's training data",
     "summary": "show scores per label of the evaluated folds and of the cross-validation",

@@ -32,7 +32,11 @@ EPILOG = "exit codes: 0 all scans are done, 1 a scan could not be predicted, 2 u
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model_dir", metavar="MODEL", help="what the export stage wrote, e.g. export/fold0")
+    parser.add_argument(
+        "model_dir",
+        metavar="MODEL",
+        help="what the export stage wrote, e.g. export/fold0, or a name of `distilldsm models`",
+    )
     parser.add_argument(
         "inputs",
         metavar="INPUT",

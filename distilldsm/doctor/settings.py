@@ -22,6 +22,7 @@ VARIABLES: Mapping[str, str] = {
     VARIABLE: "bar, plain or off",
     "DISTILLDSM_PROFILE": "profile of conf/cluster.yaml, set by the Kubeflow pipeline",
     "DISTILLDSM_RESUME": "command that continues after an interruption; set by commands that start stages",
+    "DISTILLDSM_MODELS": "folder of the models that `distilldsm models pull` fetches",
     "DISTILLDSM_MASKS": "folder that a model server writes",
     "DISTILLDSM_SCANS": "folder that a model server reads",
     "DISTILLDSM_SCHEDULE": "recurring run of Kubeflow, set by `pipeline submit --cron`",

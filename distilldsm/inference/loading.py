@@ -14,6 +14,7 @@ from distilldsm.data.plan import Plan
 from distilldsm.inference.engines import Engine, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.probabilities import AXES, Ensemble, Member, Mirror, mirror_axes
+from distilldsm.models.catalogue import model_directory
 from distilldsm.models.package import (
     INT8_FILES,
     METADATA,
@@ -75,6 +76,8 @@ def load_exported(
 ) -> Predictor:
     """Load an exported model's directory and check its files against their hashes. Only engine `torch` needs torch.
 
+    model_dir: the directory, or the name of an installed model (`distilldsm models`).
+
     precision: OpenVINO's precision: `f32`, `auto` (see `OpenVINOEngine`) or `int8` (the quantised IR).
     fixed_size: compile OpenVINO for each image size (half the memory, see `OpenVINOEngine`).
     ensemble: further models of the same task, e.g. other folds; probabilities are averaged.
@@ -86,7 +89,7 @@ def load_exported(
         DataError: a file is missing, damaged or changed, the model has no INT8 IR, was not trained with mirroring
             or has no decision about post-processing, or the models of an ensemble do not fit together.
     """
-    folders = [model_dir, *ensemble]
+    folders = [model_directory(folder) for folder in (model_dir, *ensemble)]
     metadata = [_metadata(folder, runtime, precision) for folder in folders]
     described = [one.network for one in metadata]
     plan = _common_plan(folders, described)
