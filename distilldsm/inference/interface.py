@@ -112,8 +112,8 @@ def load_model(
     """Load a model that the export stage wrote, and check its files against their hashes.
 
     Args:
-        model: a directory, e.g. `export/fold0`; a name of `distilldsm models`; or a model of MLflow's registry, e.g. `models:/NAME@champion` (needs
-            mlflow and its tracking URI).
+        model: a directory, e.g. `export/fold0`; a name of `distilldsm models`; or a model of MLflow's registry, e.g.
+            `models:/NAME@champion` (needs mlflow and its tracking URI).
         engine, precision, ensemble, mirror, postprocess: as for `distilldsm predict`.
 
     Raises:

@@ -1,7 +1,7 @@
 """Trained models by name: which there are, where they lie on this machine, and how they are fetched.
 
 A model's name stands for its directory in `predict`, `info` and `load_model`. Models that ship with the package lie in
-`distilldsm/pretrained/NAME`; others are fetched once, by `distilldsm models pull`. Nothing is fetched without being asked.
+`distilldsm/pretrained/NAME`; others are fetched once, by `distilldsm models pull`. Nothing is fetched by itself.
 """
 
 from __future__ import annotations
