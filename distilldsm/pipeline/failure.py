@@ -13,10 +13,12 @@ from distilldsm.core.errors import UserError
 from distilldsm.pipeline.cluster import PROFILE_VARIABLE
 from distilldsm.pipeline.delivery import undelivered
 from distilldsm.pipeline.run_tree import RunTree, Step
-from distilldsm.pipeline.server import Server
+from distilldsm.pipeline.server import RefusedError, Server
 
 _FOREIGN_LINE = re.compile(r"[IWEF]\d{4} \d\d:\d\d:\d\d|\[KFP |time=\"")
 """The beginning of a line that KFP's launcher, kfp or Argo writes."""
+_TEMPLATES = ("system-container-impl", "retry-system-container-impl", "system-container-driver", "system-dag-driver")
+"""Names of KFP's templates of pods."""
 _GATE = re.compile(r"Mean Dice ([\d.]+), threshold ([\d.]+)")
 
 
@@ -25,9 +27,17 @@ def log_of(server: Server, run_id: str, node: str) -> str:
 
     The server answers a failure with status 200 and a JSON object at the end of what it could read.
     """
-    text = server.text(f"/apis/v1alpha1/runs/{run_id}/nodes/{node}/log")
-    start = text.rfind('{"error_message"')
-    return text[:start] if start >= 0 else text
+    workflow, _, number = node.rpartition("-")
+    # The server finds the log of a finished pod by the node's id, and that of a running pod only by the pod's name.
+    for name in (node, *(f"{workflow}-{template}-{number}" for template in _TEMPLATES)):
+        try:
+            text = server.text(f"/apis/v1alpha1/runs/{run_id}/nodes/{name}/log")
+        except RefusedError:
+            continue
+        start = text.rfind('{"error_message"')
+        if start:
+            return text[:start] if start > 0 else text
+    return ""
 
 
 def with_reasons(server: Server, tree: RunTree, known: dict[tuple[str, str], str] | None = None) -> list[Step]:

@@ -33,7 +33,6 @@ _STATES: Mapping[str, State] = {
 }
 _SHOWN = 12
 """Lines of an error; the log has all of them."""
-_WITHOUT_ATTEMPT = re.compile(r"\(\d+\)$")
 _ITERATION = re.compile(r"iteration-iterations\((\d+):[^)]*\)")
 
 
@@ -162,7 +161,7 @@ class RunTree:
         an older version may lack it.)
         """
         places: dict[str, dict[int | None, str]] = defaultdict(dict)
-        for name in self.nodes:
+        for name in sorted(self.nodes, key=_attempts):  # of a loop that was tried again the last attempt counts
             step, index = _step_of(name)
             if step is not None:
                 places[step][index] = name.removesuffix("-driver")
@@ -188,13 +187,9 @@ class RunTree:
     def failed_driver(self) -> tuple[str, str] | None:
         """Name of a task and the node of its driver, if a driver outside of all steps failed, as a run's first one."""
         for node in sorted(self.nodes.values(), key=lambda node: -len(node.name)):
-            task = _WITHOUT_ATTEMPT.sub("", node.name.rpartition(".")[2])
-            if (
-                node.state in _FAILED
-                and task.endswith("-driver")
-                and _step_of(_WITHOUT_ATTEMPT.sub("", node.name))[0] is None
-            ):
-                return task.removesuffix("-driver"), node.id
+            task = node.name.rpartition(".")[2]
+            if node.state in _FAILED and task.endswith("-driver") and _step_of(node.name)[0] is None:
+                return task.removesuffix("-driver"), self.nodes[self._last(node.name)[0]].id
         return None
 
     def _step(self, name: str) -> Step:
@@ -311,6 +306,11 @@ def _scope(name: str) -> str:
     while name.endswith(")"):
         name = name[: name.rindex("(")]
     return name.rpartition(".")[0]
+
+
+def _attempts(name: str) -> list[int]:
+    """The numbers of the attempts in a full name, the outermost first."""
+    return [int(number) for number in re.findall(r"\((\d+)\)", name)]
 
 
 def _step_of(name: str) -> tuple[str | None, int | None]:

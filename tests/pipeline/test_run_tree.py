@@ -142,6 +142,30 @@ def test_a_second_attempt_counts_and_the_last_one_has_the_log():
     assert (step.attempts, step.node, step.state) == (2, second, "starting")
 
 
+def test_of_a_loop_that_was_tried_again_the_last_attempt_counts():
+    """With the policy Always, Argo may try whole parts of the pipeline again."""
+    run = recorded("run-train-out-of-memory")
+    again = recorded("run-train-out-of-memory")["run_details"]["task_details"]
+    nodes = RunTree(run).nodes
+    loop = next(name for name in nodes if name.endswith(".for-loop-2"))
+    ids = {
+        node.id: node_id("distilldsm-j9gdw", node.name.replace(f"{loop}(0)", f"{loop}(1)")) for node in nodes.values()
+    }
+    inside = {id(node.task) for node in nodes.values() if node.name.startswith(f"{loop}(0)")}
+    first = run["run_details"]["task_details"]
+    for task, copied in zip(first, again, strict=True):
+        if id(task) in inside:
+            display = {"for-loop-2(0)": "for-loop-2(1)"}.get(copied["display_name"], copied["display_name"])
+            state = "SUCCEEDED" if copied.get("state") == "FAILED" else copied.get("state")
+            children = [{"pod_name": ids[child["pod_name"]]} for child in copied.get("child_tasks", ())]
+            run["run_details"]["task_details"] = [
+                *run["run_details"]["task_details"],
+                {**copied, "display_name": display, "state": state, "child_tasks": children},
+            ]
+    nodes[loop].task["child_tasks"].append({"pod_name": node_id("distilldsm-j9gdw", f"{loop}(1)")})
+    assert next(step.state for step in RunTree(run).steps() if step.step == "train") == "done"
+
+
 def test_a_refused_data_set_shows_the_error_of_its_log(fake, capsys):
     run = recorded("run-validate-failed")
     fake.logs["distilldsm-p5q8k-1948918061"] = RECORDED_LOG
@@ -211,6 +235,9 @@ def test_a_driver_that_failed_is_named(fake, capsys):
     )
     _, text = status_of(fake, run, capsys=capsys)
     assert "KFP's driver of 'root' failed: cannot reach the metadata store" in text
+    driver = next(node for node in RunTree(run).nodes.values() if node.name.endswith(".root-driver"))
+    driver.task["state"] = "RUNNING"  # Argo tries it again
+    assert RunTree(run).failed_driver() is None
 
 
 def test_a_closed_gate_is_no_failure_and_says_what_was_measured(fake, capsys):
@@ -226,7 +253,9 @@ def test_logs_and_stop(fake, capsys):
     run = recorded("run-gate-closed")
     fake.runs, fake.polls = [{"run_id": run["run_id"]}], [run]
     nodes = {step.name: step.node for step in RunTree(run).steps()}
-    fake.logs = {nodes["train fold 1"]: "of fold 1\n", nodes["validate"]: "validated\n"}
+    workflow, _, number = str(nodes["validate"]).rpartition("-")
+    pod = f"{workflow}-system-container-impl-{number}"  # while it runs
+    fake.logs = {nodes["train fold 1"]: "of fold 1\n", pod: "validated\n"}
     for arguments, code, words in (
         (["train", "--fold", "1"], 0, "of fold 1"),
         (["validate"], 0, "validated"),
