@@ -14,6 +14,7 @@ import pytest
 from distilldsm.config import EvaluateConfig
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json, write_json
+from distilldsm.core.hashes import finish
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.targets import Targets, regions_from_labels
 from distilldsm.evaluation import scoring
@@ -92,9 +93,12 @@ def test_what_is_predicted_or_scored_is_not_done_again(tmp_path, monkeypatch):
         nib.save(nib.Nifti1Image(array, affine), tmp_path / f"{name}.nii.gz")
     for folder in ("scores", "timing", "predictions"):
         (tmp_path / folder).mkdir()
-    write_json(tmp_path / "scores" / "a.json", {"kept": True})
-    nib.save(nib.Nifti1Image(truth, affine), tmp_path / "predictions" / "b.nii.gz")
-    write_json(tmp_path / "timing" / "b.json", {})
+    scores, mask, timing = (tmp_path / name for name in ("scores/a.json", "predictions/b.nii.gz", "timing/b.json"))
+    write_json(scores, {"kept": True})
+    finish(tmp_path, "scores/a", scores)
+    nib.save(nib.Nifti1Image(truth, affine), mask)
+    write_json(timing, {})
+    finish(tmp_path, "predictions/b", mask, timing)
     predictor = Shifted(truth)
     monkeypatch.setattr(scoring, "_predictor", lambda *_: predictor)
     targets = Targets(INDEX.class_names, (0, 1, 4), ())
@@ -133,6 +137,7 @@ def test_the_networks_of_an_ensemble_differ(tmp_path):
         model.mkdir()
         facts = {"name": "unet2d", "options": {}, "parameters": 5, "epochs": 2}
         write_json(model / "model.json", facts)
+        (model / "last.safetensors").write_text(weights)
         write_json(model / "manifest.json", {"files": {"last.safetensors": weights}, "config": {"seed": weights}})
     scoring.check_all_differ(models[:2])
     with pytest.raises(DataError, match=rf"3: is in the ensemble twice(.|\n)*the same content as {models[0]}"):
