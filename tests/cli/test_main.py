@@ -54,14 +54,6 @@ def test_help_imports_nothing_heavy():
         assert command in done.stdout
 
 
-@pytest.mark.parametrize("stage", [stage.name for stage in STAGES])
-def test_every_stage_has_its_sub_command(stage, capsys):
-    with pytest.raises(SystemExit) as caught:
-        main([stage, "--help"])
-    assert caught.value.code == 0
-    assert "--params" in capsys.readouterr().out
-
-
 def test_stages_get_their_arguments_and_give_their_exit_code(tmp_path, capsys):
     (tmp_path / "params.yaml").write_text("train: {epoch: 5}\n")
     assert main(["train", "--params", str(tmp_path / "params.yaml")]) == 2

@@ -63,11 +63,6 @@ def test_columns_and_templates_exist(defined, written, repository):
     assert {p.stem for p in folder.iterdir()} <= {options["template"] for options in defined.values()}
 
 
-def test_dice_over_epochs_has_a_line_per_label(written):
-    rows = rows_of(written / "dice_by_epoch.csv")
-    assert [(r["epoch"], r["label"], float(r["dice"])) for r in rows] == [("2", "a", 0.4), ("2", "b", 0.6)]
-
-
 def test_metrics_are_cached_so_that_experiments_keep_them(repository):
     """Their folders are ignored by git: with `cache: false` an experiment would lose them."""
     stages = yaml.safe_load((repository / "dvc.yaml").read_text())["stages"]

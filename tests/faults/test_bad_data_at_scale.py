@@ -64,12 +64,7 @@ def test_damage_is_found_with_its_file_and_rule(everything, name):
     planted = everything.planted[name]
     told = {c.id: [(f.severity, f.rule, f.file, f.seen) for f in everything.told.get(c.id, [])] for c in planted.cases}
     assert planted.outcome(everything.told) == (True, True), (planted.damage.rules, told)
-
-
-@pytest.mark.parametrize("name", DAMAGES)
-def test_only_what_was_touched_is_accused(everything, name):
-    """A finding names a file of the damaged case, says what was seen and how to fix it."""
-    for case in everything.planted[name].cases:
+    for case in planted.cases:  # only what was touched is accused
         for finding in everything.told[case.id]:
             assert finding.file in (*case.images, case.label)
             assert finding.seen

@@ -200,27 +200,6 @@ def test_volumes_of_a_batch_and_their_depths_are_their_own():
     assert float(difference[volumetric.depth_halo + 1 :].max()) == 0
 
 
-def test_it_learns_what_the_2d_network_cannot():
-    """The target is the next slice's content."""
-    torch.manual_seed(0)
-    losses = {}
-    for volumetric in (True, False):
-        net = insert_depth_shift(Small(), stride=1, where=["first", "second"])
-        if not volumetric:
-            net.shifts.requires_grad_(False)
-        optimizer = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=0.01)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(150):
-            x = torch.randn(2, 1, 6, 8, 8, generator=generator)
-            loss = (net(x)[:, 0, :-1] - x[:, 0, 1:]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        losses[volumetric] = float(loss.detach())
-    assert losses[False] > 0.9
-    assert losses[True] < 0.5
-
-
 def test_copies_and_saved_weights(tmp_path):
     volumetric = insert_depth_shift(Small(), stride=1).eval()
     random_modules(volumetric)
