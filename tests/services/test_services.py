@@ -23,7 +23,7 @@ from distilldsm.config import TrackingConfig
 from distilldsm.core.files import read_json, sha256_file, write_json
 from distilldsm.export.scores import SCORES
 from distilldsm.tracking import describe, followed, process, registry
-from distilldsm.tracking.publish import Publisher, publish, publish_all
+from distilldsm.tracking.publish import publish, publish_all
 from distilldsm.tracking.record import Model, RunIdentity
 from distilldsm.tracking.store import Store
 from tests.export.test_gate import scored
@@ -68,8 +68,8 @@ def test_parameters_metrics_and_tags_are_in_the_data_base(servers, job, logged):
     stored = servers.sql("select step, value from metrics where run_uuid = %s and key = 'train_loss'", logged)
     assert sorted(stored) == [(epoch["epoch"], pytest.approx(epoch["train_loss"])) for epoch in history]
     evaluated = servers.sql("select distinct value from metrics where run_uuid = %s and key = 'test_dice_mean'", logged)
-    scores = read_json(job.place / "evaluation/fold0/metrics.json")
-    assert evaluated == [(pytest.approx(scores["dice"]["mean"]),)]
+    scores = read_json(job.place / "evaluation/fold0/summary.json")["mean"]
+    assert evaluated == [(pytest.approx(scores["dice"]),)]
     params = dict(servers.sql("select key, value from params where run_uuid = %s", logged))
     assert params["train.epochs"] == "2"
     tags = dict(servers.sql("select key, value from tags where run_uuid = %s", logged))
@@ -78,9 +78,11 @@ def test_parameters_metrics_and_tags_are_in_the_data_base(servers, job, logged):
     assert servers.sql("select count(*) from inputs where destination_id = %s", logged) != [(0,)]
 
 
-def test_all_outputs_are_published(servers, job, as_user):
+def test_all_outputs_are_published_once(servers, job, as_user):
+    before = servers.sql("select count(*) from metrics")
     for name in ("models/fold0", "evaluation/fold0", "export/fold0", "cross_validation"):
-        assert Publisher(job.place / name, to=servers.mlflow_url).is_published()
+        assert publish(job.place / name, to=servers.mlflow_url).is_complete
+    assert servers.sql("select count(*) from metrics") == before != [(0,)]
 
 
 def test_artifacts_and_the_registered_model_are_in_the_bucket(servers, job, logged):
