@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from distilldsm.core.errors import ConfigError
 from distilldsm.core.redaction import move_credentials, public_address, split_user
@@ -13,12 +14,34 @@ _CREDENTIALS = ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_
 
 
 def sqlite_path(uri: str) -> Path | None:
-    """The file of a `sqlite:///` address; None for any other."""
-    return Path(uri.removeprefix("sqlite:///").partition("?")[0]) if uri.startswith("sqlite:///") else None
+    """The file of a `sqlite:///` address; None for any other, and for a store in memory."""
+    if not uri.startswith("sqlite:///") or keeps_nothing(uri):
+        return None
+    return Path(unquote(uri.removeprefix("sqlite:///").partition("?")[0]))
+
+
+def sqlite_uri(database: Path) -> str:
+    """The address of an SQLite file. SQLAlchemy reads `%`, `?` and `#` in it as parts of an address."""
+    return "sqlite:///" + str(database).replace("%", "%25").replace("?", "%3F").replace("#", "%23")
+
+
+def keeps_nothing(uri: str) -> bool:
+    """Whether an address names a store in memory, which ends with the process."""
+    is_in_memory = re.search(r":memory:|mode=memory", uri) is not None
+    return uri.rstrip("/") == "sqlite:" or (uri.startswith("sqlite:") and is_in_memory)
+
+
+def project() -> Path:
+    """The folder of the project: where the default store lies.
+
+    `dvc exp run --temp` and `--queue` work in a temporary copy below `.dvc/tmp`, and DVC_ROOT names the original.
+    """
+    here, root = Path.cwd(), Path(os.environ.get("DVC_ROOT") or "/").resolve()
+    return root if here.is_relative_to(root / ".dvc" / "tmp") else here
 
 
 def default_uri() -> str:
-    """MLFLOW_TRACKING_URI (a relative SQLite path made absolute), else `mlflow.db` in the current directory.
+    """MLFLOW_TRACKING_URI (a relative SQLite path made absolute), else `mlflow.db` in the folder of the project.
 
     User and password are moved to variables of their own.
 
@@ -34,7 +57,18 @@ def default_uri() -> str:
             raise ConfigError("the address holds a password", where="MLFLOW_TRACKING_URI", seen=uri, hint=hint)
         return uri
     query = uri.partition("?")[2]
-    return f"sqlite:///{database.absolute()}" + (f"?{query}" if query else "")
+    return sqlite_uri(project() / database) + (f"?{query}" if query else "")
+
+
+def recorded(uri: str) -> str:
+    """The address as an output records it: without secrets, and an SQLite file of the project relative to it.
+
+    So a project that is moved or copied uses its own store.
+    """
+    database, folder = sqlite_path(uri), project()
+    if database is None or folder == folder.parent or not database.is_relative_to(folder):
+        return redact_uri(uri)
+    return sqlite_uri(database.relative_to(folder))
 
 
 def redact_uri(uri: str) -> str:
@@ -69,21 +103,28 @@ def refuse_foreign_credentials(uri: str) -> None:
         )
 
 
-def live_uri(recorded: str) -> str:
-    """The address to connect to for a recorded address, which holds no secrets.
+def live_uri(address: str, directory: Path) -> str:
+    """The address to connect to for the recorded address of an output. It may hold user and password.
 
-    MLFLOW_TRACKING_URI is used if it names the same server: it may add user and password. If a recorded SQLite file no
-    longer exists, it was probably moved, and the environment's SQLite address is used.
+    MLFLOW_TRACKING_URI is used if it names the same server. A relative SQLite file is one of this project, or for the
+    output of another project the nearest one in the folders above it. If a recorded SQLite file no longer exists, the
+    environment's SQLite address is used.
     """
     current = default_uri()
-    database = sqlite_path(recorded)
-    if database is not None:
-        return recorded if database.is_file() or sqlite_path(current) is None else current
-    return current if redact_uri(current) == recorded else recorded
+    database = sqlite_path(address)
+    if database is None:
+        return current if redact_uri(current) == address else address
+    output = directory.absolute()
+    folders = [project()] if output.is_relative_to(project()) else [*output.parents, project()]
+    places = [one / database for one in folders]
+    known = next((place for place in places if place.is_file()), None)
+    if known is None and sqlite_path(current) is not None:
+        return current
+    return sqlite_uri(known or places[-1])
 
 
-def uri_to_attach(recorded: str) -> str:
+def uri_to_attach(address: str, directory: Path) -> str:
     """As `live_uri`, but always the environment's server: its host name may differ on the machine that trained."""
     current = default_uri()
-    is_server = sqlite_path(recorded) is None and sqlite_path(current) is None
-    return current if is_server else live_uri(recorded)
+    is_server = sqlite_path(address) is None and sqlite_path(current) is None
+    return current if is_server else live_uri(address, directory)

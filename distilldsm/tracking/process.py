@@ -16,7 +16,7 @@ from typing import Any
 from distilldsm.config import TrackingConfig
 from distilldsm.core.files import write_json
 from distilldsm.core.shell import environment_of_modules
-from distilldsm.tracking.addresses import default_uri, live_uri, sqlite_path
+from distilldsm.tracking.addresses import default_uri, keeps_nothing, live_uri, redact_uri, sqlite_path
 from distilldsm.tracking.record import FILE, Status, describe, final_path, forgiving, is_tracked, load, logger
 
 SYSTEM_METRICS_S = 10.0
@@ -145,6 +145,8 @@ def followed(
     sender: Sender | None = None
     if is_on:
         describe(config, directory, status="RUNNING", **described)
+        with forgiving("showing the store"):
+            _announce(directory)
         with forgiving("starting to publish"):
             sender = start([directory], follow=True)
     status: Status = "KILLED"  # SystemExit is how a SIGTERM handler ends a stage
@@ -161,6 +163,21 @@ def followed(
             with forgiving("publishing"):
                 if sender is not None:
                     _finish(sender, directory)
+
+
+def _announce(directory: Path) -> None:
+    """Print where the results go. Warn if the address keeps nothing."""
+    record = load(directory)
+    if record is None or record.run is None:
+        return
+    uri = live_uri(record.run.tracking_uri, directory)
+    print(
+        f"MLflow: run '{record.run.name}' of experiment '{record.run.experiment}' in {redact_uri(uri)}",
+        file=sys.stderr,
+        flush=True,
+    )
+    if keeps_nothing(uri):
+        logger.warning("MLflow: %s is a store in memory: it keeps nothing; set MLFLOW_TRACKING_URI", redact_uri(uri))
 
 
 def _finish(sender: Sender, directory: Path) -> None:
@@ -180,7 +197,7 @@ def _interval_s() -> float:
 
 def _timeout_s(directory: Path) -> float:
     record = load(directory)
-    uri = "" if record is None or record.run is None else live_uri(record.run.tracking_uri)
+    uri = "" if record is None or record.run is None else live_uri(record.run.tracking_uri, directory)
     return LOCAL_TIMEOUT_S if sqlite_path(uri) is not None else SERVER_TIMEOUT_S
 
 

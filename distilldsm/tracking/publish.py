@@ -115,7 +115,11 @@ class Publisher:
             record = load(self.directory)
         except UserError:
             return None
-        return None if record is None or record.run is None else self._to or live_uri(record.run.tracking_uri)
+        return (
+            None
+            if record is None or record.run is None
+            else self._to or live_uri(record.run.tracking_uri, self.directory)
+        )
 
     @property
     def is_followed(self) -> bool:
@@ -174,7 +178,7 @@ class Publisher:
 
     def _send_new(self, record: Record, identity: RunIdentity) -> bool:
         """Send what is new, in order. Returns True when the record is final and MLflow holds all of it."""
-        store = self._stores(self._to or live_uri(identity.tracking_uri))
+        store = self._stores(self._to or live_uri(identity.tracking_uri, self.directory))
         self._store, self._client = store, store.client
         mark, digest = _mark(record), _digest(record)
         if self._run is None:

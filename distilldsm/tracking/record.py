@@ -24,7 +24,7 @@ from distilldsm.core.files import read_json, sha256_file, sha256_json, write_jso
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
 from distilldsm.core.output_directory import is_being_written
 from distilldsm.models.package import METADATA
-from distilldsm.tracking.addresses import default_uri, redact_uri, uri_to_attach
+from distilldsm.tracking.addresses import default_uri, recorded, redact_uri, uri_to_attach
 from distilldsm.tracking.flavor import requirements
 from distilldsm.tracking.values import (
     DIGEST_LENGTH,
@@ -59,7 +59,7 @@ class RunIdentity:
     started_ms: int
     """Milliseconds since 1970, like all times in the record."""
     tracking_uri: str
-    """Address of the store, without user, password and query."""
+    """Address of the store, without user, password and query. An SQLite file of the project is relative to it."""
     experiment_id: str | None = None
     """Experiment of the task's run that Kubeflow's MLflow plugin made; None: the one named `experiment`."""
     id: str | None = None
@@ -291,14 +291,14 @@ def _earlier_record(config: TrackingConfig, directory: Path) -> Record | None:
     if record is None or record.run is None:
         return None
     place = (record.run.tracking_uri, record.run.experiment)
-    return record if place == (redact_uri(default_uri()), config.experiment) else None
+    return record if place == (recorded(default_uri()), config.experiment) else None
 
 
 def _attached(directory: Path) -> RunIdentity | None:
     identity = identity_of(directory)
     if identity is None:
         return None
-    return replace(identity, tracking_uri=redact_uri(uri_to_attach(identity.tracking_uri)))
+    return replace(identity, tracking_uri=recorded(uri_to_attach(identity.tracking_uri, directory)))
 
 
 def _new_identity(config: TrackingConfig, name: str, run_key: str | None) -> RunIdentity:
@@ -307,7 +307,7 @@ def _new_identity(config: TrackingConfig, name: str, run_key: str | None) -> Run
         experiment=config.experiment,
         name=name,
         started_ms=time.time_ns() // 1_000_000,
-        tracking_uri=redact_uri(default_uri()),
+        tracking_uri=recorded(default_uri()),
         experiment_id=os.environ.get("MLFLOW_EXPERIMENT_ID") if os.environ.get("MLFLOW_RUN_ID") else None,
     )
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 
 from distilldsm.core.errors import UserError
-from distilldsm.tracking.addresses import redact_uri, refuse_foreign_credentials, sqlite_path
+from distilldsm.tracking.addresses import default_uri, redact_uri, refuse_foreign_credentials, sqlite_path
 from distilldsm.tracking.record import RunIdentity
 from distilldsm.tracking.values import clean
 
@@ -74,7 +74,11 @@ class Store:
         if database is None:
             self.client: MlflowClient = MlflowClient(tracking_uri=uri)
             return
-        database.parent.mkdir(parents=True, exist_ok=True)
+        if uri == default_uri():
+            database.parent.mkdir(parents=True, exist_ok=True)
+        elif not database.parent.is_dir():
+            hint = "give the store's place now: distilldsm publish --to URI, or MLFLOW_TRACKING_URI"
+            raise UserError("the folder of the recorded store is gone", where=database.parent, hint=hint)
         self._artifact_root = database.parent.absolute() / "mlartifacts"
         self.registry_lock = FileLock(f"{database}.lock")
         # MLflow fails if several processes create the tables of a new file at once.

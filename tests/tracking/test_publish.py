@@ -363,20 +363,6 @@ def test_an_absent_server_is_asked_once_and_another_store_takes_all(place, clien
     assert "holds no output" in capsys.readouterr().err
 
 
-def test_where_a_recorded_store_is_now(place, client, no_sender, monkeypatch):
-    """The password is the environment's; a moved SQLite file is found; another server is not meant."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://u:p@host")
-    assert Publisher(trained(place / "models/fold0")).uri == "http://u:p@host"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://other")
-    assert Publisher(place / "models/fold0").uri == "http://host"
-    evaluated(place / "evaluation/fold0", place / "models/fold0")
-    assert run_of(place / "evaluation/fold0")["tracking_uri"] == "http://other", "the server's name here"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////gone/mlflow.db")
-    trained(place / "models/fold1")
-    monkeypatch.delenv("MLFLOW_TRACKING_URI")
-    assert Publisher(place / "models/fold1").uri == f"sqlite:///{place}/mlflow.db"
-
-
 def test_a_deleted_run_is_followed_by_a_new_one(place, client, no_sender):
     model = trained(place / "models/fold0")
     publish_known()
