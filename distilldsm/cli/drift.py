@@ -46,10 +46,10 @@ def run(args: argparse.Namespace) -> None:
         UserError: a scan could not be read (the others are compared first), or drift was found with `--fail`.
     """
     output = _output(args.output)
+    from distilldsm.core.machine import budget_bytes
     from distilldsm.data.plan import Plan
     from distilldsm.data.training_distribution import DISTRIBUTION, load_distribution
     from distilldsm.drift import drift_of_files
-    from distilldsm.inference.memory import budget_bytes
     from distilldsm.models.package import load_metadata, verify
 
     model = Path(args.model_dir)

@@ -6,12 +6,12 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from distilldsm.core.errors import ConfigError, UserError
+from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.interruption import explains_interrupt
 from distilldsm.core.progress import beside_the_bar, progress
 from distilldsm.core.text import one_line
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from distilldsm.inference.job import Job, Settings
     from distilldsm.inference.loading import Runtime
     from distilldsm.inference.predict import Predictor
-    from distilldsm.io.scan import Skipped
+    from distilldsm.io.scan import Scan, Skipped
 
 ENGINES: Mapping[Runtime, str] = {"openvino": "openvino", "onnx": "onnxruntime", "torch": "torch"}
 """Maps each engine to the package that it needs; the preferred engine comes first."""
@@ -94,6 +94,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         help="memory limit (default: 3, or half of the available memory if that is less)",
     )
+    parser.add_argument(
+        "--strict", action="store_true", help="refuse scans that are unlike the training data (default: a remark)"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON report")
 
 
@@ -103,9 +106,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
         UserError: a scan failed; with several scans, the others are done first.
     """
+    from distilldsm.core.machine import budget_bytes
     from distilldsm.inference.job import Settings
     from distilldsm.inference.loading import load_exported
-    from distilldsm.inference.memory import budget_bytes
     from distilldsm.inference.probabilities import parse_mirror
     from distilldsm.io.output import write_volumes
 
@@ -125,7 +128,14 @@ def run(args: argparse.Namespace) -> None:
     made = many and not Path(args.output).exists()
     if made:
         Path(args.output).mkdir()
-    settings = Settings(precision=args.precision, memory=memory, probabilities=args.probabilities, alone=not many)
+    settings = Settings(
+        precision=args.precision,
+        memory=memory,
+        probabilities=args.probabilities,
+        alone=not many,
+        unlike=_comparison(Path(args.model_dir), args.strict),
+        strict=args.strict,
+    )
     done, failures = _run_jobs(jobs, predictor, settings, None if args.json else engine)
     if made and not done:
         with suppress(OSError):
@@ -147,6 +157,18 @@ def run(args: argparse.Namespace) -> None:
             seen=", ".join(job.input.name for job, _ in failures),
             hint="see the errors above; the other scans are done",
         )
+
+
+def _comparison(model: Path, strict: bool) -> Callable[[Scan], Mapping[str, Mapping[str, float]]] | None:
+    """Lists in what a scan is unlike the training data. None if the model holds no record of enough training cases."""
+    from distilldsm.drift.run import TrainingCases
+
+    try:
+        return TrainingCases(model).unlike
+    except DataError:
+        if strict:
+            raise
+        return None
 
 
 def _run_jobs(

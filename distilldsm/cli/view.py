@@ -43,6 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=MAX_VOXELS,
         help="leave voxels out of larger volumes (default: %(default)s)",
     )
+    parser.add_argument(
+        "--max-memory", metavar="GB", type=float, help="refuse scans that need more memory (default: as for predict)"
+    )
     parser.add_argument("--no-open", action="store_true", help="only write the page")
 
 
@@ -54,27 +57,33 @@ def run(args: argparse.Namespace) -> None:
             be written.
     """
     from distilldsm.core.files import write_text
+    from distilldsm.core.machine import budget_bytes
     from distilldsm.io import read_labels
+    from distilldsm.io.formats import LABEL_BYTES
+    from distilldsm.io.scan import VOXEL_SHARE
     from distilldsm.report.viewer import ViewedCase, packed, viewer_page
+    from distilldsm.report.viewer.packing import BYTES_PER_KEPT_VOXEL
 
     if args.max_voxels < 1:
         raise ConfigError("--max-voxels is too small", seen=args.max_voxels, rule="1 or more")
     paths = [Path(path) for path in (args.image, *args.masks, *([args.truth] if args.truth else []))]
     one = _one_image(paths[0])
     output = _output(args.output, one.name, paths)
-    scan = one.read(1)
+    others = len(paths) - 1
+    limit = VOXEL_SHARE * budget_bytes(args.max_memory) - BYTES_PER_KEPT_VOXEL * args.max_voxels
+    scan = one.read(1, max(limit, 0), bytes_per_voxel=others + LABEL_BYTES * bool(others))
     channel = scan.channels[0]
     truth = read_labels(Path(args.truth), on=scan).values if args.truth else None
     masks = [read_labels(Path(path), on=scan).values for path in args.masks]
     labels = _labels(args, [*masks, *([] if truth is None else [truth])])
 
-    def small(volume: npt.NDArray[np.generic], is_label: bool) -> bytes:
-        return packed(volume, scan.affine, is_label=is_label, max_voxels=args.max_voxels)
+    def small(mask: npt.NDArray[np.uint8]) -> bytes:
+        return packed(mask, scan.affine, is_label=True, max_voxels=args.max_voxels)
 
-    image = small(channel.values(channel.raw), False)
-    packed_truth = None if truth is None else small(truth, True)
+    image = packed(channel.raw, scan.affine, is_label=False, max_voxels=args.max_voxels, values=channel.values)
+    packed_truth = None if truth is None else small(truth)
     cases = [
-        ViewedCase(name=name, image=image, truth=packed_truth, prediction=small(mask, True))
+        ViewedCase(name=name, image=image, truth=packed_truth, prediction=small(mask))
         for name, mask in zip(_names(args.masks), masks, strict=True)
     ] or [ViewedCase(name=one.name, image=image, truth=packed_truth)]
     write_text(output, viewer_page(one.name, cases, labels))

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from distilldsm.core.errors import DataError
+from distilldsm.core.errors import ConfigError, DataError
 
 try:
     import resource
 except ImportError:  # Windows does not have this module
     resource = None  # type: ignore[assignment]
 
+DEFAULT_GB = 3.0
+"""Memory budget of a command that reads scans, 10^9 bytes."""
 _PROC = Path("/proc")
 _CGROUP = Path("/sys/fs/cgroup")
 _MEMORY_FILES = (
@@ -208,3 +211,19 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):  # another system, a process that has ended, or no permission
         return ""
+
+
+def budget_bytes(max_memory_gb: float | None) -> int:
+    """The budget in bytes: `max_memory_gb`, or by default DEFAULT_GB or half of the available memory if that is less.
+
+    Raises:
+        ConfigError: the value is not a positive number.
+    """
+    if max_memory_gb is not None:
+        if not (math.isfinite(max_memory_gb) and max_memory_gb > 0):
+            raise ConfigError(
+                "has an impossible value", where="--max-memory", seen=max_memory_gb, rule="above 0, in GB"
+            )
+        return int(max_memory_gb * 1e9)
+    free = available_memory_bytes()
+    return int(DEFAULT_GB * 1e9) if free is None else min(int(DEFAULT_GB * 1e9), free // 2)

@@ -18,6 +18,8 @@ from distilldsm.io.orientation import Affine, ras_orientation
 QUANTILES = (0.5, 5.0, 25.0, 50.0, 75.0, 95.0, 99.5)
 SAMPLES = 1_000_000
 """Largest number of voxels of a channel for the quantiles. Means use all voxels."""
+QUICK_VOXELS, QUICK_SLICES = 4_000_000, 16
+"""Voxels of a channel, and slices at least, that a quick measurement reads."""
 
 Plane = npt.NDArray[np.floating]
 
@@ -75,8 +77,13 @@ def measure_scan(
     channels: Sequence[Channel],
     class_names: Sequence[str] = (),
     classes: npt.NDArray[np.integer] | None = None,
+    *,
+    quick: bool = False,
 ) -> ScanMeasures:
-    """Measure a scan, and its structures if `classes` is given: (X, Y, Z) on its grid, indices into `class_names`."""
+    """Measure a scan, and its structures if `classes` is given: (X, Y, Z) on its grid, indices into `class_names`.
+
+    quick: measure only some pairs of neighbouring slices of a large scan.
+    """
     names = class_names if classes is not None else ()
     found = []
     for channel, stored in zip(channels, scan.channels, strict=True):
@@ -85,7 +92,9 @@ def measure_scan(
             return stored.values(stored.raw[..., k])
 
         whole = channel.modality == "CT"
-        found.append(measure_channel(read, scan.shape, whole=whole, classes=classes, class_count=len(names)))
+        found.append(
+            measure_channel(read, scan.shape, whole=whole, classes=classes, class_count=len(names), quick=quick)
+        )
     voxel_ml = abs(float(np.linalg.det(scan.affine[:3, :3]))) / 1000
     labels = {}
     for k, name in enumerate(names[1:], start=1):
@@ -118,6 +127,7 @@ def measure_channel(
     whole: bool,
     classes: npt.NDArray[np.integer] | None = None,
     class_count: int = 0,
+    quick: bool = False,
 ) -> MeasuredChannel:
     """Measure a channel in one pass.
 
@@ -126,15 +136,17 @@ def measure_channel(
         shape: (X, Y, Z) as stored.
         whole: True measures all voxels, False only those that are not 0.
         classes: (X, Y, Z) class indices below `class_count`.
+        quick: see `measure_scan`.
     """
     step = _step(shape)
+    slices = _slices(shape) if quick else list(range(shape[2]))
     box = [(n // 4, max(n - n // 4, n // 4 + 1)) for n in shape]
     inside, everything = _Moments(), _Moments()
     differences = [_Moments() for _ in range(3)]
     sums, counts = np.zeros(class_count), np.zeros(class_count)
     samples, nonzero = [], 0
-    last: tuple[Plane, npt.NDArray[np.bool_]] | None = None
-    for k in range(shape[2]):
+    last: tuple[int, Plane, npt.NDArray[np.bool_]] | None = None
+    for k in slices:
         plane = np.asarray(read(k), dtype=np.float64)
         filled = plane != 0
         nonzero += int(np.count_nonzero(filled))
@@ -147,9 +159,9 @@ def measure_channel(
         samples.append(plane.ravel()[chosen][use.ravel()[chosen]])
         differences[0].add(np.abs(np.diff(plane, axis=0))[use[1:] & use[:-1]])
         differences[1].add(np.abs(np.diff(plane, axis=1))[use[:, 1:] & use[:, :-1]])
-        if last is not None:
-            differences[2].add(np.abs(plane - last[0])[use & last[1]])
-        last = plane, use
+        if last is not None and last[0] == k - 1:
+            differences[2].add(np.abs(plane - last[1])[use & last[2]])
+        last = k, plane, use
         if classes is not None:
             found = classes[..., k].ravel()
             sums += np.bincount(found, weights=plane.ravel(), minlength=class_count)
@@ -168,9 +180,15 @@ def measure_channel(
             centre=(inside.mean - rest) / scale if inside.count else 0.0,
             roughness=float(np.mean(rough)) / scale if rough else 0.0,
         ),
-        nonzero_fraction=nonzero / math.prod(shape),
+        nonzero_fraction=nonzero / (shape[0] * shape[1] * len(slices)),
         label_means=tuple(float(s / c) if c else None for s, c in zip(sums, counts, strict=True)),
     )
+
+
+def _slices(shape: tuple[int, int, int]) -> list[int]:
+    """Pairs of neighbouring slices, evenly spread, with about QUICK_VOXELS voxels."""
+    every = max(1, min(math.prod(shape) // QUICK_VOXELS, shape[2] // QUICK_SLICES))
+    return [k for k in range(shape[2]) if k // 2 % every == every // 2]
 
 
 def _step(shape: tuple[int, int, int]) -> int:

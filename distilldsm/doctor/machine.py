@@ -161,7 +161,7 @@ def driver_version() -> str:
 
 def check_memory(limit_s: float) -> list[Finding]:
     """Free memory, and the largest scan that prediction accepts with it, by its own estimate."""
-    from distilldsm.inference.memory import budget_bytes
+    from distilldsm.core.machine import budget_bytes
 
     name, free, total = "memory", available_memory_bytes(), total_memory_bytes()
     if free is None:

@@ -15,7 +15,6 @@ import numpy as np
 
 from distilldsm.data.drift_measures import Measure
 from distilldsm.data.training_distribution import TrainingDistribution
-from distilldsm.evaluation.statistics import holm
 
 MARGIN = 0.25
 """Share of the training range that is added at both ends."""
@@ -123,6 +122,8 @@ def check_set(scans: Sequence[Mapping[str, float]], known: Mapping[str, Referenc
     Values are rounded to a quarter of a measure's floor before the test. Otherwise the test would detect rounding.
     """
     from scipy.stats import ks_2samp
+
+    from distilldsm.evaluation.statistics import holm
 
     tested: list[tuple[Reference, float, float, float]] = []
     for name, reference in known.items():

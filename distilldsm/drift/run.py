@@ -19,7 +19,9 @@ from distilldsm.data.scan_measures import measure_scan
 from distilldsm.data.training_distribution import load_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
 from distilldsm.io import Scan, read_labels
+from distilldsm.io.formats import LABEL_BYTES
 from distilldsm.io.inputs import Input, find_inputs
+from distilldsm.io.scan import VOXEL_SHARE
 
 
 def drift_of_files(
@@ -51,7 +53,7 @@ def drift_of_files(
     for one in progress(scans, total=len(scans), title="drift", unit="scan"):
         try:
             rows.append(_measure(one, plan, masks, budget))
-        except (UserError, OSError, MemoryError) as error:
+        except Exception as error:  # no error of one scan may hide the others
             failures.append(_failure(one, error))
     for row in rows:
         row["outside"] = check_scan(row["values"], known)
@@ -74,8 +76,35 @@ def drift_of_files(
     return plain
 
 
+class TrainingCases:
+    """The training cases of an exported model, to compare scans with before they are predicted."""
+
+    def __init__(self, model: Path) -> None:
+        """Raises DataError: the model has no record of its training data, or too few cases."""
+        self.plan = Plan.load(model / "plan.json")
+        self.known = references(load_distribution(model), measures_of(self.plan))
+
+    def unlike(self, scan: Scan) -> dict[str, dict[str, float]]:
+        """The measures in which a scan lies outside the training cases and preprocessing does not undo it.
+
+        Returns:
+            By the measure's title with its unit: the scan's value, and the limits low and high.
+        """
+        values = values_of(measure_scan(scan, self.plan.channels, quick=True), self.plan)
+        return {
+            self._title(one.measure): {key: float(f"{getattr(one, key):.4g}") for key in ("value", "low", "high")}
+            for one in check_scan(values, self.known)
+            if not one.undone
+        }
+
+    def _title(self, name: str) -> str:
+        measure = self.known[name].measure
+        return measure.title + (f" ({measure.unit})" if measure.unit else "")
+
+
 def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[str, Any]:
-    scan = one.read(len(plan.channels), budget, [channel.name for channel in plan.channels])
+    names = [channel.name for channel in plan.channels]
+    scan = one.read(len(names), VOXEL_SHARE * budget, names, bytes_per_voxel=1 if masks is None else 2 * LABEL_BYTES)
     mask = None if masks is None else _find_mask(masks, one)
     classes = None if mask is None else _classes(mask, scan, plan)
     measured = measure_scan(scan, plan.channels, plan.class_names, classes)

@@ -15,8 +15,8 @@ import numpy.typing as npt
 
 from distilldsm import io
 from distilldsm.core.errors import DataError, UserError
+from distilldsm.core.machine import budget_bytes
 from distilldsm.inference.loading import Precision, Runtime, load_exported
-from distilldsm.inference.memory import budget_bytes
 from distilldsm.inference.predict import Predictor
 from distilldsm.inference.probabilities import Mirror
 from distilldsm.io import Scan

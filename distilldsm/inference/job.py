@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError, UserError
-from distilldsm.core.machine import peak_memory_gb
+from distilldsm.core.machine import budget_bytes, peak_memory_gb
 from distilldsm.core.progress import beside_the_bar, progress
 from distilldsm.core.text import one_line
 from distilldsm.inference.loading import Precision
-from distilldsm.inference.memory import budget_bytes
 from distilldsm.inference.predict import Observer, Prediction, Predictor
 from distilldsm.inference.windows import Pieces, Slices
 from distilldsm.io.errors import first_line
@@ -56,6 +55,10 @@ class Settings:
     probabilities: bool
     alone: bool
     """The run has one scan only, so the progress bar counts its pieces."""
+    unlike: Callable[[Scan], Mapping[str, Mapping[str, float]]] | None = None
+    """The measures in which a scan lies outside the training cases: title to value, low and high."""
+    strict: bool = False
+    """Refuse scans that are unlike the training data."""
 
     @property
     def budget(self) -> int:
@@ -142,7 +145,21 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
     with shown.phase("read"):
         scan = job.input.read(len(plan.channels), settings.budget, [channel.name for channel in plan.channels])
         remarks = [*scan.remarks, *job.format.check_mask(scan, **_described(predictor))]
+        unlike = None if settings.unlike is None else settings.unlike(scan)
     shown.say(*remarks, *_left_out(scan))
+    if unlike:
+        text = listed(
+            [f"{name} {one['value']:g}, trained {one['low']:g} to {one['high']:g}" for name, one in unlike.items()]
+        )
+        if settings.strict:
+            raise DataError(
+                "is unlike the training data",
+                where=scan.path,
+                seen=text,
+                rule="--strict",
+                hint="look at the scan (distilldsm drift shows all measures); without --strict it is predicted",
+            )
+        shown.say(f"unlike the training data, check the mask by eye: {text}")
     with ExitStack() as stack:
         maps = None
         if settings.probabilities:
@@ -167,6 +184,7 @@ def _run(job: Job, predictor: Predictor, settings: Settings) -> dict[str, Any]:
         "shape": list(scan.shape),
         "spacing_mm": [round(v, 6) for v in scan.spacing_mm],
         "remarks": remarks,
+        "unlike_training": unlike,
         "skipped": [{"path": str(file.path), "reason": file.reason} for file in scan.skipped],
         **_facts(prediction),
         "peak_memory_mb": None if peak is None else round(peak * 1000, 1),

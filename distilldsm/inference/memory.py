@@ -7,11 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from distilldsm.config.networks import MODELS
-from distilldsm.core.errors import ConfigError, DataError
-from distilldsm.core.machine import available_memory_bytes
+from distilldsm.core.errors import DataError
 from distilldsm.inference.windows import STREAM_SLICES, Pieces, size_steps, smallest_window
 
-DEFAULT_GB = 3.0
 BASE_BYTES = 400_000_000
 """Bytes of Python, the runtime, its compiled network, scratch memory and slices in transfer."""
 TORCH_BYTES = 250_000_000
@@ -46,22 +44,6 @@ class StreamCost:
 
     kept_bytes: float
     per_voxel: float
-
-
-def budget_bytes(max_memory_gb: float | None) -> int:
-    """The budget in bytes: `max_memory_gb`, or by default DEFAULT_GB or half of the available memory if that is less.
-
-    Raises:
-        ConfigError: the value is not a positive number.
-    """
-    if max_memory_gb is not None:
-        if not (math.isfinite(max_memory_gb) and max_memory_gb > 0):
-            raise ConfigError(
-                "has an impossible value", where="--max-memory", seen=max_memory_gb, rule="above 0, in GB"
-            )
-        return int(max_memory_gb * 1e9)
-    free = available_memory_bytes()
-    return int(DEFAULT_GB * 1e9) if free is None else min(int(DEFAULT_GB * 1e9), free // 2)
 
 
 def activation_bytes(

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
+from distilldsm.core.machine import budget_bytes
 from distilldsm.data.geometry import NetworkImage, ScanMask, check_scale
 from distilldsm.data.plan import Plan
 from distilldsm.data.targets import Targets
@@ -18,7 +19,6 @@ from distilldsm.inference.memory import (
     MODEL_BYTES,
     StreamCost,
     activation_bytes,
-    budget_bytes,
     plan_pieces,
     stream_cost,
 )

@@ -156,9 +156,12 @@ def value(header: Any, name: str, where: Path) -> Any:
 
 def _texts(header: Any, name: str, where: Path) -> list[str]:
     """The values of an attribute as text: as written in the file, without padding."""
+    from pydicom import Sequence
     from pydicom.multival import MultiValue
 
     found = value(header, name, where)
+    if isinstance(found, Sequence):
+        raise DataError(f"has a malformed {name}", where=where, seen="a sequence", rule="text or numbers")
     items = [] if found is None else list(found) if isinstance(found, list | MultiValue) else [found]
     texts = [str(getattr(item, "original_string", item)).strip(" \0") for item in items]
     return [] if not any(texts) else texts

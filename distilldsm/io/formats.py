@@ -21,6 +21,8 @@ from distilldsm.io.scan import Channel, Labels, Scan, check_same_grid, check_siz
 
 __all__ = ["FORMATS", "Channel", "Format", "Labels", "Scan", "read_labels", "read_scan", "write_mask"]
 
+LABEL_BYTES = 6
+"""Memory of one voxel while a label map is read, at most."""
 LABEL_TOLERANCE = 1e-3
 """Largest difference of a label stored as float from a whole number (rounding of a scale factor)."""
 
@@ -200,24 +202,27 @@ def read_labels(path: Path, *, on: Scan | None = None) -> Labels:
     channel = scan.channels[0]
     if channel.scale is None and channel.raw.dtype == np.uint8:
         return Labels(channel.raw, scan.affine, path)
-    values = channel.values(channel.raw)
-    whole = np.rint(values)
-    odd = np.abs(values - whole) > LABEL_TOLERANCE
-    if odd.any():
-        raise DataError(
-            "holds labels that are not whole numbers",
-            where=path,
-            seen="values such as " + ", ".join(f"{float(v):g}" for v in np.unique(values[odd])[:3]),
-            rule="whole numbers from 0 to 255",
-        )
-    if whole.min() < 0 or whole.max() > 255:
-        raise DataError(
-            "holds labels out of range",
-            where=path,
-            seen=f"{whole.min():g} to {whole.max():g}",
-            rule="whole numbers from 0 to 255",
-        )
-    return Labels(whole.astype(np.uint8), scan.affine, path)
+    labels = np.empty(scan.shape, dtype=np.uint8, order="F")
+    for k in range(scan.shape[2]):  # slice by slice, to save memory
+        values = channel.values(channel.raw[..., k])
+        whole = np.rint(values)
+        odd = np.abs(values - whole) > LABEL_TOLERANCE
+        if odd.any():
+            raise DataError(
+                "holds labels that are not whole numbers",
+                where=path,
+                seen="values such as " + ", ".join(f"{float(v):g}" for v in np.unique(values[odd])[:3]),
+                rule="whole numbers from 0 to 255",
+            )
+        if whole.min() < 0 or whole.max() > 255:
+            raise DataError(
+                "holds labels out of range",
+                where=path,
+                seen=f"{whole.min():g} to {whole.max():g}",
+                rule="whole numbers from 0 to 255",
+            )
+        labels[..., k] = whole
+    return Labels(labels, scan.affine, path)
 
 
 def write_mask(

@@ -26,7 +26,7 @@ from distilldsm.io.formats import (
     stem,
     unknown_format,
 )
-from distilldsm.io.scan import Scan, Skipped
+from distilldsm.io.scan import Scan, Skipped, check_size
 
 _MASK = re.compile(r"^(?P<case>.+)_(seg|segmentation|mask|labels?|gt)$", re.IGNORECASE)
 OTHER_ENDINGS = (
@@ -49,13 +49,17 @@ class Input:
         """The format of the first file. For a file that cannot be read, which `read` reports, the first format."""
         return format_of(self.paths[0]) or formats.FORMATS[0]
 
-    def read(self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = ()) -> Scan:
-        """Read the scan. Image and mask may take `limit_bytes` of memory; `names` are channel names for errors.
+    def read(
+        self, channels: int, limit_bytes: float = float("inf"), names: Sequence[str] = (), *, bytes_per_voxel: float = 1
+    ) -> Scan:
+        """Read the scan. It may take `limit_bytes` of memory, see `check_size`; `names` are the model's channels.
 
         Raises:
             DataError: see `read_scan` and `Scan.load`.
         """
-        return read_scan(self.paths, channels, limit_bytes=limit_bytes, names=names).load()
+        scan = read_scan(self.paths, channels, names=names)
+        check_size([scan], limit_bytes, bytes_per_voxel)
+        return scan.load()
 
 
 class Inputs(NamedTuple):

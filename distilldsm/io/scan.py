@@ -15,6 +15,8 @@ import numpy.typing as npt
 from distilldsm.core.errors import DataError
 from distilldsm.io.orientation import Affine, corner_distance_mm, reorient, spacing_of
 
+VOXEL_SHARE = 0.8
+"""Share of a memory budget that voxels may take in commands that run no network."""
 SAME_GRID_MM = 1e-2
 """Two grids are the same if the corners of the volume are not further apart than this."""
 
@@ -174,9 +176,12 @@ def check_same_grid(base: Scan, other: Scan | Labels, hint: str = "resample all 
     )
 
 
-def check_size(scans: Sequence[Scan], limit_bytes: float) -> None:
-    """Raise DataError if voxels and mask alone take more than `limit_bytes`."""
-    held_bytes = sum(scan.nbytes for scan in scans) + math.prod(scans[0].shape)
+def check_size(scans: Sequence[Scan], limit_bytes: float, bytes_per_voxel: float = 1) -> None:
+    """Raise DataError if the stored voxels and what is computed of them (a mask) take more than `limit_bytes`.
+
+    bytes_per_voxel: memory for each voxel of the grid, besides the stored channels.
+    """
+    held_bytes = sum(scan.nbytes for scan in scans) + bytes_per_voxel * math.prod(scans[0].shape)
     if held_bytes > limit_bytes:
         raise DataError(
             "needs more memory than allowed",

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from distilldsm.core.errors import DataError
 from distilldsm.data.dataset import Case, Channel
 from distilldsm.io import Scan
 from distilldsm.io.errors import first_line
@@ -24,6 +23,7 @@ from distilldsm.io.nifti import NiftiFile
 from distilldsm.validation.case_row import CaseRow, listed
 from distilldsm.validation.content_measures import measure_content
 from distilldsm.validation.header_measures import (
+    BYTES_PER_VOXEL,
     Grid,
     compare_grids,
     measure_geometry,
@@ -38,7 +38,12 @@ PERCENTILES = {"p0_5": 0.5, "p50": 50.0, "p99_5": 99.5}
 
 
 def measure_case(
-    root: Path, case: Case, channels: Sequence[Channel], labels: Mapping[str, int], ignored: int | None = None
+    root: Path,
+    case: Case,
+    channels: Sequence[Channel],
+    labels: Mapping[str, int],
+    ignored: int | None = None,
+    limit_bytes: float = float("inf"),
 ) -> CaseRow:
     """Measure one case. It never raises.
 
@@ -47,13 +52,14 @@ def measure_case(
         channels: the declared channels.
         labels: label name to value in the label files.
         ignored: value of the label `ignore`, if the data set declares it.
+        limit_bytes: memory for one file; a file that needs more is a read error.
     """
     row = CaseRow()
     row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
         with np.errstate(all="ignore"):  # a broken header can contain infinity
-            image, blank = _measure_images(row, root, case.images, channels, labels)
-            _measure_label(row, root, case.label, labels, image, blank, ignored)
+            image, blank = _measure_images(row, root, case.images, channels, labels, limit_bytes)
+            _measure_label(row, root, case.label, labels, image, blank, ignored, limit_bytes)
     except Exception as error:  # no error in one damaged file may hide the findings of the other cases
         row.note("read_error", case.images[0], first_line(error))
     errors = row.details.get("read_error", [])
@@ -61,18 +67,23 @@ def measure_case(
     return row
 
 
-def voxels_of_largest_file(root: Path, case: Case) -> int:
-    """Number of voxels in the case's largest file, according to the headers. 0 if no header can be read."""
-    largest = 0
+def memory_bytes(root: Path, case: Case) -> float:
+    """Memory for measuring the case's largest file, by the headers. 0 if no header can be read."""
+    largest = 0.0
     for file in (*case.images, case.label):
-        with suppress(DataError):  # the measurement reports this error later
+        with suppress(Exception):  # the measurement reports this error later
             scan = read_file(root / file, refuse=lambda error: None)
-            largest = max(largest, math.prod(scan.stored_shape))
+            largest = max(largest, scan.nbytes + BYTES_PER_VOXEL * math.prod(scan.shape))
     return largest
 
 
 def _measure_images(
-    row: CaseRow, root: Path, files: Sequence[str], channels: Sequence[Channel], labels: Mapping[str, int]
+    row: CaseRow,
+    root: Path,
+    files: Sequence[str],
+    channels: Sequence[Channel],
+    labels: Mapping[str, int],
+    limit_bytes: float,
 ) -> tuple[Grid | None, Mask | None]:
     """Measure header and voxels of all channels, one file in memory at a time.
 
@@ -83,7 +94,7 @@ def _measure_images(
     dtypes: set[str] = set()
     intensities = _Intensities(row, channels, labels)
     for file in files:
-        scan = open_file(row, root, file)
+        scan = open_file(row, root, file, limit_bytes)
         if scan is None:
             continue
         grid = Grid(file, scan.shape, scan.affine)
@@ -200,8 +211,9 @@ def _measure_label(
     base: Grid | None,
     blank: Mask | None,
     ignored: int | None,
+    limit_bytes: float,
 ) -> None:
-    scan = open_file(row, root, file)
+    scan = open_file(row, root, file, limit_bytes)
     if scan is None:
         return
     if len(scan.channels) > 1:

@@ -12,22 +12,20 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from distilldsm.core.machine import budget_bytes
 from distilldsm.core.progress import progress
 from distilldsm.core.text import csv_cell
 from distilldsm.core.workers import worker_count, worker_pool
 from distilldsm.data.dataset import INDEX, Case, Channel, DatasetIndex
-from distilldsm.validation.case_measures import PERCENTILES, measure_case, voxels_of_largest_file
+from distilldsm.io.scan import VOXEL_SHARE
+from distilldsm.validation.case_measures import PERCENTILES, measure_case, memory_bytes
 from distilldsm.validation.case_row import CaseRow, Detail, Value
 
 if TYPE_CHECKING:
     import pandas as pd
 
-MEMORY_BYTES = 2_000_000_000
-"""Memory limit of all workers together."""
-BYTES_PER_VOXEL = 24
-"""Peak memory while one file is measured: its voxels, a scaled copy, the non-zero voxels, masks."""
-SERIAL_VOXELS = 4_000_000
-"""With fewer voxels in total, starting processes costs more than it saves."""
+SERIAL_BYTES = 100_000_000
+"""If measuring takes less memory in total, starting processes costs more than it saves."""
 
 
 ColumnSource = Literal["image", "label", "dataset"]
@@ -223,18 +221,19 @@ def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> Ca
 
 
 def _measure_all(root: Path, index: DatasetIndex, requested: int) -> Iterator[CaseRow]:
-    arguments = [(root, case, index.channels, dict(index.labels), index.ignored_value) for case in index.cases]
-    sizes = [voxels_of_largest_file(root, case) for case in index.cases]
-    in_memory = MEMORY_BYTES // max(1, max(sizes) * BYTES_PER_VOXEL)
+    limit = VOXEL_SHARE * budget_bytes(None)
+    arguments = [(root, case, index.channels, dict(index.labels), index.ignored_value, limit) for case in index.cases]
+    sizes = [size for size in (memory_bytes(root, case) for case in index.cases) if size <= limit]
+    in_memory = int(limit / max(1.0, *sizes, 1.0))
     workers = max(1, min(worker_count(requested, len(arguments)), in_memory))
-    if workers == 1 or sum(sizes) < SERIAL_VOXELS:
+    if workers == 1 or sum(sizes) < SERIAL_BYTES:
         yield from (_measure(a) for a in arguments)
         return
     with worker_pool(workers, setting="validate.workers") as pool:
         yield from pool.map(_measure, arguments, chunksize=max(1, min(8, len(arguments) // (4 * workers))))
 
 
-def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], int | None]) -> CaseRow:
+def _measure(arguments: tuple[Path, Case, Sequence[Channel], Mapping[str, int], int | None, float]) -> CaseRow:
     return measure_case(*arguments)
 
 

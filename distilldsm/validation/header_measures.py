@@ -23,6 +23,7 @@ from distilldsm.io.header_rules import (
 )
 from distilldsm.io.nifti import NiftiFile
 from distilldsm.io.orientation import Affine, corner_distance_mm
+from distilldsm.io.scan import check_size
 from distilldsm.validation.case_row import CaseRow, listed
 
 _HARMLESS = ("pixdim[1,2,3]", "vox offset")
@@ -38,12 +39,20 @@ class Grid:
     affine: Affine
 
 
-def open_file(row: CaseRow, root: Path, file: str) -> Scan | None:
-    """Read a file to its end. Notes why it cannot be used, or which flaws its header has."""
+BYTES_PER_VOXEL = 24
+"""Memory of one voxel while a channel is measured, besides the stored channels: a scaled copy, sorted, masks."""
+
+
+def open_file(row: CaseRow, root: Path, file: str, limit_bytes: float = float("inf")) -> Scan | None:
+    """Read a file to its end. Notes why it cannot be used, or which flaws its header has.
+
+    limit_bytes: memory for measuring the file. A larger one is refused by its header.
+    """
     broken: list[DataError] = []
     try:
         scan = read_file(root / file, refuse=broken.append)
         rules = list(broken)  # non-finite voxels are found later, and case_measures counts them
+        check_size([scan], limit_bytes, BYTES_PER_VOXEL)
         scan.load()
     except DataError as error:
         row.note("read_error", file, error.problem + (f" ({error.seen})" if error.seen is not None else ""))

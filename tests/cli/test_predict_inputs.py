@@ -126,3 +126,18 @@ def test_names_that_are_not_utf8_work(single, tmp_path, capsys):
     assert "caf\\udce9,shell," in (tmp_path / "v.csv").read_text()
     assert files(tmp_path / "out") == {os.fsdecode(b"caf\xe9.nii.gz")}
     assert "caf\\udce9.nii.gz: shell" in capsys.readouterr().out
+
+
+def test_a_scan_unlike_the_training_data_is_remarked_on_or_refused(single, tmp_path, capsys, monkeypatch):
+    (path,) = write_scan(tmp_path, ("scan.nii",), shape=SHAPE)
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([4, 4, 4, 1])), path)
+    assert predict(single, [path], tmp_path / "mask.nii", "--json") == 0
+    captured = capsys.readouterr()
+    (row,) = json.loads(captured.out)["scans"]
+    assert row["unlike_training"]["voxel size along x (mm)"]["value"] == 4
+    (line,) = [line for line in captured.err.splitlines() if "unlike the training data" in line]
+    assert line.startswith("scan: unlike the training data, check the mask by eye: ")
+    monkeypatch.setattr(Predictor, "predict", lambda *args, **options: pytest.fail("the network ran"))
+    assert predict(single, [path], tmp_path / "none.nii", "--strict") == 1
+    assert f"error: {path}: is unlike the training data" in capsys.readouterr().err

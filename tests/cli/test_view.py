@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from distilldsm.cli.main import main
+from tests.io.test_nifti import claims_much, write
 from tests.report import volumes
 from tests.report.test_viewer_fragment import Elements
 
@@ -149,7 +150,7 @@ def test_what_is_no_volume_is_refused(files, tmp_path, capsys):
     page = str(tmp_path / "page.html")
     for arguments, code, words in (
         ([str(tmp_path / "gone.nii.gz")], 1, "file not found"),
-        ([str(tmp_path / "text.nii.gz")], 1, "truncated or damaged"),
+        ([str(tmp_path / "text.nii.gz")], 1, "is not a readable NIfTI file"),
         ([__file__], 1, "is not a NIfTI file"),
         ([four], 1, "shape (3, 3, 3, 2)"),
         ([str(tmp_path)], 2, "holds several scans"),
@@ -187,3 +188,17 @@ def test_a_page_that_cannot_be_written_is_told_by_its_name(files, tmp_path, caps
     monkeypatch.setattr(Path, "write_text", refused)
     assert main(["view", files["image"], "-o", str(tmp_path / "page.html"), "--no-open"]) == 1
     assert capsys.readouterr().err.startswith(f"error: {tmp_path}/page.html: cannot be written\n  seen: Permission")
+
+
+def test_a_scan_or_mask_beyond_the_memory_budget_is_refused_by_its_header(tmp_path, capsys):
+    large = claims_much(tmp_path / "large.nii.gz")
+    assert main(["view", str(large), "-o", str(tmp_path / "page.html")]) == 1
+    assert "needs more memory than allowed" in capsys.readouterr().err
+    small = write(tmp_path / "small.nii", np.zeros((40, 50, 60), np.int16))
+    mask = write(tmp_path / "mask.nii", np.zeros((40, 50, 60), np.uint8))
+    command = ["view", str(small), str(mask), "-o", str(tmp_path / "page.html"), "--no-open", "--max-voxels", "1000"]
+    assert main([*command, "--max-memory", "0.001"]) == 1
+    assert "hint: raise --max-memory" in capsys.readouterr().err
+    assert main([*command, "--max-memory", "0.1"]) == 0
+    assert main(["view", str(small), str(large), "-o", str(tmp_path / "page.html")]) == 1
+    assert "does not lie on the grid of small.nii" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import distilldsm.data.scan_measures as module
+from distilldsm.data import scan_measures
 from distilldsm.data.dataset import Channel
 from distilldsm.data.scan_measures import QUANTILES, measure_channel, measure_scan
 from distilldsm.io.scan import Channel as Stored
@@ -55,6 +56,28 @@ def test_a_channel_is_measured_as_the_whole_volume(shape, whole):
         assert getattr(found.measures, name) == pytest.approx(expected), name
     assert found.nonzero_fraction == pytest.approx((values != 0).mean())
     assert found.label_means == ()
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_quick_measurement_of_a_large_channel_is_close(whole, monkeypatch):
+    monkeypatch.setattr(scan_measures, "QUICK_VOXELS", 20_000)
+    values, read = volume((30, 40, 160)), []
+
+    def plane(k: int) -> np.ndarray:
+        read.append(k)
+        return values[..., k]
+
+    quick = measure_channel(plane, values.shape, whole=whole, quick=True)
+    assert read == [k for k in range(160) if k // 2 % 9 == 4]
+    full = measure_channel(lambda k: values[..., k], values.shape, whole=whole)
+    assert quick.nonzero_fraction == pytest.approx(full.nonzero_fraction, abs=0.02)
+    for name in ("mean", "sd", "roughness"):
+        assert getattr(quick.measures, name) == pytest.approx(getattr(full.measures, name), rel=0.05), name
+    assert quick.measures.centre == pytest.approx(full.measures.centre, abs=0.1)
+    few = values[..., :20]
+    assert measure_channel(lambda k: few[..., k], few.shape, whole=whole, quick=True) == measure_channel(
+        lambda k: few[..., k], few.shape, whole=whole
+    ), "few slices are all measured"
 
 
 def test_an_empty_channel_is_all_zeros():

@@ -20,6 +20,8 @@ from distilldsm.data.plan import Plan, make_plan
 from distilldsm.data.training_distribution import load_distribution, make_distribution
 from distilldsm.drift import drift_of_files
 from distilldsm.drift.compare import Reference, check_scan, check_set
+from distilldsm.drift.run import TrainingCases
+from distilldsm.io import read_scan
 from tests.data.volumes import affine, ellipsoid
 
 TRAINING, NEW = 24, 8
@@ -73,6 +75,16 @@ def changed(made: tuple[Path, Plan], folder: Path, change) -> Path:
         data, matrix = change(np.asarray(image.dataobj), image.affine.copy())
         nib.save(nib.Nifti1Image(data.astype(np.float32), matrix), folder / path.name)
     return folder
+
+
+def test_a_scan_is_compared_before_its_prediction(made, tmp_path):
+    cases = TrainingCases(made[0] / "model")
+    for path in sorted((made[0] / "new" / "images").iterdir())[:3]:
+        assert cases.unlike(read_scan([path], 1)) == {}
+    wide = changed(made, tmp_path, lambda data, matrix: (data, matrix @ np.diag([1, 1, 3, 1])))
+    found = cases.unlike(read_scan([next(iter(wide.iterdir()))], 1))
+    assert found["voxel size along z (mm)"]["value"] == 3
+    assert found["voxel size along z (mm)"]["low"] < 1 < found["voxel size along z (mm)"]["high"] < 3
 
 
 def test_scans_of_the_same_scanner_are_inside(made):

@@ -6,14 +6,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distilldsm.core import machine
 from distilldsm.core.errors import ConfigError, DataError
+from distilldsm.core.machine import DEFAULT_GB, budget_bytes
 from distilldsm.inference import memory
-from distilldsm.inference.memory import DEFAULT_GB, activation_bytes, budget_bytes, plan_pieces
+from distilldsm.inference.memory import activation_bytes, plan_pieces
 
 
 def test_the_default_budget_is_a_number_or_half_of_what_is_free(monkeypatch):
     for free, expected in ((None, DEFAULT_GB * 1e9), (10**12, DEFAULT_GB * 1e9), (2 * 10**9, 10**9)):
-        monkeypatch.setattr(memory, "available_memory_bytes", lambda free=free: free)
+        monkeypatch.setattr(machine, "available_memory_bytes", lambda free=free: free)
         assert budget_bytes(None) == expected
     assert budget_bytes(1.5) == 1_500_000_000
     for wrong in (0, -1, float("nan"), float("inf")):

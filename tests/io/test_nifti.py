@@ -47,6 +47,19 @@ def write(path: Path, data: np.ndarray, matrix: np.ndarray | None = None, *, kin
     return path
 
 
+def claims_much(path: Path) -> Path:
+    """A small file whose header says 1200 x 1200 x 1000 voxels, which gzip could hold."""
+    header = nib.Nifti1Header()
+    header.set_data_shape((1200, 1200, 1000))
+    header.set_data_dtype(np.int16)
+    header.set_sform(np.eye(4), code=1)
+    header["vox_offset"] = 352
+    header["magic"] = b"n+1"
+    content = header.binaryblock.ljust(352, b"\0") + np.random.default_rng(0).bytes(2_700_000)
+    path.write_bytes(gzip.compress(content, 1))
+    return path
+
+
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint16, np.int32, np.int64, np.float32, np.float64])
 @pytest.mark.parametrize("scale", [None, (0.37, -1024.0)])
 @pytest.mark.parametrize("suffix", [".nii", ".nii.gz"])

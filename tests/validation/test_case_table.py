@@ -16,11 +16,13 @@ from hypothesis import strategies as st
 
 from distilldsm.core.errors import UserError
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
+from distilldsm.io.scan import VOXEL_SHARE
 from distilldsm.validation import case_table as validation
-from distilldsm.validation.case_measures import measure_case
+from distilldsm.validation.case_measures import measure_case, memory_bytes
 from distilldsm.validation.case_table import build_case_table, table_columns
+from distilldsm.validation.header_measures import BYTES_PER_VOXEL
 from tests.data.volumes import affine, write_case, write_dataset
-from tests.io.test_nifti import deny, header_bytes
+from tests.io.test_nifti import claims_much, deny, header_bytes
 
 LABELS = {"background": 0, "shell": 1, "core": 2}
 ONE = (Channel(name="T1", modality="MRI"),)
@@ -274,7 +276,7 @@ def test_parallel_equals_serial_and_the_order_is_the_index(tmp_path, monkeypatch
     index = write_dataset(tmp_path, 5, channels=2)
     (tmp_path / index.cases[2].images[1]).write_bytes(b"no volume")
     serial = build_case_table(tmp_path, index, workers=1)
-    monkeypatch.setattr(validation, "SERIAL_VOXELS", 0)
+    monkeypatch.setattr(validation, "SERIAL_BYTES", 0)
     parallel = build_case_table(tmp_path, index, workers=2)
     assert parallel.rows == serial.rows
     assert list(serial.by_case) == [case.id for case in index.cases]
@@ -319,7 +321,7 @@ def test_a_killed_worker_and_the_unforeseen(tmp_path, monkeypatch):
         row = measure_case(tmp_path, case, ONE, LABELS)
     assert row.values["read_error"] == f"{case.images[0]}: RuntimeError: unforeseen"
 
-    monkeypatch.setattr(validation, "SERIAL_VOXELS", 0)
+    monkeypatch.setattr(validation, "SERIAL_BYTES", 0)
     monkeypatch.setattr(validation, "_measure", _die)
     with pytest.raises(UserError, match=r"validate\.workers"):
         build_case_table(tmp_path, index, workers=2)
@@ -331,10 +333,21 @@ def _die(_: object) -> None:
 
 def test_large_volumes_use_fewer_workers(tmp_path, monkeypatch):
     index = write_dataset(tmp_path, 3)
-    monkeypatch.setattr(validation, "SERIAL_VOXELS", 0)
-    monkeypatch.setattr(validation, "MEMORY_BYTES", 12 * 20 * 18 * validation.BYTES_PER_VOXEL * 2 - 1)
+    monkeypatch.setattr(validation, "SERIAL_BYTES", 0)
+    largest = max(memory_bytes(tmp_path, case) for case in index.cases)
+    assert largest > 12 * 20 * 18 * BYTES_PER_VOXEL
+    monkeypatch.setattr(validation, "budget_bytes", lambda gigabytes: (2 * largest - 1) / VOXEL_SHARE)
     monkeypatch.setattr(validation, "worker_pool", lambda *a, **k: pytest.fail("too much memory"))
     assert len(build_case_table(tmp_path, index, workers=3).rows) == 3
+
+
+def test_a_file_beyond_the_memory_budget_is_refused_by_its_header(tmp_path):
+    index = write_dataset(tmp_path, 3)
+    claims_much(tmp_path / index.cases[1].images[0])
+    table = build_case_table(tmp_path, index)
+    errors = [row.values["read_error"] for row in table.rows]
+    assert errors[0] is errors[2] is None
+    assert errors[1].startswith(f"{index.cases[1].images[0]}: needs more memory than allowed")
 
 
 def test_the_documentation_lists_every_column(repository):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import nibabel as nib
 import numpy as np
@@ -19,12 +19,19 @@ SHOWN_PERCENTILES = (1.0, 99.0)
 EXACT_VALUES = 4096
 """Integers (CT) are stored exactly if their range has at most this many values, so that any window can be set. All
 other intensities are stored in 256 steps."""
+BYTES_PER_KEPT_VOXEL = 64
+"""Memory of one kept voxel while it is made small, at most."""
 _HEADER_BYTES = 352
 _LABEL_INTENT = 1002
 
 
 def packed(
-    volume: npt.NDArray[np.generic], affine: npt.NDArray[np.floating], *, is_label: bool, max_voxels: int
+    volume: npt.NDArray[np.generic],
+    affine: npt.NDArray[np.floating],
+    *,
+    is_label: bool,
+    max_voxels: int,
+    values: Callable[[npt.NDArray], npt.NDArray] | None = None,
 ) -> bytes:
     """A volume as .nii.gz for the viewer; the same volume gives the same bytes.
 
@@ -36,6 +43,7 @@ def packed(
         affine: (4, 4), voxel to scanner mm (RAS+).
         is_label: keep the values exactly; otherwise clip them to KEPT_PERCENTILES and quantise them.
         max_voxels: the largest number of stored voxels.
+        values: converts the kept voxels to intensities.
 
     Raises:
         ValueError: the volume has not three axes or no voxel, or a label is not an integer from 0 to 255.
@@ -46,6 +54,8 @@ def packed(
     steps = strides(volume.shape, spacing_of(full), max_voxels)
     start = [(n - 1) % step // 2 for n, step in zip(volume.shape, steps, strict=True)]
     kept = volume[tuple(slice(first, None, step) for first, step in zip(start, steps, strict=True))]
+    if values is not None:
+        kept = values(kept)
     strided = full.copy()
     strided[:3, :3] = full[:3, :3] * steps
     strided[:3, 3] = full[:3, :3] @ start + full[:3, 3]
