@@ -30,6 +30,8 @@ class Case:
     images: tuple[str, ...]
     """One file per channel, or one 4-D file that holds all channels along its last axis."""
     label: str
+    surplus: tuple[str, ...] = ()
+    """Files of the original data set that are named like further channels of this case. They are not used."""
 
     def check_names(self) -> None:
         """Raise DataError if the id cannot be a file name (outputs use it as one), or a path leaves the data set."""

@@ -15,6 +15,7 @@ from distilldsm.data.archive import find_root, wrapped
 from distilldsm.data.dataset import Case, Channel, DatasetIndex
 from distilldsm.data.patterns import Files, find_cases, limited, some
 from distilldsm.data.targets import Region, regions_from_labels
+from distilldsm.io.channel_names import without_channel
 
 _BRATS_CHANNELS = ("flair", "t1", "t1ce", "t2")
 _BRATS_LABELS = {"background": 0, "necrotic_core": 1, "oedema": 2, "enhancing_tumour": 4}
@@ -70,6 +71,7 @@ def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> Dataset
         inner = find_root(root)
         found = (_msd if layout == "msd" else _nnunet)(inner)
     _check_files(inner, found.cases)
+    surplus = _surplus_channels(inner, found.cases)
     prefix = inner.relative_to(root)
     return DatasetIndex(
         name=config.name or found.name or _name(inner.name if inner != root else source),
@@ -83,6 +85,7 @@ def index_dataset(root: Path, config: DownloadConfig, *, source: str) -> Dataset
                 patient=_patient(files.id, config.patient_pattern),
                 images=tuple((prefix / p).as_posix() for p in files.images),
                 label=(prefix / files.label).as_posix(),
+                surplus=tuple((prefix / p).as_posix() for p in surplus.get(files.id, ())),
             )
             for files in sorted(found.cases, key=lambda files: files.id)
         ),
@@ -136,6 +139,27 @@ def _check_files(root: Path, cases: Sequence[Files]) -> None:
     twice = sorted({name for name in ids if ids.count(name) > 1}) if len(set(ids)) < len(ids) else []
     if twice:
         raise DataError("case ids appear twice", where=root, seen=some(twice), hint="give each case a unique name")
+
+
+def _surplus_channels(root: Path, cases: Sequence[Files]) -> dict[str, list[str]]:
+    """Case id to the files beside its images that are named like further channels of it."""
+    used = {path for files in cases for path in (*files.images, files.label)}
+    owners: dict[tuple[Path, str], str] = {}
+    for files in cases:
+        image = Path(files.images[0])
+        name = without_channel(_stem(image.name))
+        if name is not None and (image.parent, name) in owners:
+            return {}  # the numbers are those of cases
+        if name is not None:
+            owners[image.parent, name] = files.id
+    found: dict[str, list[str]] = {}
+    for folder in sorted({parent for parent, _ in owners}):
+        for path in sorted((root / folder).iterdir()):
+            name = without_channel(_stem(path.name)) if path.name.endswith(_SUFFIXES) else None
+            relative = (folder / path.name).as_posix()
+            if name is not None and relative not in used and (folder, name) in owners:
+                found.setdefault(owners[folder, name], []).append(relative)
+    return found
 
 
 def _with_modalities(channels: tuple[Channel, ...], wanted: Mapping[str, Modality]) -> tuple[Channel, ...]:

@@ -45,6 +45,14 @@ def check_channel_names(paths: Sequence[Path], stems: Sequence[str], names: Sequ
         )
 
 
+def without_channel(stem: str) -> str | None:
+    """A file's stem without the channel's number (`_0001`) or contrast (`_t1`) at its end; None if it has neither."""
+    match = re.fullmatch(r"(.+)[_-](?:(\d{4})|([A-Za-z0-9]+))", stem)
+    if match is None or not (match[2] or {match[3].lower(), SAME.get(match[3].lower(), "")} & KNOWN):
+        return None
+    return match[1]
+
+
 def _tokens(text: str) -> Tokens:
     return tuple(SAME.get(token, token) for token in re.findall(r"[a-z0-9]+", text.lower()))
 

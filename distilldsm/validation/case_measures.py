@@ -21,7 +21,7 @@ from distilldsm.io.errors import first_line
 from distilldsm.io.formats import read_file
 from distilldsm.io.nifti import NiftiFile
 from distilldsm.validation.case_row import CaseRow, listed
-from distilldsm.validation.content_measures import measure_content
+from distilldsm.validation.content_measures import Samples, measure_content, sampled, separation
 from distilldsm.validation.header_measures import (
     BYTES_PER_VOXEL,
     Grid,
@@ -55,11 +55,14 @@ def measure_case(
         limit_bytes: memory for one file; a file that needs more is a read error.
     """
     row = CaseRow()
+    if case.surplus:
+        row.values["surplus_channel_files"] = ", ".join(case.surplus)
+        row.note("surplus_channel_files", case.images[0], "not used: " + ", ".join(case.surplus))
     row.values.update({"case": case.id, "patient": case.patient, "image": case.images[0], "label": case.label})
     try:
         with np.errstate(all="ignore"):  # a broken header can contain infinity
-            image, blank = _measure_images(row, root, case.images, channels, labels, limit_bytes)
-            _measure_label(row, root, case.label, labels, image, blank, ignored, limit_bytes)
+            image, blank, samples = _measure_images(row, root, case.images, channels, labels, limit_bytes)
+            _measure_label(row, root, case.label, labels, image, blank, samples, ignored, limit_bytes)
     except Exception as error:  # no error in one damaged file may hide the findings of the other cases
         row.note("read_error", case.images[0], first_line(error))
     errors = row.details.get("read_error", [])
@@ -84,11 +87,12 @@ def _measure_images(
     channels: Sequence[Channel],
     labels: Mapping[str, int],
     limit_bytes: float,
-) -> tuple[Grid | None, Mask | None]:
+) -> tuple[Grid | None, Mask | None, list[Samples]]:
     """Measure header and voxels of all channels, one file in memory at a time.
 
     Returns:
-        The first file's grid, which the other files must share; and a mask of the voxels that are 0 in every channel.
+        The first file's grid, which the other files must share; a mask of the voxels that are 0 in every channel; and
+        some voxels of each channel.
     """
     grids: list[Grid] = []
     dtypes: set[str] = set()
@@ -113,10 +117,10 @@ def _measure_images(
             intensities.add(file, channel.values(channel.raw))
         del scan
     if not grids:
-        return None, None
+        return None, None, []
     row.values["dtype"] = ", ".join(sorted(dtypes))
     intensities.finish(grids[0].file, whole="read_error" not in row.details)
-    return grids[0] if grids[0].file == files[0] else None, intensities.blank
+    return grids[0] if grids[0].file == files[0] else None, intensities.blank, intensities.samples
 
 
 def _dtype(scan: Scan) -> str:
@@ -131,6 +135,9 @@ class _Intensities:
         self.row, self.channels, self.labels = row, channels, labels
         self.blank: Mask | None = None
         """Mask of the voxels that are 0 in every channel."""
+        self.samples: list[Samples] = []
+        self._known: dict[str, str] = {}
+        """Digest of a channel's voxels to its name."""
         self._digest = hashlib.sha256()
         self._voxels = self._finite = self._constant = self._count = 0
 
@@ -149,6 +156,8 @@ class _Intensities:
             self.row.note("finite_fraction", file, f"{array.size - finite_count} voxels are NaN or infinite")
         values = array if finite_count == array.size else array[finite]
         channel = self.channels[self._count] if self._count < len(self.channels) else None
+        self._compare(file, array, f"channel {self._count}" if channel is None else channel.name)
+        self.samples.append(sampled(array))
         self._count += 1
         if values.size and values.min() == values.max():
             self._constant += 1
@@ -158,6 +167,15 @@ class _Intensities:
             if channel is None or channel.modality != "CT":  # in CT, air is expected to differ from 0
                 _measure_padding(self.row, file, array)
         _measure_percentiles(self.row, values[values != 0], channel)
+
+    def _compare(self, file: str, array: Float32, name: str) -> None:
+        """Count the channels that hold the same voxels as an earlier one."""
+        if len(self.channels) < 2:
+            return
+        first = self._known.setdefault(hashlib.sha256(np.asfortranarray(array).T.data).hexdigest(), name)
+        self.row.values["identical_channels"] = int(self.row.values.get("identical_channels") or 0) + (first != name)
+        if first != name:
+            self.row.note("identical_channels", file, f"{name} holds the same voxels as {first}")
 
     def finish(self, file: str, *, whole: bool) -> None:
         """Write the measures over all channels. `whole`: all files could be read. `file`: the first file."""
@@ -210,6 +228,7 @@ def _measure_label(
     labels: Mapping[str, int],
     base: Grid | None,
     blank: Mask | None,
+    samples: Sequence[Samples],
     ignored: int | None,
     limit_bytes: float,
 ) -> None:
@@ -235,6 +254,9 @@ def _measure_label(
         )
     row.values["foreground_fraction"] = 1 - counts.get(0, 0) / max(1, rounded.size)
     if rounded.size == data.size:
+        auc = separation(samples, sampled(data) != 0)
+        if auc is not None:
+            row.values["label_auc"] = auc
         _measure_foreground(row, file, rounded.reshape(data.shape) != 0, blank)
     digest = hashlib.sha256(str(data.shape).encode())
     digest.update(np.asfortranarray(rounded).T.data)

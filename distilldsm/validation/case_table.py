@@ -24,6 +24,8 @@ from distilldsm.validation.case_row import CaseRow, Detail, Value
 if TYPE_CHECKING:
     import pandas as pd
 
+NOISE_AUC = (0.45, 0.55)
+"""Areas under the ROC curve from inside to outside a label that mean: no difference."""
 SERIAL_BYTES = 100_000_000
 """If measuring takes less memory in total, starting processes costs more than it saves."""
 
@@ -59,6 +61,8 @@ COLUMNS: tuple[Column, ...] = (
     _column("header_flaws", "text", "image", "other flaws of the headers of image and label"),
     _column("channel_count", "number", "image", "channels found"),
     _column("channel_difference", "number", "image", "channels found minus channels declared"),
+    _column("surplus_channel_files", "text", "image", "files named like further channels, which are not used"),
+    _column("identical_channels", "number", "image", "channels with the same voxels as an earlier one"),
     _column("channel_shapes_agree", "number", "image", "1 if all channel files have the same shape, else 0"),
     _column("channel_offset_mm", "number", "image", "largest corner distance between channel files, mm"),
     *(_column(f"shape_{a}", "number", "image", f"voxels along the scanner's {a} axis") for a in "xyz"),
@@ -105,6 +109,8 @@ COLUMNS: tuple[Column, ...] = (
     _column("ignored_voxels", "number", "label", "voxels with the label `ignore`; empty if no such label is declared"),
     _column("absent_labels", "text", "label", "declared labels that have no voxel in this case"),
     _column("labels_in_no_case", "text", "dataset", "declared labels that have no voxel in any case"),
+    _column("label_auc", "number", "label", "how well intensities tell inside from outside the label; 0.5: not at all"),
+    _column("labels_not_visible", "text", "dataset", "cases in which intensities do not separate the label, if most"),
     _column("foreground_fraction", "number", "label", "share of voxels that are not background"),
     _column("border_fraction", "number", "label", "share of foreground voxels on the volume's border"),
     _column("blank_foreground_fraction", "number", "label", "share of foreground voxels where the image is 0"),
@@ -217,6 +223,7 @@ def build_case_table(root: Path, index: DatasetIndex, *, workers: int = 0) -> Ca
     rows = tuple(progress(_measure_all(root, index, workers), total=len(index.cases), title="validate", unit="case"))
     _mark_duplicates(rows)
     _mark_labels_in_no_case(rows, index.labels)
+    _mark_labels_not_visible(rows)
     return CaseTable(columns=table_columns(index), rows=rows)
 
 
@@ -271,6 +278,15 @@ def _mark_labels_in_no_case(rows: Sequence[CaseRow], labels: Mapping[str, int]) 
     if nowhere:
         for row in rows:
             row.values["labels_in_no_case"] = ", ".join(nowhere)
+
+
+def _mark_labels_not_visible(rows: Sequence[CaseRow]) -> None:
+    """Fill the column of labels that intensities do not separate, if that is so in most measured cases."""
+    areas = [float(area) for row in rows if (area := row.values.get("label_auc")) is not None]
+    noise = sum(NOISE_AUC[0] <= area <= NOISE_AUC[1] for area in areas)
+    if 2 * noise > len(areas):
+        for row in rows:
+            row.values["labels_not_visible"] = f"{noise} of {len(areas)} cases: area {NOISE_AUC[0]} to {NOISE_AUC[1]}"
 
 
 def _name(row: CaseRow, column: str, others: Sequence[CaseRow]) -> None:

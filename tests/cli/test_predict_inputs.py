@@ -131,7 +131,7 @@ def test_names_that_are_not_utf8_work(single, tmp_path, capsys):
 def test_a_scan_unlike_the_training_data_is_remarked_on_or_refused(single, tmp_path, capsys, monkeypatch):
     (path,) = write_scan(tmp_path, ("scan.nii",), shape=SHAPE)
     image = nib.load(path)
-    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), np.diag([4, 4, 4, 1])), path)
+    nib.save(nib.Nifti1Image(np.array(image.dataobj), np.diag([4, 4, 4, 1])), path)
     assert predict(single, [path], tmp_path / "mask.nii", "--json") == 0
     captured = capsys.readouterr()
     (row,) = json.loads(captured.out)["scans"]
