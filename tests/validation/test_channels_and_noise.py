@@ -56,16 +56,10 @@ def test_files_of_channels_that_are_not_declared_are_found(tmp_path, ending):
         ):
             (tmp_path / "in" / folder).mkdir(parents=True, exist_ok=True)
             shutil.copy(tmp_path / "made" / source, tmp_path / "in" / folder / f"{name}.nii.gz")
-    shutil.copy(
-        tmp_path / "made" / index.cases[1].images[0], tmp_path / f"in/imagesTr/{index.cases[1].id}_{ending}.nii.gz"
-    )
+    surplus = f"imagesTr/{index.cases[1].id}_{ending}.nii.gz"
+    shutil.copy(tmp_path / "made" / index.cases[1].images[0], tmp_path / "in" / surplus)
     if ending == "0001":
-        description = {
-            "channel_names": {"0": "T1"},
-            "labels": dict(index.labels),
-            "numTraining": 3,
-            "file_ending": ".nii.gz",
-        }
+        description = {"channel_names": {"0": "T1"}, "labels": dict(index.labels), "numTraining": 3}
         (tmp_path / "in" / "dataset.json").write_text(json.dumps(description))
         config = DownloadConfig(source="x")
     else:
