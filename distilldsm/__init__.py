@@ -12,9 +12,15 @@ Names are imported at their first use, so `import distilldsm` stays fast. Nothin
 from __future__ import annotations
 
 import os
+import sys
 from typing import TYPE_CHECKING
 
-from distilldsm.core.machine import limit_threads
+if sys.version_info < (3, 11):  # noqa: UP036 - another `python` may be the first on the PATH
+    sys.exit(
+        f"error: distilldsm needs Python 3.11 or newer\n  seen: {sys.executable}\n  hint: activate its environment"
+    )
+
+from distilldsm.core.machine import complete_user, limit_threads
 from distilldsm.core.privacy import switch_off_telemetry
 from distilldsm.core.redaction import move_credentials
 from distilldsm.core.version import __version__ as __version__
@@ -28,6 +34,7 @@ __all__ = ["Model", "Segmentation", "__version__", "load_model", "read_scan", "w
 switch_off_telemetry()
 move_credentials(os.environ)
 limit_threads()
+complete_user()
 
 
 def __getattr__(name: str) -> object:

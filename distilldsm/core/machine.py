@@ -6,7 +6,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
 from distilldsm.core.errors import ConfigError, DataError
@@ -67,6 +67,24 @@ def limit_threads() -> None:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def complete_user() -> None:
+    """Give an unknown user, as in a container, a name and a home folder that does not exist: packages fail without."""
+    missing = [names for names in (("HOME",), ("LOGNAME", "USER", "LNAME", "USERNAME")) if not _any_set(names)]
+    if not missing or not hasattr(os, "getuid"):
+        return
+    import pwd
+
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        defaults = {"HOME": "/nonexistent", "LOGNAME": f"user{os.getuid()}"}
+        os.environ.update({names[0]: defaults[names[0]] for names in missing})
+
+
+def _any_set(names: Iterable[str]) -> bool:
+    return any(os.environ.get(name) for name in names)
 
 
 def cpu_name() -> str:

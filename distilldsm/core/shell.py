@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     import subprocess
 
 EXTRAS = {
+    **dict.fromkeys(("numpy", "scipy", "nibabel", "yaml", "filelock", "tqdm", "openvino", "packaging", "jinja2"), ""),
     "torch": "train",
     "safetensors": "train",
     "mlflow": "train",
@@ -40,7 +41,7 @@ EXTRAS = {
     "pydicom": "dicom",
     "highdicom": "dicom",
 }
-"""Package to the optional dependency group that installs it."""
+"""Package to the optional dependency group that installs it ("": it is always needed)."""
 
 _FULL, _REFUSED = "free space, then run the same command again", "use a place that you may read and write"
 SYSTEM_HINTS = {
@@ -165,8 +166,12 @@ def _run(run: Callable[[], int | None]) -> int:
         package = (error.name or "").partition(".")[0]
         if package not in EXTRAS or os.environ.get("DISTILLDSM_DEBUG"):
             raise
-        print(f"error: this command needs the package '{package}', which is not installed", file=sys.stderr)
-        print(f"  hint: in the repository, pip install '.[{EXTRAS[package]}]'", file=sys.stderr)
+        missing = UserError(
+            f"this command needs the package '{package}', which is not installed",
+            seen=f"Python {sys.executable}",
+            hint=f"{how_to_install(package)}; or activate the environment that has it",
+        )
+        print(f"error: {missing}", file=sys.stderr)
         return 1
     except OSError as error:
         if os.environ.get("DISTILLDSM_DEBUG"):
@@ -174,6 +179,12 @@ def _run(run: Callable[[], int | None]) -> int:
         print(f"error: {_of_system(error)}", file=sys.stderr)
         return 1
     return code
+
+
+def how_to_install(package: str) -> str:
+    """The command that installs a package of `EXTRAS`."""
+    target = f"'.[{EXTRAS[package]}]'" if EXTRAS[package] else "."
+    return f"in the repository, pip install {target}"
 
 
 def _of_system(error: OSError) -> UserError:

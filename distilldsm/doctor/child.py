@@ -8,7 +8,7 @@ import os
 import sys
 from dataclasses import asdict
 
-from distilldsm.core.shell import EXTRAS
+from distilldsm.core.shell import EXTRAS, how_to_install
 from distilldsm.doctor.checks import Check, Finding, run_checks
 
 
@@ -28,8 +28,7 @@ def main() -> None:
 
 def _missing(name: str, error: ModuleNotFoundError) -> Finding:
     package = (error.name or "").partition(".")[0]
-    extra = EXTRAS.get(package)
-    hint = f"pip install '.[{extra}]' in the repository" if extra else None
+    hint = how_to_install(package) if package in EXTRAS else None
     return Finding(name=name, status="fail", seen=f"the package '{package}' is not installed", hint=hint)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def run_dvc(*arguments: str) -> None:
     Raises:
         UserError: the command fails.
     """
-    done = subprocess.run(["dvc", *arguments], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-m", "dvc", *arguments], capture_output=True, text=True, check=False)
     if done.returncode:
         raise UserError("the DVC command failed", where=" ".join(["dvc", *arguments]), seen=done.stderr.strip()[-400:])
 

@@ -195,6 +195,7 @@ def test_the_shell_turns_errors_into_exit_codes(capsys, monkeypatch):
         (FileNotFoundError(2, "No such file", "a/.b.0123456789ab.tmp"), 1, "error: a/b: No such file\n  hint: "),
         (OSError("odd"), 1, "error: odd\n"),
         (ModuleNotFoundError("No module named 'torch'", name="torch.nn"), 1, "pip install '.[train]'"),
+        (ModuleNotFoundError("No module named 'yaml'", name="yaml"), 1, f"seen: Python {sys.executable}\n  hint: "),
     ):
         assert run_shell(raising(error)) == code
         captured = capsys.readouterr()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -68,3 +69,21 @@ def test_every_command(tmp_path, tmp_path_factory):
     assert done.returncode == 0, done.stdout + done.stderr
     assert (place / "onnx.nii.gz").is_file()
     assert not list(home.rglob("*"))
+
+
+@pytest.mark.slow
+def test_a_user_without_name_home_and_locale(tmp_path):
+    """As in a pod of a strict cluster. Packages that look for the home folder fail when they are imported."""
+    user = ["unshare", "--map-user=54321", "--map-group=54321"]
+    if not shutil.which("unshare") or subprocess.run([*user, "true"], capture_output=True).returncode:
+        pytest.skip("unshare cannot change the user's id here")
+    packages = (
+        "great_expectations, mlflow, torch._inductor.config, nilearn.image, openvino, onnxruntime, nncf, dvc.repo"
+    )
+    code = f"import distilldsm, os; assert os.getuid() == 54321; import {packages}, getpass; print(getpass.getuser())"
+    environment = {"PATH": os.environ["PATH"], "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [*user, sys.executable, "-c", code]
+    environment["PYTHONPATH"] = str(REPOSITORY)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout == "user54321\n", done.stderr
+    assert not list(tmp_path.iterdir())

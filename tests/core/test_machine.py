@@ -102,6 +102,22 @@ def test_cores_that_are_usable(monkeypatch, system):
     assert usable_cores() == 1
 
 
+def test_a_user_without_name_and_home(monkeypatch):
+    monkeypatch.setattr(os, "getuid", lambda: 54321)
+    for given, added in (
+        ({}, {"HOME": "/nonexistent", "LOGNAME": "user54321"}),
+        ({"HOME": "/tmp"}, {"LOGNAME": "user54321"}),
+        ({"HOME": "/tmp", "USER": "me"}, {}),
+    ):
+        monkeypatch.setattr(os, "environ", dict(given))
+        machine.complete_user()
+        assert os.environ == given | added
+    monkeypatch.setattr(os, "getuid", lambda: 0)
+    monkeypatch.setattr(os, "environ", {})
+    machine.complete_user()
+    assert os.environ == {}, "the system knows root's home"
+
+
 def test_space_that_is_missing(monkeypatch, tmp_path):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(2000, 1000, 1000))
     check_space(tmp_path, 1000, hint="free space")
