@@ -94,6 +94,7 @@ def page_contents(work: Path, evaluation: Evaluation) -> dict[str, Any]:
         "data": sections.data_lines(optional.get("fingerprint")),
         "plan": sections.plan_facts(read_json(evaluation.inputs["model"] / "plan.json")),
         "validation": sections.validation_lines(optional.get("validation")),
+        "next_steps": sections.next_steps(read_json(evaluation.inputs["model"] / "history.json")),
         "model": model,
         "cost": sections.cost_lines(evaluation.prediction_cost, evaluation.training_cost),
         "provenance": facts,

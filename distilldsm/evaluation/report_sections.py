@@ -19,6 +19,10 @@ from distilldsm.report.page import count, named, number
 LOW_DICE = 0.7
 """A structure with a lower Dice counts as failed."""
 TIMES = " \u00d7 "
+LAST_PART, STILL_RISING = 0.75, 0.003
+"""The curve of held-out Dice still rises if it gained this much since this share of the epochs."""
+LARGE_GAP = 0.02
+"""Training cases that are better by this much in Dice show that more cases would help."""
 ROWS_SHOWN = 5000
 """The table of cases shows at most this many rows, the worst first. More rows make a page slow; cases.csv has all."""
 
@@ -227,6 +231,47 @@ def data_lines(fingerprint: Mapping[str, Any] | None) -> dict[str, Any] | None:
     ]
     percentiles = [f"{p:g} %" for p in fingerprint["percentiles"]]
     return {"cases": fingerprint["cases"], "spread": spreads, "percentiles": percentiles, "intensity": intensity}
+
+
+def next_steps(history: Rows) -> dict[str, Any]:
+    """Dice of training and held-out cases at the end of the training, and what they say about the next one.
+
+    Both are measured on the network's grid, with the same weights. If the curve no longer rises, a large difference
+    means too few cases, and a small one too small a network or too coarse a grid.
+
+    Args:
+        history: the records of the epochs.
+    """
+    scored = [(entry["epoch"], entry["val_dice_mean"]) for entry in history if "val_dice_mean" in entry]
+    last = history[-1] if history else {}
+    trained, held_out = last.get("train_dice", {}), last.get("val_dice", {})
+    rows = [
+        [name, *(number(value, 3) for value in (dice, held_out[name], dice - held_out[name]))]
+        for name, dice in trained.items()
+    ]
+    before = [dice for epoch, dice in scored if epoch <= LAST_PART * history[-1]["epoch"]]
+    if not before:
+        return {"rows": rows, "advice": ""}
+    rise = scored[-1][1] - before[-1]
+    text = f"In the last quarter of the epochs, the mean Dice of held-out cases changed by {rise:+.3f}. "
+    if rise >= STILL_RISING:
+        advice = (
+            "It still rises: train longer (a larger train.budget, or distilldsm train --continue-for). As many epochs "
+            f"again may gain up to about {rise:.3f}."
+        )
+    elif not trained:
+        advice = "It hardly rises: training longer gains little."
+    elif (gap := last["train_dice_mean"] - scored[-1][1]) >= LARGE_GAP:
+        advice = (
+            f"It hardly rises, and training cases score {gap:.3f} better: more training cases help most, and could "
+            "gain up to that difference. Stronger augmentation (train.augment) is the cheaper try."
+        )
+    else:
+        advice = (
+            "It hardly rises, and training cases score about the same: neither length nor more cases are missing. Try "
+            "a larger network (model=distill_dsm_m) or a finer spacing (a larger train.budget)."
+        )
+    return {"rows": rows, "advice": text + advice}
 
 
 def plan_facts(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ from distilldsm.core.interruption import explains_interrupt
 from distilldsm.core.progress import Meter, duration, memory_text, meter
 from distilldsm.data.plan import Plan
 from distilldsm.data.splits import load_fold
+from distilldsm.inference.engines import TorchEngine
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.augment import Draws, augment, centre_crop, changes_nothing
 from distilldsm.training.continuation import BEST, HISTORY, LAST, Continuation
@@ -43,7 +44,7 @@ from distilldsm.training.setup import (
     make_optimizer,
     seed_everything,
 )
-from distilldsm.training.validation import validate
+from distilldsm.training.validation import spread, validate
 
 RESUME = "resume.safetensors"
 __all__ = ["BEST", "HISTORY", "LAST", "RESUME", "Trainer", "TrainingState"]
@@ -188,7 +189,7 @@ class Trainer:
             record = self._train_epoch(epoch)
             final = epoch + 1 == self.settings.epochs
             if final or (epoch + 1) % self.settings.validate_every == 0:
-                self._validate(record)
+                self._validate(record, final=final)
             self.state.epoch = epoch + 1
             self.state.history.append(record | {"unix_seconds": round(time.time(), 3)})
             if self.processes.is_main:
@@ -323,28 +324,26 @@ class Trainer:
             group["lr"] = rate
         return rate
 
-    def _validate(self, record: dict[str, Any]) -> None:
-        """Score the held-out volumes."""
-        share = len(self.held_out[self.processes.rank :: self.processes.world])
-        with self._meter(record["epoch"], ", validation", share, "case") as shown:
-            scores = validate(
-                self.average.network,
-                self.preprocessed,
-                self.held_out,
-                self.plan.targets,
-                device=self.device,
-                bf16=self.bf16,
-                processes=self.processes,
-                on_case=shown.advance,
-            )
-        record["val_dice"] = {name: round(value, 5) for name, value in scores.items()}
-        record["val_dice_mean"] = mean = round(float(np.mean(list(scores.values()))), 5)
+    def _validate(self, record: dict[str, Any], *, final: bool) -> None:
+        """Score the held-out volumes; after the last epoch also training volumes, to compare with."""
+        record |= self._scores("val", self.held_out, record["epoch"])
+        if final:
+            record |= self._scores("train", spread(self.sampler.case_ids, len(self.held_out)), record["epoch"])
+        mean = record["val_dice_mean"]
         if mean > self.state.best_dice:
             self.state.best_dice, self.state.validations_without_gain = mean, 0
             if self.processes.is_main:
                 self._save_weights(BEST, epoch=record["epoch"])
         else:
             self.state.validations_without_gain += 1
+
+    def _scores(self, name: str, cases: Sequence[str], epoch: int) -> dict[str, Any]:
+        share = len(cases[self.processes.rank :: self.processes.world])
+        with self._meter(epoch, ", validation", share, "case") as shown:
+            engine = TorchEngine(self.average.network, device=self.device.type, bf16=self.bf16)
+            scores = validate(engine, self.preprocessed, cases, self.plan.targets, self.processes, shown.advance)
+        rounded = {label: round(value, 5) for label, value in scores.items()}
+        return {f"{name}_dice": rounded, f"{name}_dice_mean": round(float(np.mean(list(scores.values()))), 5)}
 
     def _save_weights(self, name: str, epoch: int | None = None) -> None:
         meta = {

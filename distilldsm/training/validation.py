@@ -7,34 +7,27 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from distilldsm.data.targets import Targets
 from distilldsm.inference.engines import TorchEngine
 from distilldsm.inference.windows import predict_logits
-from distilldsm.models.base import SegmentationNetwork
 from distilldsm.training.distributed import Processes
 from distilldsm.training.patches import open_array
 
 
 def validate(
-    network: SegmentationNetwork,
+    engine: TorchEngine,
     preprocessed: Path,
     case_ids: Sequence[str],
     targets: Targets,
-    *,
-    device: torch.device,
-    bf16: bool,
-    processes: Processes | None = None,
-    on_case: Callable[[], object] = lambda: None,
+    processes: Processes,
+    on_case: Callable[[], object],
 ) -> dict[str, float]:
     """Mean Dice per structure over the cases. The processes divide the cases among themselves.
 
     The value only shows the progress of a run. The evaluate stage computes the reported scores, on the scan's grid.
     `on_case` is called after each case of this process's share.
     """
-    processes = processes or Processes()
-    engine = TorchEngine(network, device=device.type, bf16=bf16)
     scores: dict[str, list[float]] = {}
     for case in case_ids[processes.rank :: processes.world]:
         image = np.asarray(open_array(preprocessed / "images" / f"{case}.npy"), dtype=np.float32)
@@ -44,6 +37,11 @@ def validate(
         on_case()
     table = np.array([row for _, row in sorted(processes.gather(scores).items())])
     return {name: float(table[:, k].mean()) for k, name in enumerate(targets.structures)}
+
+
+def spread(cases: Sequence[str], count: int) -> list[str]:
+    """At most `count` of the cases, evenly spread over their order."""
+    return [cases[k * len(cases) // count] for k in range(count)] if len(cases) > count else list(cases)
 
 
 def structure_dice(

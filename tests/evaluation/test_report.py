@@ -84,6 +84,7 @@ def page(given: list[dict], **changes) -> str:
         "data": None,
         "plan": sections.plan_facts(PLAN),
         "validation": None,
+        "next_steps": sections.next_steps([]),
         "model": MODEL,
         "cost": sections.cost_lines({"seconds_per_volume": 0.138, "cases": {"a": 1, "b": 2}}, COST),
         "provenance": {},
@@ -486,3 +487,37 @@ def test_what_stands_out_is_marked():
     text = "Small structures score lower: one, rank correlation of Dice and volume 1.00."
     assert ("bad", text) in observations(small, {"labels": ["one"]})
     assert text not in dict(map(reversed, observations(small[:9], {"labels": ["one"]}))), "too few to tell"
+
+
+def curve(*dice: float, train: float | None = None) -> list[dict]:
+    """A training of ten epochs for each score, validated at the end of each ten."""
+    history = [{"epoch": k + 1, "train_loss": 0.1} for k in range(10 * len(dice))]
+    for k, value in enumerate(dice, start=1):
+        history[10 * k - 1] |= {"val_dice": {"a": value}, "val_dice_mean": value}
+    if train is not None:
+        history[-1] |= {"train_dice": {"a": train}, "train_dice_mean": train}
+    return history
+
+
+@pytest.mark.parametrize(
+    ("history", "words"),
+    [
+        (curve(0.5, 0.6, 0.70, 0.71, train=0.9), ["changed by +0.010", "train longer", "gain up to about 0.010"]),
+        (curve(0.5, 0.6, 0.70, 0.702, train=0.9), ["training cases score 0.198 better", "more training cases"]),
+        (curve(0.5, 0.6, 0.70, 0.702, train=0.71), ["larger network", "finer spacing"]),
+        (curve(0.5, 0.6, 0.70, 0.69, train=0.70), ["changed by -0.010", "larger network"]),
+        (curve(0.5, 0.6, 0.70, 0.70), ["longer gains little"]),
+    ],
+)
+def test_what_to_do_next(history, words):
+    found = sections.next_steps(history)
+    assert all(word in found["advice"] for word in words)
+    shown = html.unescape(page(two_labels(), next_steps=found))
+    assert found["advice"] in shown
+    if "train_dice" in history[-1]:
+        trained, held_out = history[-1]["train_dice"]["a"], history[-1]["val_dice"]["a"]
+        assert found["rows"] == [["a", f"{trained:.3f}", f"{held_out:.3f}", f"{trained - held_out:.3f}"]]
+
+
+def test_a_single_validation_advises_nothing():
+    assert sections.next_steps(curve(0.5)) == sections.next_steps([]) == {"rows": [], "advice": ""}

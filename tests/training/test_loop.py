@@ -29,7 +29,7 @@ def trainer(preprocessed, tmp_path):
 
 def scored(monkeypatch, *scores: float) -> None:
     each = iter(scores)
-    monkeypatch.setattr(loop, "validate", lambda *_, **__: {"shell": next(each), "core": 0.5})
+    monkeypatch.setattr(loop, "validate", lambda *_, **__: {"shell": next(each, 0.5), "core": 0.5})
 
 
 def weights_by_epoch(made: Trainer) -> list[dict[str, torch.Tensor]]:

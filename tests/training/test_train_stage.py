@@ -61,6 +61,8 @@ def test_it_learns(preprocessed, tmp_path):
     assert history[-1]["train_loss"] < 0.5 * history[0]["train_loss"]
     assert history[-1]["val_dice"]["shell"] > 0.7
     assert [h["epoch"] for h in history if "val_dice" in h] == [2, 4, 5]
+    assert [h["epoch"] for h in history if "train_dice_mean" in h] == [5]
+    assert history[-1]["train_dice"]["shell"] > 0.7
     files = {p.name for p in (tmp_path / "m").iterdir()}
     assert {"last.safetensors", "best.safetensors", "model.json", "plan.json", "manifest.json", "cost.json"} <= files
     assert loop.RESUME not in files

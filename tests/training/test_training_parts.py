@@ -25,7 +25,7 @@ from distilldsm.training.setup import (
     require_compiler,
     seed_everything,
 )
-from distilldsm.training.validation import structure_dice
+from distilldsm.training.validation import spread, structure_dice
 from tests.data.test_geometry import make_plan
 
 
@@ -215,3 +215,8 @@ def test_compile_without_a_compiler(tmp_path, monkeypatch, device, variable):
     monkeypatch.setenv(variable, "mine")
     (tmp_path / "mine").touch(0o755)
     require_compiler(device)
+
+
+@pytest.mark.parametrize(("count", "chosen"), [(9, "abcde"), (5, "abcde"), (2, "ac"), (1, "a")])
+def test_training_cases_to_score_are_spread(count, chosen):
+    assert spread("abcde", count) == list(chosen)
