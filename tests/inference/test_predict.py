@@ -40,7 +40,7 @@ def bright(scan, plan: Plan = PLAN) -> np.ndarray:
     return in_pieces(engine, scan, plan, Pieces(window=5)).mask
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 @given(
     codes=st.sampled_from(ORIENTATIONS),
     shape=st.tuples(*[st.integers(3, 14)] * 3),
@@ -71,7 +71,7 @@ def test_resampled_masks_keep_place_and_size():
     assert not bright(stored(np.zeros((1, 5, 6, 7), np.float32), affine())).any(), "an empty scan, an empty mask"
 
 
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=60)
 @given(
     codes=st.sampled_from(ORIENTATIONS),
     shape=st.tuples(*[st.integers(1, 14)] * 3),

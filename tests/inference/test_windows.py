@@ -39,7 +39,7 @@ def in_float64(network) -> Function:
     return Function(run, stride=network.stride, depth_halo=network.depth_halo)
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(depth=st.integers(1, 60), more=st.integers(0, 70), halo=st.integers(0, 9), stride=st.integers(1, 4))
 def test_windows_cover_each_slice_once_with_its_halo(depth, more, halo, stride):
     depth *= stride
