@@ -178,6 +178,13 @@ def _run(run: Callable[[], int | None]) -> int:
             raise
         print(f"error: {_of_system(error)}", file=sys.stderr)
         return 1
+    except UnicodeEncodeError as error:
+        if os.environ.get("DISTILLDSM_DEBUG"):
+            raise
+        seen = ascii(error.object[max(0, error.start - 60) : error.end + 60])
+        print(f"error: text cannot be written as {error.encoding}\n  seen: {seen}", file=sys.stderr)
+        print("  hint: rename the file or folder with this name", file=sys.stderr)
+        return 1
     return code
 
 

@@ -26,6 +26,8 @@ class Server(http.server.ThreadingHTTPServer):
     etag: str | None = '"one"'
     modified: str | None = None
     failures_left = 0
+    raw: bytes | None = None
+    """The whole answer, if it is not an answer of HTTP."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
@@ -51,6 +53,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         wanted = self.headers.get("Range")
         path = self.path.split("?")[0]
         server.requests.append((self.path, wanted))
+        if server.raw is not None and path == "/file":
+            self.wfile.write(server.raw)
+            self.close_connection = True
+            return
         if path in ("/moved", "/circle"):
             self.send_response(302)
             self.send_header("Location", "/file" if path == "/moved" else "/circle")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -239,3 +241,78 @@ def test_wherever_it_is_cut_the_bytes_are_the_same(tmp_path_factory, cuts, range
 
         wait(0)
         assert fetch([server.url()], folder / "x", sleep=wait).read_bytes() == CONTENT
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"\x00\xff no HTTP at all",
+        b"HTTP/1.1 abc OK\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"y" * 100_000 + b"\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 1e3\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: -5\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: \xb2\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nContent-Length: " + b"9" * 40 + b"\r\n\r\nshort",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Encoding: gzip\r\n\r\nno gzip",
+        b"HTTP/1.1 206 Partial\r\nContent-Range: bytes x-y/z\r\n\r\nshort",
+        b"HTTP/1.1 416 Range\r\nContent-Range: \xff\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nETag: \xff\xfe\r\nContent-Length: 9\r\n\r\nshort",
+        *(
+            b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + place + b"\r\n\r\n"
+            for place in (b"http://[", b"http://a:99999/", b"file:///etc/passwd", b"http://\xff/", b"http://.../", b"")
+        ),
+    ],
+)
+def test_malformed_answers_end_in_one_error(server, get, raw, monkeypatch):
+    monkeypatch.setattr(download_module, "ATTEMPTS", 2)
+    server.raw = raw
+    with pytest.raises(UserError) as caught:
+        get(server.url(), sha256=SHA256)
+    assert caught.value.problem in ("could not be fetched", "not enough space")
+    server.raw = None
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT, "and nothing of it stays"
+
+
+@pytest.mark.parametrize(
+    "name", ["%00", "%2e%2e%2fx", "a" * 400, "%ff%fe", "..", ".", "", "%0a%0d", "\udce9", "x y\u2028z", "a?b=c#d"]
+)
+def test_odd_names_in_addresses_end_in_one_error(tmp_path, monkeypatch, capsys, server, name):
+    from distilldsm.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(download_module, "ATTEMPTS", 1)
+    (tmp_path / "p.yaml").write_text("train: {}\n")
+    address = server.url("/gone").replace("/gone", f"/gone/{name}")
+    assert main(["download", "--params", "p.yaml", "--set", f"download.source='{address}'"]) in (1, 2)
+    text = capsys.readouterr().err
+    assert [line.startswith("error: ") for line in text.splitlines()].count(True) == 1
+    assert "Traceback" not in text
+    assert {path.parent.name for path in tmp_path.rglob("*") if path.is_file()} <= {tmp_path.name, "data", "archives"}
+
+
+def test_a_write_that_is_cut_in_mid_file_is_one_error_and_goes_on_later(server, get, tmp_path, monkeypatch):
+    real, written = open, []
+
+    class Full:
+        def __init__(self, stream):
+            self.stream = stream
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.stream.close()
+
+        def write(self, chunk: bytes) -> int:
+            written.append(self.stream.write(chunk[: len(chunk) // 2]))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self.stream.name)
+
+    monkeypatch.setattr(download_module, "open", lambda *a, **k: Full(real(*a, **k)), raising=False)
+    with pytest.raises((OSError, UserError), match="No space left"):
+        get(server.url(), sha256=SHA256)
+    monkeypatch.undo()
+    assert get(server.url(), sha256=SHA256).read_bytes() == CONTENT
+    assert server.starts == [0, written[0]]
