@@ -52,6 +52,7 @@ def single_channel(export: Path, root: Path) -> Path:
     (root / "manifest.json").unlink()
     metadata = read_json(root / "metadata.json")
     metadata["channels"] = metadata["channels"][:1]
+    metadata["inputs"][0]["shape"][1] = 1
     metadata["files"] = {name: sha256_file(root / name) for name in metadata["files"]}
     write_json(root / "metadata.json", metadata)
     return root
