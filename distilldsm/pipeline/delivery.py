@@ -15,9 +15,15 @@ from typing import Any
 from distilldsm.config import TrackingConfig
 from distilldsm.tracking.record import FILE, forgiving, load
 
-_POLL_S = 15.0
+POLL_S = 15.0
 _LINE = re.compile(r"^(not )?in MLflow: record (\w+)(?: of (\S+): (.*))?$", re.MULTILINE)
 """What a step prints for each record. Later steps may have sent what an earlier one could not."""
+
+
+def patience_s(minutes: float) -> float:
+    """How long a step waits for MLflow. On a single machine the outputs stay, so nothing waits."""
+    run_id = os.environ.get("KFP_RUN_ID", "")
+    return 60 * minutes if run_id and not run_id.startswith("local-") else 0.0
 
 
 def deliver(config: TrackingConfig | None, places: Mapping[Path, str]) -> None:
@@ -34,9 +40,7 @@ def deliver(config: TrackingConfig | None, places: Mapping[Path, str]) -> None:
         from distilldsm.tracking.publish import publish_all
 
         records = {path: record for path in places if (record := load(path)) is not None and record.run is not None}
-        run_id = os.environ.get("KFP_RUN_ID", "")
-        is_pod = bool(run_id) and not run_id.startswith("local-")
-        until = time.monotonic() + (60 * config.wait_minutes if is_pod else 0)
+        until = time.monotonic() + patience_s(config.wait_minutes)
         todo = list(records)
         while todo:
             outcomes = list(publish_all(todo))
@@ -47,7 +51,7 @@ def deliver(config: TrackingConfig | None, places: Mapping[Path, str]) -> None:
             todo = [outcome.directory for outcome in left]
             if not todo or time.monotonic() >= until:
                 break
-            time.sleep(_POLL_S)
+            time.sleep(POLL_S)
         for outcome in left if records else ():
             reason = " ".join(" ".join(outcome.problems[:1]).split()) or "its training did not end"
             place = places[outcome.directory]

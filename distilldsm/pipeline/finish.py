@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from distilldsm.config import TrackingConfig
 from distilldsm.core.errors import UserError
 from distilldsm.pipeline.cluster_setup import kubernetes_client
-from distilldsm.pipeline.delivery import advice
+from distilldsm.pipeline.delivery import POLL_S, advice, patience_s
 from distilldsm.pipeline.failure import not_in_mlflow, run_error, with_reasons
 from distilldsm.pipeline.run_tree import RunTree, Step, lines_of
 from distilldsm.pipeline.server import Server
+from distilldsm.pipeline.step import section
 from distilldsm.pipeline.trainjob_manifest import RUN_LABEL
 
 State = Literal["SUCCEEDED", "SUCCEEDED, gate closed", "FAILED", "CANCELED", "unknown"]
@@ -63,7 +65,7 @@ def finish(tracking: Mapping[str, Any], trainjob: Mapping[str, Any], status: Any
     if run_id and trainjob:
         lines.append(_delete_trainjobs(run_id, trainjob.get("namespace")))
     if run_id and tracking.get("enabled", True):
-        lines.append(_end_mlflow_runs(run_id, ending))
+        lines.append(_end_mlflow_runs(run_id, ending, section(TrackingConfig, tracking, "tracking").wait_minutes))
     print("\n".join(lines), flush=True)
     Path(report.path).write_text("```\n" + "\n".join(lines) + "\n```\n", encoding="utf-8")
 
@@ -117,13 +119,20 @@ def _delete_trainjobs(run_id: str, namespace: str | None) -> str:
         return f"the TrainJobs of this run could not be deleted: {type(failure).__name__}: {failure}"
 
 
-def _end_mlflow_runs(run_id: str, ending: Ending) -> str:
-    """Tag the MLflow runs of this pipeline run, and end those that are RUNNING; one line that says so."""
+def _end_mlflow_runs(run_id: str, ending: Ending, wait_minutes: float) -> str:
+    """Tag the MLflow runs of this pipeline run, and end those that are RUNNING; one line that says so.
+
+    Waits for a server that is away, as the other steps do.
+    """
     from distilldsm.pipeline.lineage import end_runs
 
     tags = {"kfp_state": ending.state} | ({"kfp_error": ending.error[:500]} if ending.error else {})
-    try:
-        marked = end_runs(run_id, tags, MLFLOW_STATUS[ending.state])
-        return f"MLflow runs of this pipeline run: {', '.join(marked) or 'none'}"
-    except Exception as failure:  # the pipeline's end must not depend on another service
-        return f"the MLflow runs could not be marked: {type(failure).__name__}: {failure}"
+    until = time.monotonic() + patience_s(wait_minutes)
+    while True:
+        try:
+            marked = end_runs(run_id, tags, MLFLOW_STATUS[ending.state])
+            return f"MLflow runs of this pipeline run: {', '.join(marked) or 'none'}"
+        except Exception as failure:  # the pipeline's end must not depend on another service
+            if time.monotonic() >= until:
+                return f"the MLflow runs could not be marked: {type(failure).__name__}: {failure}"
+        time.sleep(POLL_S)

@@ -6,6 +6,7 @@ knows neither logs nor plugins.
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import ssl
@@ -16,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode, urlsplit
+from urllib.parse import quote, urlencode, urlsplit
 
 from distilldsm.core.errors import ConfigError, UserError
 
@@ -164,7 +165,7 @@ class Server:
         timeout_s: float = _REQUEST_S,
     ) -> bytes:
         known = urlencode({key: value for key, value in query.items() if value is not None})
-        url = f"{self.host}{path}" + (f"?{known}" if known else "")
+        url = f"{self.host}{quote(path, safe='/:')}" + (f"?{known}" if known else "")
         headers = {"Accept": "application/json", "Content-Type": kind, "Cookie": self.cookies}
         headers["Authorization"] = f"Bearer {token}" if (token := self.token) else None
         sent = {key: value for key, value in headers.items() if value}
@@ -177,7 +178,7 @@ class Server:
                 return body
         except urllib.error.HTTPError as error:
             raise self._refusal(error) from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ServerAwayError(
                 "Kubeflow Pipelines does not answer",
                 where=self.host,

@@ -132,7 +132,7 @@ def test_an_interrupt_says_that_the_run_goes_on(fake, capsys, monkeypatch):
 
 def test_status_of_a_run_that_is_not_there(fake):
     with pytest.raises(UserError, match="Failed to get a run"):
-        status(Server(host=fake.url), "nothing")
+        status(Server(host=fake.url), "nothing or 'other'")
 
 
 def test_the_mlflow_plugin_gets_our_experiment_and_its_page_is_shown(fake, capsys):

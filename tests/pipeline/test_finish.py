@@ -117,6 +117,16 @@ def test_without_a_server_only_states_that_are_reliable_count(fake, monkeypatch,
 def test_mlflow_that_is_away_does_not_fail_the_step(fake, monkeypatch, tmp_path):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     assert "could not be marked" in ended(monkeypatch, tmp_path, "local-1", "SUCCEEDED")
+    answers = iter([ConnectionError("away"), ["r1"]])  # it comes back while the step waits
+
+    def end_runs(*_):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(lineage, "end_runs", end_runs)
+    assert "MLflow runs of this pipeline run: r1" in ended(monkeypatch, tmp_path, "in-a-pod", "COMPLETE")
 
 
 def test_trainjobs_that_a_lost_pod_left_are_deleted(fake, monkeypatch, tmp_path):
