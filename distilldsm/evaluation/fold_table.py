@@ -88,7 +88,7 @@ def postprocessed_rows(folds: Sequence[Fold]) -> dict[int, list[Row]]:
     """Fold to its rows after post-processing, as the other folds decide; empty for a single fold."""
     if len(folds) < 2:
         return {}
-    return nested({fold.number: (fold.rows, fold.largest) for fold in folds}, folds[0].groups)
+    return nested({fold.number: (fold.rows, fold.largest) for fold in folds}, folds[0].groups, folds[0].planned)
 
 
 def _largest_component(folds: Sequence[Fold]) -> dict[str, Any] | None:

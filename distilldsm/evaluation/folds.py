@@ -33,6 +33,8 @@ class Fold:
     """The same rows with only the largest component of every label."""
     groups: Mapping[str, tuple[str, ...]]
     """The labels that change together, see `postprocess.Groups`."""
+    planned: tuple[str, ...] = ()
+    """Labels of which the plan says to keep only the largest component."""
     model: Mapping[str, Any]
     """`model.json`."""
     train: Mapping[str, Any]
@@ -122,11 +124,13 @@ def _load(number: int, evaluation: Path, model: Path) -> Fold:
             rule="a model is scored on cases that were not in its training",
             hint=f"dvc repro, or distilldsm train --fold {number}",
         )
+    postprocessing = load_postprocessing(evaluation / POSTPROCESSING)
     return Fold(
         number=number,
         rows=tuple(read_rows(evaluation / "cases.csv")),
         largest=tuple(read_rows(evaluation / POSTPROCESSED)),
-        groups=load_postprocessing(evaluation / POSTPROCESSING).groups,
+        groups=postprocessing.groups,
+        planned=postprocessing.planned,
         model=described,
         train=train,
         evaluate=evaluate,

@@ -1,4 +1,6 @@
-"""Decide which labels gain by keeping only their largest connected component, from scores of held-out cases.
+"""Decide which labels gain by keeping only their largest connected component: from the plan, or from held-out scores.
+
+The plan decides for labels that are one component in nearly all cases (`plan.training.keep_largest`). For the others:
 
 There are two tables with the same rows (case, label, scores): unchanged predictions, and predictions with only the
 largest component of everything in `Targets.largest`. Removing voxels from a label, or from a region that shares no
@@ -8,7 +10,7 @@ then the mean over them decides. So one such table is enough. `inference.postpro
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
@@ -58,6 +60,8 @@ class Postprocessing:
     """The tried labels or regions and their decisions."""
     not_tried: str = ""
     """The reason if nothing was tried."""
+    planned: tuple[str, ...] = ()
+    """Labels for which the plan decided, not these scores."""
 
     def __post_init__(self) -> None:
         if self.schema_version != SCHEMA_VERSION:
@@ -74,12 +78,15 @@ class Postprocessing:
         return {label: decision.scores_of for label, decision in self.labels.items()}
 
 
-def decide(raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None) -> Postprocessing:
+def decide(
+    raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None, planned: Collection[str] = ()
+) -> Postprocessing:
     """Keep only the largest component if mean Dice rises by more than MIN_DICE_GAIN and mean HD95 does not rise.
 
     Args:
         raw, kept: rows of the same cases and labels: unchanged, and with only the largest components.
         groups: the tried labels or regions; by default every label by itself.
+        planned: labels of which the plan says to keep only the largest component.
 
     Raises:
         ValueError: the rows have different cases or labels, or lack a label of `groups`.
@@ -93,18 +100,20 @@ def decide(raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None
         raise ValueError(f"the tables lack {', '.join(sorted(unknown))}")
     after = ScoreTable.of(kept).select(before.cases, before.labels)
     decisions = {
-        name: _decision(*(table.select(before.cases, group) for table in (before, after)))
+        name: _decision(*(table.select(before.cases, group) for table in (before, after)), planned=name in planned)
         for name, group in groups.items()
     }
     not_tried = "" if groups else LARGEST_NOT_TRIED
-    return Postprocessing(cases=len(before.cases), labels=decisions, not_tried=not_tried)
+    return Postprocessing(
+        cases=len(before.cases), labels=decisions, not_tried=not_tried, planned=tuple(n for n in groups if n in planned)
+    )
 
 
 def _keys(rows: Sequence[Row]) -> set[tuple[str, str]]:
     return {(row["case"], row["label"]) for row in rows}
 
 
-def _decision(before: ScoreTable, after: ScoreTable) -> LabelDecision:
+def _decision(before: ScoreTable, after: ScoreTable, *, planned: bool) -> LabelDecision:
     """Decide from the scores of one group of labels, unchanged and with the largest component only."""
     dice, hd95 = ([float(table.scores[name].mean()) for table in (before, after)] for name in ("dice", "hd95_mm"))
     volumes = [table.scores["volume_predicted_ml"] for table in (before, after)]
@@ -113,7 +122,9 @@ def _decision(before: ScoreTable, after: ScoreTable) -> LabelDecision:
     keep = False
     of = f"of {', '.join(before.labels)} " if len(before.labels) > 1 else ""
     mean_dice = f"mean Dice {of}{gain:+.5f}"
-    if not changed:
+    if planned:
+        keep, reason = True, f"by the plan: one component in nearly all cases; {mean_dice}, HD95 {further:+.3f} mm"
+    elif not changed:
         reason = "no case has a second component"
     elif not gain > MIN_DICE_GAIN:
         reason = f"{mean_dice}: not more than {MIN_DICE_GAIN:g} better"
@@ -134,13 +145,15 @@ def _decision(before: ScoreTable, after: ScoreTable) -> LabelDecision:
 
 
 def nested(
-    folds: Mapping[Fold, tuple[Sequence[Row], Sequence[Row]]], groups: Groups | None = None
+    folds: Mapping[Fold, tuple[Sequence[Row], Sequence[Row]]],
+    groups: Groups | None = None,
+    planned: Collection[str] = (),
 ) -> dict[Fold, list[Row]]:
     """Post-processed rows of every fold. The other folds decide, so no choice depends on the reported scores.
 
     Args:
         folds: fold to its rows, unchanged and with only the largest component of every label.
-        groups: as in `decide`; labels that change together come from the same table.
+        groups, planned: as in `decide`; labels that change together come from the same table.
 
     Returns:
         Fold to rows in the order of the unchanged rows, each from one of the two tables.
@@ -155,7 +168,7 @@ def nested(
         if _keys(raw) != _keys(kept):
             raise ValueError(f"the tables of fold {fold} hold different cases or labels")
         others = [tables for other, tables in folds.items() if other != fold]
-        decided = decide([r for t in others for r in t[0]], [r for t in others for r in t[1]], groups)
+        decided = decide([r for t in others for r in t[0]], [r for t in others for r in t[1]], groups, planned)
         changed = {label for name in decided.kept for label in decided.groups[name]}
         after = {(r["case"], r["label"]): r for r in kept}
         reported[fold] = [after[r["case"], r["label"]] if r["label"] in changed else r for r in raw]
@@ -163,10 +176,14 @@ def nested(
 
 
 def write_postprocessing(
-    folder: Path, raw: Sequence[Row], kept: Sequence[Row], groups: Groups | None = None
+    folder: Path,
+    raw: Sequence[Row],
+    kept: Sequence[Row],
+    groups: Groups | None = None,
+    planned: Collection[str] = (),
 ) -> Postprocessing:
     """Decide; write the decision (POSTPROCESSING) and the scores with only the largest components (POSTPROCESSED)."""
-    decided = decide(raw, kept, groups)
+    decided = decide(raw, kept, groups, planned)
     write_csv(folder / POSTPROCESSED, kept)
     write_json(folder / POSTPROCESSING, decided)
     return decided

@@ -68,7 +68,8 @@ def score_fold(
 ) -> Evaluation:
     """Predict and score the cases, and write all files of an evaluation to `work`. Finished cases are not repeated."""
     models = [inputs["model"], *ensemble]
-    targets = Plan.load(inputs["model"] / "plan.json").targets
+    plan = Plan.load(inputs["model"] / "plan.json")
+    targets = plan.targets
     for name in ("scores", "timing", "predictions", "plots", "figures"):
         (work / name).mkdir(exist_ok=True)
     score_all(config, models, inputs["dataset"], work, cases, index, targets)
@@ -77,7 +78,7 @@ def score_fold(
     summary = tables.summarise(rows, targets.structures)
     tables.write_csv(work / "cases.csv", rows)
     largest = with_names(cases, scores, "largest")
-    postprocessing = write_postprocessing(work, rows, largest, targets.changed_with)
+    postprocessing = write_postprocessing(work, rows, largest, targets.changed_with, plan.training.keep_largest)
     confidence_intervals = tables.intervals(rows, list(targets.structures))
     described = {"fold": fold, "checkpoint": config.checkpoint, **summary, "intervals": confidence_intervals}
     write_json(work / "summary.json", described | ({"ensemble": recipes(models)} if ensemble else {}))

@@ -146,3 +146,16 @@ def test_files(tmp_path):
             load_postprocessing(path)
     with pytest.raises(UserError, match="is missing"):
         load_postprocessing(tmp_path / "none.json")
+
+
+def test_what_the_plan_says_is_kept_whatever_the_scores_say():
+    """In every fold, and it does not decide for other labels."""
+    raw, kept = rows("heart", 0.9, 0.9) + rows("ring", 0.5, 0.5), rows("heart", 0.89, 0.9) + rows("ring", 0.5, 0.4)
+    decided = decide(raw, kept, planned=("heart", "absent"))
+    assert decided.kept == decided.planned == ("heart",)
+    assert decided.labels["heart"].reason.startswith(
+        "by the plan: one component in nearly all cases; mean Dice -0.00500"
+    )
+    assert decide(raw, kept).kept == ()
+    reported = nested({1: (raw, kept), 2: (raw, kept)}, planned=("heart",))
+    assert reported[1] == reported[2] == kept[:2] + raw[2:]
