@@ -273,6 +273,8 @@ def test_large_volumes_fit_into_the_page():
     assert np.prod(shapes.pop()) < image.size / 5
     whole = fitted(image, mask, mask, np.eye(4), 10_000_000)
     assert nib.Nifti1Image.from_bytes(gzip.decompress(whole[0])).shape == image.shape
+    for labels in whole[1:]:
+        np.testing.assert_array_equal(nib.Nifti1Image.from_bytes(gzip.decompress(labels)).get_fdata(), mask)
     assert VIEWER_BYTES < 10_000_000, "what remains of 15 MB is for figures, tables and the viewer itself"
 
 
