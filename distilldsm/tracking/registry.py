@@ -149,7 +149,7 @@ def _judge(client: MlflowClient, model: Model, number: str, own: Scores | None) 
     missing = _folds(model.version_tags) - members.keys()
     if missing:
         listed = ", ".join(map(str, sorted(missing)))
-        reason = f"the champion is decided when the other folds are registered: export {listed} too, {BY_HAND}"
+        reason = f"the champion is decided when the other folds are registered: export fold {listed} too, {BY_HAND}"
         waits = {"gate.decision": CHALLENGER, "gate.outcome": "waits", "gate.reason": reason}
         _tag(client, members[_fold(model.version_tags)], waits)
         return

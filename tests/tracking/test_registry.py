@@ -124,7 +124,7 @@ def test_the_folds_of_a_cross_validation_are_judged_once_and_together(export, cl
     means = {0: (0.3, 0.5), 1: (0.7, 0.9)}
     first = export(**fold_of("a", order[0], *means[order[0]]))
     assert export.aliases == {CHALLENGER: "1"}
-    assert f"challenger: the champion is decided when the other folds are registered: export {order[1]}" in str(
+    assert f"challenger: the champion is decided when the other folds are registered: export fold {order[1]}" in str(
         first.registration
     )
     last = export(**fold_of("a", order[1], *means[order[1]]))
