@@ -20,19 +20,22 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.faults import downloads, kills, storage, tracking, twice
+from benchmarks.faults import downloads, kills, power, storage, tracking, twice
 from benchmarks.faults.report import Row, markdown
 from benchmarks.faults.workspace import Workspace
 from benchmarks.pipeline import machine
 
-KINDS = ("kills", "repro", "disk", "memory", "twice", "mlflow", "slowdown", "downloads")
+KINDS = ("kills", "repro", "disk", "memory", "twice", "mlflow", "slowdown", "downloads", "power")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", nargs="*", metavar="KIND", help=f"any of {', '.join(KINDS)}; default: all")
     parser.add_argument(
-        "--kills", type=int, default=100, help="kills of stages; dvc repro gets a quarter as many (%(default)s)"
+        "--kills",
+        type=int,
+        default=100,
+        help="kills of stages; dvc repro gets a quarter as many, and a fifth as many power cuts (%(default)s)",
     )
     parser.add_argument("--minutes", type=float, default=10, help="training time in slowdown (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
@@ -45,7 +48,7 @@ def main() -> int:
     began = time.monotonic()
     rows: list[Row] = []
     try:
-        if set(kinds) != {"downloads"}:
+        if set(kinds) - {"downloads", "power"}:
             reference = Workspace(work / "reference")
             seconds = reference.run_all()
             print("undisturbed: " + ", ".join(f"{k} {v:.1f} s" for k, v in seconds.items()), flush=True)
@@ -69,6 +72,11 @@ def main() -> int:
                 rows += tracking.tracking_faults(reference, work)
             elif kind == "slowdown":
                 rows.append(tracking.slowdown(reference, work, minutes=args.minutes))
+            elif kind == "power":
+                if reason := power.why_not():
+                    print(f"  skipped: {reason}")
+                else:
+                    rows.append(power.power_cuts(work, cuts=max(1, args.kills // 5), rng=rng))
             else:
                 rows += downloads.download_faults(work / "downloads", times=20, rng=rng)
                 rows += downloads.archive_faults(work / "archives", rng=rng)

@@ -30,6 +30,27 @@ def check_git(limit_s: float) -> list[Finding]:
     return [Finding(name=name, status="ok", seen=done.stdout.strip())]
 
 
+def _damaged_lock() -> list[Finding]:
+    """A finding if dvc.lock cannot be read: DVC does not wait until the disk holds it."""
+    if not Path("dvc.lock").exists():
+        return []
+    problem = ""
+    try:
+        lock = load_yaml("dvc.lock")
+        stages = lock.get("stages")
+        entries = stages.values() if isinstance(stages, dict) else [None]
+        if "schema" not in lock or not all(isinstance(one, dict) and "cmd" in one for one in entries):
+            problem = "it ends early"
+    except ConfigError as error:
+        problem = error.problem
+    if not problem:
+        return []
+    tracked = ["git", "ls-files", "--error-unmatch", "dvc.lock"]
+    is_tracked = shutil.which("git") and not subprocess.run(tracked, capture_output=True, check=False).returncode
+    hint = f"{'git checkout' if is_tracked else 'rm'} dvc.lock, then dvc repro: what is up to date does not run again"
+    return [Finding(name="dvc.lock", status="fail", seen=f"dvc.lock: {problem}", hint=hint)]
+
+
 def check_dvc(limit_s: float) -> list[Finding]:
     """Check dvc.yaml and DVC's repository, then its remote."""
     name = "dvc"
@@ -43,6 +64,7 @@ def check_dvc(limit_s: float) -> list[Finding]:
     if not Path(".dvc").is_dir():
         hint = "clone the repository, or dvc init"
         return [Finding(name=name, status="fail", seen="dvc.yaml is there, but the folder .dvc is missing", hint=hint)]
+    found += _damaged_lock()
     return found + in_child("dvc remote", "distilldsm.doctor.dvc_probe:check", limit_s)
 
 

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from distilldsm.core.errors import DataError
-from distilldsm.core.files import sha256_file, sha256_json
-from distilldsm.core.hashes import MANIFEST
+from distilldsm.core.files import sha256_file, sha256_json, write_json
+from distilldsm.core.hashes import is_as_kept, keep, read_if_whole, state_of
 from distilldsm.core.output_directory import output_directory
 from distilldsm.core.redaction import public_address
 from distilldsm.core.stage import WORK_VARIABLE, Output, Stage
@@ -41,6 +41,7 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
 
     source = None if config.source.startswith("msd:") else local_path(config.source)
     STAGE.keep_apart(outputs["dataset"], source=source, archive_dir=Path(config.archive_dir))
+    states = _states(source)
     with output_directory(outputs["dataset"], **STAGE.key(config, inputs)) as work:
         source, name = _obtain(config)
         # Unpack inside the output's work directory: moving files there is cheap, and the next run cleans up after a
@@ -55,6 +56,7 @@ def run(config: DownloadConfig, inputs: Mapping[str, Path], outputs: Mapping[str
                 target.parent.mkdir(parents=True, exist_ok=True)
                 (shutil.copyfile if unpacked is source else shutil.move)(unpacked / path, target)
         index.save(work)
+    write_json(_record(outputs["dataset"]), states)
     patients = len({case.patient for case in index.cases})
     print(f"{index.name}: {len(index.cases)} cases of {patients} patients, labels {', '.join(index.class_names[1:])}")
     if index.note:
@@ -84,9 +86,19 @@ def outdated(config: DownloadConfig, output: Path) -> bool:
     path = None if config.source == "sample" or config.source.startswith("msd:") else local_path(config.source)
     if path is None or not path.exists():
         return False
-    made_ns = (output / MANIFEST).stat().st_mtime_ns
-    # ctime, not mtime: a file that was copied here later may keep its old modification time.
-    return any(entry.stat().st_ctime_ns > made_ns for entry in (path, *path.rglob("*")) if entry.exists())
+    return read_if_whole(_record(output)) != _states(path)
+
+
+def _record(output: Path) -> Path:
+    """File with the states of a local source. It lies beside the output."""
+    return output.with_name(f".{output.name}.source.hashes.json")
+
+
+def _states(source: Path | None) -> dict[str, list[int] | None]:
+    """Size, times and inode of a local source and all below it."""
+    if source is None or not source.exists():
+        return {}
+    return {str(entry): state_of(entry) for entry in (source, *sorted(source.rglob("*")))}
 
 
 def _index(unpacked: Path, config: DownloadConfig, name: str) -> DatasetIndex:
@@ -116,8 +128,9 @@ def _obtain(config: DownloadConfig) -> tuple[Path, str]:
 
         # The name depends on version and parameters: other parameters give another archive.
         archive = store / f"sample-v{VERSION}-{sha256_json(config.sample)[:12]}.tar"
-        if not archive.is_file():
+        if not is_as_kept(archive):
             make_sample_archive(archive, config.sample)
+            keep(archive)
         return archive, SAMPLE_SOURCE
     if config.source.startswith("msd:"):
         entry = lookup(config.source)

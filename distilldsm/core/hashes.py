@@ -51,7 +51,8 @@ def names_below(root: Path) -> list[str]:
     return [file.as_posix() for file in files if file != Path(MANIFEST) and file.parts[0] != PIECES]
 
 
-def _state(path: Path) -> State | None:
+def state_of(path: Path) -> State | None:
+    """The state of a file or folder; None if it is missing."""
     try:
         found = path.stat()
     except OSError:
@@ -68,10 +69,10 @@ def hashed_files(root: Path, names: Sequence[str], *, synced: bool = False) -> d
     from distilldsm.core.progress import progress
 
     def one(name: str) -> tuple[State | None, str]:
-        before, digest = _state(root / name), sha256_file(root / name)
+        before, digest = state_of(root / name), sha256_file(root / name)
         if synced:
             sync(root / name)
-        return (before if before == _state(root / name) else None), digest
+        return (before if before == state_of(root / name) else None), digest
 
     with ThreadPoolExecutor(_THREADS) as pool:
         found = pool.map(one, names)
@@ -87,7 +88,7 @@ def _record(root: Path) -> Path:
 def current_hashes(root: Path, names: Iterable[str]) -> dict[str, str]:
     """SHA-256 of files of an output; missing ones are left out. A file is read only if its state is another one."""
     known = read_if_whole(_record(root))
-    states = {name: state for name in names if (state := _state(root / name)) is not None}
+    states = {name: state for name in names if (state := state_of(root / name)) is not None}
     new = [name for name, state in states.items() if known.get(name, [None])[0] != state]
     hashed = hashed_files(root, new)
     if hashed:
@@ -98,6 +99,26 @@ def current_hashes(root: Path, names: Iterable[str]) -> dict[str, str]:
 def remember(root: Path, hashed: Mapping[str, Sequence[Any]]) -> None:
     with suppress(OSError, UserError):  # a folder that cannot be written: the files are read again next time
         write_json(_record(root), {name: entry for name, entry in hashed.items() if entry[0] is not None})
+
+
+def keep(path: Path, *, noted: bool = True) -> None:
+    """Wait until the disk holds a file that later runs use again.
+
+    Args:
+        noted: note its SHA-256 beside it, because nothing else tells whether it is damaged.
+    """
+    sync(path)
+    sync(path.parent)
+    if noted:
+        remember(path, {path.name: [state_of(path), sha256_file(path)]})
+
+
+def is_as_kept(path: Path) -> bool:
+    """Whether a file is there and as `keep` saw it. A file that `keep` has not seen counts as unchanged."""
+    if not path.is_file():
+        return False
+    known = read_if_whole(_record(path)).get(path.name)
+    return known is None or known[0] == state_of(path) or known[1] == sha256_file(path)
 
 
 def read_if_whole(path: Path) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 
 from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.files import write_json
+from distilldsm.core.hashes import is_as_kept, keep
 from distilldsm.core.interruption import explains_interrupt
 from distilldsm.core.machine import check_space
 from distilldsm.core.progress import meter
@@ -144,7 +145,8 @@ def fetch(
 ) -> Path:
     """Download a file to `target` from the first address that serves it completely and with the right checksum.
 
-    An existing file with the right checksum (or without one to check) is used. An interrupted download stays beside
+    An existing file with the right checksum (without one to check: with the bytes that were fetched) is used. An
+    interrupted download stays beside
     the target as `.part`. It is resumed with an HTTP range request if the server still has the same file (ETag or
     Last-Modified). The target is complete from the start, because it is renamed at the end.
 
@@ -162,13 +164,14 @@ def fetch(
     checksums = _Checksums(sha256, md5)
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target):
-        if target.is_file() and checksums.problem(target) is None:
+        if is_as_kept(target) and checksums.problem(target) is None:
             return target
         answers = []
         for url in urls:
             problem = _fetch_checked(url, target, checksums, credentials, sleep)
             if problem is None:
                 os.replace(_part(target), target)
+                keep(target, noted=sha256 is None and md5 is None)
                 _sidecar(target).unlink(missing_ok=True)
                 return target
             answers.append(f"{public_address(url) if is_url(url) else url}: {problem}")

@@ -179,7 +179,7 @@ def test_the_sample_is_made_once_and_its_note_travels(tmp_path, capsys):
     assert index.note == NOTE
     assert NOTE in capsys.readouterr().out
     assert "template" in index.source
-    (archive,) = (tmp_path / "archives").iterdir()
+    (archive,) = (tmp_path / "archives").glob("[!.]*")
     made = archive.stat().st_mtime_ns
     get(tmp_path, source="sample", sample=SampleConfig(subjects=5, seed=1))
     assert archive.stat().st_mtime_ns == made
@@ -265,3 +265,14 @@ def test_real_data_through_its_preset(name, cases, patients, channels, values, t
     assert all(len(c.images) == channels for c in index.cases)
     assert index.class_values == values
     assert {c.modality for c in index.channels} == {"MRI"}
+
+
+def test_a_kept_archive_that_was_damaged_is_made_again(tmp_path):
+    """A tar has no checksum of its contents. Its date and size tell nothing."""
+    get(tmp_path, source="sample")
+    (archive,) = (tmp_path / "archives").glob("sample-*.tar")
+    whole, state = archive.read_bytes(), archive.stat()
+    archive.write_bytes(whole[:-2000] + bytes(2000))
+    os.utime(archive, ns=(state.st_atime_ns, state.st_mtime_ns))
+    get(tmp_path, source="sample")
+    assert archive.read_bytes() == whole

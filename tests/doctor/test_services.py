@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sqlite3
 from pathlib import Path
@@ -275,3 +276,27 @@ def test_kubeflow(place, monkeypatch):
         monkeypatch.setenv("KF_PIPELINES_ENDPOINT", fake.url)
         (found,) = run_checks([CHECKS["kubeflow"]], 5)
     assert (found.status, found.seen) == ("ok", f"{fake.url}: healthy, requested with no token and no cookies")
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty|does not hold|ends early"),
+        (b"\0" * 50, "YAML"),
+        (b"schema: '2.0'\nstages:\n  a:\n    cmd: x\n    deps:\n    - path: [", "YAML"),
+        (b"schema: '2.0'\nstages:\n", "ends early"),
+        (b"schema: '2.0'\nstages:\n  a:\n", "ends early"),
+        (b"schema: '2.0'\nstages:\n  a:\n    cmd: x\n", None),
+        (b"schema: '2.0'\nstages: {}\n", None),
+    ],
+)
+def test_a_damaged_dvc_lock_is_seen(place, monkeypatch, content, problem):
+    monkeypatch.setattr(doctor, "in_child", lambda *_: [])
+    (place / ".dvc").mkdir()
+    (place / "dvc.yaml").write_text("stages: {}\n")
+    (place / "dvc.lock").write_bytes(content)
+    _, *found = doctor.check_dvc(1)
+    assert [one.status for one in found] == ([] if problem is None else ["fail"])
+    if problem:
+        assert re.search(problem, found[0].seen)
+        assert found[0].hint.startswith("rm dvc.lock, then dvc repro")
