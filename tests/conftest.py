@@ -32,6 +32,19 @@ def _calls_nobody() -> Iterator[None]:
         pytest.fail(text)
 
 
+@pytest.fixture(autouse=True)
+def _credentials_of_this_test() -> Iterator[None]:
+    """Undo what the product does with an address that holds a password: it moves it to these variables."""
+    names = ("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "PGUSER", "PGPASSWORD")
+    before = {name: os.environ.get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files with long tests first: of two workers, neither is left with one of them when the other has done."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from urllib.parse import urlsplit
 
 from distilldsm.doctor.checks import Finding, in_child
 
@@ -28,7 +29,13 @@ def check_mlflow(limit_s: float) -> list[Finding]:
         return [Finding(name=name, status="fail", seen=f"{folder}: does not exist or is not writable", hint=hint)]
     if not is_installed("mlflow"):
         return [Finding(name=name, status="skip", seen="not installed (the optional group 'train')")]
-    return in_child(name, "distilldsm.doctor.tracking_probe:check", limit_s, _environment(uri, limit_s))
+    findings = in_child(name, "distilldsm.doctor.tracking_probe:check", limit_s, _environment(uri, limit_s))
+    parts = urlsplit(uri)
+    password = os.environ.get("MLFLOW_TRACKING_PASSWORD") or os.environ.get("MLFLOW_TRACKING_TOKEN")
+    if parts.scheme == "http" and parts.hostname not in ("localhost", "127.0.0.1", "::1") and password:
+        hint = "give the server a certificate and use https://, unless nobody else can read this network"
+        findings.append(Finding(name=name, status="warn", seen="the password is sent unencrypted", hint=hint))
+    return findings
 
 
 def check_outputs(limit_s: float) -> list[Finding]:

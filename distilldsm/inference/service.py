@@ -96,5 +96,6 @@ def _allowed(path: str, variable: str, remote: bool) -> Path:
     folder = Path(root).resolve()
     resolved = (folder / path).resolve()
     if not resolved.is_relative_to(folder):
-        raise UserError("lies outside the server's folder", where=path, rule=f"below {variable}")
+        kind = "scans" if variable == ROOT_VARIABLE else "masks"
+        raise UserError(f"lies outside the folder of {kind}", where=path, rule=f"below {variable}")
     return resolved

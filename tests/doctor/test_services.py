@@ -139,6 +139,21 @@ def test_a_store_that_is_not_there_yet_is_not_made(place, monkeypatch):
     assert files(place) == []
 
 
+def test_a_password_that_is_sent_unencrypted(monkeypatch):
+    monkeypatch.setattr(services, "in_child", lambda *_: [])
+    for uri, secret, count in (
+        ("http://mlflow.example.org:5000", "PASSWORD", 1),
+        ("http://mlflow.example.org:5000", "TOKEN", 1),
+        ("http://mlflow.example.org:5000", "USERNAME", 0),
+        ("https://mlflow.example.org", "PASSWORD", 0),
+        ("http://localhost:5000", "PASSWORD", 0),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setenv("MLFLOW_TRACKING_URI", uri)
+            patch.setenv(f"MLFLOW_TRACKING_{secret}", "secret")
+            assert [one.status for one in services.check_mlflow(1)] == ["warn"] * count
+
+
 def test_requests_end_before_the_check_does(place, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     monkeypatch.setattr(services, "is_installed", lambda package: True)
