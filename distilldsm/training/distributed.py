@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -121,7 +122,28 @@ def share_batch_statistics(network: nn.Module, device_type: str) -> nn.Module:
     return network
 
 
+def _check_main_address(world: int) -> None:
+    """Use the loopback address for a main process on this machine whose host name does not resolve.
+
+    Raises:
+        UserError: the main process is on another machine.
+    """
+    address = os.environ.get("MASTER_ADDR", "127.0.0.1")
+    try:
+        socket.getaddrinfo(address, None)
+    except OSError as error:
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(world):
+            raise UserError(
+                "the name of the main process's machine does not resolve",
+                where="MASTER_ADDR",
+                seen=address,
+                hint="give addresses as numbers: torchrun --local-addr (with --rdzv-endpoint), or --master-addr",
+            ) from error
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+
+
 def _join(backend: str, world: int) -> None:
+    _check_main_address(world)
     store, rank, _ = next(rendezvous("env://", timeout=TIMEOUT))
     if os.environ.get("LOCAL_WORLD_SIZE") == str(world):
         # torchrun keeps its store after a restart, with the addresses of ended processes (PyTorch issue 135712).

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import signal
+import socket
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -160,3 +162,21 @@ def test_a_batch_is_shared_evenly(set_to, begun, planned, unit, batch):
         with pytest.raises(ConfigError, match="cannot be divided evenly") as caught:
             batch_size_of(**options, planned=8, unit=2)
         assert ("start of this training" in str(caught.value.seen)) == (options["set_to"] is None)
+
+
+@pytest.mark.parametrize(("local_world", "address"), [("2", "127.0.0.1"), ("1", None)])
+def test_a_host_name_that_does_not_resolve(monkeypatch, local_world, address):
+    """The loopback address serves the processes of one machine; those of several get a message."""
+
+    def unknown(*_: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+    monkeypatch.setenv("MASTER_ADDR", "pod-without-a-name")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", local_world)
+    if address is None:
+        with pytest.raises(UserError, match=r"pod-without-a-name(.|\n)*--local-addr"):
+            distributed._check_main_address(2)
+    else:
+        distributed._check_main_address(2)
+        assert os.environ["MASTER_ADDR"] == address
