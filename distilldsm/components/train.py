@@ -89,6 +89,7 @@ def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
         patches=trainer.total_steps * sampler.batch_size,
         cases=len(sampler.case_ids),
         patch_voxels=math.prod(sampler.patch_size),
+        budget=trainer.plan.training.budget,
         by_plan=config.epochs is None,
     )
     if remark and source != SAMPLE_SOURCE:  # the sample is one deformed head: 190 steps suffice

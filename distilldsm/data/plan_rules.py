@@ -222,22 +222,27 @@ def single_labels(components: Sequence[dict[str, int]]) -> tuple[str, ...]:
     return tuple(n for n, found in counts.items() if found and np.mean(np.array(found) == 1) >= ONE_COMPONENT)
 
 
-def remark_on_few_steps(*, steps: int, patches: int, cases: int, patch_voxels: int, by_plan: bool) -> str | None:
+def remark_on_few_steps(
+    *, steps: int, patches: int, cases: int, patch_voxels: int, budget: float, by_plan: bool
+) -> str | None:
     """A warning if a training has few steps or sees few patches of a case; None if it has enough.
 
     Args:
         steps, patches: of the training.
         cases: number of training cases.
         patch_voxels: voxels of a patch.
-        by_plan: the plan decided the length, so a larger budget makes it longer.
+        budget: the plan's.
+        by_plan: the plan decided the length, and not `train.epochs`.
     """
-    if steps >= FEW_STEPS and patches >= FEW_PER_CASE * cases:
+    # An epoch leaves out the rest of its last batch: a plan of exactly enough patches has a few steps less.
+    if 1.03 * steps >= FEW_STEPS and 1.03 * patches >= FEW_PER_CASE * cases:
         return None
     needed = max(-(-FEW_STEPS * patches // steps), FEW_PER_CASE * cases)
-    digit = 10.0 ** (math.floor(math.log10(needed * patch_voxels)) - 1)
-    budget = math.ceil(needed * patch_voxels / digit) * digit
-    setting = f"train.budget={budget:g}" if by_plan else f"train.epochs=null and train.budget={budget:g}"
+    wanted = max(needed * patch_voxels, budget * needed / patches if by_plan else 0.0)
+    digit = 10.0 ** (math.floor(math.log10(wanted)) - 1)
+    enough = math.ceil(wanted / digit) * digit
+    settings = ([] if by_plan else ["train.epochs=null"]) + ([f"train.budget={enough:g}"] if enough > budget else [])
     return (
         f"train: {steps:,} optimizer steps and {patches / cases:.0f} patches a case are few for real scans. "
-        f"For {FEW_STEPS:,} steps and {FEW_PER_CASE} patches a case, set {setting}"
+        f"For {FEW_STEPS:,} steps and {FEW_PER_CASE} patches a case, set {' and '.join(settings)}"
     )

@@ -119,6 +119,9 @@ def test_plan_of_preprocessed_and_raw_data(made, tmp_path, capsys):
     assert "coarsest spacing" in stored
     assert "T1 (MRI)" in stored
     assert main(["plan", str(made.raw), "--params", str(tmp_path / "none.yaml")]) == 0
+    assert "8 training cases" in capsys.readouterr().out, "of the ten, in five folds"
+    (tmp_path / "params.yaml").write_text("preprocess: {folds: 2}\n")
+    assert main(["plan", str(made.raw), "--params", str(tmp_path / "params.yaml")]) == 0
     assert capsys.readouterr().out == stored
     (tmp_path / "params.yaml").write_text("preprocess: {depth_axis: y}\n")
     assert main(["plan", str(made.raw), "--params", str(tmp_path / "params.yaml"), "--json"]) == 0

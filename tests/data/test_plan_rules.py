@@ -187,20 +187,27 @@ def test_labels_that_are_one_component():
 @given(st.integers(1, 60), st.integers(1, 200), st.integers(1, 300), st.integers(1, 4), st.integers(100, 400_000))
 def test_the_budget_that_a_warning_names_is_enough(epochs, steps_per_epoch, cases, batch, voxels):
     steps = epochs * steps_per_epoch
+    by_plan = bool(epochs % 2)
     remark = rules.remark_on_few_steps(
-        steps=steps, patches=steps * batch, cases=cases, patch_voxels=voxels, by_plan=bool(epochs % 2)
-    )
-    assert (remark is None) == (steps >= 1500 and steps * batch >= 20 * cases)
+        steps=steps, patches=steps * batch, cases=cases, patch_voxels=voxels,
+        budget=steps * batch * voxels if by_plan else 1.0, by_plan=by_plan,
+    )  # fmt: skip
+    assert (remark is None) == (steps * 1.03 >= 1500 and steps * batch * 1.03 >= 20 * cases)
     if remark:
         budget = float(re.findall(r"train\.budget=([\d.e+]+)", remark)[0])
         assert budget / voxels / batch >= 1500 * 0.999
         assert budget / voxels >= 20 * cases * 0.999
         assert budget / voxels <= 1.11 * max(1500 * batch, 20 * cases)
-        assert ("train.epochs=null" in remark) == (epochs % 2 == 0)
+        assert ("train.epochs=null and" in remark) == (not by_plan)
 
 
 def test_the_words_of_the_warning():
-    assert rules.remark_on_few_steps(steps=70, patches=140, cases=13, patch_voxels=50_000, by_plan=True) == (
-        "train: 70 optimizer steps and 11 patches a case are few for real scans. "
-        "For 1,500 steps and 20 patches a case, set train.budget=1.5e+08"
-    )
+    few = {"steps": 70, "patches": 140, "cases": 13, "patch_voxels": 50_000}
+    begin = "train: 70 optimizer steps and 11 patches a case are few for real scans. "
+    begin += "For 1,500 steps and 20 patches a case, set "
+    for budget, by_plan, setting in (
+        (7e6, True, "train.budget=1.5e+08"),
+        (7e6, False, "train.epochs=null and train.budget=1.5e+08"),
+        (2e9, False, "train.epochs=null"),
+    ):
+        assert rules.remark_on_few_steps(**few, budget=budget, by_plan=by_plan) == begin + setting

@@ -78,7 +78,7 @@ def test_it_says_how_many_steps_and_whether_they_are_few(preprocessed, tmp_path,
     told = capsys.readouterr()
     assert told.out.splitlines()[0].endswith("; 2 steps, 2 an epoch")
     assert "train: 2 optimizer steps and 1 patches a case are few" in told.err
-    assert "set train.epochs=null and train.budget=" in told.err
+    assert "set train.epochs=null\n" in told.err
     monkeypatch.setattr(plan_rules, "FEW_STEPS", 2)
     monkeypatch.setattr(plan_rules, "FEW_PER_CASE", 1)
     train(preprocessed, tmp_path / "n", config(epochs=1))
