@@ -99,10 +99,11 @@ def test_mlflow_serves_what_openvino_computes(place, client, tmp_path_factory):
             status, answer = ask(port, {"inputs": nothing, "params": {"paths": wrong}})
             assert status == 400
             assert "scans" in json.dumps(answer), answer
-        image[0, 0, 0, 0, 0] = np.nan
+        spoiled = image.copy()
+        spoiled[0, 0, 0, 0, 0] = np.nan
         for inputs, params, words in (
             (nothing, {"paths": names, "output": "mask.nii.gz"}, "nothing is overwritten"),
-            ({"image": image.tolist()}, {}, "NaN or infinite"),
+            ({"image": spoiled.tolist()}, {}, "NaN or infinite"),
         ):
             status, answer = ask(port, {"inputs": inputs, "params": params})
             assert (status, words in json.dumps(answer)) == (400, True), answer
