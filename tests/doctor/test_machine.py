@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from distilldsm.core import machine as core_machine
 from distilldsm.core.errors import DataError
 from distilldsm.doctor import devices, machine
 from distilldsm.doctor.checks import Finding
@@ -120,7 +121,7 @@ def test_memory_and_the_largest_scan(monkeypatch):
             where=None,
         )
     free = {"bytes": 8_000_000_000}
-    for module in (memory, machine):
+    for module in (core_machine, machine):
         monkeypatch.setattr(module, "available_memory_bytes", lambda: free["bytes"])
     monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 9_000_000_000)
     (found,) = machine.check_memory(1)
