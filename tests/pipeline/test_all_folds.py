@@ -141,9 +141,10 @@ def test_the_data_are_made_as_far_as_they_are_not_there(place, monkeypatch, caps
     assert capsys.readouterr().out.rstrip().endswith("folds [0, 1]")
 
 
-def test_bad_data_stop_before_any_training(place, capsys):
-    (place / "data/raw/labelsTr/case_00.nii.gz").write_bytes(b"no volume")
-    shutil.rmtree(place / "data/validation")
+def test_bad_data_stop_before_any_training(place, prepared, capsys):
+    (place / "given/labelsTr/case_00.nii.gz").write_bytes(b"no volume")
+    params = (place / "params.yaml").read_text()
+    (place / "params.yaml").write_text(params.replace(str(prepared / "given"), str(place / "given")))
     assert main(["cross-validate"]) == 1
     captured = capsys.readouterr()
     assert "validate failed, exit code 1" in captured.err
