@@ -50,7 +50,7 @@ PIPELINE_COMMANDS = sorted(
         line.split("#")[0].split("&&")[0].strip()
         for page in (ROOT / "docs").glob("*.md")
         for block in re.findall(r"```bash\n(.*?)```", page.read_text(), flags=re.DOTALL)
-        for line in block.splitlines()
+        for line in block.replace("\\\n", " ").splitlines()
         if line.startswith(("distilldsm pipeline", "distilldsm lineage"))
     }
 )

@@ -174,7 +174,7 @@ STAGE = Stage(
     scope="data",
     image="data",
     run=run,
-    code=("data",),
+    code=("data", "io"),
     facts=facts,
     outdated=outdated,
 )

@@ -72,10 +72,12 @@ def _cores() -> int:
 def complete_user() -> None:
     """Give an unknown user, as in a container, a name and a home folder that does not exist: packages fail without."""
     missing = [names for names in (("HOME",), ("LOGNAME", "USER", "LNAME", "USERNAME")) if not _any_set(names)]
-    if not missing or not hasattr(os, "getuid"):
+    if not missing:
         return
-    import pwd
-
+    try:
+        import pwd
+    except ImportError:  # Windows
+        return
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:

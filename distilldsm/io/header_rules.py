@@ -252,7 +252,7 @@ AFFINE_RULES = (
 
 GEOMETRY_REMARKS = (
     HeaderRule(
-        "voxel_size_told_once",
+        "one_voxel_size",
         _sizes_differ,
         "pixdim and affine of the header give different voxel sizes; the affine is used",
         "one voxel size",

@@ -91,9 +91,9 @@ def test_scores_are_in_the_scans_geometry(trained, tmp_path, monkeypatch):
         assert (tmp_path / "e" / name).is_file()
     assert not (tmp_path / "e" / "scores").exists()
     assert file_hashes(trained["dataset"]) == before
-    # Ellipsoids and a shell have one component each: nothing to gain.
+    # Ellipsoids and a shell have one component each: so the plan keeps the largest, and there is nothing to gain.
     decided = load_postprocessing(tmp_path / "e" / "postprocessing.json")
-    assert (decided.kept, decided.cases, list(decided.labels)) == ((), len(held_out), ["shell", "core"])
+    assert (decided.kept, decided.cases, list(decided.labels)) == (("shell", "core"), len(held_out), ["shell", "core"])
     assert (tmp_path / "e" / "postprocessed.csv").read_text() == (tmp_path / "e" / "cases.csv").read_text()
     patients = {case.id: case.patient for case in DatasetIndex.load(trained["dataset"]).cases}
     with open(tmp_path / "e" / "cases.csv") as stream:
@@ -114,13 +114,18 @@ def test_specks_are_scored_with_and_without_and_stay_in_the_masks(trained, tmp_p
     monkeypatch.setattr(scoring, "_predictor", lambda *_: Oracle(trained["dataset"]))
     run(EvaluateConfig(workers=1), trained, {"evaluation": tmp_path / "clean"}, fold=0)
     decided = load_postprocessing(tmp_path / "specks" / "postprocessing.json")
-    assert decided.kept == ("core",)
+    assert decided.kept == ("shell", "core")
     core = decided.labels["core"]
     assert core.dice_kept > core.dice_raw + 1e-4
     assert (core.cases_changed, decided.labels["shell"].cases_changed) == (3, 0)
-    assert "core, largest component only: mean Dice +" in capsys.readouterr().out
+    assert (
+        "core, largest component only: by the plan: one component in nearly all cases; mean Dice +"
+        in capsys.readouterr().out
+    )
     page = (tmp_path / "specks" / "report.html").read_text()
-    assert re.search(r"Largest component only</h3>.*core</td><td[^>]*>yes</td><td[^>]*>mean Dice \+", page, re.DOTALL)
+    assert re.search(
+        r"Largest component only</h3>.*core</td><td[^>]*>yes</td><td[^>]*>by the plan.*?mean Dice \+", page, re.DOTALL
+    )
     table = {name: (tmp_path / name).read_text() for name in ("specks/cases.csv", "specks/postprocessed.csv")}
     assert table["specks/cases.csv"] != table["specks/postprocessed.csv"]
     assert table["specks/postprocessed.csv"] == (tmp_path / "clean" / "cases.csv").read_text()
