@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -66,6 +65,8 @@ def hashed_files(root: Path, names: Sequence[str], *, synced: bool = False) -> d
     Args:
         synced: also wait until the disk holds each file. Threads wait together: many small files cost one write.
     """
+    from concurrent.futures import ThreadPoolExecutor  # slow to import, and `--help` imports this module
+
     from distilldsm.core.progress import progress
 
     def one(name: str) -> tuple[State | None, str]:
