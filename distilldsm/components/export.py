@@ -57,6 +57,7 @@ def run(
             max_voxel_difference=config.max_voxel_difference,
             int8=config.int8,
             postprocessing=postprocessing,
+            scores=scores,
         )
         write_json(work / SCORES, scores)
         facts = {"fold": fold, **_cross_validation(inputs, fold)}

@@ -23,6 +23,7 @@ from distilldsm.export.int8 import make_int8
 from distilldsm.export.monai_bundle import write_monai_bundle
 from distilldsm.export.onnx_export import INPUT, OUTPUT, export_onnx
 from distilldsm.export.openvino_export import export_openvino
+from distilldsm.export.scores import Scores
 from distilldsm.export.serving import inference_service, to_yaml
 from distilldsm.inference.engines import Engine, NetworkFacts, OnnxEngine, OpenVINOEngine, TorchEngine
 from distilldsm.models.package import (
@@ -69,12 +70,13 @@ def build_package(
     max_voxel_difference: float = 1e-4,
     int8: Int8Config | None = None,
     postprocessing: tuple[str, ...] | None = None,
+    scores: Scores | None = None,
 ) -> Built:
     """Export a trained network into the empty directory `output`, and compare the export with the network.
 
     The IR stores its weights in half precision, or in float32 if half precision alone changes more voxels than
     allowed. An INT8 IR is added if it is clearly faster and as accurate (see int8.py); by default none is made.
-    `postprocessing` is copied into the metadata.
+    `postprocessing` is copied into the metadata, `scores` into the card.
 
     Raises:
         DataError: an input is missing or damaged, or belongs to another fold or plan than the model.
@@ -129,7 +131,7 @@ def build_package(
     write_json(output / "metrics.json", _metrics(summary, output))
     metadata = _metadata(spec, described, plan, index, weights, fold=fold, checkpoint=checkpoint)
     metadata = replace(metadata, int8=quantised, postprocessing=postprocessing)
-    return Built(metadata=_write_documents(metadata, plan, summary, output), summary=summary)
+    return Built(metadata=_write_documents(metadata, plan, summary, scores, output), summary=summary)
 
 
 def _agreeing_ir(
@@ -154,10 +156,14 @@ def _agreeing_ir(
 
 
 def _write_documents(
-    metadata: ModelMetadata, plan: Plan, summary: Mapping[str, Mapping[str, float]], output: Path
+    metadata: ModelMetadata,
+    plan: Plan,
+    summary: Mapping[str, Mapping[str, float]],
+    scores: Scores | None,
+    output: Path,
 ) -> ModelMetadata:
     """Write the card, the service, the bundle and the metadata; returns these with the hashes of all files."""
-    card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary)
+    card = model_card(metadata, plan_spacing_mm=plan.target_spacing_mm, summary=summary, scores=scores)
     (output / "README.md").write_text(card, encoding="utf-8")
     weights = "model.safetensors"
     known = replace(metadata, files={weights: sha256_file(output / weights)})

@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 from distilldsm.core.text import markdown
+from distilldsm.evaluation.metrics import main_metrics
+from distilldsm.export.scores import Scores
 from distilldsm.models.package import ModelMetadata
 from distilldsm.report.page import render
 
 
 def model_card(
-    metadata: ModelMetadata, *, plan_spacing_mm: tuple[float, float, float], summary: Mapping[str, Mapping[str, Any]]
+    metadata: ModelMetadata,
+    *,
+    plan_spacing_mm: tuple[float, float, float],
+    summary: Mapping[str, Mapping[str, Any]],
+    scores: Scores | None = None,
 ) -> str:
     """The card as Markdown.
 
@@ -19,7 +26,9 @@ def model_card(
         metadata: the model's metadata (file hashes are not needed).
         plan_spacing_mm: the plan's voxel size (depth, height, width); scans are resampled to it.
         summary: parity per runtime, see `parity.summary`.
+        scores: of the held-out cases; None, or without an evaluation: the card says that there are none.
     """
+    cases = scores.cases.values() if scores else ()
     network = metadata.network
     options = ", ".join(f"{key} {value}" for key, value in network.options.items())
     return render(
@@ -31,6 +40,12 @@ def model_card(
         spacing=" x ".join(f"{v:g}" for v in plan_spacing_mm),
         options=_options(metadata),
         summary=summary,
+        metrics=main_metrics(),
+        cases=len(cases),
+        held_out={
+            label: {m.name: fmean(case[label][m.name] for case in cases) for m in main_metrics()}
+            for label in (scores.labels if scores and cases else ())
+        },
     )
 
 

@@ -18,6 +18,7 @@ from distilldsm.core.hashes import MANIFEST, sha256_file
 from distilldsm.data.plan import Normalisation
 from distilldsm.export.build import describe_normalisation
 from distilldsm.export.card import model_card
+from distilldsm.export.scores import Scores
 from distilldsm.inference.loading import load_exported
 from distilldsm.models.package import (
     HASHED_FILES,
@@ -196,7 +197,10 @@ def test_the_card_names_use_data_and_limits(package):
     data = replace(metadata.data, licence="CC-BY-SA 4.0", note="from one template", name="<b>|[x](http://h)\n# y")
     noted = replace(metadata, data=data)
     row = {"max_logit_difference": 1e-5, "voxel_difference": 5e-5, "dice_difference": 1e-4}
-    card = model_card(noted, plan_spacing_mm=(2.0, 1.0, 1.0), summary={"onnx": row})
+    cases = {c: {"shell": {"dice": d, "hd95_mm": 1.0, "nsd": 0.5}} for c, d in {"a": 0.8, "b": 0.9}.items()}
+    facts = {"fold": 1, "checkpoint": "last", "data_hash": "", "split_hash": ""}
+    scores = Scores(source="evaluation", labels=("shell",), cases=cases, **facts)
+    card = model_card(noted, plan_spacing_mm=(2.0, 1.0, 1.0), summary={"onnx": row}, scores=scores)
     for text in (
         "CC-BY-SA 4.0",
         "**from one template**",
@@ -204,6 +208,8 @@ def test_the_card_names_use_data_and_limits(package):
         "0.0050 %",
         "T0.nii.gz T1.nii.gz",
         "| core | 2 |",
+        "Means over 2 cases",
+        "| | Dice | HD95 mm | NSD |\n|---|---|---|---|\n| shell | 0.8500 | 1.00 | 0.5000 |\n",
         r"- name: \<b\>\|\[x\](http://h) # y",
     ):
         assert text in card
