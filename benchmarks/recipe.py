@@ -40,9 +40,11 @@ def digest(*values: Any) -> str:
 
 
 def compose(work: Path, overrides: list[str]) -> tuple[Path, dict[str, Any]]:
-    """Write the parameters of a variant. Returns their file and their values."""
+    """Write the parameters of a variant. Returns their file and their values. Stages find conf/ beside the file."""
     import yaml
 
+    if not (work / "conf").exists():
+        (work / "conf").symlink_to(ROOT / "conf")
     target = work / f"params-{digest(overrides)}.yaml"
     command = [sys.executable, "-m", "distilldsm", "compose", *overrides, "-o", str(target)]
     subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL)
@@ -190,8 +192,6 @@ def main() -> None:
     args = parser.parse_args()
     work = args.work.resolve()
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "conf").exists():
-        (work / "conf").symlink_to(ROOT / "conf")
     shared = [
         f"{key}={Path(value).resolve()}" if key == "download.source" and Path(value).exists() else o
         for o in args.overrides
