@@ -99,6 +99,7 @@ def power_cuts(work: Path, *, cuts: int, rng: random.Random, targets: Sequence[s
                 if other := differences(project / name, reference / name) if (project / name).exists() else [name]:
                     problems.append(f"{stage} differs in {', '.join(other[:5])}")
             row.record(*problems)
+            print(f"  {row.tried} of {cuts}, {row.survived} recovered", flush=True)
     row.note = f"{helped} after the command that the error or doctor named"
     return row
 
