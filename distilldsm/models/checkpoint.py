@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -36,7 +37,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
     with whole_file(path) as temporary:
         # safetensors refuses tensors that share memory. The copies are also on the CPU and contiguous.
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        save_file(plain, temporary, metadata={"json": json.dumps(meta, sort_keys=True, allow_nan=False)})
+        text = json.dumps(meta, sort_keys=True, allow_nan=False)
+        save_file(plain, temporary, metadata={"json": text, "sha256": _digest(plain, text)})
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
 
@@ -51,8 +53,11 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            meta = json.loads((file.metadata() or {}).get("json", "{}"))
+            header = file.metadata() or {}
+            meta = json.loads(text := header.get("json", "{}"))
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
+            if header.get("sha256", digest := _digest(tensors, text)) != digest:
+                raise ValueError("its numbers have changed since they were written")
     except FileNotFoundError:
         raise DataError("checkpoint not found", where=path, hint="train the model first (dvc repro)") from None
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -65,6 +70,15 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         ) from None
     _require_finite(tensors, path)
     return tensors, meta
+
+
+def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+    """SHA-256 of metadata, names and values."""
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def _require_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

@@ -108,7 +108,8 @@ class Trainer:
         targets = self.plan.targets
         self.regions = torch.from_numpy(targets.membership()) if targets.regions else None
         self.network = build_network(config, self.plan, self.device)
-        resumed = (work / RESUME).exists()
+        checkpoint = self._read_checkpoint()
+        resumed = checkpoint is not None
         if config.initial_weights is not None and not resumed:
             path = Path(config.initial_weights)
             others = load_initial_weights(self.network, path, strict=config.initial_weights_strict)
@@ -122,8 +123,8 @@ class Trainer:
             self.trained = DeeplySupervised(self.network, config.deep_supervision).to(self.device)
         self.optimizer = make_optimizer(config, self.trained, self.settings.learning_rate)
         self.plateau, self.state = Plateau(), TrainingState()
-        if resumed:
-            self._resume()
+        if checkpoint is not None:
+            self._resume(*checkpoint)
         self.sampler = self._make_sampler(train_ids)
         if continued and not resumed:
             vars(self.state).update(continued.state(work, self.sampler.steps_per_epoch))
@@ -360,28 +361,28 @@ class Trainer:
         self.state.plateau = self.plateau.state()
         save_tensors(self.work / RESUME, tensors, {"state": vars(self.state), "optimizer": optimizer, "version": 1})
 
-    def _resume(self) -> None:
+    def _read_checkpoint(self) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+        """The checkpoint of an interrupted training. None: there is none, or it is damaged."""
         path = self.work / RESUME
-        tensors, meta = load_tensors(path)
+        try:
+            return load_tensors(path) if path.exists() else None
+        except DataError as error:
+            self._say(f"{path} {error.problem}: {error.seen}; training starts again")
+            if self.processes.is_main:
+                path.unlink(missing_ok=True)
+            return None
+
+    def _resume(self, tensors: dict[str, Tensor], meta: dict[str, Any]) -> None:
+        path = self.work / RESUME
 
         def part(prefix: str) -> dict[str, Tensor]:
             return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
         load_weights(self.trained, part("network."), path)
         load_weights(self.average.network, part("average."), path)
-        optimizer = {k: v for k, v in tensors.items() if k.startswith("optimizer.")}
-        try:
-            unpack_optimizer(self.optimizer, optimizer, meta["optimizer"])
-            torch.set_rng_state(tensors["rng.torch"])
-            self.state = TrainingState(**meta["state"])
-        except (KeyError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-            raise DataError(
-                "is not a checkpoint of a training",
-                where=path,
-                seen=f"{type(error).__name__}: {error}"[:300],
-                rule="a file from an interrupted training",
-                hint="remove the file to train from the start",
-            ) from None
+        unpack_optimizer(self.optimizer, tensors, meta["optimizer"])
+        torch.set_rng_state(tensors["rng.torch"])
+        self.state = TrainingState(**meta["state"])
         if self.state.plateau:
             self.plateau.load(self.state.plateau)
         self._say(f"resuming after epoch {self.state.epoch}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 import shutil
 from pathlib import Path
 
@@ -74,12 +75,13 @@ def test_a_pickle_by_any_name_is_no_checkpoint(tmp_path, canary, kind, name):
     assert name in str(caught.value)
 
 
-def test_a_training_does_not_go_on_from_a_pickle(made, tmp_path, canary):
+def test_a_training_does_not_go_on_from_a_pickle(made, tmp_path, canary, capsys):
     settings = TrainConfig(model=ModelConfig(options={"width": 0.25}), epochs=1, batch_size=2)
     for name in (RESUME, "best.pt", "checkpoint.pth"):
         (tmp_path / name).write_bytes(canary.pickled("torch"))
-    with pytest.raises(DataError, match=r"resume\.safetensors: is not a readable checkpoint"):
-        Trainer(settings, preprocessed=made.preprocessed, work=tmp_path, fold=FOLD)
+    assert Trainer(settings, preprocessed=made.preprocessed, work=tmp_path, fold=FOLD).state.epoch == 0
+    assert re.search(r"resume\.safetensors is not a readable checkpoint: .*starts again", capsys.readouterr().err)
+    assert not (tmp_path / RESUME).exists()
 
 
 @pytest.mark.parametrize("stage", ["evaluate", "export"])

@@ -156,6 +156,18 @@ def test_what_is_kept_of_an_interrupted_training(trainer):
     assert (made.work / RESUME).exists()
 
 
+def test_a_damaged_checkpoint_means_a_new_start(trainer, capsys):
+    made = trainer(epochs=4)
+    made.state.epoch = 3
+    made._save_resume()
+    assert trainer(epochs=4).state.epoch == 3
+    content = bytearray((made.work / RESUME).read_bytes())
+    content[-3] ^= 1
+    (made.work / RESUME).write_bytes(content)
+    assert trainer(epochs=4).state.epoch == 0
+    assert "its numbers have changed since they were written; training starts again" in capsys.readouterr().err
+
+
 def test_margins_are_read_for_what_turns_or_bends(trainer, tmp_path, preprocessed):
     assert trainer().sampler.margin == 1.0
     for name in ("spatial", "elastic"):
