@@ -197,16 +197,23 @@ def make_record(
     )
 
 
-def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: int) -> Uint8:
+def label_to_network_space(
+    classes: Uint8, record: GeometryRecord, class_count: int, *, shares: Uint8 | None = None
+) -> Uint8:
     """Resample classes (X, Y, Z) on the scan's grid to (D, H, W) on the network's grid.
 
     Each class is resampled linearly as a separate map, and the class with the largest value wins: where voxels become
     larger, that is the class with the largest share. So no new label values appear between two others, and boundaries
     stay smooth. Of equal values, the smaller class wins.
+
+    Args:
+        shares: array (K - 1, D, H, W) to fill: 255 times the share of each class but the background in each voxel.
     """
     box = tuple(slice(a, b) for a, b in zip(record.crop_start, record.crop_stop, strict=True))
     array = reorient(classes[None], np.array(record.affine), record.axis_order)[0][box]
     if array.shape == record.resampled:
+        if shares is not None:
+            shares[:] = 255 * (array == np.arange(1, class_count)[:, None, None, None])
         return np.ascontiguousarray(array)
     label = np.zeros(record.resampled, dtype=np.uint8)
     best = np.full(record.resampled, -1, dtype=np.float32)
@@ -223,6 +230,8 @@ def label_to_network_space(classes: Uint8, record: GeometryRecord, class_count: 
             plane = slices(n)[0]
             label[n][plane > best[n]] = k
             np.maximum(best[n], plane, out=best[n])
+            if shares is not None and k:
+                shares[k - 1, n] = np.rint(255 * plane)
     return label
 
 

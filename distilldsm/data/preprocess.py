@@ -26,6 +26,7 @@ from distilldsm.data.fingerprint import CaseFingerprint, fingerprint_case, load_
 from distilldsm.data.geometry import label_to_network_space, to_network_space
 from distilldsm.data.plan import Plan, TrainingPlan, make_plan, regions_of, resampled_shape
 from distilldsm.data.splits import make_splits, read_splits
+from distilldsm.data.targets import SHARES_LIMIT
 from distilldsm.io.formats import read_file
 
 LOCATIONS_PER_CLASS = 2_000
@@ -47,7 +48,8 @@ def preprocess_dataset(
     """Write everything training needs into `output`.
 
     Layout: `plan.json`, `fingerprint.json`, `splits.json`, `dataset_index.json`, and per case
-    `images/<id>.npy` (C, D, H, W) float16, `labels/<id>.npy` (D, H, W) uint8 class indices,
+    `images/<id>.npy` (C, D, H, W) float16, `labels/<id>.npy` (D, H, W) uint8 class indices, `shares/<id>.npy`
+    (K - 1, D, H, W) uint8 if cases are resampled and there are at most SHARES_LIMIT classes (`label_to_network_space`),
     `locations/<id>.npy` (n, 4) int32 rows (class, d, h, w), `cases/<id>.json` (the geometry record). A case that
     an interrupted call has finished is not done again.
 
@@ -88,11 +90,16 @@ def preprocess_dataset(
     todo = [c for c in index.cases if not is_finished(output, f"cases/{c.id}")]
     order = plan.axis_order
     spacing = [plan.target_spacing_mm[order.index(k)] for k in range(3)]
-    largest = max(
-        max(math.prod(f.shape), math.prod(resampled_shape(f.shape, f.spacing_mm, spacing))) for f in fingerprints
+    after = [resampled_shape(f.shape, f.spacing_mm, spacing) for f in fingerprints]
+    workers = _workers(
+        index, config, max(math.prod(n) for f, m in zip(fingerprints, after, strict=True) for n in (f.shape, m))
     )
-    workers = _workers(index, config, largest)
-    run_cases("preprocess", _preprocess, [(root, c, about, plan, output) for c in todo], workers)
+    with_shares = len(plan.class_names) <= SHARES_LIMIT and any(
+        f.shape != n for f, n in zip(fingerprints, after, strict=True)
+    )
+    if with_shares:
+        (output / "shares").mkdir(exist_ok=True)
+    run_cases("preprocess", _preprocess, [(root, c, about, plan, with_shares, output) for c in todo], workers)
 
     plan.save(output / "plan.json")
     write_json(output / "fingerprint.json", summarise(fingerprints, index))
@@ -145,10 +152,12 @@ def _fingerprint(root: Path, case: Case, index: DatasetIndex, output: Path) -> N
     finish(output, f"fingerprint/{case.id}", path)
 
 
-def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output: Path) -> None:
+def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, with_shares: bool, output: Path) -> None:
     scan, classes = load_case(root, case, index)
     image, record = to_network_space(scan, plan)
-    label = label_to_network_space(classes, record, len(plan.class_names))
+    count = len(plan.class_names)
+    shares = np.zeros((count - 1, *record.resampled), np.uint8) if with_shares else None
+    label = label_to_network_space(classes, record, count, shares=shares)
     largest = max(float(image.max(initial=0)), -float(image.min(initial=0)))
     if not largest <= LARGEST_STORED:
         raise DataError(
@@ -163,6 +172,8 @@ def _preprocess(root: Path, case: Case, index: DatasetIndex, plan: Plan, output:
         "labels": label,
         "locations": foreground_locations(label, len(plan.class_names)),
     }
+    if shares is not None:
+        arrays["shares"] = shares
     files = {output / name / f"{case.id}.npy": array for name, array in arrays.items()}
     for path, array in files.items():
         save_array(path, array)

@@ -17,6 +17,8 @@ from distilldsm.core.errors import ConfigError
 from distilldsm.core.text import is_plain, one_line
 
 Float32 = npt.NDArray[np.float32]
+SHARES_LIMIT = 8
+"""With at most this many classes, labels are warped as maps, and resampled voxels keep each class's share."""
 LARGEST_NOT_TRIED = "not tried, as regions overlap and none contains all others"
 
 

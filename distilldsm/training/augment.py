@@ -10,11 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from distilldsm.config import AugmentConfig
+from distilldsm.data.targets import SHARES_LIMIT
 
-ONE_HOT_LIMIT = 8
-"""Up to this number of classes, labels are warped as class maps (smooth borders); above, by nearest neighbour."""
 CONTROL_POINTS = 5
-_AXES = {"depth": 2, "height": 3, "width": 4}
+_AXES = {"depth": -3, "height": -2, "width": -1}
 
 
 class Draws:
@@ -76,14 +75,15 @@ def augment(
     """Rotate, scale, bend, mirror and change the intensities of a batch.
 
     Args:
-        images: (B, C, D', H', W') float; labels: (B, D', H', W') integer; larger than `size` by a margin.
+        images: (B, C, D', H', W') float; labels: (B, D', H', W') integer, or (B, K - 1, D', H', W') uint8, 255 times
+            the shares of the classes; larger than `size` by a margin.
         size: (D, H, W) of the crop around the middle.
         spacing_mm: (D, H, W) voxel size, because rotations are in mm, not in voxels.
         coarse_slices: from the plan. Then slices are not tilted unless the config sets `tilt_deg`, and not coarsened.
         generator: a CPU generator; the same state gives the same result. `Draws` if the batch is a process's share.
 
     Returns:
-        images (B, C, D, H, W) float32 and labels (B, D, H, W) int64.
+        images (B, C, D, H, W) float32 and labels (B, D, H, W) int64, or shares (B, K - 1, D, H, W) float32.
     """
     draws = _draws(generator)
     matrices = _draw_matrices(len(images), config, coarse_slices, spacing_mm, draws).to(images.device)
@@ -91,7 +91,9 @@ def augment(
     if config.elastic_probability:
         grid += _bend(len(images), config, spacing_mm, images.shape[2:], size, draws).to(grid.device)
     images = F.grid_sample(images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=True)
-    if classes <= ONE_HOT_LIMIT:
+    if labels.ndim == 5:
+        labels = F.grid_sample(labels / 255, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
+    elif classes <= SHARES_LIMIT:  # smooth borders
         maps = F.one_hot(labels.long(), classes).movedim(-1, 1)[:, 1:].float()
         warped = F.grid_sample(maps, grid, mode="bilinear", padding_mode="zeros", align_corners=True)
         labels = likeliest(warped)
@@ -101,8 +103,8 @@ def augment(
     for axis in config.mirror_axes:
         flip = draws.rand(len(images)) < 0.5
         for k in torch.nonzero(flip).flatten().tolist():
-            images[k] = images[k].flip(_AXES[axis] - 1)
-            labels[k] = labels[k].flip(_AXES[axis] - 2)
+            images[k] = images[k].flip(_AXES[axis])
+            labels[k] = labels[k].flip(_AXES[axis])
     # Before the white noise, because a single process draws that from the same generator.
     drawn = draws.rand(*images.shape[:2], 2) if config.low_resolution_probability else None
     images = change_intensities(images, config.intensity_probability, draws)
@@ -132,7 +134,8 @@ def likeliest(maps: Tensor) -> Tensor:
 def centre_crop(images: Tensor, labels: Tensor, size: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The middle (D, H, W) of a batch without other changes, like `augment` with all probabilities 0."""
     d, h, w = (slice(_offset(n, s), _offset(n, s) + s) for n, s in zip(images.shape[2:], size, strict=True))
-    return images[..., d, h, w].float(), labels[..., d, h, w].long()
+    cropped = labels[..., d, h, w]
+    return images[..., d, h, w].float(), cropped / 255 if labels.ndim == 5 else cropped.long()
 
 
 def _offset(grown: int, size: int) -> int:

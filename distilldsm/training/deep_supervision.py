@@ -39,7 +39,7 @@ def supervised_loss(
 ) -> Tensor:
     """`loss` of the logits; with several levels the weighted mean, each level with half the weight of the level above.
 
-    labels: (B, D, H, W) classes at full resolution; lower levels use the class of the nearest voxel.
+    labels: (B, D, H, W) classes or (B, K - 1, D, H, W) shares at full resolution; lower levels use the nearest voxel.
     """
     if isinstance(outputs, Tensor):
         return loss(outputs, labels)
@@ -47,8 +47,10 @@ def supervised_loss(
     for level, logits in enumerate(outputs):
         size = logits.shape[2:]
         truth = labels
-        if size != labels.shape[1:]:
-            truth = F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")[:, 0].long()
+        if size != labels.shape[-3:]:
+            maps = labels.float().reshape(len(labels), -1, *labels.shape[-3:])
+            near = F.interpolate(maps, size=size, mode="nearest-exact")
+            truth = near if labels.ndim == 5 else near[:, 0].long()
         total = total + 0.5**level * loss(logits, truth)
         weights += 0.5**level
     return total / weights

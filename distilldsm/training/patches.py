@@ -52,6 +52,7 @@ class PatchSampler:
         self.margin = margin
         self.patch_size = tuple(-(-n // s) * s for n, s in zip(patch_size, stride, strict=True))
         self.depth_stride = stride[0]
+        self.labels = "shares" if (self.root / "shares").is_dir() else "labels"
         self.depths = np.array(
             [read_json(self.root / "cases" / f"{c}.json")["geometry"]["resampled"][0] for c in self.case_ids]
         )
@@ -74,6 +75,7 @@ class PatchSampler:
 
         Returns:
             images (B, C, D', H', W'), labels (B, D', H', W') with the margin, and the size (D, H, W) of the final crop.
+            Of a data set with `shares`, these (B, K - 1, D', H', W') instead of labels.
             D is the smallest depth of the batch's cases, at most the patch's depth. So there are no padded slices, from
             which a network that uses neighbouring slices would learn.
         """
@@ -93,10 +95,11 @@ class PatchSampler:
         rng = np.random.default_rng([self.seed, epoch, position, 1])
         name = self.case_ids[case]
         image = open_array(self.root / "images" / f"{name}.npy")
-        label = open_array(self.root / "labels" / f"{name}.npy")
-        centre = self._centre(name, label.shape, size, rng)
+        label = open_array(self.root / self.labels / f"{name}.npy")
+        centre = self._centre(name, image.shape[1:], size, rng)
         grown = tuple(round(n * self.margin) for n in size)
-        return _cut(image, centre, grown), _cut(label[None], centre, grown)[0]
+        cut = _cut(label.reshape(-1, *image.shape[1:]), centre, grown)
+        return _cut(image, centre, grown), cut if label.ndim == 4 else cut[0]
 
     def _centre(
         self, name: str, shape: Sequence[int], size: Sequence[int], rng: np.random.Generator
