@@ -37,8 +37,8 @@ def save_tensors(path: Path, tensors: dict[str, Tensor], meta: dict[str, Any]) -
     with whole_file(path) as temporary:
         # safetensors refuses tensors that share memory. The copies are also on the CPU and contiguous.
         plain = {k: v.detach().to("cpu", copy=True).contiguous() for k, v in tensors.items()}
-        text = json.dumps(meta, sort_keys=True, allow_nan=False)
-        save_file(plain, temporary, metadata={"json": text, "sha256": _digest(plain, text)})
+        # One entry only: safetensors writes several in random order.
+        save_file(plain, temporary, metadata={"json": _json({**meta, "sha256": _digest(plain, meta)})})
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
 
@@ -53,14 +53,14 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            header = file.metadata() or {}
-            meta = json.loads(text := header.get("json", "{}"))
+            meta = json.loads((file.metadata() or {}).get("json", "{}"))
             tensors = {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118 - no mapping
-            if header.get("sha256", digest := _digest(tensors, text)) != digest:
+            expected = meta.pop("sha256", None)
+            if expected not in (None, _digest(tensors, meta)):
                 raise ValueError("its numbers have changed since they were written")
     except FileNotFoundError:
         raise DataError("checkpoint not found", where=path, hint="train the model first (dvc repro)") from None
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, AttributeError, RecursionError) as error:
         raise DataError(
             "is not a readable checkpoint",
             where=path,
@@ -72,9 +72,13 @@ def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return tensors, meta
 
 
-def _digest(tensors: Mapping[str, Tensor], text: str) -> str:
+def _json(meta: Mapping[str, Any]) -> str:
+    return json.dumps(meta, sort_keys=True, allow_nan=False)
+
+
+def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
     """SHA-256 of metadata, names and values."""
-    digest = hashlib.sha256(text.encode())
+    digest = hashlib.sha256(_json(meta).encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].reshape(-1).view(torch.uint8).numpy().data)

@@ -252,4 +252,15 @@ def test_resampled_labels_are_the_largest_of_their_maps(coarse):
         resample((classes[None] == k).astype(np.float32), record.resampled, order=1, coarse_slices=coarse)[0]
         for k in range(5)
     ]
-    assert np.array_equal(label_to_network_space(classes, record, 5), np.argmax(maps, axis=0))
+    shares = np.zeros((4, *record.resampled), dtype=np.uint8)
+    assert np.array_equal(label_to_network_space(classes, record, 5, shares=shares), np.argmax(maps, axis=0))
+    np.testing.assert_allclose(shares / 255, maps[1:], atol=0.5 / 255 + 1e-6)
+
+
+def test_shares_of_labels_that_are_not_resampled_are_zero_and_one():
+    classes = np.random.default_rng(0).integers(0, 3, (4, 5, 6)).astype(np.uint8)
+    plan = make_plan(depth_axis="x", target_spacing_mm=(1.0, 1.0, 1.0), crop_to_nonzero=False)
+    record = make_record(np.eye(4), classes.shape, (0, 0, 0), classes.shape, plan)
+    shares = np.zeros((2, *record.resampled), dtype=np.uint8)
+    label = label_to_network_space(classes, record, 3, shares=shares)
+    assert np.array_equal(shares, 255 * np.stack([label == 1, label == 2]))

@@ -163,9 +163,9 @@ def test_what_half_precision_holds_is_stored(tmp_path: Path, value):
         (tmp_path / "out" / folder).mkdir(parents=True)
     if abs(value) > 65_000:
         with pytest.raises(DataError, match=r"too large(.|\n)*seen: 6.51e\+04 after"):
-            preprocess._preprocess(tmp_path, case, index, plan, tmp_path / "out")
+            preprocess._preprocess(tmp_path, case, index, plan, False, tmp_path / "out")
     else:
-        preprocess._preprocess(tmp_path, case, index, plan, tmp_path / "out")
+        preprocess._preprocess(tmp_path, case, index, plan, False, tmp_path / "out")
         assert np.load(tmp_path / "out/images/a.npy").sum() == np.float16(value)
 
 
@@ -195,6 +195,24 @@ def test_arrays_for_training(prepared):
         assert all(label[tuple(row[1:])] == row[0] for row in locations)
     assert len(read_json(output / "splits.json")["folds"]) == 3
     assert read_json(output / "fingerprint.json")["cases"] == 6
+    assert not (output / "shares").exists()
+
+
+def test_resampled_cases_keep_the_shares_of_their_classes(prepared, tmp_path: Path, monkeypatch):
+    root, index, _, plan = prepared
+    coarser = tuple(2 * mm for mm in plan.target_spacing_mm)
+    settings = PreprocessConfig(folds=3, workers=1, target_spacing_mm=coarser)
+    preprocess_dataset(root, index, settings, tmp_path / "out")
+    for case in index.cases:
+        label = np.load(tmp_path / "out" / "labels" / f"{case.id}.npy")
+        shares = np.load(tmp_path / "out" / "shares" / f"{case.id}.npy").astype(int)
+        assert shares.shape == (2, *label.shape)
+        every = np.concatenate([255 - shares.sum(axis=0, keepdims=True), shares])
+        assert ((every > 0) & (every < 255)).any()
+        assert (np.take_along_axis(every, label[None], 0)[0] >= every.max(axis=0) - 1).all()
+    monkeypatch.setattr(preprocess, "SHARES_LIMIT", 2)
+    preprocess_dataset(root, index, settings, tmp_path / "many")
+    assert not (tmp_path / "many" / "shares").exists()
 
 
 def test_workers_and_resuming_do_not_change_a_byte(prepared, tmp_path: Path, monkeypatch):

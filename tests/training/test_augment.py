@@ -37,6 +37,24 @@ def test_augmenting_with_nothing_is_a_centre_crop(size):
     assert torch.equal(y, cropped[1])
 
 
+def test_shares_are_moved_like_the_classes():
+    """Turned, bent and mirrored shares of 0 and 1 give the classes where one share is above a half."""
+    config = AugmentConfig(spatial_probability=1, elastic_probability=1, mirror_axes=("depth", "height", "width"))
+    images, labels = ball_batch()
+    shares = torch.stack([labels == 1], dim=1).to(torch.uint8) * 255
+    both = [
+        augment(images, y, (8, 16, 16), config, **CUBES, generator=torch.Generator().manual_seed(3))
+        for y in (labels, shares)
+    ]
+    assert torch.equal(both[0][0], both[1][0])
+    moved = both[1][1]
+    assert moved.dtype == torch.float32
+    assert ((moved > 0.1) & (moved < 0.9)).any()
+    assert torch.equal(both[0][1], (moved[:, 0] > 0.5).long())
+    cropped = centre_crop(images, shares, (8, 16, 16))[1]
+    assert torch.equal(cropped[:, 0].long(), centre_crop(images, labels, (8, 16, 16))[1])
+
+
 def test_augmentation_repeats_with_its_seed_and_differs_between_samples():
     config = AugmentConfig(mirror_axes=("depth", "height", "width"))
     a, b, c = run_augment(config), run_augment(config), run_augment(config, seed=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,22 @@ def test_batches_depend_on_epoch_and_step_only(preprocessed):
     for a, b in zip(one.batch(3, 1), two.batch(3, 1), strict=True):
         assert np.array_equal(a, b)
     assert not np.array_equal(one.batch(3, 1)[0], one.batch(4, 1)[0])
+
+
+def test_shares_are_cut_like_labels(preprocessed, tmp_path):
+    root, cases = preprocessed
+    shutil.copytree(root, tmp_path / "shares_too")
+    (tmp_path / "shares_too" / "shares").mkdir()
+    for case in cases:
+        label = np.load(root / "labels" / f"{case}.npy")
+        np.save(
+            tmp_path / "shares_too" / "shares" / f"{case}.npy", np.stack([label == k for k in (1, 2)]) * np.uint8(255)
+        )
+    images, labels, size = sampler(preprocessed).batch(3, 1)
+    of_shares = sampler((tmp_path / "shares_too", cases)).batch(3, 1)
+    assert np.array_equal(of_shares[0], images)
+    assert np.array_equal(of_shares[1], np.stack([labels == k for k in (1, 2)], axis=1) * np.uint8(255))
+    assert of_shares[2] == size
 
 
 def test_an_epoch_uses_every_case_once(preprocessed):

@@ -15,7 +15,7 @@ from distilldsm.data.targets import Targets
 from distilldsm.models import build_model
 from distilldsm.models.checkpoint import load_tensors, load_weights, pack_optimizer, save_tensors, unpack_optimizer
 from distilldsm.training.ema import WeightAverage
-from distilldsm.training.losses import segmentation_loss, soft_dice_loss
+from distilldsm.training.losses import class_shares, region_targets, segmentation_loss, soft_dice_loss
 from distilldsm.training.setup import (
     build_network,
     choose_bf16,
@@ -48,6 +48,33 @@ def test_loss_weights_and_perfect_prediction():
     dice = segmentation_loss(logits, labels, dice_weight=1, cross_entropy_weight=0)
     entropy = segmentation_loss(logits, labels, dice_weight=0, cross_entropy_weight=1)
     assert float(both) == pytest.approx(0.5 * float(dice) + 2 * float(entropy), rel=1e-5)
+
+
+@pytest.mark.parametrize("regions", [None, torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])])
+def test_shares_of_zero_and_one_have_the_loss_of_the_classes(regions):
+    logits, labels = torch.randn(2, 3 if regions is None else 2, 4, 5, 6), torch.randint(0, 3, (2, 4, 5, 6))
+    shares = torch.stack([labels == k for k in (1, 2)], dim=1).float()
+    of_classes, of_shares = (
+        segmentation_loss(logits, target, dice_weight=1, cross_entropy_weight=1, regions=regions)
+        for target in (labels, shares)
+    )
+    torch.testing.assert_close(of_shares, of_classes)
+
+
+@pytest.mark.parametrize("weights", [(1.0, 0.0), (0.0, 1.0)])
+@pytest.mark.parametrize("regions", [None, torch.tensor([[0.0, 1.0, 1.0], [0.0, 0.0, 1.0]])])
+def test_both_losses_are_lowest_where_probabilities_equal_the_shares(regions, weights):
+    shares = torch.distributions.Dirichlet(torch.ones(3)).sample((1, 4, 4, 4)).movedim(-1, 1)[:, 1:]
+    truth = class_shares(shares, 3) if regions is None else region_targets(shares, regions)
+    exact = truth.log() if regions is None else truth.logit()
+
+    def loss(logits: torch.Tensor) -> float:
+        dice, entropy = weights
+        return float(segmentation_loss(logits, shares, dice_weight=dice, cross_entropy_weight=entropy, regions=regions))
+
+    for _ in range(5):
+        assert loss(exact) < loss(exact + 0.3 * torch.randn_like(exact))
+    assert loss(exact) < loss(3 * exact)  # more certain
 
 
 def test_dice_over_processes_is_of_their_sums():
