@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +16,24 @@ TOGETHER = Path("cross_validation")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("directories", metavar="DIR", nargs="*", help="default: evaluation/fold*")
+    parser.add_argument(
+        "directories", metavar="DIR", nargs="*", help="default: the folds of cv.folds and of cross-validate"
+    )
     parser.add_argument("--json", action="store_true", help="print a JSON object")
 
 
 def run(args: argparse.Namespace) -> None:
     """Print the table of each folder: scores per label of an evaluated fold, or over the folds of a cross-validation.
 
-    Without folders, print all folds in `evaluation/` and the table over them.
+    Without folders, print the folds in `evaluation/` and the table over them. Folds that neither cv.folds nor the
+    cross-validation holds are left over from earlier parameters: a line on stderr names them.
 
     Raises:
         DataError: there is no evaluated fold, or a folder holds no scores.
     """
-    directories = [Path(d) for d in args.directories] or sorted(
-        path.parent for path in Path("evaluation").glob("fold*/summary.json")
-    )
+    directories = [Path(d) for d in args.directories] or _evaluated()
     if not directories:
         raise DataError("no evaluated fold", where="evaluation", hint="run dvc repro, or name the directories")
-    if not args.directories and _is_current(TOGETHER):
-        directories.append(TOGETHER)
     summaries = {str(directory): read_json(directory / "summary.json") for directory in directories}
     for directory, table in summaries.items():
         if not (isinstance(table, dict) and {"labels", "mean"} <= table.keys()):
@@ -51,6 +51,24 @@ def run(args: argparse.Namespace) -> None:
             print(fold_table.format_table(table, directory))
     if len(of_folds) > 1 and len(of_folds) == len(summaries):
         print(_over_folds(of_folds))
+
+
+def _evaluated() -> list[Path]:
+    """The evaluated folds, and the cross-validation if it is of these."""
+    from distilldsm.config.presets import load_params
+
+    found = sorted(path.parent for path in Path("evaluation").glob("fold*/summary.json"))
+    together = [TOGETHER] if _is_current(TOGETHER) else []
+    if not Path("params.yaml").is_file():
+        return [*found, *together]
+    folds = {
+        *load_params().cv.folds,
+        *(fold for path in together for fold in read_json(path / "summary.json")["folds"]),
+    }
+    old = [path for path in found if path.name not in {f"fold{fold}" for fold in folds}]
+    if old:
+        print(f"not in cv.folds, left out: {', '.join(map(str, old))}", file=sys.stderr)
+    return [*(path for path in found if path not in old), *together]
 
 
 def _is_current(directory: Path) -> bool:

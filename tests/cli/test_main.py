@@ -164,6 +164,13 @@ def test_summary_of_one_and_several_folds(tmp_path, monkeypatch, capsys):
         ["shell", "0.7500", "0.0707"],
         ["core", "0.8500", "0.0707"],
     ]
+    (tmp_path / "params.yaml").write_text("cv: {folds: [1]}\n")  # fold 0 is left over from earlier parameters
+    assert main(["summary"]) == 0
+    shown = capsys.readouterr()
+    assert "evaluation/fold1" in shown.out
+    assert "fold0" not in shown.out
+    assert "left out: evaluation/fold0" in shown.err
+    (tmp_path / "params.yaml").unlink()
     assert main(["summary", "evaluation/fold1", "--json"]) == 0
     assert set(json.loads(capsys.readouterr().out)) == {"evaluation/fold1"}
     write_folds(tmp_path, count=2)
