@@ -78,10 +78,11 @@ def _announce(config: TrainConfig, trainer: Any, source: str) -> None:
     from distilldsm.data.dataset import SAMPLE_SOURCE
     from distilldsm.data.plan_rules import remark_on_few_steps
 
-    sampler = trainer.sampler
+    sampler, planned = trainer.sampler, trainer.plan.batch_size
     print(
         f"{config.model.name}: {trainer.cost}; {trainer.device}, {'bf16' if trainer.bf16 else 'float32'}; "
-        f"{trainer.total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch",
+        f"{trainer.total_steps:,} steps, {sampler.steps_per_epoch:,} an epoch"
+        + (f", {sampler.batch_size} patches a step (plan: {planned})" if sampler.batch_size != planned else ""),
         flush=True,
     )
     remark = remark_on_few_steps(

@@ -176,7 +176,7 @@ def choose_patch(shape: Size, box: Size, limit: int) -> tuple[Size, str]:
 def batch_size(patch: Size) -> tuple[int, str]:
     """Patches per step, and the reason."""
     batch = int(np.clip(round(VOXELS_PER_STEP / np.prod(patch)), 2, 4))
-    return batch, f"about {VOXELS_PER_STEP:,} voxels per step, from 2 to 4 patches"
+    return batch, f"about {VOXELS_PER_STEP:,} voxels per step, from 2 to 4 patches; train.batch_size overrides it"
 
 
 def patches_to_see(budget: float, patch: Size, cases: int, *, whole: bool) -> tuple[int, str]:
