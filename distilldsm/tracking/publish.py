@@ -6,6 +6,7 @@ metrics by their steps, and files by their names and sizes. At the end it sets a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -106,29 +107,27 @@ class Publisher:
         self._problems: list[str] = []
         self._notes: list[str] = []
         self._listings: dict[str, dict[str, int]] | None = None
+        self._uploaded: dict[str, int] = {}
         self._registration: str | None = None
 
     @property
     def uri(self) -> str | None:
         """The store's address; None for an output without a tracked run."""
-        try:
-            record = load(self.directory)
-        except UserError:
+        record = self._readable()
+        if record is None or record.run is None:
             return None
-        return (
-            None
-            if record is None or record.run is None
-            else self._to or live_uri(record.run.tracking_uri, self.directory)
-        )
+        return self._to or live_uri(record.run.tracking_uri, self.directory)
 
     @property
     def is_followed(self) -> bool:
         """Whether the process that writes the output is running. It then publishes the output itself."""
-        try:
-            record = load(self.directory)
-        except UserError:
-            return False
+        record = self._readable()
         return record is not None and record.is_at_work(self.directory) is True
+
+    def _readable(self) -> Record | None:
+        with contextlib.suppress(UserError):
+            return load(self.directory)
+        return None
 
     def is_published(self) -> bool:
         """Whether MLflow holds everything in the record. Sends nothing.
@@ -204,6 +203,7 @@ class Publisher:
         self._once("metrics", lambda: self._send_values(record))
         for file in record.files:
             self._once(f"file {file.to} {file.path}", functools.partial(self._send_file, file))
+        self._once(f"files {sorted(self._uploaded)}", lambda: store.check_artifacts(run_id, self._uploaded))
         for child in record.children:
             self._once(f"child {child.name}", functools.partial(self._send_child, child))
         if record.model is not None:
@@ -356,6 +356,7 @@ class Publisher:
         elif self._size_in_store(f"{file.to}/{path.name}") != path.stat().st_size:
             with patience():
                 self._client.log_artifact(run_id, str(path), file.to)
+            self._uploaded[f"{file.to}/{path.name}"] = path.stat().st_size
 
     def _size_in_store(self, artifact: str) -> int | None:
         """Size in bytes of an artifact that an earlier attempt has sent, else None."""
@@ -363,8 +364,7 @@ class Publisher:
             return None
         folder = artifact.rpartition("/")[0]
         if folder not in self._listings:
-            entries = self._client.list_artifacts(self._run.info.run_id, folder or None)
-            self._listings[folder] = {entry.path: int(entry.file_size or 0) for entry in entries if not entry.is_dir}
+            self._listings[folder] = self._store.artifact_sizes(self._run.info.run_id, folder)
         return self._listings[folder].get(artifact)
 
     def _send_child(self, child: RunIdentity) -> None:

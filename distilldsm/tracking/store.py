@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,6 +162,24 @@ class Store:
             self.client.update_run(run.info.run_id, name=identity.name)
             self.client.delete_tag(run.info.run_id, PLACEHOLDER_TAG)
         return run
+
+    def artifact_sizes(self, run_id: str, folder: str) -> dict[str, int]:
+        """Size in bytes of each artifact in a folder of a run."""
+        entries = self.client.list_artifacts(run_id, folder or None)
+        return {entry.path: int(entry.file_size or 0) for entry in entries if not entry.is_dir}
+
+    def check_artifacts(self, run_id: str, sizes: Mapping[str, int]) -> None:
+        """Raise a UserError for an artifact that the store has cut or lost. `sizes`: artifact to its size in bytes."""
+        folders = {artifact.rpartition("/")[0] for artifact in sizes}
+        seen = {name: size for folder in folders for name, size in self.artifact_sizes(run_id, folder).items()}
+        for artifact, size in sizes.items():
+            if seen.get(artifact) != size:
+                raise UserError(
+                    f"{artifact} did not arrive whole",
+                    where=redact_uri(self.uri),
+                    seen=f"{seen.get(artifact, 0):,} of {size:,} bytes",
+                    hint="check the server's artifact storage: is its disk full? The next publish sends the file again",
+                )
 
     def announce_table(self, run_id: str, artifact: str) -> None:
         """Add a table to the list that MLflow's pages can show and compare across runs."""

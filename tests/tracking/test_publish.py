@@ -290,6 +290,24 @@ def test_what_a_store_rejects_is_left_for_the_next_publish(place, client, no_sen
     assert history(client, "train_loss") == [(1, 1.0)]
 
 
+def test_a_file_that_the_store_has_cut_is_sent_again(place, client, no_sender, monkeypatch, tmp_path):
+    model, sound = trained(place / "models/fold0"), type(client).log_artifact
+
+    def cut(self: Any, run_id: str, path: str, to: str) -> None:
+        short = tmp_path / Path(path).name
+        short.write_bytes(Path(path).read_bytes()[:-1])
+        sound(self, run_id, str(short), to)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(client), "log_artifact", cut)
+        outcome = publish(model)
+    assert not outcome.is_complete
+    assert re.search(r"checkpoints/\S+ did not arrive(.|\n)*bytes", outcome.problems[0])
+    assert publish(model).is_complete
+    [stored] = client.list_artifacts(outcome.run_id, "checkpoints")
+    assert stored.file_size == (model / Path(stored.path).name).stat().st_size
+
+
 def test_a_clock_that_goes_back_loses_nothing(place, client, no_sender, monkeypatch):
     model = trained(place / "models/fold0")
     for value in (0.5, 0.6):
