@@ -76,7 +76,7 @@ def test_it_learns(preprocessed, tmp_path):
 def test_it_says_how_many_steps_and_whether_they_are_few(preprocessed, tmp_path, capsys, monkeypatch):
     train(preprocessed, tmp_path / "m", config(epochs=1))
     told = capsys.readouterr()
-    assert told.out.splitlines()[0].endswith("; 2 steps, 2 an epoch")
+    assert told.out.splitlines()[0].endswith("; 2 steps, 2 an epoch, 2 patches a step (plan: 4)")
     assert "train: 2 optimizer steps and 1 patches a case are few" in told.err
     assert "set train.epochs=null\n" in told.err
     monkeypatch.setattr(plan_rules, "FEW_STEPS", 2)
