@@ -7,6 +7,7 @@ pydicom is imported only for DICOM files.
 from __future__ import annotations
 
 import logging
+import math
 import mmap
 import re
 import warnings
@@ -21,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distilldsm.core.errors import DataError
-from distilldsm.io.errors import damaged, first_line
+from distilldsm.io.errors import check_surplus, damaged, first_line
 
 HARMLESS_NAMES = ("dicomdir", "version", "lockfile", "readme", "license", "thumbs.db", "desktop.ini", "autorun.inf")
 """Names, in lower case, of files that may lie beside the slices of a series."""
@@ -100,8 +101,8 @@ def quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def dataset(path: Path, *, voxels: bool = False) -> tuple[Any, bool]:
-    """pydicom's data set of a file, up to its voxels or with them; and whether voxels follow.
+def dataset(path: Path, *, voxels: bool = False) -> tuple[Any, int]:
+    """pydicom's data set of a file, up to its voxels or with them; and how many bytes follow (deflated: 0 or 1).
 
     Raises:
         DataError: the file is not DICOM, or is damaged.
@@ -126,7 +127,7 @@ def dataset(path: Path, *, voxels: bool = False) -> tuple[Any, bool]:
                     )
                 source: Any = BytesIO(content[start:]) if start else content
                 found = pydicom.dcmread(source, stop_before_pixels=not voxels, force=True)
-                follow = bool(source.read(8)) or (_DEFLATED in head and "Rows" in found)
+                follow = len(content) - start - source.tell() or int(_DEFLATED in head and "Rows" in found)
     except DataError:
         raise
     except OSError as error:
@@ -225,8 +226,12 @@ def read_slice(path: Path) -> Slice | str:
                 hint="copy it again, or remove it if it does not belong to the series",
             ) from None
     with quiet():
-        header, has_voxels = dataset(path)
-        return _without_image(header, has_voxels, path) or _checked(header, path)
+        header, follow = dataset(path)
+        if harmless := _without_image(header, bool(follow), path):
+            return harmless
+        one = _checked(header, path)
+        check_surplus(path, follow - math.prod(one.size) * one.voxel_bytes, f"{one.size} of {one.voxel_bytes} bytes")
+        return one
 
 
 def _without_image(header: Any, has_voxels: bool, path: Path) -> str | None:

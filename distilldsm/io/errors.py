@@ -9,6 +9,8 @@ from distilldsm.core.errors import DataError
 
 Refuse = Callable[[DataError], object]
 """Called with each error in a scan that could still be read. Readers raise the error, validation collects it."""
+MAX_SURPLUS = 1_000_000
+"""Largest number of bytes after the last voxel."""
 
 
 def raise_error(error: DataError) -> None:
@@ -45,3 +47,22 @@ def damaged(path: Path, error: BaseException) -> DataError:
         if isinstance(error, PermissionError)
         else "check the disk or the network that holds it",
     )
+
+
+def check_surplus(path: Path, surplus_bytes: int, declared: str) -> None:
+    """Refuse a file with more than MAX_SURPLUS bytes after the last voxel that its header declares.
+
+    Args:
+        declared: what the header says of the voxels.
+
+    Raises:
+        DataError: there are more.
+    """
+    if surplus_bytes > MAX_SURPLUS:
+        raise DataError(
+            "has too many bytes after its last voxel",
+            where=path,
+            seen=f"more than {MAX_SURPLUS} bytes",
+            rule=f"{declared}; then at most {MAX_SURPLUS} bytes",
+            hint="correct the shape and type of the voxels in the header, or export the file again",
+        )

@@ -22,7 +22,7 @@ from nibabel.openers import ImageOpener
 from nibabel.volumeutils import apply_read_scaling
 
 from distilldsm.core.errors import DataError
-from distilldsm.io.errors import Refuse, damaged, raise_error
+from distilldsm.io.errors import Refuse, check_surplus, damaged, raise_error
 from distilldsm.io.header_rules import (
     AFFINE_RULES,
     GEOMETRY_REMARKS,
@@ -39,8 +39,6 @@ from distilldsm.io.output import replacing
 from distilldsm.io.scan import Channel, Scan
 
 BLOCK_BYTES = 16_000_000
-MAX_SURPLUS = 1_000_000
-"""Largest number of bytes after the last voxel."""
 MAX_COMPRESSION = 1_100
 """gzip compresses by a factor of 1032 at most. A header that needs a larger factor is wrong."""
 _GEOMETRY = (
@@ -156,16 +154,9 @@ class NiftiFile:
                 volumes = [self._read_volume(stream) for _ in range(self.volumes)]
                 # Read to the end, where gzip stores its checksum.
                 self.surplus_bytes = 0
-                while rest := len(stream.read(MAX_SURPLUS)):
+                while rest := len(stream.read(BLOCK_BYTES // 16)):
                     self.surplus_bytes += rest
-                    if self.surplus_bytes > MAX_SURPLUS:
-                        raise DataError(
-                            "has too many bytes after its last voxel",
-                            where=self.path,
-                            seen=f"more than {MAX_SURPLUS} bytes",
-                            rule=f"shape {self.shape} of {self.dtype}; then at most {MAX_SURPLUS} bytes",
-                            hint="correct dim, datatype and bitpix, or export the file again",
-                        )
+                    check_surplus(self.path, self.surplus_bytes, f"shape {self.shape} of {self.dtype}")
         except (OSError, EOFError, zlib.error) as error:
             raise damaged(self.path, error) from None
         return volumes

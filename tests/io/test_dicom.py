@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -230,6 +231,26 @@ def test_directions_must_have_length_1(tmp_path):
         read_series(tmp_path / "long")
     write_series(tmp_path / "rounded", voxels(3, 5, 7), orientation=(0.9995, 0, 0, 0, 1, 0))
     assert read_series(tmp_path / "rounded").spacing_mm == pytest.approx((0.7, 0.9, 2.5), rel=1e-3)
+
+
+@pytest.mark.parametrize("place", ["in the voxels", "in another element", "after all"])
+def test_more_than_a_megabyte_after_the_voxels_is_refused(tmp_path, place):
+    path = write_series(tmp_path, voxels(3, 5, 7))[1]
+    content = path.read_bytes()
+    for more in (999_900, 1_000_100):
+        dataset = pydicom.dcmread(BytesIO(content))
+        if place == "in the voxels":
+            dataset.PixelData += bytes(more)
+        elif place == "in another element":
+            dataset.add_new(0x7FE11001, "OB", bytes(more))
+        dataset.save_as(path)
+        if place == "after all":
+            path.write_bytes(content + bytes(more))
+        if more > 1_000_000:
+            with pytest.raises(DataError, match="too many bytes after its last voxel"):
+                read_series(tmp_path)
+        elif place != "in the voxels":  # those would be more frames
+            assert read_series(tmp_path).shape == (7, 5, 3)
 
 
 def test_missing_slices_and_strange_files(tmp_path):
