@@ -11,6 +11,7 @@ import re
 from typing import Any, Literal
 
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.privacy import SWITCHES
 from distilldsm.core.redaction import public_address, secret_in_address
 from distilldsm.models.package import INTENDED_USE, ModelMetadata
 
@@ -47,6 +48,8 @@ def inference_service(
         "protocolVersion": "v2",
         "storageUri": storage_uri,
         "resources": {"requests": {"cpu": cpu, "memory": memory}, "limits": {"cpu": cpu, "memory": memory}},
+        # The image is not ours, and its server imports MLflow before it loads the model's code.
+        "env": [{"name": name, "value": value} for name, value in SWITCHES.items()],
     }
     # No read-only root: the servers choose which files they write.
     model["securityContext"] = {

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from distilldsm.cli.main import main
 from distilldsm.core.errors import ConfigError
+from distilldsm.core.privacy import SWITCHES
 from distilldsm.export.serving import PLACEHOLDER, inference_service, service_name
 from distilldsm.models.package import SERVICE, verify
 from tests.export.fake import exported
@@ -35,6 +36,7 @@ SCHEMA: dict[str, Any] = {
                 "storageUri": str,
                 "runtime": str,
                 "resources": {"requests": QUANTITIES, "limits": QUANTITIES},
+                "env": list,
                 "securityContext": {
                     "runAsNonRoot": bool,
                     "allowPrivilegeEscalation": bool,
@@ -68,6 +70,8 @@ def test_the_manifest_has_kserves_fields_only(package, model_format):
     built = inference_service(metadata, storage_uri="s3://b/m", model_format=model_format, service_account="reader")
     check(built, SCHEMA)
     assert built["apiVersion"] == "serving.kserve.io/v1beta1"
+    environment = {one["name"]: one["value"] for one in built["spec"]["predictor"]["model"]["env"]}
+    assert environment.items() >= SWITCHES.items(), "the server reports its use"
     assert built["metadata"]["annotations"]["distilldsm.org/weights-sha256"] == metadata.files["model.safetensors"]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from distilldsm.core.privacy import SWITCHES
 from distilldsm.core.redaction import is_secret_name
 from distilldsm.core.version import __version__
 from tests.services.compose import FILE, ROOT, interpolated, services, variables
@@ -37,6 +38,23 @@ def test_a_container_has_no_more_rights_than_it_needs(name):
         assert volume.split(":")[0] in yaml.safe_load(TEXT)["volumes"], "a volume, no folder of the host"
     for port in service.get("ports", []):
         assert port.startswith("${BIND_ADDRESS:-127.0.0.1}:"), "reached from this machine only, if not asked for more"
+
+
+def test_no_container_reports_its_use():
+    """Every image that we build stems from `runtime`, whose environment holds all switches; compose resets none."""
+    stages = re.split(r"^FROM ", (ROOT / "docker/Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+    (runtime,) = (stage for stage in stages if re.match(r"\S+ AS runtime\n", stage))
+    environment = dict(re.findall(r"\b(\w+)=(\S+)", runtime))
+    assert environment.items() >= SWITCHES.items()
+    assert {stage.split()[2] for stage in stages if stage.startswith("runtime AS ")} >= {
+        "data",
+        "train",
+        "export",
+        "mlflow",
+    }
+    for name, service in SERVICES.items():
+        assert not service["environment"].keys() & SWITCHES.keys(), name
+    assert "-master.telemetry=false" in SERVICES["s3"]["command"]
 
 
 @pytest.mark.parametrize("name", SERVICES)
