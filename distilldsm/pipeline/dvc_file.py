@@ -71,7 +71,13 @@ def _code(stage: Stage) -> list[str]:
 
 
 def _read(one: Input) -> list[str]:
-    return [f"{one.path}/{file}" for file in one.files.values()] or [one.path]
+    """The paths that a stage depends on: files that are outputs of their own, else the whole output that holds them.
+
+    `dvc repro --pull` would fetch a part of an output, and then take the output for complete.
+    """
+    whole = [stage.output.path for stage in STAGES if not any(out.metric or out.plot for out in stage.outputs)]
+    paths = [f"{one.path}/{file}" for file in one.files.values()] or [one.path]
+    return list(dict.fromkeys(next((out for out in whole if path.startswith(f"{out}/")), path) for path in paths))
 
 
 def _plot(out: Output) -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 import yaml
@@ -51,6 +51,14 @@ STAGES = (*registry.STAGES, COUNT)
 
 def test_dvc_yaml_is_what_the_records_say():
     assert (ROOT / "dvc.yaml").read_text() == dvc_yaml(), "run: python -m distilldsm.pipeline.dvc_file"
+
+
+def test_no_stage_depends_on_a_part_of_an_output():
+    """Else `dvc repro --pull --allow-missing` fetches that part, and the next stage finds the output incomplete."""
+    stages = [one.get("do", one) for one in yaml.safe_load(dvc_yaml())["stages"].values()]
+    outputs = {PurePosixPath(out) for one in stages for out in one["outs"]}
+    for dependency in (PurePosixPath(path) for one in stages for path in one["deps"]):
+        assert not outputs & {*dependency.parents}, dependency
 
 
 def test_a_new_stage_is_in_dvc_yaml():
