@@ -3,32 +3,56 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
 
 import nibabel as nib
 import pytest
 
+from distilldsm.cli.main import parser
+from tests.config.test_presets import composed
 from tests.dvc_run import ROOT, blocks, tutorial
-from tests.test_readme import test_command as check_command
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md", ROOT / "SECURITY.md"]
-
-
-def shown_commands():
-    for page in PAGES:
-        text = page.read_text(encoding="utf-8")
-        indented = "\n".join(re.findall(r"^ {4}(distilldsm .*)$", text, flags=re.MULTILINE))
-        for line in "\n".join([*blocks(text, "bash"), indented]).splitlines():
-            for command in line.split("#")[0].split("&&"):
-                words = command.strip()
-                # Capitals stand for what the reader puts in; a line that goes on is read to its end by no one here.
-                stands_for_something = re.search(r"\b[A-Z]{3,}\b|\\$|\.\.\.|dataset=mine", words)
-                if words.startswith("distilldsm ") and not stands_for_something:
-                    yield words
+README = ROOT / "README.md"
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), README, ROOT / "SECURITY.md"]
 
 
-@pytest.mark.parametrize("command", sorted(set(shown_commands())))
+def shown_commands(page: Path) -> Iterator[str]:
+    """The commands of a page that can be checked: all of the README's, of other pages those of `distilldsm`."""
+    text = page.read_text(encoding="utf-8")
+    indented = "\n".join(re.findall(r"^ {4}(distilldsm .*)$", text, flags=re.MULTILINE))
+    for line in "\n".join([*blocks(text, "bash"), indented]).replace("\\\n", " ").splitlines():
+        for command in line.split("#")[0].split("&&"):
+            words = command.strip()
+            # Capitals stand for what the reader puts in.
+            is_form = re.search(r"\b[A-Z]{3,}\b|\.\.\.|dataset=mine", words)
+            known = "distilldsm " if not is_form else ("distilldsm pipeline", "distilldsm lineage")
+            if words and (page == README or words.startswith(known)):
+                yield words
+
+
+def test_the_readmes_first_command_is_the_demo():
+    assert next(shown_commands(README)) == "make demo"
+
+
+@pytest.mark.parametrize("command", sorted({command for page in PAGES for command in shown_commands(page)}))
 def test_a_command_of_the_documentation_is_understood(command):
-    check_command(command)
+    words = shlex.split(command)
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    elif words[:2] == ["distilldsm", "compose"]:
+        composed(*[word for word in words[2:] if word != "--keep"])
+    elif words[0] == "distilldsm":
+        parser(words[1]).parse_args(words[2:])
+    elif words[:3] == ["dvc", "exp", "run"]:
+        composed(*[word for word in words[3:] if word != "-S"])
+    elif "distilldsm.components.train" in words:
+        assert (ROOT / "distilldsm" / "components" / "train.py").is_file()
+    elif words[:3] == ["python", "-m", "benchmarks.pipeline"]:
+        composed(*[word for word in words[3:] if "=" in word])
+    else:
+        assert command in ("dvc repro", "dvc repro preprocess", "source .venv/bin/activate"), f"no check for: {command}"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
