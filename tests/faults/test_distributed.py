@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from distilldsm.cli.main import main
 from distilldsm.config import PreprocessConfig
 from distilldsm.core.output_directory import output_directory
 from distilldsm.data.preprocess import preprocess_dataset
@@ -83,11 +84,9 @@ def params(folder: Path, **changes) -> Path:
     return path
 
 
-def launch(
-    folder: Path, data: Path, processes: int, *options: str, meddle: int | None = None
-) -> subprocess.CompletedProcess[str]:
-    """torchrun in `folder`; with `meddle`, rank 1 is killed once, in that epoch."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+def launch(folder: Path, data: Path, *options: str, meddle: int | None = None) -> subprocess.CompletedProcess[str]:
+    """torchrun of two processes in `folder`; with `meddle`, rank 1 is killed once, in that epoch."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     program = ["-m", "distilldsm.components.train"]
     if meddle is not None:
         script = folder / "meddled.py"
@@ -114,17 +113,17 @@ def two(preprocessed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An undisturbed training by two processes."""
     folder = tmp_path_factory.mktemp("two")
     params(folder)
-    done = launch(folder, preprocessed, 2)
+    done = launch(folder, preprocessed)
     assert done.returncode == 0, done.stderr
     return folder
 
 
 @pytest.fixture(scope="module")
 def one(preprocessed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same training without torchrun."""
     folder = tmp_path_factory.mktemp("one")
-    params(folder)
-    done = launch(folder, preprocessed, 1)
-    assert done.returncode == 0, done.stderr
+    arguments = ["--params", params(folder), "--preprocessed", preprocessed, "--output", folder / "model"]
+    assert main(["train", *map(str, arguments)]) == 0
     return folder
 
 
@@ -141,7 +140,7 @@ def test_two_processes_compute_what_one_does(one, two):
 def test_a_killed_process_ends_all_and_the_next_start_goes_on(two, preprocessed, tmp_path):
     params(tmp_path)
     began = time.monotonic()
-    done = launch(tmp_path, preprocessed, 2, meddle=1)
+    done = launch(tmp_path, preprocessed, meddle=1)
     flag = (tmp_path / "flag").stat()
     assert time.monotonic() - began < 90
     assert time.time() - flag.st_mtime < 30
@@ -150,7 +149,7 @@ def test_a_killed_process_ends_all_and_the_next_start_goes_on(two, preprocessed,
     assert ours.count("another process of this training has ended") <= 1
     assert "Traceback" not in ours.split("SignalException")[0].split("ChildFailedError")[0]
     assert not (tmp_path / "model").exists()
-    again = launch(tmp_path, preprocessed, 2)
+    again = launch(tmp_path, preprocessed)
     assert again.returncode == 0, again.stderr
     assert "resuming after epoch 1" in again.stderr
     assert_same_model(two, tmp_path)
@@ -158,7 +157,7 @@ def test_a_killed_process_ends_all_and_the_next_start_goes_on(two, preprocessed,
 
 def test_torchruns_own_restart_goes_on(two, preprocessed, tmp_path):
     params(tmp_path)
-    done = launch(tmp_path, preprocessed, 2, "--max-restarts", "1", meddle=2)
+    done = launch(tmp_path, preprocessed, "--max-restarts", "1", meddle=2)
     assert done.returncode == 0, done.stderr
     assert "resuming after epoch 2" in done.stderr
     assert_same_model(two, tmp_path)
