@@ -36,7 +36,7 @@ def whole(image: np.ndarray, shape, order: int, coarse: bool) -> np.ndarray:
     return np.stack([zoom(channel, shape, 1) for channel in planes])
 
 
-@settings(deadline=None, max_examples=250)
+@settings(deadline=None, max_examples=100)
 @given(old=SHAPES, new=SHAPES, order=st.sampled_from((1, 3)), coarse=st.booleans(), seed=st.integers(0, 9))
 def test_slices_are_scipys_to_float32(old, new, order, coarse, seed):
     image = np.random.default_rng(seed).normal(size=(2, *old)).astype(np.float32)

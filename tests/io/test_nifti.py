@@ -255,7 +255,7 @@ SMALL = np.random.default_rng(0).integers(-100, 100, (4, 3, 5)).astype(np.int16)
 INTERESTING = [0, 1, 2, 3, 127, 128, 255]
 
 
-@settings(deadline=None, max_examples=400, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     changes=st.lists(
         st.tuples(st.integers(0, 351), st.one_of(st.sampled_from(INTERESTING), st.integers(0, 255))),
