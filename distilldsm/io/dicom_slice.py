@@ -247,8 +247,12 @@ def _without_image(header: Any, has_voxels: bool, path: Path) -> str | None:
     return f"object without an image ({name or uid})"
 
 
-def _checked(header: Any, path: Path) -> Slice:
-    kind = _text(header, "SOPClassUID", path) or None
+def _image_type(header: Any, path: Path, kind: str | None) -> list[str]:
+    """The values of ImageType in upper case, of a file that holds one slice.
+
+    Raises:
+        DataError: the file holds several frames or a mosaic.
+    """
     frames = _whole(header, "NumberOfFrames", path, 1)
     if frames > 1:
         raise DataError(
@@ -267,6 +271,12 @@ def _checked(header: Any, path: Path) -> Slice:
             rule="one slice per file",
             hint="convert it to NIfTI (e.g. dcm2niix)",
         )
+    return image_type
+
+
+def _checked(header: Any, path: Path) -> Slice:
+    kind = _text(header, "SOPClassUID", path) or None
+    image_type = _image_type(header, path, kind)
     position, orientation, spacing = (
         _numbers(header, name, path, count=count)
         for name, count in (("ImagePositionPatient", 3), ("ImageOrientationPatient", 6), ("PixelSpacing", 2))
