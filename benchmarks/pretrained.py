@@ -17,8 +17,8 @@ from pathlib import Path
 
 from benchmarks.pipeline import ROOT
 from benchmarks.recipe import compose, data_folders, digest, run_variant, stage
-from distilldsm.core.files import read_json, write_json
-from distilldsm.models.catalogue import SHIPPED
+from distilldsm.core.files import read_json, sha256_file, write_json
+from distilldsm.models.catalogue import SHIPPED, Catalogue
 from distilldsm.models.package import METADATA, verify
 
 FILES = ("README.md", "model.bin", "model.safetensors", "model.xml", "plan.json", "training_distribution.json")
@@ -26,7 +26,7 @@ LARGEST_MB = 5.0
 
 
 def ship(exported: Path, target: Path) -> None:
-    """Copy the files of an exported model that ship; the metadata then name only these.
+    """Copy the files of an exported model that ship. The metadata then name only these, and the card its input.
 
     Raises:
         SystemExit: a file is larger than LARGEST_MB.
@@ -38,8 +38,11 @@ def ship(exported: Path, target: Path) -> None:
         size = shutil.copyfile(exported / name, target / name).stat().st_size
         if size > LARGEST_MB * 1e6:
             raise SystemExit(f"{name} has {size / 1e6:.1f} MB; a shipped file has at most {LARGEST_MB:g} MB")
+    card, entry = target / "README.md", Catalogue.load().models[target.name]
+    text = card.read_text().replace("MODEL_DIR", target.name)
+    card.write_text(text.replace("## Input and output\n", f"## Input and output\n\nGive {entry.input}.\n"))
     metadata = read_json(exported / METADATA)
-    metadata["files"] = {name: metadata["files"][name] for name in FILES}
+    metadata["files"] = {name: sha256_file(target / name) for name in FILES}
     write_json(target / METADATA, metadata)
     verify(target)
 

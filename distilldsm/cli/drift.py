@@ -24,7 +24,7 @@ EPILOG = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model_dir", metavar="MODEL_DIR", help="what the export stage wrote, e.g. export/fold0")
+    parser.add_argument("model_dir", metavar="MODEL", help="directory, e.g. export/fold0, or name")
     parser.add_argument(
         "inputs", metavar="SCAN", nargs="+", help="NIfTI files, DICOM series or folders, as for predict"
     )
@@ -50,9 +50,10 @@ def run(args: argparse.Namespace) -> None:
     from distilldsm.data.plan import Plan
     from distilldsm.data.training_distribution import DISTRIBUTION, load_distribution
     from distilldsm.drift import drift_of_files
+    from distilldsm.models.catalogue import model_directory
     from distilldsm.models.package import load_metadata, verify
 
-    model = Path(args.model_dir)
+    model = model_directory(args.model_dir)
     metadata = load_metadata(model)
     distribution = load_distribution(model)
     verify(model, ["plan.json", DISTRIBUTION])

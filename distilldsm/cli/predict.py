@@ -111,6 +111,7 @@ def run(args: argparse.Namespace) -> None:
     from distilldsm.inference.loading import load_exported
     from distilldsm.inference.probabilities import parse_mirror
     from distilldsm.io.output import write_volumes
+    from distilldsm.models.catalogue import model_directory
 
     memory = None if args.max_memory is None else budget_bytes(args.max_memory)
     engine: Runtime = args.engine or _installed_engine()
@@ -133,7 +134,7 @@ def run(args: argparse.Namespace) -> None:
         memory=memory,
         probabilities=args.probabilities,
         alone=not many,
-        unlike=_comparison(Path(args.model_dir), args.strict),
+        unlike=_comparison(model_directory(args.model_dir), args.strict),
         strict=args.strict,
     )
     done, failures = _run_jobs(jobs, predictor, settings, None if args.json else engine)

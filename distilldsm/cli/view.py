@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", metavar="PAGE.html", help="default: a file in a new temporary folder")
     naming = parser.add_mutually_exclusive_group()
     naming.add_argument("--labels", metavar="NAME=VALUE,...", help="names of the masks' values")
-    naming.add_argument("--model", metavar="MODEL_DIR", help="take the names from an exported model")
+    naming.add_argument("--model", metavar="MODEL", help="take the names from an exported model")
     parser.add_argument(
         "--max-voxels",
         metavar="N",
@@ -115,9 +115,10 @@ def _labels(args: argparse.Namespace, masks: Sequence[npt.NDArray[np.uint8]]) ->
     import numpy as np
 
     if args.model:
+        from distilldsm.models.catalogue import model_directory
         from distilldsm.models.package import load_metadata
 
-        return load_metadata(args.model).labels
+        return load_metadata(model_directory(args.model)).labels
     if args.labels:
         return _parse(args.labels)
     values = sorted({int(value) for mask in masks for value in np.unique(mask)} - {0})

@@ -66,9 +66,10 @@ def test_it_holds_one_package_and_the_presets(wheel, repository):
     assert {name.partition("/")[0].partition("-")[0] for name in names} == {"distilldsm"}
     for path in (repository / "conf").rglob("*.*"):
         assert f"distilldsm/{path.relative_to(repository)}" in names
-    for path in (repository / "distilldsm" / "report").rglob("*.*"):
-        if path.suffix != ".pyc":
-            assert str(path.relative_to(repository)) in names
+    for folder in ("report", "pretrained"):
+        for path in (repository / "distilldsm" / folder).rglob("*.*"):
+            if path.suffix != ".pyc":
+                assert str(path.relative_to(repository)) in names
 
 
 def test_every_command_has_its_help(installed):

@@ -20,10 +20,14 @@ HELD_OUT = ("hippocampus_008", "hippocampus_065", "hippocampus_083")
 def test_shipped_networks_are_in_the_catalogue_whole_and_small():
     names = {name for name, entry in Catalogue.load().models.items() if entry.address is None}
     assert names == {path.name for path in SHIPPED.iterdir()}
-    for name in names:
+    for name, entry in Catalogue.load().models.items():
+        if name not in names:
+            continue
         metadata = verify(SHIPPED / name)
         card = (SHIPPED / name / "README.md").read_text()
         assert metadata.data.licence in card
+        assert entry.input in card
+        assert f"distilldsm predict {name} " in card
         assert "Scores on held-out cases" in card
         assert max(path.stat().st_size for path in (SHIPPED / name).iterdir()) <= 5e6
 
@@ -43,7 +47,8 @@ def test_hippocampus_segments_scans_that_it_has_not_seen(hippocampus_archive, tm
         truth = np.asarray(nib.load(root / "labelsTr" / f"{case}.nii.gz").dataobj)
         mask = np.asarray(nib.load(tmp_path / "masks" / f"{case}.nii.gz").dataobj)
         for label in (1, 2):
-            assert 2 * ((truth == label) & (mask == label)).sum() / ((truth == label).sum() + (mask == label).sum()) > 0.8
+            both = ((truth == label) & (mask == label)).sum()
+            assert 2 * both / ((truth == label).sum() + (mask == label).sum()) > 0.8
 
 
 def test_a_whole_head_is_unlike_its_training_scans(tmp_path, capsys):
