@@ -61,10 +61,8 @@ def _evaluated() -> list[Path]:
     together = [TOGETHER] if _is_current(TOGETHER) else []
     if not Path("params.yaml").is_file():
         return [*found, *together]
-    folds = {
-        *load_params().cv.folds,
-        *(fold for path in together for fold in read_json(path / "summary.json")["folds"]),
-    }
+    table = TOGETHER / "summary.json"
+    folds = {*load_params().cv.folds, *(read_json(table)["folds"] if table.is_file() else ())}
     old = [path for path in found if path.name not in {f"fold{fold}" for fold in folds}]
     if old:
         print(f"not in cv.folds, left out: {', '.join(map(str, old))}", file=sys.stderr)
