@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from benchmarks.faults import kills, power, storage, twice
+from benchmarks.faults import kills, storage, twice
 from benchmarks.faults.report import Row, markdown
 from benchmarks.faults.workspace import OUTPUTS, Workspace, broken, differences
 
@@ -47,12 +47,6 @@ def test_the_disk_is_full(undisturbed, tmp_path):
     if not storage.can_mount():
         pytest.skip("a small file system can be mounted by root only")
     nothing_lost(*storage.disk_full(undisturbed[0], tmp_path, shares=(0.5,), stages=("train",)))
-
-
-def test_the_power_is_cut(tmp_path, rng):
-    if reason := power.why_not():
-        pytest.skip(reason)
-    nothing_lost(power.power_cuts(tmp_path, cuts=1, rng=rng, targets=("preprocess",)))
 
 
 def test_two_at_once(undisturbed, tmp_path):

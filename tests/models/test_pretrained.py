@@ -52,7 +52,7 @@ def test_hippocampus_segments_scans_that_it_has_not_seen(hippocampus_archive, tm
 
 
 def test_a_whole_head_is_unlike_its_training_scans(tmp_path, capsys):
-    head = nib.Nifti1Image(np.random.default_rng(0).normal(100, 30, (64, 64, 64)).astype(np.float32), np.eye(4) * 3)
+    head = nib.Nifti1Image(np.random.default_rng(0).normal(100, 30, (32, 32, 32)).astype(np.float32), np.eye(4) * 3)
     nib.save(head, tmp_path / "head.nii.gz")
     command = ["predict", "hippocampus", str(tmp_path / "head.nii.gz"), "-o", str(tmp_path / "mask.nii.gz")]
     assert main(command) == 0
