@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,18 +54,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _evaluated() -> list[Path]:
     """The evaluated folds, and the cross-validation if it is of these."""
-    from distilldsm.config.presets import load_params
+    from distilldsm.evaluation.trainings import folds_in
 
-    found = sorted(path.parent for path in Path("evaluation").glob("fold*/summary.json"))
-    together = [TOGETHER] if _is_current(TOGETHER) else []
-    if not Path("params.yaml").is_file():
-        return [*found, *together]
-    table = TOGETHER / "summary.json"
-    folds = {*load_params().cv.folds, *(read_json(table)["folds"] if table.is_file() else ())}
-    old = [path for path in found if path.name not in {f"fold{fold}" for fold in folds}]
-    if old:
-        print(f"not in cv.folds, left out: {', '.join(map(str, old))}", file=sys.stderr)
-    return [*(path for path in found if path not in old), *together]
+    return [*folds_in(Path("evaluation"), "summary.json"), *([TOGETHER] if _is_current(TOGETHER) else [])]
 
 
 def _is_current(directory: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from distilldsm.core.cost import TIMING
 from distilldsm.core.errors import DataError
 from distilldsm.core.files import read_json
 from distilldsm.core.hashes import MANIFEST
+from distilldsm.core.mapping import load_yaml
 from distilldsm.evaluation.costs import costs_of_fold
 from distilldsm.evaluation.folds import CASES_POSTPROCESSED, recipe_of
 from distilldsm.evaluation.tables import ScoreTable, read_rows
@@ -90,11 +92,29 @@ def load_training(name: str, directories: Sequence[Path], *, postprocessed: bool
     )
 
 
+def folds_in(folder: Path, file: str) -> list[Path]:
+    """The folds in a folder that hold `file`.
+
+    If there is a `params.yaml` beside the folder, folds that neither its cv.folds nor the cross-validation beside it
+    names are left over from earlier parameters: they are left out, and a line on stderr names them.
+    """
+    found = sorted(path.parent for path in folder.glob(f"fold*/{file}"))
+    params = folder.parent / "params.yaml"
+    known = (load_yaml(params).get("cv") or {}).get("folds") if params.is_file() else None
+    if not isinstance(known, list):
+        return found
+    together = _optional(folder.parent / "cross_validation" / "summary.json").get("folds", [])
+    old = [path for path in found if path.name not in {f"fold{fold}" for fold in [*known, *together]}]
+    if old:
+        print(f"not in cv.folds, left out: {', '.join(map(str, old))}", file=sys.stderr)
+    return [path for path in found if path not in old]
+
+
 def _tables(directories: Sequence[Path]) -> list[Path]:
     """The directories with a `cases.csv`; for a folder of folds, its folds."""
     found: list[Path] = []
     for directory in directories:
-        inner = sorted(path.parent for path in directory.glob("fold*/cases.csv"))
+        inner = folds_in(directory, "cases.csv")
         if not (directory / "cases.csv").is_file() and not inner:
             raise DataError("is not an evaluated fold", where=directory, seen="no cases.csv", hint="dvc repro evaluate")
         found += [directory] if (directory / "cases.csv").is_file() else inner

@@ -269,3 +269,17 @@ def test_cross_validations_are_compared_with_their_costs(tmp_path, capsys):
             ("a", "1000"),
             ("b", "1000"),
         ]
+
+
+def test_folds_of_earlier_parameters_are_left_out(tmp_path, capsys):
+    for fold in (0, 1, 2):
+        write_fold(tmp_path / f"evaluation/fold{fold}", random_cases([f"c{fold}"], fold))
+    assert len(load_training("a", [tmp_path / "evaluation"]).folders) == 1
+    assert set(load_training("a", [tmp_path / "evaluation"]).fold_of) == {"c0", "c1", "c2"}
+    (tmp_path / "params.yaml").write_text("cv: {folds: [0]}\n")
+    assert set(load_training("a", [tmp_path / "evaluation"]).fold_of) == {"c0"}
+    assert re.search(r"left out: \S+fold1, \S+fold2", capsys.readouterr().err)
+    assert set(load_training("a", [tmp_path / "evaluation/fold1"]).fold_of) == {"c1"}, "named itself"
+    (tmp_path / "cross_validation").mkdir()
+    (tmp_path / "cross_validation/summary.json").write_text(json.dumps({"folds": [0, 2]}))
+    assert set(load_training("a", [tmp_path / "evaluation"]).fold_of) == {"c0", "c2"}
