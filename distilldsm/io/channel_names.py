@@ -20,7 +20,7 @@ def check_channel_names(paths: Sequence[Path], stems: Sequence[str], names: Sequ
     """Refuse a file whose name ends with another channel than the one it is given for.
 
     Names are compared as whole words, in upper or lower case: `_t1` is not T1CE. A name that ends with no channel is
-    accepted.
+    accepted. Names of one case that end with numbers must number the channels from _0000 without a gap.
 
     Args:
         paths: the files or series of one scan, in order.
@@ -30,6 +30,17 @@ def check_channel_names(paths: Sequence[Path], stems: Sequence[str], names: Sequ
     Raises:
         ConfigError: names the file, the channel, and the right order if there is one.
     """
+    numbered = [re.fullmatch(r"(.*)_(\d{4})", stem) for stem in stems]
+    found = {(match[1], match[2]) for match in numbered if match}
+    expected = {(case, f"{k:04d}") for case, _ in found for k in range(len(names))}
+    if len(names) > 1 and len(found) == len({case for case, _ in found}) * len(names) and found != expected:
+        raise ConfigError(
+            "the numbers in the names of the files are not those of the model's channels",
+            where=paths[0].parent,
+            seen=" ".join(path.name for path in paths),
+            rule=", ".join(f"_{k:04d} {name}" for k, name in enumerate(names)),
+            hint="give the file of every channel; rename the files, if they are the right ones",
+        )
     channels = [_tokens(name) for name in names]
     ends = [_end(_tokens(stem), channels) for stem in stems]
     for path, end, channel, name in zip(paths, ends, channels, names, strict=True):

@@ -14,7 +14,7 @@ from distilldsm.core.errors import ConfigError, DataError, UserError
 from distilldsm.core.text import one_line
 from distilldsm.io import formats
 from distilldsm.io.dicom import why_no_scan
-from distilldsm.io.dicom_slice import visible_files
+from distilldsm.io.dicom_slice import HARMLESS_ENDINGS, HARMLESS_NAMES, visible_files
 from distilldsm.io.errors import damaged
 from distilldsm.io.formats import (
     Format,
@@ -29,11 +29,8 @@ from distilldsm.io.formats import (
 from distilldsm.io.scan import Scan, Skipped, check_size
 
 _MASK = re.compile(r"^(?P<case>.+)_(seg|segmentation|mask|labels?|gt)$", re.IGNORECASE)
-OTHER_ENDINGS = (
-    *(".nrrd", ".nhdr", ".mha", ".mhd", ".mgh", ".mgz", ".mnc", ".hdr", ".img"),
-    *(".nii.bz2", ".nii.xz", ".nii.zst", ".nii.zip"),
-)
-"""Endings, in lower case, of scans in formats that are not read. Files with them are left out, with a line."""
+_NO_SCANS = (*HARMLESS_ENDINGS, ".tsv", ".bval", ".bvec", ".yaml", ".yml")
+"""Endings, in lower case, of files beside scans that need no line. Any other file that is left out gets one."""
 _CHANNEL = re.compile(r"^(?P<case>.+)_(?P<channel>\d{4})$")
 
 
@@ -94,7 +91,7 @@ def find_inputs(
         arguments: files and folders.
         channels: number of channels of the model.
         names: names of the channels. With several, the files `CASE_<name>.nii.gz`, in any order, are one scan, and
-            other files of that case (its `_seg`) are left out. BraTS is laid out in this way.
+            other files of that case (its `_seg`) are left out, with a line. BraTS is laid out in this way.
         tell: called with remarks about what is left out, and about files that the user may have meant differently.
 
     Raises:
@@ -113,15 +110,21 @@ def find_inputs(
             files.append(path)
             continue
         nifti, folders, others = _look_into(path)
+        scans, masks = _without_masks(_by_channel_name(nifti, names) or _group(nifti, channels))
+        masks += _of_no_channel(nifti, scans, masks)
+        _tell_left_out(path, masks + others, tell)
+        skipped += masks + others
         if folders == [path] and not nifti:
             series.append(path)
             continue
-        scans, masks = _without_masks(_by_channel_name(nifti, names) or _group(nifti, channels))
         found += scans + [Input(_series_name(folder, path), (folder,)) for folder in folders]
-        _tell_left_out(path, masks + others, tell)
-        skipped += masks + others
         many = True
-    found += _series(series, channels) + (_by_channel_name(files, names) or _files(files, channels))
+    single = _by_channel_name(files, names) or _files(files, channels)
+    surplus = _of_no_channel(files, single, [])
+    if surplus:
+        _tell_left_out(surplus[0].path.parent, surplus, tell)
+    found += _series(series, channels) + single
+    skipped += surplus
     many = many or len(found) > 1
     named: dict[str, Input] = {}
     for one in found:
@@ -218,6 +221,12 @@ def _without_masks(found: list[Input]) -> tuple[list[Input], list[Skipped]]:
     return [one for one in found if not is_mask(one)], masks
 
 
+def _of_no_channel(files: Sequence[Path], scans: Sequence[Input], masks: Sequence[Skipped]) -> list[Skipped]:
+    """The files that are part of no scan, because their names end with none of the model's channels."""
+    known = {path for one in scans for path in one.paths} | {one.path for one in masks}
+    return [Skipped(path, "named like no channel") for path in files if path not in known]
+
+
 def _tell_left_out(folder: Path, skipped: Sequence[Skipped], tell: Callable[[str], object]) -> None:
     for reason in dict.fromkeys(one.reason for one in skipped):
         tell(f"{folder}: left out ({reason}): {listed([one.path.name for one in skipped if one.reason == reason])}")
@@ -243,20 +252,23 @@ def listed(names: Sequence[str], shown: int = 3) -> str:
 def _by_channel_name(files: Sequence[Path], names: Sequence[str]) -> list[Input]:
     """Scans from files that end in the channels' names; an empty list if the files are named in another way.
 
-    If a case lacks a file, its other files stay. Reading the case then reports the missing channel.
+    If a case lacks a file, or has two of one channel, all its files stay. Reading the case then reports the error.
     """
     if len(names) < 2:
         return []
-    cases: dict[tuple[Path, str], dict[str, Path]] = {}
+    cases: dict[tuple[Path, str], dict[str, list[Path]]] = {}
     for path in files:
         for name in names:
             if stem(path).lower().endswith(f"_{name.lower()}"):
-                cases.setdefault((path.parent, stem(path)[: -len(name) - 1]), {})[name] = path
+                channels = cases.setdefault((path.parent, stem(path)[: -len(name) - 1]), {})
+                channels.setdefault(name, []).append(path)
     if not any(len(found) == len(names) for found in cases.values()):
         return []
     if any(all(f.parent != folder or not f.name.startswith(f"{case}_") for folder, case in cases) for f in files):
         return []
-    return [Input(case, tuple(found[name] for name in names if name in found)) for (_, case), found in cases.items()]
+    return [
+        Input(case, tuple(path for name in names for path in found.get(name, ()))) for (_, case), found in cases.items()
+    ]
 
 
 def _look_into(folder: Path) -> tuple[list[Path], list[Path], list[Skipped]]:
@@ -281,7 +293,14 @@ def _look_into(folder: Path) -> tuple[list[Path], list[Path], list[Skipped]]:
             skipped += [Skipped(path, "in a folder beside scans") for path in mine + broken]
         else:
             scans += mine + broken
-        skipped += [Skipped(path, "another format") for path in files if path.name.lower().endswith(OTHER_ENDINGS)]
+        known = {*mine, *broken}
+        skipped += [
+            Skipped(path, "another format or ending")
+            for path in files
+            if path not in known
+            and path.name.lower() not in HARMLESS_NAMES
+            and not path.name.lower().endswith(_NO_SCANS)
+        ]
     if folders != [folder] or scans:
         reasons = {one: why_no_scan(one) for one in folders}
         skipped += [Skipped(one, reason) for one, reason in reasons.items() if reason]

@@ -96,6 +96,13 @@ def test_files_named_after_the_channels_are_one_scan_in_the_models_order(tmp_pat
     assert [len(one.paths) for one in find_inputs([tmp_path], 2, names)[0]] == [1, 2]
     touch(tmp_path / "other", "b_flair.nii.gz", "a_t1.nii.gz")
     assert found([tmp_path / "other"], 2, *names)[0] == ["a_t1", "b_flair"]
+    # Files of a case that are no channel are named; two files of one channel stay, so that reading the case tells.
+    touch(tmp_path / "more", "b_t1.nii.gz", "b_flair.nii.gz", "b_t2.nii.gz", "b_seg.nii.gz", "a_t1.nii", "a_T1.nii.gz")
+    touch(tmp_path / "more", "a_flair.nii.gz")
+    for arguments in ([tmp_path / "more"], sorted((tmp_path / "more").iterdir())):
+        scans, _, skipped = find_inputs(arguments, 2, names, tell=lambda remark: None)
+        assert {one.name: len(one.paths) for one in scans} == {"a": 3, "b": 2}
+        assert sorted(one.path.name for one in skipped) == ["b_seg.nii.gz", "b_t2.nii.gz"]
     # A file of no case: the names are not those of channels.
     touch(tmp_path, "stranger.nii.gz")
     assert len(found([tmp_path], 2, *names)[0]) == 5
@@ -115,6 +122,7 @@ def test_every_scan_of_a_folder_is_read_or_named(tmp_path):
     """What cannot be read stays among the scans: reading it is the error."""
     write(tmp_path / "a.nii.gz", np.zeros((4, 5, 6), np.int16))
     touch(tmp_path, "B.NII.GZ", "d.nrrd", "e.MHA", "f.nii.bz2", "notes.txt", ".hidden.nii", "masks/a.nii.gz")
+    touch(tmp_path, "scan", "g.zip", "README", "a.json", "a.bval")
     (tmp_path / "c.nii.gz").symlink_to("gone")
     (tmp_path / "series").symlink_to("not mounted")
     for folder in ("dicom", "sub/deep", ".hidden"):
@@ -127,7 +135,7 @@ def test_every_scan_of_a_folder_is_read_or_named(tmp_path):
     assert many
     assert [one.name for one in scans] == ["B", "a", "c", "dicom", "empty", "linked_deep", "series"]
     assert {one.path.name: one.reason for one in skipped} == {
-        **dict.fromkeys(("d.nrrd", "e.MHA", "f.nii.bz2"), "another format"),
+        **dict.fromkeys(("d.nrrd", "e.MHA", "f.nii.bz2", "scan", "g.zip"), "another format or ending"),
         "a.nii.gz": "in a folder beside scans",
     }
     assert scans[1].read(1).shape == (4, 5, 6)
@@ -137,14 +145,14 @@ def test_every_scan_of_a_folder_is_read_or_named(tmp_path):
         assert caught.value.where.startswith(str(one.paths[0]))
     _, remarks = found([tmp_path], 1)
     assert remarks == [
-        f"{tmp_path}: left out (another format): d.nrrd, e.MHA, f.nii.bz2",
+        f"{tmp_path}: left out (another format or ending): d.nrrd, e.MHA, f.nii.bz2 and 2 more",
         f"{tmp_path}: left out (in a folder beside scans): a.nii.gz",
     ]
     # Without scans of its own, a folder stands for all scans below it, as BIDS lays them out.
     touch(tmp_path / "bids", "sub-01/anat/sub-01_T1w.nii.gz", "sub-01/anat/sub-01_T1w.json", "sub-02/x_T1w.nii")
     assert found([tmp_path / "bids"], 1) == (["sub-01_T1w", "x_T1w"], [])
     touch(tmp_path / "foreign", "a.nrrd")
-    with pytest.raises(DataError, match=r"holds no scan(.|\n)*a\.nrrd \(another format\)"):
+    with pytest.raises(DataError, match=r"holds no scan(.|\n)*a\.nrrd \(another format or ending\)"):
         found([tmp_path / "foreign"], 1)
 
 
@@ -165,6 +173,13 @@ def test_series_of_a_study_without_slices_are_left_out(tmp_path):
     assert scans[1].read(1).shape == (7, 5, 3)
     with pytest.raises(DataError, match="is a mosaic"):
         scans[0].read(1)
+    # The same below a series, which is then the only scan.
+    (tmp_path / "plan").rename(tmp_path / "t1" / "plan")
+    touch(tmp_path / "t1", "other/a.nrrd")
+    scans, many, skipped = find_inputs([tmp_path / "t1"], 1, tell=lambda remark: None)
+    assert ([one.name for one in scans], many) == (["t1"], False)
+    assert {one.path.name for one in skipped} == {"a.nrrd", "plan"}
+    (tmp_path / "t1" / "plan").rename(tmp_path / "plan")
     # A series that is named itself is read, whatever it is.
     assert found([tmp_path / "plan"], 1) == (["plan"], [])
 
@@ -183,6 +198,11 @@ def test_series_of_a_study_without_slices_are_left_out(tmp_path):
         (("left", "right"), ("p_right", "p_left"), True),
         (("left", "right"), ("p_t1", "p_t2"), False),
         (("T1", "FLAIR"), ("p_start1", "p_aflair"), False),
+        (("T1", "FLAIR"), ("p_0000", "p_0001"), False),
+        (("T1", "FLAIR"), ("p_0000", "p_0002"), True),
+        (("T1", "FLAIR"), ("p_0001", "p_0002"), True),
+        (("T1", "FLAIR"), ("p_0003", "q_0007"), False),
+        (("T1", "FLAIR"), ("t1_0007", "flair_0007"), False),
         (("FLAIR",), ("p_t1",), True),
         (("MRI",), ("p_t1",), False),
         (("CT",), ("direct",), False),
@@ -193,7 +213,8 @@ def test_files_named_like_another_channel_are_refused(tmp_path, channels, files,
     if refused:
         with pytest.raises(ConfigError, match=r"names|named like") as caught:
             read_scan(paths, len(channels), names=channels)
-        assert f"rule: the model's channels: {', '.join(channels)}" in str(caught.value)
+        rule = ", ".join(channels), ", ".join(f"_{k:04d} {name}" for k, name in enumerate(channels))
+        assert caught.value.rule in (f"the model's channels: {rule[0]}", rule[1])
         if sorted(files) == ["p_FLAIR", "p_t1"]:
             assert caught.value.hint == f"give {paths[1]} {paths[0]}"
     else:
