@@ -274,6 +274,16 @@ def _plan_jobs(args: argparse.Namespace, names: list[str]) -> tuple[list[Job], b
         if args.probabilities:
             refuse_input(job.probabilities, every, "is an input")
         jobs.append(job)
+    masks = {job.output for job in jobs}
+    overwritten = next((job for job in jobs if args.probabilities and job.probabilities in masks), None)
+    if overwritten is not None:
+        raise ConfigError(
+            "is the name of a mask and of probabilities",
+            where=overwritten.probabilities,
+            seen=str(overwritten.input.paths[0]),
+            rule="one output file per name",
+            hint="predict the scans one by one, or rename one",
+        )
     if args.volumes:
         volumes = Path(args.volumes)
         if volumes.suffix not in (".json", ".csv") or not volumes.parent.is_dir():

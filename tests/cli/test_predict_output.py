@@ -53,6 +53,14 @@ def test_a_directory_for_scans_that_all_fail_is_not_left_empty(model, tmp_path):
     assert (tmp_path / "mine").is_dir()
 
 
+def test_probabilities_do_not_share_a_name_with_a_mask(model, tmp_path, capsys):
+    for name in ("a", "a_probabilities"):
+        write_scan(tmp_path / "scans", (f"{name}_0000.nii.gz", f"{name}_0001.nii.gz"))
+    assert predict(model, [tmp_path / "scans"], tmp_path / "masks", "--probabilities") == 2
+    assert "a_probabilities.nii.gz: is the name of a mask and of probabilities" in capsys.readouterr().err
+    assert not (tmp_path / "masks").exists()
+
+
 def test_regions_are_shown_and_their_volumes_told(model, tmp_path, capsys):
     plain = Plan.load(model / "plan.json")
     assert main(["plan", str(model)]) == 0
