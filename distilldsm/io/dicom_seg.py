@@ -114,7 +114,18 @@ def _cited(slices: Sequence[Slice]) -> list[Any]:
     from pydicom.uid import generate_uid
 
     frame = next((one.frame_of_reference for one in slices if one.frame_of_reference), None) or generate_uid()
-    return [_source(one, slices[0], frame) for one in slices]
+    cited = [_source(one, slices[0], frame) for one in slices]
+    first: dict[str, Slice] = {}
+    for one, source in zip(slices, cited, strict=True):
+        other = first.setdefault(str(source.SOPInstanceUID), one)
+        if other is not one:
+            raise DataError(
+                "has the SOPInstanceUID of another slice, by which a DICOM SEG cites it",
+                where=one.path,
+                seen=f"{source.SOPInstanceUID}, as in {other.path.name}",
+                hint="write NIfTI instead: --format nifti",
+            )
+    return cited
 
 
 def _source(one: Slice, first: Slice, frame: str) -> Any:
@@ -147,7 +158,9 @@ def _source(one: Slice, first: Slice, frame: str) -> Any:
 
 
 def _character_set(found: Any) -> Any:
-    """A character set as the standard wants it: `ISO 2022 IR n` may not stand alone."""
+    """A character set as highdicom accepts it: `ISO 2022 IR n` may not stand alone, an empty first one is ASCII."""
+    if not isinstance(found, str) and found is not None:
+        return [one or "ISO 2022 IR 6" for one in found]
     number = found.removeprefix("ISO 2022 IR ") if isinstance(found, str) and found.startswith("ISO 2022 IR ") else None
     if number is None:
         return found

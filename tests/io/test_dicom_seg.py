@@ -87,6 +87,10 @@ def test_a_segmentation_is_as_tolerant_as_the_reader(tmp_path):
         found, _ = seg_of(folder, tmp_path / f"{number}.dcm")
         assert found.get("SpecificCharacterSet") == expected
         assert found.PatientName == "Nobody^A"
+    name = "Yamada^Tarou=\u5c71\u7530^\u592a\u90ce"
+    write_series(tmp_path / "ja", voxels(4, 5, 7), SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=name)
+    found, _ = seg_of(tmp_path / "ja", tmp_path / "ja.dcm")
+    assert found.PatientName == name
 
 
 def test_a_segmentation_holds_no_free_text_about_the_patient(tmp_path):
@@ -103,6 +107,7 @@ def test_a_segmentation_holds_no_free_text_about_the_patient(tmp_path):
     ("attributes", "words"),
     [
         ({"SOPInstanceUID": None}, "has no SOPInstanceUID"),
+        ({"SOPInstanceUID": "1.2.3"}, "has the SOPInstanceUID of another slice"),
         ({"StudyInstanceUID": None}, "has no StudyInstanceUID"),
         ({"StudyInstanceUID": "1.2.3"}, "does not allow a DICOM SEG"),
         ({"SpecificCharacterSet": "nonsense"}, "does not allow a DICOM SEG"),
