@@ -102,6 +102,8 @@ def _print(report: dict[str, Any]) -> None:
         serious = [o for o in row["outside"] if not o["undone"]]
         state = f"outside in {len(serious)} of {len(row['values'])} measures" if serious else "inside"
         print(f"{one_line(row['scan'])}: {state}")
+        for remark in row["remarks"]:
+            print(f"  {one_line(remark)}")
         for one in row["outside"]:
             print(f"  {sentence(one, measures)}")
     for one in report["together"]:

@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> None:
     others = len(paths) - 1
     limit = VOXEL_SHARE * budget_bytes(args.max_memory) - BYTES_PER_KEPT_VOXEL * args.max_voxels
     scan = one.read(1, max(limit, 0), bytes_per_voxel=others + LABEL_BYTES * bool(others))
+    for remark in (*scan.remarks, *scan.skipped):
+        print(one_line(remark), file=sys.stderr)
     channel = scan.channels[0]
     truth = read_labels(Path(args.truth), on=scan).values if args.truth else None
     masks = [read_labels(Path(path), on=scan).values for path in args.masks]

@@ -20,8 +20,8 @@ from distilldsm.data.training_distribution import load_distribution
 from distilldsm.drift.compare import Reference, check_scan, check_set, references
 from distilldsm.io import Scan, read_labels
 from distilldsm.io.formats import LABEL_BYTES
-from distilldsm.io.inputs import Input, find_inputs
-from distilldsm.io.scan import VOXEL_SHARE
+from distilldsm.io.inputs import Input, find_inputs, tell_on_stderr
+from distilldsm.io.scan import VOXEL_SHARE, Skipped
 
 
 def drift_of_files(
@@ -47,14 +47,19 @@ def drift_of_files(
     if masks is not None and not masks.is_dir():
         raise DataError("no such directory", where=masks, hint="give the folder that `distilldsm predict -o` wrote")
     known = references(distribution, measures_of(plan))
-    scans, *_ = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
+    scans, _, skipped = find_inputs(inputs, len(plan.channels), [c.name for c in plan.channels])
     rows: list[dict[str, Any]] = []
     failures: list[dict[str, Any]] = []
     for one in progress(scans, total=len(scans), title="drift", unit="scan"):
         try:
-            rows.append(_measure(one, plan, masks, budget))
+            row, left_out = _measure(one, plan, masks, budget)
         except Exception as error:  # no error of one scan may hide the others
             failures.append(_failure(one, error))
+        else:
+            rows.append(row)
+            skipped += left_out
+            for file in left_out:
+                tell_on_stderr(str(file))
     for row in rows:
         row["outside"] = check_scan(row["values"], known)
     together = check_set([row["values"] for row in rows], known)
@@ -71,6 +76,7 @@ def drift_of_files(
         "scans": rows,
         "together": together,
         "failures": failures,
+        "skipped": [{"path": str(file.path), "reason": file.reason} for file in skipped],
     }
     plain: dict[str, Any] = to_mapping(report)
     return plain
@@ -102,18 +108,21 @@ class TrainingCases:
         return measure.title + (f" ({measure.unit})" if measure.unit else "")
 
 
-def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> dict[str, Any]:
+def _measure(one: Input, plan: Plan, masks: Path | None, budget: float) -> tuple[dict[str, Any], Sequence[Skipped]]:
+    """The values of a scan, and the files of its folder that are left out."""
     names = [channel.name for channel in plan.channels]
     scan = one.read(len(names), VOXEL_SHARE * budget, names, bytes_per_voxel=1 if masks is None else 2 * LABEL_BYTES)
     mask = None if masks is None else _find_mask(masks, one)
     classes = None if mask is None else _classes(mask, scan, plan)
     measured = measure_scan(scan, plan.channels, plan.class_names, classes)
-    return {
+    row = {
         "scan": one.name,
+        "remarks": list(scan.remarks),
         "mask": None if mask is None else mask.name,
         "orientation": measured.orientation,
         "values": {name: float(f"{v:.6g}") for name, v in values_of(measured, plan).items()},
     }
+    return row, scan.skipped
 
 
 def _find_mask(folder: Path, one: Input) -> Path | None:

@@ -110,16 +110,18 @@ def test_large_volumes_lose_voxels_and_it_says_so(files, tmp_path, capsys):
     assert case["image"].size <= 2000
 
 
-def test_a_dicom_series_is_an_image_too(tmp_path):
+def test_a_dicom_series_is_an_image_too(tmp_path, capsys):
     pytest.importorskip("pydicom", reason="needs the optional group 'dicom'")
     from distilldsm.io import read_scan
     from tests.io.dicom_series import write_series
 
     series = tmp_path / "series"
     write_series(series, np.random.default_rng(0).integers(0, 200, (5, 6, 7)).astype(np.int16))
+    (series / "readme").touch()
     scan = read_scan([series], 1)
     mask = save(tmp_path / "mask.nii.gz", (scan.channels[0].raw > 100).astype(np.uint8), scan.affine)
     assert main(["view", str(series), mask, "-o", str(tmp_path / "page.html"), "--no-open"]) == 0
+    assert capsys.readouterr().err == f"{series / 'readme'}: left out: not DICOM\n"
     _, (case,) = content(tmp_path / "page.html")
     assert np.abs(case["image"] - scan.channels[0].raw).max() <= 1
     assert np.array_equal(case["prediction"], scan.channels[0].raw > 100)

@@ -143,7 +143,13 @@ def test_bad_files_are_told_and_the_others_compared(made, tmp_path):
     for path in (made[0] / "new" / "images").iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
     (tmp_path / "s100.nii.gz").write_bytes(b"hello")
+    (tmp_path / "s102.nrrd").touch()
+    image = nib.load(tmp_path / "s101.nii.gz")
+    image.set_qform(image.affine * [[2], [1], [1], [1]], 1)
+    nib.save(image, tmp_path / "s101.nii.gz")
     report = report_of(made, tmp_path)
+    assert {row["scan"]: len(row["remarks"]) for row in report["scans"]}.pop("s101") > 0
+    assert [one["path"] for one in report["skipped"]] == [str(tmp_path / "s102.nrrd")]
     assert len(report["scans"]) == NEW - 1
     assert [f["scan"] for f in report["failures"]] == ["s100"]
     assert "s100.nii.gz" in report["failures"][0]["message"]
