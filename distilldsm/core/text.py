@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -61,6 +62,11 @@ class _Escaped:
 @contextlib.contextmanager
 def escaped_output() -> Iterator[None]:
     """Inside the block, all text that is printed is `printable`, and no character is an error where it is unknown."""
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            # Closed by the caller (>&-). The null device takes its number, else the next file that we write would, and
+            # libraries would print into it.
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w"))  # noqa: SIM115
     before = sys.stdout, sys.stderr
     for stream in before:
         with contextlib.suppress(AttributeError, ValueError):  # not a file, or closed

@@ -73,6 +73,28 @@ def test_what_is_printed_is_plain_whatever_the_locale(encoding):
     assert b"\\x1b[1m: no " in done.stderr
 
 
+@pytest.mark.parametrize("closed", [(0,), (1,), (2,), (1, 2), (0, 1, 2)])
+def test_closed_streams_are_the_null_device(tmp_path, closed):
+    """A file that is opened later must not get their number: libraries print into it."""
+    program = (
+        "import os, sys; from distilldsm.core.shell import run_shell\n"
+        "def run():\n"
+        "    with open(sys.argv[1], 'w') as stream:\n"
+        "        assert stream.fileno() > 2\n"
+        "        print('shown'); print('remark', file=sys.stderr); sys.stdin.read()\n"
+        "        os.write(1, b'by a library'); os.write(2, b'by a library')\n"
+        "        stream.write('content')\n"
+        "sys.exit(run_shell(run))\n"
+    )
+    redirected = " ".join(f"{number}>&-" for number in closed)
+    command = f'exec "$0" -c "$1" "$2" {redirected}'
+    arguments = ["sh", "-c", command, sys.executable, program, str(tmp_path / "file")]
+    done = subprocess.run(arguments, capture_output=True, stdin=subprocess.DEVNULL)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "file").read_text() == "content"
+    assert (b"shown" in done.stdout) == (1 not in closed)
+
+
 @pytest.mark.parametrize("name", HOSTILE)
 def test_cells_are_no_formulas_and_come_back(tmp_path, name):
     row = {"case": name, "patient": name, "label": name, **dict.fromkeys((*METRICS, *VOLUMES), -0.5)}
