@@ -47,5 +47,5 @@ class PreprocessConfig:
     splits.json."""
     workers: Natural = 0
     """Processes. 0: one per core, within the memory budget."""
-    memory_gb: float = 2.5
+    memory_gb: Positive = 2.5
     """Memory that all workers together may use, GB."""

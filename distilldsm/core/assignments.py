@@ -13,6 +13,9 @@ from distilldsm.core.errors import ConfigError
 
 MAX_YAML_BYTES = 10_000_000
 """Largest YAML document, with its aliases replaced by what they stand for."""
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+_AMBIGUOUS = re.compile(r"[-+]?(0[0-7_]+|0b.*|.*[:_].*)")
+"""Numbers of YAML 1.1 that are another number, or a text, in YAML 1.2, which DVC reads."""
 
 
 def add_parameters(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +33,8 @@ def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) 
 
     Raises:
         ConfigError: a mapping holds a key twice. PyYAML would silently use the last one; DVC refuses such a file. Or
-            the document is larger than MAX_YAML_BYTES, as text or with its aliases replaced by what they stand for.
+            a number has a form that YAML 1.1 and 1.2 read differently: PyYAML reads 010 as 8 and 1:30 as 90. Or the
+            document is larger than MAX_YAML_BYTES, as text or with its aliases replaced by what they stand for.
         yaml.YAMLError, ValueError, RecursionError: raised by PyYAML.
     """
     import yaml
@@ -42,7 +46,7 @@ def parse_yaml(text: str, *, where: str | os.PathLike[str], loader: Any = None) 
         if node is None:
             return None
         _refuse_large(_expanded_bytes(node, {}), where)
-        _refuse_duplicate_keys(node, where)
+        _refuse_ambiguous(node, where)
         return reader.construct_document(node)
     finally:
         reader.dispose()
@@ -73,7 +77,7 @@ def _expanded_bytes(node: Any, known: dict[int, float]) -> float:
     return known[id(node)]
 
 
-def _refuse_duplicate_keys(root: Any, where: str | os.PathLike[str]) -> None:
+def _refuse_ambiguous(root: Any, where: str | os.PathLike[str]) -> None:
     import yaml
 
     visited: set[int] = set()  # an alias leads to the same node again, even from inside that node
@@ -85,6 +89,14 @@ def _refuse_duplicate_keys(root: Any, where: str | os.PathLike[str]) -> None:
         visited.add(id(node))
         if isinstance(node, yaml.SequenceNode):
             todo += [(inner, f"{path}[{number}]") for number, inner in enumerate(node.value)]
+        if node.tag in _NUMBERS and _AMBIGUOUS.fullmatch(node.value):
+            raise ConfigError(
+                "a number has a form that programs read differently",
+                where=where,
+                seen=": ".join(filter(None, (path, f"{node.value}, line {node.start_mark.line + 1}"))),
+                rule="decimal digits, without a 0 in front, : or _",
+                hint="write it in decimal digits, or in quotes if it is a text",
+            )
         lines: dict[tuple[str, str], int] = {}
         for key, value in node.value if isinstance(node, yaml.MappingNode) else ():
             name = f"{path}.{key.value}" if path else str(key.value)

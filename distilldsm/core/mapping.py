@@ -282,8 +282,9 @@ def _convert_scalar(hint: Any, value: object, where: str) -> Any:
                 value = float(value)
             except ValueError:
                 raise _wrong(value, where, "a number") from None
-        if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
-            return float(value)
+        with contextlib.suppress(OverflowError):  # an integer of hundreds of digits
+            if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+                return float(value)
         raise _wrong(value, where, "a finite number")
     if hint is str:
         if isinstance(value, str):

@@ -33,6 +33,8 @@ def test_defaults_survive_the_round_trip():
         ({"train": {"model": {"name": "distildsm"}}}, ["train.model", "distildsm", "distill_dsm"]),
         ({"train": {"deterministic": 1}}, ["train.deterministic", "true or false"]),
         ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "finite"]),
+        ({"train": {"learning_rate": 10**400}}, ["train.learning_rate", "finite"]),
+        ({"preprocess": {"memory_gb": -1}}, ["preprocess.memory_gb", "above 0"]),
         ({"train": {"batch_size": 3, "accumulate": 2}}, ["accumulate", "must divide batch_size (3)"]),
         ({"train": []}, ["train", "mapping"]),
         ({"preprocess": {"target_spacing_mm": [1, 1]}}, ["target_spacing_mm", "3 values"]),
@@ -125,6 +127,20 @@ def test_a_key_is_given_once(tmp_path, text, words):
     path.write_text(text)
     with pytest.raises(ConfigError, match=rf"params\.yaml: a key is given twice\n +{words}\n(.|\n)*hint: "):
         load_yaml(path)
+
+
+@pytest.mark.parametrize("number", ["010", "0b11", "1:30", "12:30:45", "1_000", "-010", "1_0.5"])
+def test_numbers_that_programs_read_differently_are_refused(tmp_path, number):
+    """DVC reads YAML 1.2, where 010 is 10 and 1:30 is a text."""
+    path = tmp_path / "params.yaml"
+    path.write_text(f"train:\n  epochs: {number}\n")
+    for read in (lambda: load_yaml(path), lambda: read_assignment(f"train.epochs={number}", where="x")):
+        with pytest.raises(ConfigError, match="read differently") as caught:
+            read()
+        assert "train.epochs" in str(caught.value)
+        assert f"{number}, line " in str(caught.value.seen)
+    path.write_text(f"a: [0, 10, 0.5, -3, 1e-3, 2.0e+09, 0x10, 2024-01-31, '{number}', 99:99]\n")
+    assert load_yaml(path)["a"][-2:] == [number, "99:99"]
 
 
 def test_what_only_looks_like_a_key_twice_is_read(tmp_path):
