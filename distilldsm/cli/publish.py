@@ -44,6 +44,8 @@ def run(args: argparse.Namespace) -> None:
                 hint="name an output, e.g. models/fold0",
             )
         outputs += below
+    if not outputs:
+        print("there is no output to publish: run this where params.yaml is, or name the outputs")
     left = []
     for outcome in publish_all(outputs, to=args.to and use(args.to)):
         problems = "; ".join(outcome.problems)
