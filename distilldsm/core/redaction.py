@@ -16,7 +16,8 @@ _SECRET_KEY = re.compile(
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _ADDRESS = re.compile(_SCHEME.pattern + r"[^\s'\"<>]*")
 _HOST = re.compile(r"(\[[^\]]*\]|[^:@]*)(:\d*)?")
-_QUERY = re.compile(r"\?[^\s'\"<>?=&]+=[^\s'\"<>]*")
+_QUERY = re.compile(r"\?[^\s'\"<>?=&]+=[^\s'\"<>]*|(?<=url: )/[^\s'\"<>]*")
+"""Queries without their address, as errors of requests show them: `... with url: /path?query`."""
 _FIELD = re.compile(r"([?&;#])([^=&;#]*=)?[^&;#]+")
 _HEADER = re.compile(r"((?:authorization|cookie)['\"]?\s*[:=]\s*['\"]?)[^'\"\n]+|(\bbearer\s+)[^\s'\",]+", re.I)
 _SHORTEST = 6

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from distilldsm.core.errors import ConfigError, DataError, did_you_mean
 from distilldsm.core.files import read_record, replace_directory
+from distilldsm.core.redaction import public_address
 from distilldsm.models.package import METADATA, verify
 
 CATALOGUE = Path(__file__).with_name("catalogue.json")
@@ -137,9 +138,10 @@ def _source(model: str, sha256: str | None, catalogue: Path) -> tuple[str, tuple
     if entry is not None:
         raise ConfigError("ships with the package; there is nothing to fetch", where=model)
     if is_url(model) or Path(model).is_file():
-        stem = re.sub(r"(\.tar)?\.\w+$", "", model.partition("?")[0].rstrip("/").rpartition("/")[2]).lower()
+        path = public_address(model) if is_url(model) else model
+        stem = re.sub(r"(\.tar)?\.\w+$", "", path.rstrip("/").rpartition("/")[2]).lower()
         if not NAME.fullmatch(stem):
-            raise ConfigError("gives the model no name", where=model, seen=stem, rule="letters, digits, '_', '.', '-'")
+            raise ConfigError("gives the model no name", where=path, rule="ends with letters, digits, '_', '.', '-'")
         return stem, (model,), sha256
     raise ConfigError(
         "is not in the catalogue",

@@ -360,6 +360,7 @@ def test_what_is_struck_out(monkeypatch):
     assert redact("{'Authorization': 'Basic YWI='}\nauthorization: AWS4 Credential=a, Signature=b\nbearer xyz.") == (
         "{'Authorization': '***'}\nauthorization: ***\nbearer ***"
     )
+    assert redact("exceeded with url: /a?pl4nted (cause)", {}) == "exceeded with url: /a?*** (cause)"
     assert redact("sent pl4nted by me", {"HTTPS_PROXY": "http://me:pl4nted@proxy:80"}) == "sent *** by me"
     assert [is_secret_name(n) for n in ("MLFLOW_TRACKING_USERNAME", "HOME", "aws_secret_access_key")] == [
         False, False, True,

@@ -94,6 +94,10 @@ def test_an_archive_gives_its_own_name(world):
     renamed = shutil.copy(world / "brain.tar.gz", world / "-x.tar")
     with pytest.raises(ConfigError, match="gives the model no name"):
         pull(str(renamed))
+    for address in ("http://user:pl4nted@", "http://h/a b#pl4nted", "http://h/-?pl4nted", "http://u:x?pl4nted@h/-"):
+        with pytest.raises(ConfigError, match="gives the model no name") as caught:
+            pull(address)
+        assert "pl4nted" not in str(caught.value)
 
 
 def test_paths_and_unknown_names(world):
