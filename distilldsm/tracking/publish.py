@@ -138,7 +138,7 @@ class Publisher:
         record = load(self.directory)
         if record is None or record.run is None:
             return True
-        run = self._stores(str(self.uri)).find_run(record.run)
+        run = self._stores(str(self.uri)).find_run(self._asked_for(record.run))
         return run is not None and run.data.tags.get(_mark(record)) == _digest(record)
 
     def publish(self, *, is_abandoned: bool = False, patience_s: float = 60) -> Outcome:
@@ -181,9 +181,7 @@ class Publisher:
         self._store, self._client = store, store.client
         mark, digest = _mark(record), _digest(record)
         if self._run is None:
-            self._run = store.run(
-                replace(identity, id=None, experiment_id=None) if self._to else identity, is_placeholder=record.adds
-            )
+            self._run = store.run(self._asked_for(identity), is_placeholder=record.adds)
             self._sent.clear()
             self._steps.clear()
             # Another record of the same kind may have sent a file of the same name and size: then send all files again.
@@ -219,6 +217,10 @@ class Publisher:
             return False
         self._client.set_tag(run_id, mark, digest)
         return True
+
+    def _asked_for(self, identity: RunIdentity) -> RunIdentity:
+        """The identity by which the store finds the run. Another store has never heard of the recorded ids."""
+        return replace(identity, id=None, experiment_id=None) if self._to else identity
 
     def _once(self, what: str, send: Callable[[], object]) -> bool:
         """Send an item, unless this process has sent it before. If the store refuses only this item, note the problem.

@@ -290,6 +290,19 @@ def test_what_a_store_rejects_is_left_for_the_next_publish(place, client, no_sen
     assert history(client, "train_loss") == [(1, 1.0)]
 
 
+def test_another_store_is_not_asked_for_the_recorded_ids(place, client, no_sender, monkeypatch):
+    """A server with permissions answers 403 for an id that it does not know."""
+    model = trained(place / "models/fold0")
+    record = read_json(model / "tracking.json")
+    record["run"] |= {"id": "elsewhere", "experiment_id": "77"}
+    write_json(model / "tracking.json", record)
+    fail(monkeypatch, client, "get_run", lambda _, said: "elsewhere" in said, error("PERMISSION_DENIED"))
+    there = f"sqlite:///{place}/mlflow.db"
+    assert not Publisher(model, to=there).is_published()
+    assert publish(model, to=there).problems == ()
+    assert Publisher(model, to=there).is_published()
+
+
 def test_a_file_that_the_store_has_cut_is_sent_again(place, client, no_sender, monkeypatch, tmp_path):
     model, sound = trained(place / "models/fold0"), type(client).log_artifact
 
