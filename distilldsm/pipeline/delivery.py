@@ -20,10 +20,15 @@ _LINE = re.compile(r"^(not )?in MLflow: record (\w+)(?: of (\S+): (.*))?$", re.M
 """What a step prints for each record. Later steps may have sent what an earlier one could not."""
 
 
+def on_cluster() -> bool:
+    """Whether this step runs in a pod, whose disk goes with it. A run on a single machine has an id `local-...`."""
+    run_id = os.environ.get("KFP_RUN_ID", "")
+    return bool(run_id) and not run_id.startswith("local-")
+
+
 def patience_s(minutes: float) -> float:
     """How long a step waits for MLflow. On a single machine the outputs stay, so nothing waits."""
-    run_id = os.environ.get("KFP_RUN_ID", "")
-    return 60 * minutes if run_id and not run_id.startswith("local-") else 0.0
+    return 60 * minutes if on_cluster() else 0.0
 
 
 def deliver(config: TrackingConfig | None, places: Mapping[Path, str]) -> None:

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from distilldsm.config import TrackingConfig
 from distilldsm.core.errors import UserError
 from distilldsm.pipeline.cluster_setup import kubernetes_client
-from distilldsm.pipeline.delivery import POLL_S, advice, patience_s
+from distilldsm.pipeline.delivery import POLL_S, advice, on_cluster, patience_s
 from distilldsm.pipeline.failure import not_in_mlflow, run_error, with_reasons
 from distilldsm.pipeline.run_tree import RunTree, Step, lines_of
 from distilldsm.pipeline.server import Server
@@ -72,7 +72,7 @@ def finish(tracking: Mapping[str, Any], trainjob: Mapping[str, Any], status: Any
 
 def _ending(run_id: str, status: Any) -> Ending:
     """Ask the server. Without one, as on a single machine, KFP's own state counts where it can be relied on."""
-    if run_id and not run_id.startswith("local-"):
+    if on_cluster():
         try:
             return ask(Server.in_cluster(), run_id)
         except UserError as error:

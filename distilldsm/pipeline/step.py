@@ -28,7 +28,8 @@ from distilldsm.core.hashes import MANIFEST, content_hash
 from distilldsm.core.mapping import flatten, from_mapping, to_mapping
 from distilldsm.core.stage import WORK_VARIABLE, Input, Output, Stage
 from distilldsm.core.version import __version__
-from distilldsm.pipeline.delivery import deliver, tracked
+from distilldsm.pipeline.delivery import deliver, on_cluster, tracked
+from distilldsm.pipeline.packing import pack, unpacked
 from distilldsm.tracking import run_id_of
 
 VERSION_VARIABLE = "DISTILLDSM_PIPELINE_VERSION"
@@ -204,6 +205,8 @@ def run_stage(stage: Stage, values: Mapping[str, Any]) -> None:
     facts |= {"data_version": values["data_version"]} if "data_version" in values else {}
     artifact.metadata.update(without_null(facts), content_hash=content_hash(output))
     _show(stage, output, values)
+    if stage.scope == "data" and on_cluster():
+        pack(output)
 
 
 def _hand_on(error: UserError, stage: Stage, failed: Path, output: Path, inputs: Mapping[str, Path]) -> None:
@@ -236,12 +239,12 @@ def without_null(value: Any) -> Any:
 
 
 def _place(stage: Stage, one: Input, values: Mapping[str, Any], fold: int | None, folder: Path) -> Path:
-    """The path of an input in this pod. The outputs of all folds are put side by side in `folder`, as links."""
+    """The path of an input in this pod. Packed files are unpacked in `folder`; all folds' outputs are linked there."""
     source = source_of(one)
     if through_gate(stage, source):
         return Path(values["collected"].path) / one.path.format(fold=fold)
     if not source.collected:
-        return Path(values[one.name].path) / source.below
+        return unpacked(Path(values[one.name].path), source.below, folder / one.name)
     together = folder / one.name
     together.mkdir()
     for artifact in values[one.name]:

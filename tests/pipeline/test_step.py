@@ -9,7 +9,8 @@ import pytest
 
 from distilldsm.core.errors import UserError
 from distilldsm.core.files import read_json
-from distilldsm.pipeline import step
+from distilldsm.core.hashes import content_hash, file_hashes
+from distilldsm.pipeline import packing, step
 from tests.data.volumes import write_dataset
 from tests.evaluation import folds as folds_written
 
@@ -116,6 +117,35 @@ def test_refused_data_hand_their_report_on_and_the_next_step_refuses(tmp_path, c
     assert "hint: read the page 'report' of the step validate; fix the files" in said
     assert str(tmp_path) not in said
     assert not Path(preprocessed.path).exists()
+
+
+@pytest.mark.parametrize(("run_id", "is_packed"), [("r", True), ("local-1", False)])
+def test_many_files_travel_as_one_archive(tmp_path, monkeypatch, run_id, is_packed):
+    """KFP moves each file with a request of its own. The next step reads what the stage wrote, byte for byte."""
+    monkeypatch.setenv("KFP_RUN_ID", run_id)
+    monkeypatch.setattr(packing, "FEW_FILES", 3)
+    names = ("dataset", "validation", "report", "metrics", "preprocessed")
+    made = {name: FakeArtifact(tmp_path / "pod" / name) for name in names}
+    (tmp_path / "pod").mkdir()
+    root = Path(made["dataset"].path)
+    write_dataset(root, 3)
+    whole = {path.relative_to(root): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+    packing.pack(root)
+    packed = {path.name for path in root.iterdir()}
+    assert packed == {packing.ARCHIVE, *(str(name) for name in whole if len(name.parts) == 1)}
+    data = {key: made[key] for key in ("dataset", "validation")}
+    step.run("validate", config={}, **data, report=made["report"], metrics=made["metrics"])
+    step.run("preprocess", config={"folds": 3}, budget=1.0, **data, preprocessed=made["preprocessed"])
+    output = Path(made["preprocessed"].path)
+    assert (output / packing.ARCHIVE).is_file() is is_packed
+    assert (output / "splits.json").is_file(), "readable in the bucket"
+    there = packing.unpacked(output, "", tmp_path / "next")
+    assert content_hash(there) == made["preprocessed"].metadata["content_hash"]
+    assert set(file_hashes(there)) >= set(read_json(output / "manifest.json")["files"])
+    assert packing.unpacked(output, "splits.json", tmp_path / "unused") == output / "splits.json"
+    assert {path.name for path in root.iterdir()} == packed, "other steps may read the same copy"
+    again = packing.unpacked(root, "", tmp_path / "again")
+    assert {path.relative_to(again): path.read_bytes() for path in again.rglob("*") if path.is_file()} == whole
 
 
 def test_no_null_reaches_the_metadata():
