@@ -1,7 +1,8 @@
-"""What the cluster itself must have, outside of the pipeline: KFP's access to the bucket, and Argo's retries."""
+"""What the cluster itself must have: KFP's access to the bucket, Argo's retries, and the pods' permissions."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -19,6 +20,9 @@ PATCH_VARIABLE = "COMPILED_PIPELINE_SPEC_PATCH"
 """Environment variable of KFP's API server: JSON that is merged into each workflow's spec."""
 RETRY_PATCH = {"templateDefaults": {"retryStrategy": {"limit": "2", "retryPolicy": "Always"}}}
 """Its value with which `retries` has an effect: Argo then starts a failed or deleted pod again."""
+ROLE_FILE = Path("conf/trainjob-role.yaml")
+TRAINER_GROUP = "trainer.kubeflow.org"
+"""API group of Kubeflow Trainer's objects."""
 _REQUEST_S = 10.0
 
 
@@ -80,35 +84,95 @@ def apply_launcher_config(manifest: Mapping[str, Any], namespace: str) -> str:
         return "changed"
 
 
-def missing_in_cluster(cluster: Cluster, namespace: str, kfp_namespace: str = "kubeflow") -> list[tuple[str, str]]:
+def missing_in_cluster(
+    cluster: Cluster, namespace: str, kfp_namespace: str = "kubeflow", role_file: Path = ROLE_FILE
+) -> list[tuple[str, str]]:
     """What the cluster lacks for this configuration, each with a hint.
+
+    Args:
+        namespace: of the pipeline's pods.
+        kfp_namespace: of KFP's API server.
+        role_file: the permissions that the pods need for TrainJobs.
 
     Raises:
         UserError: Kubernetes does not answer, or refuses.
     """
-    missing = []
-    manifest = launcher_config(cluster)
     with _explained():
-        core, apps = kubernetes_client().CoreV1Api(), kubernetes_client().AppsV1Api()
-        if manifest is not None:
-            known = _found(
-                lambda: core.read_namespaced_config_map(LAUNCHER_CONFIG, namespace, _request_timeout=_REQUEST_S)
-            )
-            if "s3" not in ((known and known.data) or {}).get("providers", ""):
-                seen = f"namespace {namespace} has no ConfigMap {LAUNCHER_CONFIG} for {cluster.storage.bucket}"
-                missing.append((seen, f"distilldsm pipeline storage --apply --namespace {namespace}"))
-        server = _found(
-            lambda: apps.read_namespaced_deployment("ml-pipeline", kfp_namespace, _request_timeout=_REQUEST_S)
+        api = kubernetes_client()
+        found = (
+            _bucket_access(api, cluster, namespace),
+            _retry_policy(api, cluster, kfp_namespace),
+            _trainjob_permissions(api, namespace, role_file),
         )
-    if server is not None and any(profile.retries for profile in cluster.profiles.values()):
-        containers = server.spec.template.spec.containers
-        patch = next((e.value for c in containers for e in c.env or () if e.name == PATCH_VARIABLE), None)
-        if "Always" not in (patch or ""):
-            command = f"kubectl -n {kfp_namespace} set env deployment/ml-pipeline {PATCH_VARIABLE}="
-            missing.append(
-                ("`retries` have no effect: Argo's policy is OnError", f"{command}'{json.dumps(RETRY_PATCH)}'")
-            )
-    return missing
+    return [one for one in found if one is not None]
+
+
+def _bucket_access(api: Any, cluster: Cluster, namespace: str) -> tuple[str, str] | None:
+    if launcher_config(cluster) is None:
+        return None
+    core = api.CoreV1Api()
+    known = _found(lambda: core.read_namespaced_config_map(LAUNCHER_CONFIG, namespace, _request_timeout=_REQUEST_S))
+    if "s3" in ((known and known.data) or {}).get("providers", ""):
+        return None
+    seen = f"namespace {namespace} has no ConfigMap {LAUNCHER_CONFIG} for {cluster.storage.bucket}"
+    return seen, f"distilldsm pipeline storage --apply --namespace {namespace}"
+
+
+def _retry_policy(api: Any, cluster: Cluster, kfp_namespace: str) -> tuple[str, str] | None:
+    if not any(profile.retries for profile in cluster.profiles.values()):
+        return None
+    apps = api.AppsV1Api()
+    server = _found(lambda: apps.read_namespaced_deployment("ml-pipeline", kfp_namespace, _request_timeout=_REQUEST_S))
+    if server is None:
+        return None
+    containers = server.spec.template.spec.containers
+    patch = next((e.value for c in containers for e in c.env or () if e.name == PATCH_VARIABLE), None)
+    if "Always" in (patch or ""):
+        return None
+    command = f"kubectl -n {kfp_namespace} set env deployment/ml-pipeline {PATCH_VARIABLE}="
+    return "`retries` have no effect: Argo's policy is OnError", f"{command}'{json.dumps(RETRY_PATCH)}'"
+
+
+def _trainjob_permissions(api: Any, namespace: str, role_file: Path) -> tuple[str, str] | None:
+    """What the pods' account may not do of `role_file`; None also for a cluster without Kubeflow Trainer."""
+    if not role_file.is_file():
+        return None
+    groups = api.ApisApi().get_api_versions(_request_timeout=_REQUEST_S).groups
+    if TRAINER_GROUP not in {group.name for group in groups}:
+        return None
+    import yaml
+    from kubernetes.client.exceptions import ApiException
+
+    manifests = list(yaml.safe_load_all(role_file.read_text(encoding="utf-8")))
+    account = next(one["subjects"][0]["name"] for one in manifests if one["kind"] == "RoleBinding")
+    user = f"system:serviceaccount:{namespace}:{account}"
+    reviews = api.AuthorizationV1Api()
+    refused = []
+    for manifest in (one for one in manifests if one["kind"] in ("Role", "ClusterRole")):
+        scope = namespace if manifest["kind"] == "Role" else None
+        for group, resource, verb in _permissions(manifest["rules"]):
+            name, _, below = resource.partition("/")
+            asked = {"group": group, "resource": name, "subresource": below, "verb": verb, "namespace": scope}
+            body = {"spec": {"user": user, "resourceAttributes": {key: value for key, value in asked.items() if value}}}
+            try:
+                answer = reviews.create_subject_access_review(body, _request_timeout=_REQUEST_S)
+            except ApiException as error:
+                if error.status != 403:
+                    raise
+                hint = f"kubectl auth can-i create trainjobs.{TRAINER_GROUP} -n {namespace} --as {user}"
+                return f"you may not ask what {user} may do with TrainJobs", f"an administrator may: {hint}"
+            if not answer.status.allowed:
+                refused.append(f"{verb} {resource}")
+    if not refused:
+        return None
+    more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
+    return f"{user} may not {', '.join(refused[:3])}{more}", f"kubectl apply -n {namespace} -f {role_file}"
+
+
+def _permissions(rules: list[dict[str, list[str]]]) -> Iterator[tuple[str, str, str]]:
+    """Group, resource and verb of everything that rules of a Role allow."""
+    for rule in rules:
+        yield from itertools.product(rule["apiGroups"], rule["resources"], rule["verbs"])
 
 
 def kubernetes_client() -> Any:

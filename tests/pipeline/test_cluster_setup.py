@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -24,6 +25,10 @@ class Kubernetes:
     def __init__(self) -> None:
         self.maps: dict[str, dict] = {}
         self.patch = json.dumps({"templateDefaults": {}})
+        self.groups: list[str] = []
+        self.denied: set[tuple[str, str]] = set()
+        self.asked: list[dict] = []
+        self.may_ask = True
 
     def __call__(self, method, target, headers, body):
         path = target.partition("?")[0]
@@ -42,6 +47,19 @@ class Kubernetes:
             spec = {"selector": {}, "template": pod}
             found = {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": {}, "spec": spec}
             return 200, {"Content-Type": "application/json"}, json.dumps(found).encode()
+        if path == "/apis/":
+            versions = [{"groupVersion": "v1", "version": "v1"}]
+            groups = [{"name": one, "versions": versions} for one in self.groups]
+            return 200, {"Content-Type": "application/json"}, json.dumps({"groups": groups}).encode()
+        if path == "/apis/authorization.k8s.io/v1/subjectaccessreviews":
+            if not self.may_ask:
+                return 403, {"Content-Type": "application/json"}, b'{"reason": "Forbidden"}'
+            spec = json.loads(body)["spec"]
+            self.asked.append(spec)
+            what = spec["resourceAttributes"]
+            allowed = (what["verb"], what["resource"]) not in self.denied
+            answer = {"spec": spec, "status": {"allowed": allowed}}
+            return 201, {"Content-Type": "application/json"}, json.dumps(answer).encode()
         return 404, {"Content-Type": "application/json"}, b'{"reason": "NotFound"}'
 
 
@@ -97,6 +115,31 @@ def test_doctor_names_what_the_cluster_lacks_and_the_command_that_adds_it(kubern
     assert "namespace ns: created" in capsys.readouterr().out
     (found,) = doctor.check_cluster(5)
     assert found.status == "ok"
+
+
+def test_doctor_asks_what_the_pods_may_do_with_trainjobs(kubernetes):
+    """Only where Kubeflow Trainer is installed, and for everything that the shipped Role allows."""
+    kubernetes.patch, kubernetes.denied = json.dumps(RETRY_PATCH), {("create", "trainjobs"), ("get", "pods")}
+    kubernetes.maps["kfp-launcher"] = {"data": {"providers": "s3"}, "metadata": {}}
+    shutil.copyfile(ROOT / "conf" / "trainjob-role.yaml", "conf/trainjob-role.yaml")
+    assert [found.status for found in doctor.check_cluster(5)] == ["ok"]
+    assert kubernetes.asked == [], "without Kubeflow Trainer there are no TrainJobs"
+    kubernetes.groups = ["trainer.kubeflow.org"]
+    (found,) = doctor.check_cluster(5)
+    account = "system:serviceaccount:ns:pipeline-runner"
+    assert found.seen == f"{account} may not create trainjobs, get pods, get pods/log"
+    assert found.hint == "kubectl apply -n ns -f conf/trainjob-role.yaml"
+    assert {spec["user"] for spec in kubernetes.asked} == {account}
+    log = {"resource": "pods", "subresource": "log", "verb": "get", "namespace": "ns"}
+    runtimes = {"group": "trainer.kubeflow.org", "resource": "clustertrainingruntimes", "verb": "list"}
+    asked = [spec["resourceAttributes"] for spec in kubernetes.asked]
+    assert log in asked
+    assert runtimes in asked, "of no namespace"
+    kubernetes.denied = set()
+    assert [found.status for found in doctor.check_cluster(5)] == ["ok"]
+    kubernetes.may_ask = False
+    (found,) = doctor.check_cluster(5)
+    assert found.seen.startswith("you may not ask")
 
 
 def test_kubernetes_that_is_away_is_an_error_line(kubernetes, monkeypatch, capsys):
