@@ -220,12 +220,11 @@ def _follow(server: Server, run_id: str, *, as_json: bool) -> None:
 
 
 def _show(found: Status, *, as_json: bool) -> None:
-    from distilldsm.pipeline.client import as_json as json_of
     from distilldsm.pipeline.delivery import advice
     from distilldsm.pipeline.run_tree import clock, lines_of
 
     if as_json:
-        print(json.dumps(json_of(found), indent=2))
+        print(json.dumps(to_mapping(found), indent=2))
         return
     print(f"{found.name}: {found.state} {clock(found.seconds)}\n{found.url}")
     if found.plugin_url:

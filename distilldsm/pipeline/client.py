@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from distilldsm.core.errors import ConfigError, UserError
-from distilldsm.core.mapping import to_mapping
 from distilldsm.pipeline.definition import NAME
 from distilldsm.pipeline.failure import log_of, not_in_mlflow, run_error, with_reasons
 from distilldsm.pipeline.run_tree import RunTree, Step
@@ -114,9 +113,8 @@ def submit(
 
 def _pipeline(server: Server, package: Path) -> str:
     """The id of our pipeline in the user's namespace; uploaded if it is missing."""
-    condition = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": NAME}]})
     for attempt in (1, 2):
-        found = server.get("/pipelines", namespace=server.namespace, filter=condition).get("pipelines") or []
+        found = _named(server, "pipelines", NAME)
         if found:
             return str(found[0]["pipeline_id"])
         about = "Distill DSM, from volumes to model"
@@ -143,12 +141,16 @@ def _version(server: Server, pipeline_id: str, name: str) -> str | None:
 
 
 def _experiment(server: Server, name: str) -> str:
-    condition = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
-    found = server.get("/experiments", namespace=server.namespace, filter=condition).get("experiments") or []
-    for experiment in found:
+    for experiment in _named(server, "experiments", name):
         if experiment.get("display_name") == name:
             return str(experiment["experiment_id"])
     return str(server.post("/experiments", {"display_name": name, "namespace": server.namespace})["experiment_id"])
+
+
+def _named(server: Server, kind: str, name: str) -> list[Any]:
+    """The pipelines or experiments with that name in the user's namespace."""
+    condition = json.dumps({"predicates": [{"operation": "EQUALS", "key": "display_name", "stringValue": name}]})
+    return server.get(f"/{kind}", namespace=server.namespace, filter=condition).get(kind) or []
 
 
 def _start(server: Server, path: str, body: Mapping[str, Any]) -> Any:
@@ -190,11 +192,6 @@ def status(server: Server, run_id: str, known: dict[tuple[str, str], str] | None
     )
 
 
-def as_json(found: Status) -> dict[str, Any]:
-    """The status as a JSON object."""
-    return {**to_mapping(found), "steps": [to_mapping(step) for step in found.steps]}
-
-
 def stop(server: Server, run_id: str) -> None:
     """Terminate a run. Its step `finish` still runs.
 
@@ -233,23 +230,15 @@ def logs(server: Server, run_id: str, step: str, fold: int | None = None) -> str
     return text
 
 
-def wait(
-    server: Server,
-    run_id: str,
-    *,
-    say: Callable[[str], None] = print,
-    poll_s: float = 10.0,
-    timeout_s: float = 0.0,
-) -> Status:
+def wait(server: Server, run_id: str, *, say: Callable[[str], None] = print, poll_s: float = 10.0) -> Status:
     """Follow a run to its end. Print a line for each change of a step, and wait for a server that is briefly away.
 
     Raises:
-        UserError: access is refused, the server stays away for six polls, or `timeout_s` is over. The run
-            itself continues.
+        UserError: access is refused, or the server stays away for six polls. The run itself continues.
     """
     states: dict[str, str] = {}
     known: dict[tuple[str, str], str] = {}
-    begun, misses = time.monotonic(), 0
+    misses = 0
     while True:
         try:
             current = status(server, run_id, known)
@@ -267,6 +256,4 @@ def wait(
                 say(f"{step.name}: {told}")
         if current is not None and current.is_over:
             return current
-        if timeout_s and time.monotonic() - begun > timeout_s:
-            raise UserError("the time limit is over; the run continues", seen=run_id, hint="distilldsm pipeline status")
         time.sleep(poll_s)

@@ -20,7 +20,10 @@ PATCH_VARIABLE = "COMPILED_PIPELINE_SPEC_PATCH"
 """Environment variable of KFP's API server: JSON that is merged into each workflow's spec."""
 RETRY_PATCH = {"templateDefaults": {"retryStrategy": {"limit": "2", "retryPolicy": "Always"}}}
 """Its value with which `retries` has an effect: Argo then starts a failed or deleted pod again."""
+KFP_NAMESPACE = "kubeflow"
+"""Where KFP's API server runs."""
 ROLE_FILE = Path("conf/trainjob-role.yaml")
+"""The permissions that the pods need for TrainJobs."""
 TRAINER_GROUP = "trainer.kubeflow.org"
 """API group of Kubeflow Trainer's objects."""
 _REQUEST_S = 10.0
@@ -84,15 +87,11 @@ def apply_launcher_config(manifest: Mapping[str, Any], namespace: str) -> str:
         return "changed"
 
 
-def missing_in_cluster(
-    cluster: Cluster, namespace: str, kfp_namespace: str = "kubeflow", role_file: Path = ROLE_FILE
-) -> list[tuple[str, str]]:
+def missing_in_cluster(cluster: Cluster, namespace: str) -> list[tuple[str, str]]:
     """What the cluster lacks for this configuration, each with a hint.
 
     Args:
         namespace: of the pipeline's pods.
-        kfp_namespace: of KFP's API server.
-        role_file: the permissions that the pods need for TrainJobs.
 
     Raises:
         UserError: Kubernetes does not answer, or refuses.
@@ -101,8 +100,8 @@ def missing_in_cluster(
         api = kubernetes_client()
         found = (
             _bucket_access(api, cluster, namespace),
-            _retry_policy(api, cluster, kfp_namespace),
-            _trainjob_permissions(api, namespace, role_file),
+            _retry_policy(api, cluster),
+            _trainjob_permissions(api, namespace),
         )
     return [one for one in found if one is not None]
 
@@ -118,24 +117,24 @@ def _bucket_access(api: Any, cluster: Cluster, namespace: str) -> tuple[str, str
     return seen, f"distilldsm pipeline storage --apply --namespace {namespace}"
 
 
-def _retry_policy(api: Any, cluster: Cluster, kfp_namespace: str) -> tuple[str, str] | None:
+def _retry_policy(api: Any, cluster: Cluster) -> tuple[str, str] | None:
     if not any(profile.retries for profile in cluster.profiles.values()):
         return None
     apps = api.AppsV1Api()
-    server = _found(lambda: apps.read_namespaced_deployment("ml-pipeline", kfp_namespace, _request_timeout=_REQUEST_S))
+    server = _found(lambda: apps.read_namespaced_deployment("ml-pipeline", KFP_NAMESPACE, _request_timeout=_REQUEST_S))
     if server is None:
         return None
     containers = server.spec.template.spec.containers
     patch = next((e.value for c in containers for e in c.env or () if e.name == PATCH_VARIABLE), None)
     if "Always" in (patch or ""):
         return None
-    command = f"kubectl -n {kfp_namespace} set env deployment/ml-pipeline {PATCH_VARIABLE}="
+    command = f"kubectl -n {KFP_NAMESPACE} set env deployment/ml-pipeline {PATCH_VARIABLE}="
     return "`retries` have no effect: Argo's policy is OnError", f"{command}'{json.dumps(RETRY_PATCH)}'"
 
 
-def _trainjob_permissions(api: Any, namespace: str, role_file: Path) -> tuple[str, str] | None:
-    """What the pods' account may not do of `role_file`; None also for a cluster without Kubeflow Trainer."""
-    if not role_file.is_file():
+def _trainjob_permissions(api: Any, namespace: str) -> tuple[str, str] | None:
+    """What the pods' account may not do of ROLE_FILE; None also for a cluster without Kubeflow Trainer."""
+    if not ROLE_FILE.is_file():
         return None
     groups = api.ApisApi().get_api_versions(_request_timeout=_REQUEST_S).groups
     if TRAINER_GROUP not in {group.name for group in groups}:
@@ -143,7 +142,7 @@ def _trainjob_permissions(api: Any, namespace: str, role_file: Path) -> tuple[st
     import yaml
     from kubernetes.client.exceptions import ApiException
 
-    manifests = list(yaml.safe_load_all(role_file.read_text(encoding="utf-8")))
+    manifests = list(yaml.safe_load_all(ROLE_FILE.read_text(encoding="utf-8")))
     account = next(one["subjects"][0]["name"] for one in manifests if one["kind"] == "RoleBinding")
     user = f"system:serviceaccount:{namespace}:{account}"
     reviews = api.AuthorizationV1Api()
@@ -166,7 +165,7 @@ def _trainjob_permissions(api: Any, namespace: str, role_file: Path) -> tuple[st
     if not refused:
         return None
     more = f" and {len(refused) - 3} more" if len(refused) > 3 else ""
-    return f"{user} may not {', '.join(refused[:3])}{more}", f"kubectl apply -n {namespace} -f {role_file}"
+    return f"{user} may not {', '.join(refused[:3])}{more}", f"kubectl apply -n {namespace} -f {ROLE_FILE}"
 
 
 def _permissions(rules: list[dict[str, list[str]]]) -> Iterator[tuple[str, str, str]]:

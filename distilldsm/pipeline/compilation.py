@@ -20,13 +20,11 @@ def compile_pipeline(
     cluster: Cluster,
     images: Images,
     *,
-    root: str | None = None,
     caching: bool = True,
 ) -> None:
     """Write the pipeline as YAML, with the Kubernetes settings as a second document.
 
     Args:
-        root: where KFP keeps artifacts; None: `storage` of the cluster file, or else KFP's own setting.
         caching: whether a step's result may come from KFP's cache. (KFP's option for a run does not reach the steps.)
 
     Raises:
@@ -38,8 +36,8 @@ def compile_pipeline(
     if not target.parent.is_dir():
         raise UserError("the directory does not exist", where=target.parent, hint="create it first")
     pipeline = build_pipeline(params, cluster, images, caching=caching)
-    root = root or cluster.storage.address("kfp")
-    if root:
+    root = cluster.storage.address("kfp")
+    if root:  # otherwise KFP's own setting counts
         pipeline.pipeline_spec.default_pipeline_root = root
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
         written = Path(folder) / "pipeline.yaml"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import re
 import secrets
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -71,7 +72,7 @@ def run_local(
             raise UserError(
                 "the pipeline failed",
                 where=root / run_id,
-                seen=_plain(str(error)),
+                seen=re.sub(r"\x1b\[[0-9;]*m", "", str(error)),  # without kfp's colours
                 hint="see the message of the failed step above",
             ) from None
     return run_id
@@ -130,10 +131,3 @@ def _runner(kind: str, images: Images, root: Path, engine: str | None, source: P
     names = (images.data, images.train, images.export)
     with container_runner(images=names, root=root, engine=engine, settings=settings) as runner:
         yield runner
-
-
-def _plain(text: str) -> str:
-    """Remove kfp's colour codes."""
-    import re
-
-    return re.sub(r"\x1b\[[0-9;]*m", "", text)
